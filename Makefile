@@ -1,0 +1,32 @@
+# make demo [DATA=path]   set-up + SFT -> reward model -> PPO with KL -> GIPO at tiny size on the CPU, and a report
+# make test               set-up + the test suite
+# make check              set-up + format, lint, types
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.setup-done
+
+.PHONY: setup demo test check clean
+
+setup: $(STAMP)
+
+# Torch goes first, pinned: see constraints.txt. pip's own checks run at the end.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; this is $$($(PYTHON) --version). Try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash launch/demo.sh "$(DATA)"
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -q
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

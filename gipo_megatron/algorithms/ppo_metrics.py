@@ -1,0 +1,141 @@
+"""What a PPO iteration shows of itself (docs/algorithm.md, section 6; names in README and docs/recipes.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
+from torch import Tensor
+
+from gipo_megatron.roles import DataParallel, gather_rows
+from gipo_megatron.types import Experience, Groups, Metric, Metrics, Rollout, Scores, TokenStats, Weights
+
+
+def rollout_metrics(rollout: Rollout, logprobs: Tensor) -> Metrics:
+    metrics = {
+        "rollout/length_mean": Metric.mean(rollout.response_lengths),
+        "rollout/truncated": Metric.mean((~rollout.finished).float()),
+        "rollout/distinct": Metric.mean(torch.tensor(len(set(rollout.response_text)) / len(rollout.response_text))),
+    }
+    if rollout.generation_logprobs is not None:
+        gap = (rollout.generation_logprobs - logprobs).abs()
+        metrics["rollout/logprob_gap_mean"] = Metric.mean(gap, rollout.mask)
+        metrics["rollout/logprob_gap_max"] = Metric.max(torch.where(rollout.mask, gap, 0.0))
+    return metrics
+
+
+def score_metrics(scores: Scores) -> Metrics:
+    parts = {f"reward/{name}_mean": Metric.mean(value) for name, value in scores.parts.items()}
+    return {"reward/score_mean": Metric.mean(scores.raw), "reward/score_std": Metric.std(scores.raw), **parts}
+
+
+def kl_metrics(response_kl: Tensor, coefficients: Tensor) -> Metrics:
+    return {
+        "kl/mean": Metric.mean(response_kl),
+        "kl/coef_mean": Metric.mean(coefficients),
+        "kl/priced_mean": Metric.mean(coefficients * response_kl),
+    }
+
+
+def group_metrics(groups: Groups, scores: Scores, rollout: Rollout, response_kl: Tensor) -> Metrics:
+    """Means per group, weighted by p_ig; correlations of p_high with what it should not merely copy."""
+    metrics: Metrics = {
+        "groups/high_corr_score": Metric.correlation(groups.high_prob, scores.raw),
+        "groups/high_corr_length": Metric.correlation(groups.high_prob, rollout.response_lengths.double()),
+    }
+    for g, probs in enumerate(groups.probs.T):
+        metrics[f"groups/score_{g}"] = Metric.mean(scores.raw, probs)
+        metrics[f"groups/kl_{g}"] = Metric.mean(response_kl, probs)
+        metrics[f"groups/length_{g}"] = Metric.mean(rollout.response_lengths, probs)
+        metrics[f"groups/truncated_{g}"] = Metric.mean((~rollout.finished).float(), probs)
+    return metrics
+
+
+def split_metrics(groups: Groups, scores: Scores, rollout: Rollout, sources: tuple[str, ...], dp: DataParallel) -> Metrics:
+    """How the learned split relates to given labels (auc, ami) and to the response itself (response_split).
+
+    auc: p_high against "from the source with the highest mean score"; response_split: AUC, within prompts, of p_high against
+    "scored above the prompt's mean" (algorithm.md 5.9), the mean over prompts that have both kinds.
+    """
+    high, raw = gather_rows(groups.high_prob, dp).cpu(), gather_rows(scores.raw, dp).cpu()
+    prompt = gather_rows(rollout.prompt_id, dp).cpu()
+    index = torch.tensor([sources.index(s) for s in rollout.source], device=scores.raw.device)
+    source = gather_rows(index, dp).long().cpu()
+    hard = gather_rows(groups.probs.argmax(1), dp).cpu()
+
+    within = []
+    for p in prompt.unique():
+        rows = prompt == p
+        above = raw[rows] > raw[rows].mean()
+        if above.any() and not above.all():
+            within.append(float(roc_auc_score(above, high[rows])))
+    metrics = {"groups/response_split": Metric.mean(torch.tensor(sum(within) / len(within) if within else 0.5))}
+    present = source.unique()
+    if len(present) > 1:
+        best = max(present, key=lambda s: float(raw[source == s].mean()))
+        metrics["groups/auc"] = Metric.mean(torch.tensor(float(roc_auc_score(source == best, high))))
+        metrics["groups/ami"] = Metric.mean(torch.tensor(float(adjusted_mutual_info_score(source, hard))))
+    return metrics
+
+
+def source_metrics(groups: Groups, scores: Scores, rollout: Rollout, response_kl: Tensor, sources: tuple[str, ...]) -> Metrics:
+    """The same per given label; every replica names every source, so that the reductions line up."""
+    metrics: Metrics = {}
+    for name in sources:
+        rows = torch.tensor([s == name for s in rollout.source], device=scores.raw.device, dtype=torch.float64)
+        metrics[f"source/{name}/score"] = Metric.mean(scores.raw, rows)
+        metrics[f"source/{name}/return"] = Metric.mean(scores.returns * scores.std, rows)
+        metrics[f"source/{name}/kl"] = Metric.mean(response_kl, rows)
+        metrics[f"source/{name}/p_high"] = Metric.mean(groups.high_prob, rows)
+    return metrics
+
+
+def weight_metrics(weights: Weights) -> Metrics:
+    return {
+        "weights/mean": Metric.mean(weights.values),
+        "weights/min": Metric.min(weights.values),
+        "weights/max": Metric.max(weights.values),
+        "weights/clamped": Metric.mean((weights.raw != weights.values).float()),
+    }
+
+
+def policy_metrics(loss: Tensor, output: TokenStats, batch: Experience, clip: float) -> Metrics:
+    """Of one micro-batch, without gradients. loss [b, T] is per token."""
+    mask = batch.rollout.mask
+    with torch.no_grad():
+        ratio = torch.exp(output.logprobs - batch.logprobs)
+        clipped = ((ratio - 1).abs() > clip).float()
+        metrics = {
+            "loss": Metric.mean(loss, mask),
+            "clip_fraction": Metric.mean(clipped, mask),
+            "ratio_max": Metric.max(torch.where(mask, ratio, 0.0)),
+        }
+        if output.entropy is not None:
+            metrics["entropy"] = Metric.mean(output.entropy, mask)
+        for g, probs in enumerate(batch.group_probs.T):
+            by_token = probs[:, None] * mask
+            metrics[f"groups/clip_fraction_{g}"] = Metric.mean(clipped, by_token)
+            if output.entropy is not None:
+                metrics[f"groups/entropy_{g}"] = Metric.mean(output.entropy, by_token)
+    return metrics
+
+
+def sample_rows(rollout: Rollout, scores: Scores, groups: Groups, weights: Weights, response_kl: Tensor) -> list[dict[str, Any]]:
+    """Rows for samples.jsonl, one per sequence of this replica."""
+    columns = zip(
+        rollout.sample_id.tolist(),
+        rollout.source,
+        rollout.extras,
+        rollout.response_text,
+        scores.raw.tolist(),
+        groups.high_prob.tolist(),
+        weights.values.tolist(),
+        response_kl.tolist(),
+        rollout.response_lengths.tolist(),
+        strict=True,
+    )
+    return [
+        {"sample_id": i, "source": s, "prompt": e["prompt"], "response": r, "score": x, "p_high": h, "weight": w, "kl": k, "length": n}
+        for i, s, e, r, x, h, w, k, n in columns
+    ]

@@ -1,0 +1,135 @@
+"""What lets Megatron-Core run on a machine without CUDA: the only redirections of torch.cuda in this project.
+
+Megatron asks for "the current CUDA device" in many places and for CUDA's generator in a few. `install` answers those calls for the
+whole process; `host_mode` also rewrites literal `device="cuda"` arguments and is only held around schedules, optimizer and checkpoint
+code, because it costs time in every torch call (15 % in a small model's forward). Both do nothing where CUDA is available.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily  # type: ignore[attr-defined]
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # optional accelerator packages that are not there
+    import megatron.core.optimizer as mcore_optimizer
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+    import megatron.core.tensor_parallel.random as mcore_random
+
+_installed = False
+
+
+def install() -> None:
+    """Make the process-wide redirections, once. Megatron's Adam is replaced wherever neither Transformer Engine nor apex is installed."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
+        mcore_optimizer.Adam = distrib_optimizer.Adam = HostAdam
+        mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    if torch.cuda.is_available():
+        return
+    cpu = torch.device("cpu")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = lambda device=None: None
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.default_generator.get_state()
+    mcore_random._set_cuda_rng_state = _set_host_rng_state
+
+
+def _set_host_rng_state(new_state: Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    torch.default_generator.set_state(new_state)
+
+
+class _HostMode(TorchFunctionMode):
+    """`device="cuda"` means the CPU, `.cuda()` changes nothing, and host tensors answer to the type names that mcore's optimizers test."""
+
+    def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], torch.device("cpu"), *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def host_mode() -> AbstractContextManager[Any]:
+    """Hold around mcore's schedules, optimizer construction, step, sharded_state_dict and checkpoint load."""
+    return nullcontext() if torch.cuda.is_available() else _HostMode()
+
+
+@contextmanager
+def model_mode() -> Iterator[None]:
+    """Leave host_mode inside forward_step: a model's forward needs no redirection."""
+    if isinstance(_get_current_function_mode(), _HostMode):
+        with _pop_mode_temporarily():
+            yield
+    else:
+        yield
+
+
+class HostAdam(torch.optim.Optimizer):
+    """AdamW with the state layout of the fused Adams: the step count in the parameter group, exp_avg and exp_avg_sq per parameter.
+
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;  p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+    mcore's distributed optimizer saves and loads this layout in full; torch's AdamW keeps a step tensor per parameter, which it loses.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        if not adam_w_mode:
+            raise ValueError("HostAdam only decays weights decoupled from the gradient (adam_w_mode=True)")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = int(group["step"]) + 1 if "step" in group else 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(group, params)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
+        first = [self.state[p]["exp_avg"] for p in params]
+        second = [self.state[p]["exp_avg_sq"] for p in params]
+        (beta1, beta2), lr, step = group["betas"], group["lr"], group["step"]
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_lerp_(first, grads, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        denominator = torch._foreach_sqrt(second)
+        torch._foreach_div_(denominator, (1 - beta2**step) ** 0.5)
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_addcdiv_(params, first, denominator, -lr / (1 - beta1**step))

@@ -1,0 +1,167 @@
+"""Who is where: one process group per kind of parallelism, over torch.distributed and mcore's parallel_state."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.megatron import host
+from gipo_megatron.types import Parallel
+
+
+@dataclass(frozen=True)
+class DataParallelGroup:
+    """The replicas of the model (roles.DataParallel). Sums keep the tensor's dtype and device."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+    device: torch.device
+
+    def _reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.size == 1:
+            return x
+        y = x.detach().to(self.device, copy=True).contiguous()
+        dist.all_reduce(y, op=op, group=self.group)
+        return y.to(x.device)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the tensor × pipeline × data grid. Ranks run tensor first, then data, then pipeline.
+
+    A replica is the tensor × pipeline ranks that hold one copy of the model; its ranks all see the same batch.
+    """
+
+    parallel: Parallel
+    device: torch.device
+    rank: int
+    world: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_parallel: DataParallelGroup
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup  # the replica
+    last_stage_rank: int  # global rank of this rank's pipeline's last stage
+
+    @staticmethod
+    def create(parallel: Parallel, seed: int = 0) -> Mesh:
+        """Start torch.distributed if need be (torchrun's environment, or one plain process), then mcore's groups and seeds.
+
+        May be called again in the same world with other sizes: the groups are made anew.
+        Raises UserError when the world does not factor.
+        """
+        host.install()
+        device = _device()
+        world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+        check_factors(parallel, world)
+        if not dist.is_initialized():
+            _start(device)
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        )
+        _seed(seed)
+        data = parallel_state.get_data_parallel_group()
+        return Mesh(
+            parallel=parallel,
+            device=device,
+            rank=dist.get_rank(),
+            world=world,
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tensor_size=parallel.tensor,
+            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            pipeline_size=parallel.pipeline,
+            data_parallel=DataParallelGroup(dist.get_rank(data), dist.get_world_size(data), data, device),
+            tensor_group=parallel_state.get_tensor_model_parallel_group(),
+            pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+            model_group=parallel_state.get_model_parallel_group(),
+            last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
+        )
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 of the world: the one that writes and prints."""
+        return self.rank == 0
+
+    def broadcast_from_last_stage(self, x: Tensor) -> Tensor:
+        """Overwrite `x` (same shape and dtype on every stage) with the last stage's, in place."""
+        if self.pipeline_size > 1:
+            dist.broadcast(x, src=self.last_stage_rank, group=self.pipeline_group)
+        return x
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the groups; torch.distributed too. Nothing of this mesh may be used afterwards."""
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_factors(parallel: Parallel, world: int) -> None:
+    """Raises UserError naming every factor when the sizes make no grid of `world` ranks."""
+    sizes = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data ?"
+    if min(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline) < 1:
+        raise UserError(f"a parallel size is below 1: {sizes}, virtual_pipeline {parallel.virtual_pipeline}", where="parallel", fix="use 1")
+    if world % parallel.model:
+        multiple = f"start a multiple of {parallel.model} processes, or change parallel.tensor or parallel.pipeline"
+        raise UserError(f"{sizes} ≠ world {world}", where="parallel", fix=multiple)
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise UserError(
+            f"virtual_pipeline {parallel.virtual_pipeline} splits pipeline stages, but pipeline is 1",
+            where="parallel.virtual_pipeline",
+            fix="set parallel.pipeline above 1, or parallel.virtual_pipeline to 1",
+        )
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _start(device: torch.device) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _seed(seed: int) -> None:
+    """mcore's trackers. On a host they live in torch's one global generator, which is put back: nothing here draws from it."""
+    before = torch.default_generator.get_state()
+    model_parallel_cuda_manual_seed(seed)
+    torch.default_generator.set_state(before)

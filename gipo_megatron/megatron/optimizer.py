@@ -1,0 +1,107 @@
+"""mcore's distributed Adam over DDP-wrapped chunks, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from gipo_megatron.megatron import host
+from gipo_megatron.types import Optimisation, Precision
+
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclass
+class LearningRate:
+    """lr(k) = lr · min(1, (k + 1) / warmup) before the decay; after the warm-up, with u = progress from 0 to 1 at `total_steps`:
+
+    constant: lr;  cosine: lr (0.1 + 0.9 (1 + cos πu) / 2);  linear: lr (1 - u).   k counts steps that were taken.
+
+    Raises ValueError for an unknown schedule, or a decay without `total_steps` beyond the warm-up.
+    """
+
+    optimisation: Optimisation
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        o = self.optimisation
+        if o.schedule not in SCHEDULES:
+            raise ValueError(f"unknown learning rate schedule {o.schedule!r}; one of {', '.join(SCHEDULES)}")
+        if o.schedule != "constant" and o.total_steps <= o.warmup_steps:
+            raise ValueError(f"a {o.schedule} schedule needs total_steps ({o.total_steps}) > warmup_steps ({o.warmup_steps})")
+
+    @property
+    def scale(self) -> float:
+        """The share of lr that the next step uses."""
+        o = self.optimisation
+        if self.steps < o.warmup_steps:
+            return (self.steps + 1) / o.warmup_steps
+        if o.schedule == "constant":
+            return 1.0
+        done = min(1.0, (self.steps - o.warmup_steps) / (o.total_steps - o.warmup_steps))
+        return 1.0 - done if o.schedule == "linear" else 0.1 + 0.9 * (1.0 + math.cos(math.pi * done)) / 2.0
+
+    @property
+    def value(self) -> float:
+        return self.optimisation.lr * self.scale
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = int(state["steps"])
+
+
+def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
+    """mcore's DDP around each chunk: flat fp32 gradient buffers, *summed* over data parallel ranks, sharded by the distributed optimizer."""
+    config = chunks[0].config
+    config.calculate_per_token_loss = True  # DDP then sums; nothing but our own count divides
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False)
+    with host.host_mode():
+        # only the first chunk buckets, as in Megatron-LM: later chunks' reductions overlap with other work anyway
+        return [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+
+
+def build_optimizer(wrapped: list[DistributedDataParallel], optimisation: Optimisation, precision: Precision) -> MegatronOptimizer:
+    """Adam with fp32 master weights, its state sharded over the data parallel group."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optimisation.lr,
+        min_lr=0.0,
+        weight_decay=optimisation.weight_decay,
+        adam_beta1=optimisation.beta1,
+        adam_beta2=optimisation.beta2,
+        adam_eps=optimisation.eps,
+        bf16=precision.dtype == "bf16",
+        params_dtype=torch.bfloat16 if precision.dtype == "bf16" else torch.float32,
+        use_distributed_optimizer=True,
+        clip_grad=optimisation.clip_grad,
+    )
+    with host.host_mode():
+        return get_megatron_optimizer(config, wrapped)
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The norm of the whole model's gradient, equal on every rank; readies the gradients for `clipped_step`."""
+    with host.host_mode():
+        optimizer.prepare_grads()
+        return float(optimizer.get_grad_norm())
+
+
+def clipped_step(optimizer: MegatronOptimizer, norm: float, clip: float, lr: float) -> None:
+    """One step on g · min(1, clip / norm); clip 0 is off. After `gradient_norm`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    with host.host_mode():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if clip > 0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, clip, norm)
+        optimizer.step_with_ready_grads()

@@ -1,0 +1,106 @@
+"""The arithmetic of drawing one token: no model, no collectives, no state.
+
+Noise is one uniform per (seed, step, sample_id, position) from a counter-based generator (Philox), so a row's response depends
+neither on the rows beside it nor on the rank that draws it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.types import Sampling
+
+_WORD = 2**64 - 1
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises UserError naming every field that is out of range."""
+    problems = []
+    if sampling.max_response < 1:
+        problems.append(f"max_response {sampling.max_response} < 1")
+    if sampling.temperature < 0:
+        problems.append(f"temperature {sampling.temperature} < 0 (0 is greedy)")
+    if sampling.top_k < 0:
+        problems.append(f"top_k {sampling.top_k} < 0 (0 is off)")
+    if not 0 < sampling.top_p <= 1:
+        problems.append(f"top_p {sampling.top_p} is not in (0, 1] (1 is off)")
+    if sampling.repetition_penalty <= 0:
+        problems.append(f"repetition_penalty {sampling.repetition_penalty} <= 0 (1 is off)")
+    if problems:
+        raise UserError(
+            "sampling: " + "; ".join(problems), where="the rollout's or the evaluation's sampling keys", fix="bring each into its range"
+        )
+
+
+def uniforms(sampling: Sampling, sample_id: Tensor) -> Tensor:
+    """U[0, 1) float64 [B, max_response] on the host; row b is Philox(key=(seed, step), counter=(0, 0, sample_id[b], 0)).
+
+    A shorter max_response gives a prefix of the longer one's noise.
+    """
+    noise = np.empty((len(sample_id), sampling.max_response))
+    for row, sample in zip(noise, sample_id.tolist(), strict=True):
+        key = np.array([sampling.seed & _WORD, sampling.step & _WORD], dtype=np.uint64)
+        counter = np.array([0, 0, sample & _WORD, 0], dtype=np.uint64)
+        np.random.Generator(np.random.Philox(key=key, counter=counter)).random(out=row)
+    return torch.from_numpy(noise)
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Repetition penalty: x / penalty if x > 0 else x * penalty, where `seen` (bool [b, V]). Source: CTRL (Keskar et al. 2019), as in HF."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """-inf outside the top-k tokens (ties with the k-th stay), then outside the smallest set whose probability reaches top_p. [b, V]
+
+    Among equal logits at top-p's border the lower token ids stay, so the result does not depend on the sort.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p < 1:
+        ordered, index = logits.sort(descending=True, stable=True)
+        probs = ordered.double().softmax(-1)
+        outside = probs.cumsum(-1) - probs >= top_p  # the mass before a token already suffices; never true of the first one
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter_(1, index, outside), float("-inf"))
+    return logits
+
+
+def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse CDF: the first token whose cumulative softmax exceeds `uniform` [b]; and logsumexp [b] of the float32 logits [b, V].
+
+    A token of probability 0 is never drawn. Float64 sums, so that layouts which differ in the last bit of a logit agree on the token.
+    """
+    peak = logits.amax(-1, keepdim=True)
+    mass = (logits - peak).exp_().cumsum(-1, dtype=torch.float64)
+    total = mass[:, -1]
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    tokens = torch.searchsorted(mass, target[:, None], right=True)[:, 0]
+    return tokens, peak[:, 0] + total.log().to(logits.dtype)
+
+
+def pick(logits: Tensor, sampling: Sampling, uniform: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens [b] (-1 where the logits are not finite) and their log-probs [b].
+
+    Order as in Hugging Face: repetition penalty, temperature, top-k, top-p. The log-prob is under softmax(logits / temperature)
+    (temperature 1 when greedy) before penalty and truncation: what the training forward recomputes. `seen` bool [b, V] is
+    needed only with a repetition penalty.
+    """
+    logits = logits.float()
+    if sampling.temperature not in (0, 1):
+        logits = logits / sampling.temperature
+    scores = logits
+    if sampling.repetition_penalty != 1:
+        assert seen is not None
+        scores = penalise(logits, seen, sampling.repetition_penalty)  # scales logits, so it commutes with the temperature
+    if sampling.temperature == 0:
+        tokens, logsumexp = scores.argmax(-1), logits.logsumexp(-1)
+    else:
+        scores = truncate(scores, sampling.top_k, sampling.top_p)
+        tokens, logsumexp = draw(scores, uniform)
+        if scores is not logits:
+            logsumexp = logits.logsumexp(-1)
+    tokens = torch.where(logsumexp.isfinite(), tokens, -1)
+    return tokens, logits.gather(1, tokens.clamp(min=0)[:, None])[:, 0] - logsumexp

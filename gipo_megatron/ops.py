@@ -1,0 +1,135 @@
+"""Pure arithmetic: tensors in, tensors out. No configuration, no collectives: a global sum is passed in as `reduce`.
+
+B sequences, T tokens, M groups, N sequences in the global batch. Equation numbers refer to docs/algorithm.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]  # sum over data parallel replicas
+
+# --------------------------------------------------------------------------------------------- tokens
+
+
+def sequence_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """sum_t mask x: [B, T] -> [B]."""
+    return torch.where(mask, x, 0.0).sum(1)
+
+
+def add_on_last_token(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    """x with value[b] [B] added at the last masked token of row b (nowhere in a row without one). [B, T]"""
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return x + torch.where(last, value[:, None], 0.0)
+
+
+def whiten(x: Tensor, mask: Tensor, reduce: Reduce, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over all masked entries of the global batch, population variance; zero outside the mask. [B, T]"""
+    kept = x[mask].double()
+    count, total = reduce(torch.stack([torch.ones_like(kept).sum(), kept.sum()]))
+    mean = total / count.clamp(min=1)
+    var = reduce((kept - mean).square().sum().reshape(1))[0] / count.clamp(min=1)
+    return torch.where(mask, (x - mean) * torch.rsqrt(var + eps), 0.0).to(x.dtype)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation; the state after the last response token is worth 0, also when truncated. All [B, T].
+
+    delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1},   return_t = A_t + V_t.   (Schulman et al. 2016)
+    """
+    m = mask.to(values.dtype)
+    values, rewards = values * m, rewards * m
+    advantages = torch.zeros_like(values)
+    next_value = torch.zeros_like(values[:, 0])
+    next_advantage = torch.zeros_like(next_value)
+    for t in range(values.shape[1] - 1, -1, -1):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = m[:, t] * (delta + gamma * lam * next_advantage)
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, advantages + values
+
+
+def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
+    """Per-token estimate of KL(pi || ref) from tokens drawn from pi. [B, T]
+
+    k1 = log pi - log ref,   k2 = k1^2 / 2,   k3 = exp(-k1) - 1 + k1.   (Schulman, "Approximating KL divergence", 2020)
+    """
+    k1 = logprobs - reference
+    if kind == "k1":
+        return k1
+    if kind == "k2":
+        return k1.square() / 2
+    if kind == "k3":
+        return torch.expm1(-k1) + k1
+    raise ValueError(f"unknown KL estimator {kind!r}; there are k1, k2, k3")
+
+
+def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """PPO's loss per token: max(-rho A, -clip(rho, 1 - eps, 1 + eps) A), rho = exp(logprobs - old_logprobs). [B, T]
+
+    The trajectory weight is already inside A, so that for w < 0 the clip stays pessimistic (algorithm.md 5.8).
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    return torch.maximum(-ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """max((V - R)^2, (V_old + clip(V - V_old, +-eps) - R)^2) / 2 per token. [B, T]"""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+
+
+# --------------------------------------------------------------------------------------------- groups
+
+
+def group_sums(probs: Tensor, sample_returns: Tensor) -> Tensor:
+    """[2M + 2] sums over this replica's rows, float64: sum_i p_ig, sum_i p_ig G_i, N, sum_i G_i."""
+    p, g = probs.double(), sample_returns.double()
+    return torch.cat([p.sum(0), (p * g[:, None]).sum(0), g.new_tensor([float(len(g))]), g.sum().reshape(1)])
+
+
+def group_returns(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(R_g [M], m_g [M], R_all, N) from the global `group_sums`; m_g is floored at 1e-6 N, so an empty group is finite."""
+    groups = (len(sums) - 2) // 2
+    count = int(sums[-2].item())
+    masses = sums[:groups].clamp(min=1e-6 * count)
+    return sums[groups : 2 * groups] / masses, masses, sums[-1] / count, count
+
+
+def group_variance(returns: Tensor, shares: Tensor, mean_return: Tensor, kind: str) -> Tensor:
+    """R_var: uniform = (1/M) sum_g (R_g - mean_g R_g)^2; mass = sum_g rho_g (R_g - R_all)^2."""
+    if kind == "uniform":
+        return (returns - returns.mean()).square().mean()
+    if kind == "mass":
+        return (shares * (returns - mean_return).square()).sum()
+    raise ValueError(f"unknown variance {kind!r}; there are mass and uniform")
+
+
+def group_coefficients(sample_returns: Tensor, returns: Tensor, masses: Tensor, count: int, kind: str) -> Tensor:
+    """c_ig = N dR_var / dp_ig, up to a constant per i that a softmax ignores. [B, M]
+
+    uniform: N (2/M) (R_g - mean_g R_g) (G_i - R_g) / m_g          mass: G_i^2 - (G_i - R_g)^2
+    """
+    g = sample_returns.to(returns.dtype)[:, None]
+    if kind == "uniform":
+        return count * (2 / len(returns)) * (returns - returns.mean()) * (g - returns) / masses
+    if kind == "mass":
+        return g.square() - (g - returns).square()
+    raise ValueError(f"unknown variance {kind!r}; there are mass and uniform")
+
+
+def group_weights(probs: Tensor, returns: Tensor, shares: Tensor, mean_return: Tensor, beta: float, kind: str) -> Tensor:
+    """w_i = 1 - beta dR_var/dJ_i N: stage 2 is PPO on w_i A_t; mean w = 1. [B]
+
+    uniform: 1 - beta (2/M) sum_g (R_g - mean_g R_g) p_ig / rho_g          mass: 1 - 2 beta sum_g p_ig (R_g - R_all)
+    """
+    p = probs.to(returns.dtype)
+    if kind == "uniform":
+        return 1 - beta * (2 / len(returns)) * (p * ((returns - returns.mean()) / shares)).sum(1)
+    if kind == "mass":
+        return 1 - 2 * beta * (p * (returns - mean_return)).sum(1)
+    raise ValueError(f"unknown variance {kind!r}; there are mass and uniform")

@@ -1,0 +1,64 @@
+"""What is wrong with a recipe: every problem at once, each with its key, its file and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from gipo_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Problem:
+    key: str  # dotted; empty when the problem is a whole file or the command line
+    what: str
+    where: str = ""  # file:line or "command line"
+    fix: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.key}: {self.what}" if self.key else self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
+        return "\n".join(lines)
+
+
+class RecipeErrors(UserError):
+    """All problems of one recipe."""
+
+    def __init__(self, recipe: str, problems: Sequence[Problem]) -> None:
+        self.recipe, self.problems = recipe, tuple(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{recipe}: {count}")
+
+    def __str__(self) -> str:
+        return "\n".join([self.what, *(str(p) for p in self.problems)])
+
+
+def suggest(word: str, options: Iterable[str]) -> str:
+    """`did you mean X?`, or what there is."""
+    known = sorted(set(options))
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"known here: {', '.join(known)}" if known else ""
+
+
+def fail(error: UserError, patience: float = 10.0) -> NoReturn:
+    """Print `error` once and leave with exit code 2; under torchrun rank 0 prints and every rank exits 2.
+
+    torchrun ends all ranks as soon as one is gone, so the others give rank 0 up to `patience` seconds to be the first.
+    """
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(error, file=sys.stderr, flush=True)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+        time.sleep(patience)
+    raise SystemExit(2)

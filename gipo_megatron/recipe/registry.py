@@ -1,0 +1,105 @@
+"""Components by slot and name. A component is a dataclass; its fields are its recipe keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """`Annotated[float, Range(0, 1)]`: low <= value <= high; with `open`, low < value."""
+
+    low: float | None = None
+    high: float | None = None
+    open: bool = False
+
+    def refuse(self, value: Any) -> str:
+        """Why `value` is out of range; empty when it is not."""
+        if self.low is not None and (value <= self.low if self.open else value < self.low):
+            return f"{value!r} must be {'above' if self.open else 'at least'} {self.low:g}"
+        return f"{value!r} must be at most {self.high:g}" if self.high is not None and value > self.high else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """`Annotated[str, OneOf("mass", "uniform")]`"""
+
+    options: tuple[str, ...]
+
+    def __init__(self, *options: str) -> None:
+        object.__setattr__(self, "options", options)
+
+    def refuse(self, value: Any) -> str:
+        return "" if value in self.options else f"{value!r} is not one of {', '.join(self.options)}"
+
+
+SLOTS = ("algorithm", "rollout", "reward", "group_classifier", "variance_regulariser", "kl_controller", "advantage", "judge")
+
+_registry: dict[tuple[str, str], type] = {}
+
+
+def register(slot: str, name: str) -> Callable[[type[C]], type[C]]:
+    """Decorate a dataclass: `slot: {name: NAME, …}` in a recipe builds it from its fields.
+
+    Raises ValueError for an unknown slot or a name that is taken.
+    """
+
+    def add(cls: type[C]) -> type[C]:
+        if slot not in SLOTS:
+            raise ValueError(f"unknown slot {slot!r} for {cls.__name__}; slots are {', '.join(SLOTS)}")
+        if _registry.setdefault((slot, name), cls) is not cls:
+            raise ValueError(f"{slot} {name!r} is taken by {_registry[slot, name].__module__}.{_registry[slot, name].__name__}")
+        return cls
+
+    return add
+
+
+def from_runtime(name: str) -> Any:
+    """A field that is no recipe key: the runner hands the object called `name` to the component."""
+    return dataclasses.field(default=None, metadata={"runtime": name}, repr=False)
+
+
+def component(slot: str, default: str) -> Any:
+    """A field that holds a component of `slot`; its recipe block is {name: …, keys …}."""
+    return dataclasses.field(default=None, metadata={"slot": slot, "default": default})
+
+
+def names(slot: str) -> list[str]:
+    return sorted(name for s, name in _registry if s == slot)
+
+
+def lookup(slot: str, name: str) -> type | None:
+    return _registry.get((slot, name))
+
+
+def recipe_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    """The fields a recipe may set (plain keys, not nested components and not runtime objects)."""
+    return [f for f in dataclasses.fields(cls) if f.init and not f.metadata]
+
+
+def component_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(cls) if "slot" in f.metadata]
+
+
+def runtime_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(cls) if "runtime" in f.metadata]
+
+
+def build(slot: str, block: Mapping[str, Any], runtime: Mapping[str, Any]) -> Any:
+    """The component a (checked) recipe block describes, its nested components included.
+
+    Raises ValueError when the runtime lacks an object that the component asks for.
+    """
+    cls = _registry[slot, block["name"]]
+    arguments: dict[str, Any] = {f.name: block[f.name] for f in recipe_fields(cls) if f.name in block}
+    for f in runtime_fields(cls):
+        if f.metadata["runtime"] not in runtime:
+            raise ValueError(f"{slot} {block['name']!r} asks the runner for {f.metadata['runtime']!r}, which this recipe does not make")
+        arguments[f.name] = runtime[f.metadata["runtime"]]
+    for f in component_fields(cls):
+        arguments[f.name] = build(f.metadata["slot"], block.get(f.name) or {"name": f.metadata["default"]}, runtime)
+    return cls(**arguments)

@@ -1,0 +1,81 @@
+"""The roles an algorithm talks to. Where a model's layers live, and how it is split, is the role's private business."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gipo_megatron.types import BatchLoss, CriticOutput, Prompts, Rollout, Rows, Sampling, TokenStats, Update
+
+
+class Trainable(Protocol):
+    def update(self, *parts: tuple[Rows, BatchLoss]) -> Update:
+        """Exactly one optimizer step on the sum of all parts' terms, each divided by its global unit count."""
+        ...
+
+
+class Actor(Trainable, Protocol):
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout: ...
+
+    def logprobs(self, batch: Rows, entropy: bool = False) -> TokenStats: ...
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) pairs, for export and for external rollout engines."""
+        ...
+
+
+class Reference(Protocol):
+    def logprobs(self, batch: Rows) -> TokenStats: ...
+
+
+class Critic(Trainable, Protocol):
+    def evaluate(self, batch: Rows) -> CriticOutput: ...
+
+
+class RewardModel(Trainable, Protocol):
+    def score(self, batch: Rows) -> Tensor:
+        """[B], read at each sequence's last token."""
+        ...
+
+
+class DataParallel(Protocol):
+    """The replicas. Global row i of a batch is row i // size of replica i % size."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def sum(self, x: Tensor) -> Tensor: ...
+
+    def max(self, x: Tensor) -> Tensor: ...
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class SingleReplica:
+    """Data parallel of size one: every reduction is the identity."""
+
+    rank = 0
+    size = 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        return x
+
+
+def gather_rows(x: Tensor, dp: DataParallel) -> Tensor:
+    """[b] of every replica -> [N] in global order (row i of replica r is global row i * size + r). Needs equal b everywhere."""
+    whole = torch.zeros(len(x), dp.size, dtype=torch.float64, device=x.device)
+    whole[:, dp.rank] = x.double()
+    return dp.sum(whole).flatten()

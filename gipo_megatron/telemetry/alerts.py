@@ -1,0 +1,107 @@
+"""What a person watching the run should be told, with the number, the threshold and what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BASELINE_STEPS = 10
+ALWAYS_FINITE = ("loss", "grad_norm", "score_mean", "ratio_max", "step_seconds")  # others may be NaN for a reason (a correlation of constants)
+
+
+@dataclass
+class Alerts:
+    """The recipe's `alerts:` block. Each alert is raised once as it begins, and again only after it has cleared."""
+
+    mass_min: float = 0.05  # groups/mass_min below this: the groups have collapsed
+    response_split: float = 0.8  # groups/response_split (an AUC) above this: groups are "good or bad response", not easy or hard prompt
+    kl_above: float | None = 50.0  # kl/mean, nats per response; null: off
+    length_drift: float = 2.0  # rollout/length_mean grew or shrank by this factor since the run's first steps
+    repetition: float = 0.5  # share of responses that equal another one (1 - rollout/distinct), or of repeated n-grams (rollout/repetition), above this
+    non_finite: bool = True  # any infinity, or NaN in a loss, gradient norm, score or KL
+
+    raised: dict[str, bool] = field(default_factory=dict, init=False, repr=False, metadata={"state": True})
+    lengths: list[float] = field(default_factory=list, init=False, repr=False, metadata={"state": True})
+
+    def check(self, values: Mapping[str, float], step: int) -> list[str]:
+        """Alerts that begin with this step's values: metric, value, threshold, what to do. A metric that is absent or NaN changes nothing."""
+        begun = []
+        for key, active, message in self._conditions(values):
+            if active and not self.raised.get(key, False):
+                begun.append(f"step {step}: {message}")
+            self.raised[key] = active
+        return begun
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"raised": dict(self.raised), "lengths": list(self.lengths)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.raised, self.lengths = dict(state["raised"]), list(state["lengths"])
+
+    def _conditions(self, values: Mapping[str, float]) -> Iterator[tuple[str, bool, str]]:
+        if self.non_finite:
+            bad = sorted(name for name, value in values.items() if _is_bad(name, value))
+            listed = ", ".join(f"{name} = {values[name]}" for name in bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+            yield "non_finite", bool(bad), f"not finite: {listed}; lower the learning rate, or look at the step's samples for broken rows"
+
+        if (mass := _finite(values, "groups/mass_min")) is not None:
+            yield (
+                "mass_min",
+                mass < self.mass_min,
+                f"groups/mass_min = {mass:.3g} < {self.mass_min:g}: a group has collapsed; lower group_classifier.lr, "
+                "or use group_classifier.variance=mass",
+            )
+        if (auc := _finite(values, "groups/response_split")) is not None:
+            yield (
+                "response_split",
+                auc > self.response_split,
+                f"groups/response_split = {auc:.3g} > {self.response_split:g}: within a prompt the groups follow the response's score, "
+                "not the prompt's difficulty; use group_classifier.input=prompt",
+            )
+        if self.kl_above is not None and (kl := _finite(values, "kl/mean")) is not None:
+            yield (
+                "kl_above",
+                kl > self.kl_above,
+                f"kl/mean = {kl:.3g} > {self.kl_above:g} nats per response: the policy is leaving the reference; "
+                "raise kl_controller.eta, lower models.actor.lr, or stop earlier",
+            )
+        yield from self._length(values)
+        for name in ("rollout/distinct", "rollout/repetition"):
+            if (value := _finite(values, name)) is not None:
+                repeated = 1 - value if name == "rollout/distinct" else value
+                yield (
+                    name,
+                    repeated > self.repetition,
+                    f"{name} = {value:.3g}, repeated share {repeated:.3g} > {self.repetition:g}: responses repeat themselves; "
+                    "read samples.jsonl, raise kl_controller.eta or stop earlier",
+                )
+
+    def _length(self, values: Mapping[str, float]) -> Iterator[tuple[str, bool, str]]:
+        if (length := _finite(values, "rollout/length_mean")) is None:
+            return
+        if len(self.lengths) < BASELINE_STEPS:
+            self.lengths.append(length)
+            return
+        start = sum(self.lengths) / len(self.lengths)
+        drifted = length > start * self.length_drift or length < start / self.length_drift
+        yield (
+            "length_drift",
+            drifted,
+            f"rollout/length_mean = {length:.4g}, was {start:.4g} over the first {BASELINE_STEPS} steps (allowed factor {self.length_drift:g}): "
+            "look at groups/high_corr_length and samples.jsonl; a length penalty in algorithm.reward helps if the reward model likes length",
+        )
+
+
+def _finite(values: Mapping[str, float], name: str) -> float | None:
+    value = values.get(name)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _is_bad(name: str, value: float) -> bool:
+    if name == "reward/non_finite":
+        return value != 0
+    if math.isnan(value):
+        return name == "kl/mean" or (not name.startswith(("groups/", "source/")) and name.rsplit("/", 1)[-1] in ALWAYS_FINITE)
+    return math.isinf(value)

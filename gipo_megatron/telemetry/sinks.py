@@ -1,0 +1,243 @@
+"""Where numbers go: files, TensorBoard, Weights & Biases, the terminal. Only rank 0 has sinks."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.telemetry.console import Console, LogFile
+
+LOGGERS = ("console", "jsonl", "tensorboard", "wandb")
+TEXT_SAMPLES = 4  # samples a step shown in TensorBoard and W&B; samples.jsonl has all
+
+
+class Sink(Protocol):
+    """One destination. `resume` comes before the first `log`; steps rise."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def alert(self, step: int, message: str) -> None: ...
+
+    def phase(self, name: str) -> None:
+        """The step's phase from now on; "" between phases."""
+        ...
+
+    def resume(self, step: int) -> None:
+        """Continue after `step`, the checkpoint's; whatever is there of later steps goes. 0: from the beginning, nothing stays."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def make_sinks(loggers: Sequence[str], run_dir: str | Path, total_steps: int, *, name: str = "", config: Mapping[str, Any] | None = None) -> list[Sink]:
+    """The sinks a recipe asks for in `run.loggers`. metrics.jsonl, samples.jsonl and log.txt are always written: reports read them.
+
+    `name` and `config` (the expanded recipe) are shown by W&B. Raises UserError for an unknown logger.
+    """
+    for logger in loggers:
+        if logger not in LOGGERS:
+            close = difflib.get_close_matches(logger, LOGGERS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UserError(f"unknown logger {logger!r}", where="run.loggers", fix=f"{hint}loggers are {', '.join(LOGGERS)}")
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    sinks: list[Sink] = [Jsonl(folder), LogFile(folder / "log.txt", total_steps)]
+    if "tensorboard" in loggers:
+        sinks.append(TensorBoard(folder / "tensorboard"))
+    if "wandb" in loggers:
+        sinks.append(Wandb(folder, name or folder.name, config or {}))
+    if "console" in loggers:
+        sinks.append(Console(total_steps, name or folder.name))
+    return sinks
+
+
+class Jsonl:
+    """metrics.jsonl (one object a step), samples.jsonl, alerts.jsonl; every row is flushed. Numbers that are not finite become null."""
+
+    FILES = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl")
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[str, TextIO] = {}
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._write("metrics.jsonl", [{"step": step, **values}])
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._write("samples.jsonl", [{"step": step, **row} for row in rows])
+
+    def alert(self, step: int, message: str) -> None:
+        self._write("alerts.jsonl", [{"step": step, "message": message}])
+
+    def phase(self, name: str) -> None:
+        pass
+
+    def resume(self, step: int) -> None:
+        self.close()
+        for name in self.FILES:
+            if (self._folder / name).exists():
+                _cut(self._folder / name, step)
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open = {}
+
+    def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        if name not in self._open:
+            self._open[name] = (self._folder / name).open("a", encoding="utf-8", newline="\n")
+        for row in rows:
+            self._open[name].write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+        self._open[name].flush()
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as None; text that is no Unicode (a lone surrogate) made printable."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _cut(path: Path, step: int) -> None:
+    """Keep rows of steps <= `step`; the file is replaced whole, never left half-written. A last line cut short by a kill goes.
+
+    Raises UserError for an unreadable line before the last.
+    """
+    lines = path.read_bytes().split(b"\n")
+    kept = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or step == 0:
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines):  # no newline after it: the write was interrupted
+                continue
+            raise UserError("cannot resume: not a JSON line", where=f"{path}:{number}", fix="delete that line, or move the file away") from None
+        if row["step"] <= step:
+            kept.append(line + b"\n")
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(kept))
+    os.replace(partial, path)
+
+
+class TensorBoard:
+    """Event files; after a resume TensorBoard hides what was written of later steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._purge: int | None = None
+        self._writer: Any = None
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._events().add_scalar(name, value, step)
+        self._events().flush()
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for i, row in enumerate(rows[:TEXT_SAMPLES]):
+            text = "\n\n".join(f"{key}: {value}" for key, value in row.items())
+            self._events().add_text(f"samples/{i}", "\n".join("    " + line for line in text.splitlines()), step)  # indented: shown as is
+
+    def alert(self, step: int, message: str) -> None:
+        self._events().add_text("alerts", message, step)
+
+    def phase(self, name: str) -> None:
+        pass
+
+    def resume(self, step: int) -> None:
+        self.close()
+        self._purge = step + 1
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _events(self) -> Any:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import: only those pay who use it
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
+        return self._writer
+
+
+class Wandb:
+    """Weights & Biases, all files inside the run folder. Never asks: without a login (or with WANDB_MODE=offline) it runs offline,
+    to be uploaded with `wandb sync --append`.
+
+    The run's id is kept in the folder and every row carries its step, so a resumed run continues its curves; rows that were logged
+    before are dropped by W&B.
+    """
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        self._folder, self._name, self._config = folder, name, config
+        self._run: Any = None
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._started().log(dict(values), step=step)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not rows:
+            return
+        import wandb
+
+        columns = list(rows[0])
+        table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows[:TEXT_SAMPLES]])
+        self._started().log({"samples": table}, step=step)
+
+    def alert(self, step: int, message: str) -> None:
+        run = self._started()
+        if run.settings.mode == "online":
+            run.alert(title=self._name, text=message)
+
+    def phase(self, name: str) -> None:
+        pass
+
+    def resume(self, step: int) -> None:
+        self.close()
+        if step == 0:  # another run from now on: W&B cannot take rows back
+            (self._folder / "wandb_id").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+    def _started(self) -> Any:
+        if self._run is None:
+            import wandb
+
+            identity = self._folder / "wandb_id"
+            known = identity.exists()
+            if not known:
+                identity.write_text(uuid.uuid4().hex[:12] + "\n")
+            mode = os.environ["WANDB_MODE"] if "WANDB_MODE" in os.environ else ("online" if wandb.login(prompt=False) else "offline")
+            if mode == "online" and not wandb.login(prompt=False):
+                raise UserError("W&B has no API key", where="WANDB_MODE=online", fix="run `wandb login` once, or set WANDB_MODE=offline")
+            self._run = wandb.init(
+                dir=str(self._folder),
+                project=os.environ.get("WANDB_PROJECT", "gipo"),
+                id=identity.read_text().strip(),
+                name=self._name,
+                config=dict(self._config),
+                mode=mode,  # type: ignore[arg-type]
+                resume="allow" if known and mode == "online" else None,
+                settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+            )
+        return self._run
