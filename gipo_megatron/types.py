@@ -202,6 +202,7 @@ class Groups:
     count: int  # N, sequences in the global batch
     high: int  # g_high of the iteration before
     std: float  # raw score units per unit of G
+    variance: str = "mass"  # mass | uniform: what R_var is, for both stages
 
     @property
     def shares(self) -> Tensor:
@@ -355,6 +356,8 @@ class StepResult:
     metrics: Metrics
     samples: list[dict[str, Any]] = field(default_factory=list)  # rows for samples.jsonl
     skipped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # role -> row ids
+    tokens: int = 0  # prompt + response tokens of this replica's rows
+    passes: int = 0  # forward passes over those tokens that the step's work is worth; a training pass is worth three
 
 
 # --------------------------------------------------------------------------------------------- how a model is made

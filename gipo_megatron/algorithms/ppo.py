@@ -119,7 +119,9 @@ class PPO:
             **prefixed("policy", policy_metrics),
             **self._observe(groups, scores, response_kl),
         }
-        return StepResult(metrics, ppo_metrics.sample_rows(rollout, scores, groups, weights, response_kl), skipped)
+        samples = ppo_metrics.sample_rows(rollout, scores, groups, weights, response_kl)
+        passes = 5 + 6 * self.epochs  # generation, actor, reference, critic, reward; two models trained
+        return StepResult(metrics, samples, skipped, int(rollout.lengths.sum()), passes)
 
     # ----------------------------------------------------------------------------------------- stage 1 and stage 2
 

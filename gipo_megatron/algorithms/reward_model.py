@@ -27,9 +27,11 @@ class RewardModelling:
     phase: Callable[[str], AbstractContextManager[None]] = from_runtime("phase")
 
     def step(self, step: int) -> StepResult:
+        batch = self.pairs(step)
         with self.phase("update"):
-            update = self.reward.update((self.pairs(step), self.loss))
-        return StepResult(prefixed("rm", update.metrics), skipped={} if update.skipped is None else {"reward": update.skipped})
+            update = self.reward.update((batch, self.loss))
+        skipped = {} if update.skipped is None else {"reward": update.skipped}
+        return StepResult(prefixed("rm", update.metrics), skipped=skipped, tokens=int(batch.sequences.lengths.sum()), passes=3)
 
     def loss(self, scores: Tensor, batch: Pairs) -> Loss:
         """scores [2b]: all chosen, then all rejected."""

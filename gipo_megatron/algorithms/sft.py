@@ -31,9 +31,11 @@ class SFT:
     phase: Callable[[str], AbstractContextManager[None]] = from_runtime("phase")
 
     def step(self, step: int) -> StepResult:
+        batch = self.examples(step)
         with self.phase("update"):
-            update = self.actor.update((self.examples(step), self.loss))
-        return StepResult(prefixed("sft", update.metrics), skipped={} if update.skipped is None else {"actor": update.skipped})
+            update = self.actor.update((batch, self.loss))
+        skipped = {} if update.skipped is None else {"actor": update.skipped}
+        return StepResult(prefixed("sft", update.metrics), skipped=skipped, tokens=int(batch.lengths.sum()), passes=3)
 
     def loss(self, output: TokenStats, batch: Sequences) -> Loss:
         nll = negative_log_likelihood(output, batch)

@@ -2,40 +2,216 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain, islice
 
+import torch
 from torch import Tensor
 
-from gipo_megatron.data.config import DataConfig
+from gipo_megatron.data.config import FORMATS, DataConfig
+from gipo_megatron.data.encoding import Encoded, Encoder
+from gipo_megatron.data.examples import KINDS, BadRow, Example, Tally
+from gipo_megatron.data.planted import planted_examples
+from gipo_megatron.data.schemas import Schema
+from gipo_megatron.data.sources import Part, open_parts
 from gipo_megatron.data.tokenizer import Tokenizer
+from gipo_megatron.errors import UserError
 from gipo_megatron.types import Pairs, Prompts, Sequences
+
+HEAD_ROWS = 100  # rows that settle a file's schema
 
 
 class Dataset:
-    """SIGNATURES FIRST (bodies follow). kind: what its rows can become: preference -> pairs, prompt -> prompts, sft -> examples."""
+    """Rows in a fixed order, tokenised when a batch asks for them.
 
-    kind: str
-    sources: tuple[str, ...]  # sorted
+    Training: position p = step * batch + j is row permutation_e[p mod N] of epoch e = p // N; global row j of a step is row
+    j // dp_size of replica j mod dp_size. Evaluation (`*_at`): the rows named, in their order; row counts are made equal over the
+    replicas by repeating the last row, and the returned `valid` (bool [B]) is False there.
+    """
 
-    def __len__(self) -> int: ...
+    def __init__(self, examples: Sequence[Example], encoder: Encoder, seed: int, kind: str, tally: Tally) -> None:
+        self.kind = kind  # prompt | sft | preference: preference -> pairs, sft -> examples, prompt -> prompts (which any kind gives)
+        self.rows = tuple(examples)
+        self.sources = tuple(sorted({example.source for example in self.rows}))
+        self._encoder, self._seed, self._tally = encoder, seed, tally
+        self._orders: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @property
-    def report(self) -> list[str]: ...  # lines: rows, drops by reason, truncations so far
+    def report(self) -> list[str]:
+        """Rows and drops by reason, rows a source, and what was cut in the batches so far."""
+        counts = {name: sum(example.source == name for example in self.rows) for name in self.sources}
+        return [*self._tally.lines(), *(f"source {name}: {count} rows" for name, count in counts.items()), *self._encoder.lines()]
 
     @property
-    def fingerprint(self) -> str: ...  # sha256 of the rows: a resumed run can tell that its data changed
+    def fingerprint(self) -> str:
+        """sha256 of the rows: a resumed run can tell that its data changed."""
+        digest = hashlib.sha256()
+        for example in self.rows:
+            digest.update(repr((example.style, example.prompt, example.responses, example.source)).encode())
+        return digest.hexdigest()
 
-    # training: global row i of step k is row i // dp_size of replica i % dp_size
-    def prompts(self, step: int, num_prompts: int, responses: int, dp_rank: int = 0, dp_size: int = 1) -> Prompts: ...
-    def pairs(self, step: int, batch: int, dp_rank: int = 0, dp_size: int = 1) -> Pairs: ...
-    def examples(self, step: int, batch: int, dp_rank: int = 0, dp_size: int = 1) -> Sequences: ...
+    # ----------------------------------------------------------------------------------------- training
 
-    # evaluation: the rows named, in order; row counts are made equal over replicas by repeating the last row, valid[i] is False there
-    def prompts_at(self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1) -> tuple[Prompts, Tensor]: ...
-    def pairs_at(self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1) -> tuple[Pairs, Tensor]: ...
-    def examples_at(self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1) -> tuple[Sequences, Tensor]: ...
+    def order(self, step: int, batch: int) -> list[int]:
+        """The dataset rows of the global batch `step`, [batch]."""
+        size = len(self.rows)
+        return [self._permutation(p // size)[p % size] for p in range(step * batch, (step + 1) * batch)]
+
+    def prompts(self, step: int, num_prompts: int, responses: int, dp_rank: int = 0, dp_size: int = 1) -> Prompts:
+        """This replica's share of num_prompts * responses rows; global row i is prompt i // responses."""
+        count = num_prompts * responses
+        order = self.order(step, num_prompts)
+        mine = _share(count, dp_rank, dp_size)
+        return self._prompts([order[i // responses] for i in mine], [step * count + i for i in mine])
+
+    def pairs(self, step: int, batch: int, dp_rank: int = 0, dp_size: int = 1) -> Pairs:
+        order = self.order(step, batch)
+        return self._pairs([order[i] for i in _share(batch, dp_rank, dp_size)])
+
+    def examples(self, step: int, batch: int, dp_rank: int = 0, dp_size: int = 1) -> Sequences:
+        order = self.order(step, batch)
+        return self._examples([order[i] for i in _share(batch, dp_rank, dp_size)])
+
+    # ----------------------------------------------------------------------------------------- evaluation
+
+    def prompts_at(self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1) -> tuple[Prompts, Tensor]:
+        """sample_id is the place in `indices`: sampling noise does not depend on the number of replicas."""
+        rows, places, valid = _padded(indices, dp_rank, dp_size)
+        return self._prompts(rows, places), valid
+
+    def pairs_at(self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1) -> tuple[Pairs, Tensor]:
+        rows, _, valid = _padded(indices, dp_rank, dp_size)
+        return self._pairs(rows), valid
+
+    def examples_at(self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1) -> tuple[Sequences, Tensor]:
+        rows, _, valid = _padded(indices, dp_rank, dp_size)
+        return self._examples(rows), valid
+
+    # ----------------------------------------------------------------------------------------- rows to tensors
+
+    def _prompts(self, rows: list[int], sample_ids: list[int]) -> Prompts:
+        encoded = {row: self._encoder.prompt(self.rows[row], row) for row in dict.fromkeys(rows)}
+        ids = [encoded[row][0] for row in rows]
+        return Prompts(
+            tokens=self._pad(ids),
+            lengths=torch.tensor([len(x) for x in ids]),
+            prompt_id=torch.tensor(rows),
+            sample_id=torch.tensor(sample_ids),
+            source=tuple(self.rows[row].source for row in rows),
+            extras=tuple({**self.rows[row].extras, "prompt": encoded[row][1]} for row in rows),
+        )
+
+    def _pairs(self, rows: list[int]) -> Pairs:
+        assert self.kind == "preference", f"pairs asked of {self.kind} rows"
+        halves = [[self._encoder.sequence(self.rows[row], row, half) for row in rows] for half in (0, 1)]
+        width = max(len(encoded.tokens) for half in halves for encoded in half)
+        chosen, rejected = (self._sequences(rows, half, width) for half in halves)
+        return Pairs(chosen, rejected, tuple(self.rows[row].source for row in rows))
+
+    def _examples(self, rows: list[int]) -> Sequences:
+        assert self.kind != "prompt", "responses asked of prompt rows"
+        encoded = [self._encoder.sequence(self.rows[row], row, 0) for row in rows]
+        return self._sequences(rows, encoded, max(len(x.tokens) for x in encoded))
+
+    def _sequences(self, rows: list[int], encoded: list[Encoded], width: int) -> Sequences:
+        lengths = torch.tensor([len(x.tokens) for x in encoded])
+        prompt_lengths = torch.tensor([x.prompt_length for x in encoded])
+        position = torch.arange(width)
+        mask = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
+        return Sequences(self._pad([x.tokens for x in encoded], width), mask, prompt_lengths, lengths, torch.tensor(rows))
+
+    def _pad(self, ids: list[list[int]], width: int = 0) -> Tensor:
+        width = max(width, max(len(x) for x in ids))
+        return torch.tensor([x + [self._encoder.tokenizer.pad_id] * (width - len(x)) for x in ids])
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            noise = torch.Generator().manual_seed(_seed(self._seed, epoch))
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}  # a batch spans at most a few epochs
+            self._orders[epoch] = torch.randperm(len(self.rows), generator=noise).tolist()
+        return self._orders[epoch]
 
 
 def load_data(config: DataConfig, tokenizer: Tokenizer, split: str, seed: int, kind: str) -> Dataset:
-    """split: train | test | all; kind: preference | prompt | sft. Prompts.extras[i]["prompt"] is the prompt's text. UserError otherwise."""
-    raise NotImplementedError
+    """The rows of `split` (train | test | all) as `kind` (prompt | sft | preference).
+
+    A preference source serves all three: its prompts, each once; its chosen responses. An sft source serves prompts too.
+    Raises UserError: a format that cannot serve the kind, what sources.py and schemas.py refuse, nothing left after the drops.
+    """
+    if config.format not in FORMATS:
+        raise UserError(f"unknown data.format {config.format!r}", where="data.format", fix=f"use {', '.join(FORMATS)}")
+    if config.format != "planted" and KINDS[config.format] < KINDS[kind]:
+        raise UserError(
+            f"data.format {config.format} has no {kind} rows", where="data.format", fix="give a source whose rows hold the responses"
+        )
+    tally, encoder = Tally(), Encoder(config, tokenizer)
+    if config.format == "planted":
+        examples = planted_examples(config.planted, split, kind)
+        tally.kept = len(examples)
+    else:
+        parts = open_parts(config.path, list(config.source), split)
+        examples = [example for part in parts for example in _read(part, config, split, kind, encoder, tally)]
+    if not examples:
+        raise UserError(f"no {split} rows left of {tally.read}", where=config.path, fix="; ".join(tally.lines()[1:]))
+    return Dataset(examples, encoder, seed, kind, tally)
+
+
+def _read(part: Part, config: DataConfig, split: str, kind: str, encoder: Encoder, tally: Tally) -> list[Example]:
+    """The clean rows of one source, each reason of a drop counted."""
+    kept: list[Example] = []
+    seen: set[object] = set()
+    rows = iter(part.rows)
+    head = list(islice(rows, HEAD_ROWS))
+    schema = Schema(config.format, config.columns, [row for _, row in head], part.source)
+    for where, row in chain(head, rows):
+        try:
+            example = schema.read(row, part.source, tally, where)
+            if not part.split and split != "all" and _held_out(example, config.held_out) != (split == "test"):
+                continue
+            encoder.check(example)
+            _once((example.prompt, example.responses), "duplicate row", seen)
+            if kind == "prompt":
+                _once(example.prompt, "prompt seen before", seen)
+        except BadRow as reason:
+            tally.drop(str(reason), where)
+            continue
+        tally.kept += 1
+        kept.append(replace(example, responses=example.responses[: KINDS[kind]]))
+    return kept
+
+
+def _once(key: object, reason: str, seen: set[object]) -> None:
+    if key in seen:
+        raise BadRow(reason)
+    seen.add(key)
+
+
+def _held_out(example: Example, share: float) -> bool:
+    """By the first turn, so that conversations which begin alike stay on one side."""
+    digest = hashlib.sha256(example.prompt[0].text.strip().encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _seed(seed: int, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"data order {seed} {epoch}".encode()).digest()[:8], "big") >> 1
+
+
+def _share(count: int, dp_rank: int, dp_size: int) -> range:
+    """The global rows of one replica. ValueError when they cannot be shared evenly."""
+    if count % dp_size:
+        raise ValueError(f"a batch of {count} cannot be shared by {dp_size} replicas")
+    return range(dp_rank, count, dp_size)
+
+
+def _padded(indices: Sequence[int], dp_rank: int, dp_size: int) -> tuple[list[int], list[int], Tensor]:
+    """(dataset rows, places in `indices`, valid) of one replica; past the end the last row is repeated."""
+    last = len(indices) - 1
+    per_replica = -(-len(indices) // dp_size)
+    places = [i * dp_size + dp_rank for i in range(per_replica)]
+    valid = torch.tensor([place <= last for place in places])
+    return [indices[min(place, last)] for place in places], places, valid

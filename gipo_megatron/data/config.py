@@ -29,7 +29,9 @@ class DataConfig:
     format: str = "preference"  # preference | prompt | sft | planted
     path: str = ""  # a folder, a file (.jsonl .json .csv .parquet, also .gz) or a hub name; unused by planted
     source: list[str] = field(default_factory=list)  # sub-folders (hub: configurations or folders) to read; [] = all
-    columns: dict[str, str] = field(default_factory=dict)  # our name -> the file's name; ours: prompt chosen rejected messages response source
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # our name -> the file's name; ours: prompt chosen rejected messages response source
     template: str = "auto"  # auto | chat (the tokenizer's) | hh | plain | chatml | a jinja chat template
     max_length: int = 2048  # tokens of prompt + response; a prompt gets what max_response leaves
     max_response: int = 512  # tokens of a response, its end-of-text token included

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily  # type: ignore[attr-defined]
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # optional accelerator packages that are not there

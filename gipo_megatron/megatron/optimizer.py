@@ -61,7 +61,7 @@ class LearningRate:
 
 
 def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
-    """mcore's DDP around each chunk: flat fp32 gradient buffers, *summed* over data parallel ranks, sharded by the distributed optimizer."""
+    """mcore's DDP around each chunk: flat fp32 gradient buffers, *summed* over the replicas, sharded by the distributed optimizer."""
     config = chunks[0].config
     config.calculate_per_token_loss = True  # DDP then sums; nothing but our own count divides
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False)

@@ -6,9 +6,11 @@ flat buffers, and a view of an emptied and refilled storage is valid again.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -62,7 +64,7 @@ class Residency:
     So several steps of one model in a row move nothing. weights: needed by every use; training: gradients and optimizer state.
     """
 
-    _awake: list[Residency] = []  # noqa: RUF012 - one per process: the device is the process's
+    _awake: ClassVar[weakref.WeakSet[Residency]] = weakref.WeakSet()  # one per process, as the device is
 
     def __init__(self, offload: str, weights: Shelf, training: tuple[Shelf, ...]) -> None:
         if offload not in ("none", "cpu"):
@@ -78,8 +80,7 @@ class Residency:
         if self.offload == "cpu":
             for other in [r for r in Residency._awake if r is not self and not r._users]:
                 other._park()
-            if self not in Residency._awake:
-                Residency._awake.append(self)
+            Residency._awake.add(self)
             for shelf in (self.weights, *(self.training if training else ())):
                 shelf.restore()
         self._users += 1
@@ -89,10 +90,9 @@ class Residency:
             self._users -= 1
 
     def _park(self) -> None:
-        for shelf in (*self.training, self.weights):
+        for shelf in (self.weights, *self.training):  # fp32 master weights are the weights themselves: parked, and restored, with them
             shelf.park()
-        if self in Residency._awake:
-            Residency._awake.remove(self)
+        Residency._awake.discard(self)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ def uniforms(sampling: Sampling, sample_id: Tensor) -> Tensor:
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Repetition penalty: x / penalty if x > 0 else x * penalty, where `seen` (bool [b, V]). Source: CTRL (Keskar et al. 2019), as in HF."""
+    """Repetition penalty: x / penalty if x > 0 else x * penalty, where `seen` (bool [b, V]). Source: CTRL (Keskar 2019), as in HF."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 

@@ -20,6 +20,7 @@ class Problem:
     what: str
     where: str = ""  # file:line or "command line"
     fix: str = ""
+    known: bool = True  # False: the value is absent or points at nothing, which is no problem for what nobody reads
 
     def __str__(self) -> str:
         lines = [f"{self.key}: {self.what}" if self.key else self.what]

@@ -29,7 +29,7 @@ class Block:
 
 
 Node = Leaf | Block
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,7 +84,7 @@ def parse_yaml(text: str, file: str) -> Block:
         ) from None
 
 
-def parse_value(text: str, path: Path, origin: str) -> Node:
+def parse_value(text: str, path: KeyPath, origin: str) -> Node:
     """The value of `key=text` on the command line; nothing after `=` is the empty string. Raises UserError."""
     if text == "":
         return Leaf("", origin)
@@ -96,7 +96,7 @@ def parse_value(text: str, path: Path, origin: str) -> Node:
         raise UserError(f"cannot read the value {text!r}", where=origin, fix="quote it: key='…'") from None
 
 
-def _tree(loader: _Loader, node: yaml.Node, file: str, path: Path, line_numbers: bool = True) -> Node:
+def _tree(loader: _Loader, node: yaml.Node, file: str, path: KeyPath, line_numbers: bool = True) -> Node:
     origin = f"{file}:{node.start_mark.line + 1}" if line_numbers else file
     if not isinstance(node, yaml.MappingNode):
         value = loader.construct_object(node, deep=True)
@@ -114,12 +114,12 @@ def _tree(loader: _Loader, node: yaml.Node, file: str, path: Path, line_numbers:
     return Block(children, origin)
 
 
-def is_slot(path: Path) -> bool:
+def is_slot(path: KeyPath) -> bool:
     """Whether a component sits at `path`: `algorithm` itself, and slots below it."""
     return bool(path) and path[0] == "algorithm" and path[-1] in SLOTS
 
 
-def merge(base: Block, child: Block, path: Path = ()) -> Block:
+def merge(base: Block, child: Block, path: KeyPath = ()) -> Block:
     """Both; the child wins. Below `algorithm`, a child that changes a block's `name` replaces the whole block."""
     merged = dict(base.children)
     for key, node in child.children.items():
@@ -131,7 +131,7 @@ def merge(base: Block, child: Block, path: Path = ()) -> Block:
     return Block(merged, child.origin)
 
 
-def _renamed(old: Block, new: Block, path: Path) -> bool:
+def _renamed(old: Block, new: Block, path: KeyPath) -> bool:
     before, after = old.children.get("name"), new.children.get("name")
     if path[0] != "algorithm" or not isinstance(after, Leaf):
         return False
@@ -145,7 +145,7 @@ def plain(node: Node) -> Any:
     return {key: plain(child) for key, child in node.children.items()}
 
 
-def leaves(node: Node, path: Path = ()) -> Iterator[tuple[Path, Leaf]]:
+def leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Leaf]]:
     """Every leaf with its path, in order."""
     if isinstance(node, Leaf):
         yield path, node

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import rich.console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -110,36 +111,35 @@ class LogFile:
 
 
 class Console:
-    """The terminal of rank 0: a bar with the phase, the time left and the key figures; plain lines when nobody watches live."""
+    """The terminal of rank 0: a bar with phase and time left over the key figures; plain lines when nobody watches live."""
 
     def __init__(self, total_steps: int, title: str, stream: TextIO | None = None, *, live: bool | None = None) -> None:
         self._total = total_steps
         self._pace = Pace(total_steps)
-        self._left = math.nan
         self._figures: dict[str, float] = {}  # last known: held-out figures stay between evaluations
         self._console = rich.console.Console(file=stream or sys.stdout, force_terminal=live, highlight=False, soft_wrap=True)
-        self._progress: Progress | None = None
+        self._live: Live | None = None
         if self._console.is_terminal:
-            columns = (
+            self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left {task.fields[left]}", markup=False),
-                TextColumn("{task.fields[phase]:<9}", style="cyan", markup=False),
-                TextColumn("{task.fields[figures]}", markup=False),
+                TextColumn("{task.fields[phase]}", style="cyan", markup=False),
+                console=self._console,
             )
-            self._progress = Progress(*columns, console=self._console, refresh_per_second=4)
-            self._task = self._progress.add_task(title, total=total_steps, left="-:--", phase="", figures="")
+            self._task = self._bar.add_task(title, total=total_steps, left="-:--", phase="")
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         left = self._pace.step(step)
-        if self._progress is None:
+        if self._live is None:
             self._console.print(Text(step_line(step, self._total, values, left)))
             return
         self._figures |= {name: values[name] for name in KEY_FIGURES if name in values}
-        self._progress.start()
-        self._progress.update(self._task, completed=step, left=duration(left), figures=key_figures(self._figures))
+        self._live.start()
+        self._bar.update(self._task, completed=step, left=duration(left))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         pass
@@ -148,17 +148,21 @@ class Console:
         self._console.print(Text(f"ALERT {message}", style="yellow"))
 
     def phase(self, name: str) -> None:
-        if self._progress is not None:
-            self._progress.start()
-            self._progress.update(self._task, phase=name)
+        if self._live is not None:
+            self._live.start()
+            self._bar.update(self._task, phase=name)
 
     def resume(self, step: int) -> None:
         self._pace.restart()
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+        if self._live is not None:
+            self._bar.update(self._task, completed=step)
         if step:
             self._console.print(Text(f"resumed after step {step}"))
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._live is not None:
+            self._bar.update(self._task, phase="")
+            self._live.stop()
+
+    def _render(self) -> rich.console.RenderableType:
+        return rich.console.Group(self._bar.get_renderable(), Text("  " + key_figures(self._figures), overflow="ellipsis", no_wrap=True))

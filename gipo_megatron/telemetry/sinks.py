@@ -38,7 +38,9 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def make_sinks(loggers: Sequence[str], run_dir: str | Path, total_steps: int, *, name: str = "", config: Mapping[str, Any] | None = None) -> list[Sink]:
+def make_sinks(
+    loggers: Sequence[str], run_dir: str | Path, total_steps: int, *, name: str = "", config: Mapping[str, Any] | None = None
+) -> list[Sink]:
     """The sinks a recipe asks for in `run.loggers`. metrics.jsonl, samples.jsonl and log.txt are always written: reports read them.
 
     `name` and `config` (the expanded recipe) are shown by W&B. Raises UserError for an unknown logger.
@@ -128,7 +130,9 @@ def _cut(path: Path, step: int) -> None:
         except ValueError:
             if number == len(lines):  # no newline after it: the write was interrupted
                 continue
-            raise UserError("cannot resume: not a JSON line", where=f"{path}:{number}", fix="delete that line, or move the file away") from None
+            raise UserError(
+                "cannot resume: not a JSON line", where=f"{path}:{number}", fix="delete that line, or move the file away"
+            ) from None
         if row["step"] <= step:
             kept.append(line + b"\n")
     partial = path.with_suffix(".partial")

@@ -1,0 +1,201 @@
+"""Rows of a file to Examples: standard and conversational columns (TRL's), HH transcripts, OpenAI's comparisons."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from gipo_megatron.data.config import COLUMNS
+from gipo_megatron.data.examples import BadRow, Example, Tally, Turn
+from gipo_megatron.errors import UserError
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HEADS = {"Human": "user", "Assistant": "assistant"}
+END_MARK = "<|endoftext|>"  # some files end their completions with it, as text
+ROLES = ("system", "user", "assistant")
+_HEAD = re.compile(r"\n\n(Human|Assistant):")
+
+
+class Schema:
+    """How one file's rows are read, settled once by its columns and first rows.
+
+    Raises UserError naming the columns found when one is missing.
+    """
+
+    def __init__(self, format: str, columns: dict[str, str], head: Sequence[dict[str, Any]], where: str) -> None:
+        for ours in columns:
+            if ours not in COLUMNS:
+                raise UserError(f"data.columns: {ours!r} is none of our names", where="data.columns", fix="use " + ", ".join(COLUMNS))
+        found = list(dict.fromkeys(name for row in head for name in row))
+        self.format, self.columns = format, columns
+        self.comparisons = format == "preference" and "chosen" not in columns and {"info", "summaries", "choice"} <= set(found)
+        self._name = {ours: columns.get(ours, ours) for ours in COLUMNS}
+        if "response" not in columns and "response" not in found and "completion" in found:
+            self._name["response"] = "completion"  # TRL's name for it
+        self._used = {*self._name.values(), "info", "summaries", "choice"}
+        self.has = {ours for ours in COLUMNS if self._name[ours] in found}
+        if not self.comparisons:
+            self._require(found, where)
+        self.transcripts = "prompt" not in self.has and any(is_transcript(row.get(self._name["chosen"])) for row in head)
+
+    def _require(self, found: list[str], where: str) -> None:
+        choices = {
+            "preference": [("chosen", "rejected")],
+            "prompt": [("prompt",), ("messages",)],
+            "sft": [("prompt", "response"), ("messages",)],
+        }[self.format]
+        missing = [ours for ours in self.columns if ours not in self.has]
+        if not missing and any(self.has.issuperset(choice) for choice in choices):
+            return
+        needs = " or ".join(" + ".join(self._name[ours] for ours in choice) for choice in choices)
+        what = f"data.format {self.format} needs the columns {needs}" + "".join(f"; no column {self._name[ours]!r}" for ours in missing)
+        example = f"{{{choices[0][-1]}: {found[-1] if found else 'NAME'}}}"
+        raise UserError(f"{what}; found: {', '.join(found)}", where=where, fix=f"map our names to yours, as in data.columns={example}")
+
+    def read(self, row: dict[str, Any], source: str, tally: Tally, where: str) -> Example:
+        """The row as an Example. Raises BadRow(reason)."""
+        if self.comparisons:
+            style, prompt, responses = _comparison(row)
+        elif self.format == "preference":
+            style, prompt, responses = self._preference(row)
+        else:
+            style, prompt, responses = self._single(row)
+        responses = tuple(_without_end_mark(text, tally, where) for text in responses)
+        _check(prompt, responses)
+        if "source" in self.columns:
+            source = str(row.get(self._name["source"]))
+        kept = {k: v for k, v in row.items() if k not in self._used and isinstance(v, str | int | float | bool)}
+        return Example(style, prompt, responses, source, kept)
+
+    def _preference(self, row: dict[str, Any]) -> tuple[str, tuple[Turn, ...], tuple[str, ...]]:
+        chosen, rejected = self._value(row, "chosen"), self._value(row, "rejected")
+        if "prompt" in self.has:
+            style, prompt = _prompt(self._value(row, "prompt"))
+            return style, prompt, (_response(chosen), _response(rejected))
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            (p, x), (q, y) = (split_transcript(chosen), split_transcript(rejected)) if self.transcripts else split_common(chosen, rejected)
+            if p != q:
+                raise BadRow("chosen and rejected have different prompts")
+            return ("transcript", transcript_turns(p), (x, y)) if self.transcripts else ("text", (Turn("text", p),), (x, y))
+        a, b = _messages(chosen), _messages(rejected)
+        if len(a) != len(b) or a[:-1] != b[:-1]:
+            raise BadRow("chosen and rejected have different prompts")
+        return "messages", a[:-1], (_reply(a[-1]), _reply(b[-1]))
+
+    def _single(self, row: dict[str, Any]) -> tuple[str, tuple[Turn, ...], tuple[str, ...]]:
+        if self.format == "sft" and {"prompt", "response"} <= self.has:
+            style, prompt = _prompt(self._value(row, "prompt"))
+            return style, prompt, (_response(self._value(row, "response")),)
+        if self.format == "prompt" and "prompt" in self.has:
+            style, prompt = _prompt(self._value(row, "prompt"))
+            return style, prompt, ()
+        turns = _messages(self._value(row, "messages"))
+        if self.format == "sft":
+            return "messages", turns[:-1], (_reply(turns[-1]),)
+        return "messages", turns[:-1] if turns[-1].role == "assistant" else turns, ()
+
+    def _value(self, row: dict[str, Any], ours: str) -> Any:
+        value = row.get(self._name[ours])
+        if not isinstance(value, str | list) or value == []:
+            raise BadRow(f"no value for {ours}")
+        return value
+
+
+def is_transcript(text: Any) -> bool:
+    return isinstance(text, str) and HUMAN in text and ASSISTANT in text
+
+
+def split_transcript(text: str) -> tuple[str, str]:
+    """(prompt up to and with the last `Assistant:`, response with its leading space). Raises BadRow."""
+    cut = text.rfind(ASSISTANT)
+    if cut < 0:
+        raise BadRow("no Assistant turn")
+    cut += len(ASSISTANT)
+    if HUMAN in text[cut:]:
+        raise BadRow("the last turn is the human's")
+    return text[:cut], text[cut:]
+
+
+def split_common(a: str, b: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Implicit prompt: what two strings begin with, cut back to before the last white space, so that no word is split."""
+    size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    while size and not a[size - 1].isspace():
+        size -= 1
+    size = len(a[:size].rstrip())
+    return (a[:size], a[size:]), (b[:size], b[size:])
+
+
+def transcript_turns(prompt: str) -> tuple[Turn, ...]:
+    """The turns of `…\\n\\nHuman: x\\n\\nAssistant:` without the open last head; text before the first head is a `text` turn."""
+    if not prompt.endswith(ASSISTANT):
+        raise BadRow("the prompt does not end in an open Assistant turn")
+    start, *rest = _HEAD.split(prompt[: -len(ASSISTANT)])
+    turns = [Turn("text", start)] if start else []
+    return (*turns, *(Turn(HEADS[head], text) for head, text in zip(rest[::2], rest[1::2], strict=True)))
+
+
+def _prompt(value: str | list[Any]) -> tuple[str, tuple[Turn, ...]]:
+    if isinstance(value, list):
+        return "messages", _messages(value)
+    if is_transcript(value):
+        return "transcript", transcript_turns(value.rstrip())
+    return "text", (Turn("text", value),)
+
+
+def _response(value: str | list[Any]) -> str:
+    if isinstance(value, str):
+        return value
+    turns = _messages(value)
+    if len(turns) != 1:
+        raise BadRow("a response of more than one turn")
+    return _reply(turns[0])
+
+
+def _messages(value: Any) -> tuple[Turn, ...]:
+    if not isinstance(value, list) or not value:
+        raise BadRow("not a list of messages")
+    turns = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise BadRow("a message without text content")
+        if message.get("role") not in ROLES:
+            raise BadRow("a role that is none of system, user, assistant")
+        turns.append(Turn(message["role"], message["content"]))
+    return tuple(turns)
+
+
+def _reply(turn: Turn) -> str:
+    if turn.role != "assistant":
+        raise BadRow("the last turn is not the assistant's")
+    return turn.text
+
+
+def _comparison(row: dict[str, Any]) -> tuple[str, tuple[Turn, ...], tuple[str, ...]]:
+    """OpenAI's summarize-from-feedback comparisons; the prompt as in its posts."""
+    try:
+        info, texts, choice = row["info"], [summary["text"] for summary in row["summaries"]], row["choice"]
+        prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
+        return "text", (Turn("text", prompt),), (texts[choice], texts[1 - choice])
+    except (KeyError, TypeError, IndexError) as error:
+        raise BadRow("a comparison without info, two summaries and a choice") from error
+
+
+def _without_end_mark(text: str, tally: Tally, where: str) -> str:
+    stripped = text.rstrip()
+    if not stripped.endswith(END_MARK):
+        return text
+    tally.change(f"a literal {END_MARK} at the end of a response was removed", where)
+    return stripped.removesuffix(END_MARK)
+
+
+def _check(prompt: tuple[Turn, ...], responses: tuple[str, ...]) -> None:
+    if any(not text.strip() for text in responses):
+        raise BadRow("empty response")
+    if len(responses) == 2 and responses[0].strip() == responses[1].strip():
+        raise BadRow("chosen equals rejected")
+    if not any(turn.role in ("user", "text") and turn.text.strip() for turn in prompt):
+        raise BadRow("no human turn")
+    for text in (*(turn.text for turn in prompt), *responses):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise BadRow("not valid Unicode (a lone surrogate)")

@@ -1,0 +1,106 @@
+"""Held-out evaluation during a run: one function per kind of model, each returning metrics under `eval/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gipo_megatron import ops
+from gipo_megatron.components.protocols import Reward
+from gipo_megatron.data.batching import Dataset
+from gipo_megatron.roles import Actor, DataParallel, Reference, RewardModel
+from gipo_megatron.types import Metric, Metrics, Sampling, merge_metrics
+
+
+@dataclass
+class HeldOut:
+    """The first `rows` held-out rows, in `batch`-row pieces (global counts). The last piece is padded with rows that do not count."""
+
+    data: Dataset
+    dp: DataParallel
+    rows: int
+    batch: int
+
+    def pieces(self, at: Callable[..., Any]) -> Iterator[tuple[Any, Tensor]]:
+        """(rows of this replica, float weights [b]: 0 for padding)."""
+        rows = min(self.rows, len(self.data))
+        for start in range(0, rows, self.batch):
+            piece, valid = at(range(start, min(start + self.batch, rows)), self.dp.rank, self.dp.size)
+            yield piece, valid.double()
+
+
+def evaluate_sft(actor: Actor, held_out: HeldOut) -> Metrics:
+    """eval/loss: nats per response token."""
+    metrics: Metrics = {}
+    for batch, valid in held_out.pieces(held_out.data.examples_at):
+        logprobs = actor.logprobs(batch).logprobs
+        weights = batch.mask.to(logprobs.device) * valid.to(logprobs.device)[:, None]
+        metrics = merge_metrics(metrics, {"eval/loss": Metric.mean(-logprobs, weights)})
+    return metrics
+
+
+def evaluate_reward_model(reward: RewardModel, held_out: HeldOut) -> Metrics:
+    """eval/{loss, accuracy, margin, pairs}: Bradley-Terry on held-back pairs."""
+    metrics: Metrics = {}
+    for batch, valid in held_out.pieces(held_out.data.pairs_at):
+        chosen, rejected = reward.score(batch).chunk(2)
+        margin, weights = chosen - rejected, valid.to(chosen.device)
+        new = {
+            "eval/loss": Metric.mean(-torch.nn.functional.logsigmoid(margin), weights),
+            "eval/accuracy": Metric.mean((margin > 0).double(), weights),
+            "eval/margin": Metric.mean(margin, weights),
+            "eval/pairs": Metric.sum(weights),
+        }
+        metrics = merge_metrics(metrics, new)
+    return metrics
+
+
+def evaluate_policy(
+    actor: Actor,
+    reference: Reference,
+    reward: Reward,
+    gold: Callable[[str, str, dict[str, Any]], float] | None,
+    held_out: HeldOut,
+    sources: Sequence[str],
+    sampling: Sampling,
+) -> tuple[Metrics, list[dict[str, Any]]]:
+    """Responses to held-out prompts, the same noise every time.
+
+    eval/{score, kl, length, truncated}, eval/score/<source>, and eval/gold[/<source>] where the data know a gold reward. The score
+    is the reward's raw one; kl is k1, nats per response, of the sampled (truncated) distribution's tokens.
+    """
+    metrics: Metrics = {}
+    samples: list[dict[str, Any]] = []
+    for prompts, valid in held_out.pieces(held_out.data.prompts_at):
+        rollout = actor.generate(prompts, sampling)
+        raw, _ = reward.raw(rollout)
+        weights = valid.to(raw.device)
+        kl = ops.sequence_sum(actor.logprobs(rollout).logprobs - reference.logprobs(rollout).logprobs, rollout.mask)
+        values = {"score": raw, "kl": kl, "length": rollout.response_lengths.double(), "truncated": (~rollout.finished).double()}
+        by_source = {"score": raw}
+        texts = list(zip(rollout.extras, rollout.response_text, strict=True))
+        if gold is not None:
+            golds = raw.new_tensor([gold(extras["prompt"], response, extras) for extras, response in texts])
+            values["gold"] = by_source["gold"] = golds
+        new = {f"eval/{name}": Metric.mean(value, weights) for name, value in values.items()}
+        for source in sources:
+            rows = weights * torch.tensor([s == source for s in rollout.source], device=raw.device)
+            new |= {f"eval/{name}/{source}": Metric.mean(value, rows) for name, value in by_source.items()}
+        metrics = merge_metrics(metrics, new)
+        samples += [
+            {"prompt": extras["prompt"], "response": response, "score": float(score)}
+            for (extras, response), score, counts in zip(texts, raw, weights.tolist(), strict=True)
+            if counts
+        ]
+    return metrics, samples
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927): (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""
+    centre = share + z * z / (2 * count)
+    half = z * ((share * (1 - share) + z * z / (4 * count)) / count) ** 0.5
+    return (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)

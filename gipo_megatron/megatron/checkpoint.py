@@ -1,0 +1,283 @@
+"""Checkpoints: one folder per step, complete or not there, loadable at another tensor × pipeline × data split.
+
+DIR/step_12/meta.json      what is inside: step, and per role its architecture and head
+            state.pt       the caller's own state (generators, data position, running moments, …)
+            actor/ …       mcore dist_checkpointing: weights, optimizer, learning rate, group head
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed import checkpoint as torch_checkpoint
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.megatron import host
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.schedule import Engine
+from gipo_megatron.types import Architecture
+
+FORMAT, VERSION = "gipo_megatron", 1
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_STEP = re.compile(r"step_(\d+)")
+_GROUP_WEIGHTS = ("group_head.weight", "group_head.bias")
+# Whose weights a role may start from, the best first. A trunk from another kind of model comes without its head.
+_SOURCES = {"actor": ("actor",), "reference": ("actor",), "reward": ("reward", "actor"), "critic": ("critic", "reward", "actor")}
+
+
+class _InlineSave(TorchDistSaveShardedStrategy):
+    """mcore's torch_dist format, written by this process: mcore's own writer starts a manager and forks, seconds per save."""
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        grouped, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(grouped, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False, can_run_decentralized_global_plan=False),
+        )
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def save(
+    directory: Path,
+    step: int,
+    roles: dict[str, Engine],
+    mesh: Mesh,
+    state: dict[str, Any],
+    meta: dict[str, Any],
+    extra_files: Callable[[Path], None] | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Write DIR/step_N and return it. It appears whole, by one rename. Collective; `state`, `meta` and `extra_files(folder)` are rank 0's.
+
+    keep: the newest so many step folders stay, and those that a link in DIR or beside it points to.
+    """
+    final, work = directory / f"step_{step}", directory / f"step_{step}.tmp"
+    if mesh.is_main:
+        shutil.rmtree(work, ignore_errors=True)
+        for role in roles:
+            (work / role).mkdir(parents=True)
+    mesh.barrier()
+    for role, engine in roles.items():
+        _save_role(work / role, engine)
+    if mesh.is_main:
+        about = {role: _describe(engine) for role, engine in roles.items()}
+        torch.save(state, work / "state.pt")
+        if extra_files is not None:
+            extra_files(work)
+        (work / "meta.json").write_text(json.dumps({"format": FORMAT, "version": VERSION, "step": step, "roles": about, **meta}, indent=1))
+        old = directory / f"step_{step}.old"
+        if final.exists():
+            final.rename(old)
+        work.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        if keep is not None:
+            _prune(directory, keep)
+    mesh.barrier()
+    return final
+
+
+def _save_role(folder: Path, engine: Engine) -> None:
+    with engine.residency.use(training=engine.optimisation is not None), host.host_mode(), torch.no_grad():
+        sharded = _sharded_model(engine)
+        common: dict[str, Any] = {}
+        if engine.optimisation is not None:
+            common["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=False, metadata=_METADATA)
+            common["learning_rate"] = engine.learning_rate.state_dict()
+        if engine.group_head is not None:
+            common["group_head"] = engine.group_head.sharded_state()
+        dist_checkpointing.save({**sharded, **common}, str(folder), sharded_strategy=_InlineSave("torch_dist", 1))
+
+
+def _sharded_model(engine: Engine) -> dict[str, Any]:
+    names = ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
+    return {name: chunk.sharded_state_dict(metadata=_METADATA) for name, chunk in zip(names, engine.chunks, strict=True)}
+
+
+def _describe(engine: Engine) -> dict[str, Any]:
+    return {
+        "architecture": asdict(engine.architecture),
+        "head": engine.head,
+        "num_groups": engine.group.num_groups if engine.group is not None else None,
+        "trained": engine.optimisation is not None,
+    }
+
+
+def _prune(directory: Path, keep: int) -> None:
+    linked = {p.resolve() for folder in (directory, directory.parent) for p in folder.iterdir() if p.is_symlink()}
+    for _, path in _steps(directory)[: -keep or None]:
+        if path.resolve() not in linked:
+            shutil.rmtree(path)
+
+
+def link(name: Path, target: Path) -> None:
+    """`name` becomes a relative symlink to `target`, replacing an older link in one step. Rank 0 only."""
+    fresh = name.with_name(name.name + ".tmp")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(target, name.parent))
+    os.replace(fresh, name)
+
+
+# ------------------------------------------------------------------------------------------------- finding
+
+
+def _steps(directory: Path) -> list[tuple[int, Path]]:
+    """Complete step folders, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [(int(m.group(1)), p) for p in directory.iterdir() if (m := _STEP.fullmatch(p.name)) and (p / "meta.json").is_file()]
+    return sorted(found)
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest complete checkpoint in DIR, or None."""
+    steps = _steps(directory)
+    return steps[-1][1] if steps else None
+
+
+def kind(path: Path) -> str:
+    """ "checkpoint" (of this project) or "huggingface", told by content. Raises UserError naming what was found."""
+    if not path.exists():
+        raise UserError(f"nothing to load at {path}", fix="give a Hugging Face folder, a checkpoint of this project, or `random`")
+    found = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    if "meta.json" in found and _read_meta(path).get("format") == FORMAT:
+        return "checkpoint"
+    if "config.json" in found and any(n.endswith(".safetensors") for n in found):
+        return "huggingface"
+    if "config.json" in found and any(n.endswith(".bin") for n in found):
+        raise UserError("a Hugging Face folder without safetensors", where=str(path), fix="save it again with safe_serialization=True")
+    shown = ", ".join(found[:8]) + (" …" if len(found) > 8 else "") if path.is_dir() else "a file"
+    steps = f"; its newest checkpoint is {latest(path)}" if latest(path) else ""
+    raise UserError(
+        f"{path} is neither a checkpoint (meta.json) nor a Hugging Face folder (config.json + *.safetensors); found: {shown or 'nothing'}{steps}",
+        fix="give the folder of one checkpoint, or of one Hugging Face model",
+    )
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "meta.json").read_text())
+    except ValueError as error:
+        raise UserError(f"unreadable meta.json: {error}", where=str(path / "meta.json"), fix="use another checkpoint") from None
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """A checkpoint's meta.json. Raises UserError when `path` is no checkpoint, or one of a newer version."""
+    if kind(path) != "checkpoint":
+        raise UserError(f"{path} is a Hugging Face folder, not a checkpoint of this project", where=str(path))
+    meta = _read_meta(path)
+    if meta["version"] > VERSION:
+        raise UserError(
+            f"checkpoint version {meta['version']} is newer than this program's {VERSION}", where=str(path), fix="update the program"
+        )
+    return meta
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
+    """Everything `save` wrote, back into `roles`, at any parallel split; returns the caller's state. Collective.
+
+    Raises UserError when a role is missing or its model is another one.
+    """
+    meta = read_meta(path)
+    for role, engine in roles.items():
+        if role not in meta["roles"]:
+            raise UserError(f"the checkpoint has no {role!r}; it has {', '.join(meta['roles'])}", where=str(path))
+        _check_architecture(path, meta["roles"][role], engine.architecture)
+        if (engine.head, engine.optimisation is not None) != (meta["roles"][role]["head"], meta["roles"][role]["trained"]):
+            raise UserError(
+                f"{role!r} was saved with another head or without its optimizer", where=str(path), fix="load its weights instead"
+            )
+        groups = engine.group.num_groups if engine.group is not None else None
+        if groups != meta["roles"][role]["num_groups"]:
+            raise UserError(
+                f"{role!r} was saved with {meta['roles'][role]['num_groups']} groups, this run has {groups}",
+                where=str(path),
+                fix="resume with the same group_classifier, or start a new run.dir",
+            )
+    for role, engine in roles.items():
+        _restore_role(path / role, engine)
+    mesh.barrier()
+    return torch.load(path / "state.pt", weights_only=False, map_location="cpu")
+
+
+def _restore_role(folder: Path, engine: Engine) -> None:
+    with engine.residency.use(training=engine.optimisation is not None), host.host_mode(), torch.no_grad():
+        sharded = _sharded_model(engine)
+        wanted = dict(sharded)
+        if engine.optimisation is not None:
+            wanted["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_METADATA)
+        if engine.group_head is not None:
+            wanted["group_head"] = engine.group_head.sharded_state()
+        loaded = dist_checkpointing.load(wanted, str(folder))
+        _load_model(engine, loaded)
+        if engine.optimisation is not None:
+            engine.optimizer.load_state_dict(loaded["optimizer"])
+            engine.learning_rate.load_state_dict(loaded["learning_rate"])
+        if engine.group_head is not None and engine.mesh.is_last_stage:
+            engine.group_head.load_sharded_state(loaded["group_head"])
+
+
+def _load_model(engine: Engine, loaded: dict[str, Any]) -> None:
+    for name, chunk in zip(_sharded_model(engine), engine.chunks, strict=True):
+        chunk.load_state_dict(loaded[name])
+
+
+def load_weights(path: Path, role: str, engine: Engine) -> str:
+    """Weights only, into a model of `role`; returns the saved role they came from. Collective.
+
+    A reward model's score head becomes a critic's value head; from an actor only the trunk is taken. A saved group head is
+    taken when it has this one's shape.  Raises UserError when no saved role fits or the architecture is another one.
+    """
+    meta = read_meta(path)
+    source = next((r for r in _SOURCES[role] if r in meta["roles"]), None)
+    if source is None:
+        wanted = " or ".join(repr(r) for r in _SOURCES[role])
+        raise UserError(f"no weights for {role!r}: needs {wanted}, the checkpoint has {', '.join(meta['roles'])}", where=str(path))
+    about = meta["roles"][source]
+    _check_architecture(path, about, engine.architecture)
+    same_head = (about["head"] is None) == (engine.head is None)
+    with engine.residency.use(training=engine.optimisation is not None), host.host_mode(), torch.no_grad():
+        sharded = _sharded_model(engine)
+        if not same_head:
+            for part in sharded.values():
+                for key in [k for k in part if k.startswith("output_layer.")]:
+                    del part[key]
+        head = engine.group_head if engine.group is not None and about["num_groups"] == engine.group.num_groups else None
+        group = {key: part for key, part in head.sharded_state().items() if key in _GROUP_WEIGHTS} if head is not None else {}
+        loaded = dist_checkpointing.load({**sharded, **group}, str(path / source))
+        for name, chunk in zip(sharded, engine.chunks, strict=True):
+            missing = chunk.load_state_dict(loaded[name], strict=False).missing_keys
+            unexpected = [k for k in missing if same_head or not k.startswith("output_layer.")]
+            assert all(k.endswith("_extra_state") for k in unexpected), f"not loaded: {unexpected}"
+        if head is not None and group:
+            head.load_sharded_state({f"group_head.{k}": v for k, v in head.state_dict().items()} | {k: loaded[k] for k in group})
+        engine.weights_changed()
+    return source
+
+
+def _check_architecture(path: Path, about: dict[str, Any], mine: Architecture) -> None:
+    theirs = about["architecture"]
+    different = [(f.name, theirs[f.name], getattr(mine, f.name)) for f in fields(mine) if theirs[f.name] != getattr(mine, f.name)]
+    if different:
+        lines = "; ".join(f"{name}: saved {saved}, here {here}" for name, saved, here in different)
+        raise UserError(f"the checkpoint is of another architecture: {lines}", where=str(path), fix="use the model block it was made with")

@@ -1,0 +1,200 @@
+"""Responses to prompts: the decode loop of one data parallel replica.
+
+Every rank of the replica runs the same loop. The last stage's first tensor rank draws each token and broadcasts it; all else (who has
+finished, when to stop) follows from the tokens, so nothing more is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.decode import Cache, Decoder
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.sampling import check_sampling, pick, uniforms
+from gipo_megatron.types import Architecture, Prompts, Rollout, Sampling
+
+CACHE_BYTES = 4 * 2**30
+PREFILL_TOKENS = 8192  # of one prefill block; bounds its activations
+DROP_SHARE = 8  # finished rows leave the cache when they are one in this many: a copy of the cache costs about one step
+
+
+def generate(
+    chunks: Sequence[nn.Module],
+    architecture: Architecture,
+    mesh: Mesh,
+    prompts: Prompts,
+    sampling: Sampling,
+    eos_id: int,
+    pad_id: int,
+    decode: Callable[[list[int]], str],
+    *,
+    cache_bytes: int = CACHE_BYTES,
+) -> Rollout:
+    """Draw one response per row of `prompts` [B, P]; a collective call of the replica's ranks, which all return the same Rollout.
+
+    A row's tokens depend on its prompt, the weights and (seed, step, sample_id) only: not on the layout, nor on the rows beside it, nor on
+    `cache_bytes` (bytes of KV cache per rank; the batch runs in slices that fit). generation_logprobs are under softmax(logits / temperature),
+    before truncation and penalty. Raises UserError for sampling keys out of range, for sequences beyond the model's positions, and for
+    logits that are not finite.
+    """
+    check_sampling(sampling)
+    prompts = prompts.to(mesh.device)
+    _check_lengths(prompts, sampling, architecture)
+    size = (len(prompts), sampling.max_response)
+    responses = torch.full(size, pad_id, device=mesh.device)
+    counts = torch.zeros(len(prompts), dtype=torch.long, device=mesh.device)
+    logprobs = torch.zeros(size, device=mesh.device)
+    if len(prompts):
+        with torch.inference_mode():
+            loop = _Loop(Decoder(chunks, architecture, mesh, int(prompts.lengths.max()) + sampling.max_response), sampling, eos_id)
+            for rows in _slices(prompts.lengths, sampling.max_response, loop.decoder.slot_bytes, cache_bytes):
+                responses[rows], counts[rows], logprobs[rows] = loop.respond(prompts.select(rows))
+    return _assemble(prompts, responses, counts, logprobs, eos_id, pad_id, decode)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    decoder: Decoder
+    sampling: Sampling
+    eos_id: int
+
+    def respond(self, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
+        """Response tokens [b, N], how many of them count [b], and their log-probs [b, N], on every rank."""
+        mesh, steps = self.decoder.mesh, self.sampling.max_response
+        width = int(prompts.lengths.max())
+        cache = self.decoder.allocate(len(prompts), width + steps - 1, prompts.lengths, width)
+        logits = self._prefill(prompts.tokens[:, :width], prompts.lengths, cache)
+        chooser = _Chooser(mesh, self.sampling, prompts, self.decoder.architecture.vocab_size)
+        responses = torch.zeros(len(prompts), steps, dtype=torch.long, device=mesh.device)
+        counts = torch.full((len(prompts),), steps, device=mesh.device)
+        rows = torch.arange(len(prompts), device=mesh.device)  # the row of `prompts` in each row of the cache
+        finished = torch.zeros_like(rows, dtype=torch.bool)
+        for t in range(steps):
+            tokens = chooser.choose(logits, rows, t)
+            responses[rows, t] = tokens
+            ended = (tokens == self.eos_id) & ~finished
+            counts[rows[ended]] = t + 1
+            finished |= ended
+            num_finished = int(finished.sum())
+            if num_finished == len(rows) or t == steps - 1:
+                break
+            if num_finished * DROP_SHARE >= len(rows):
+                keep = (~finished).nonzero()[:, 0]
+                cache.keep(keep)
+                rows, tokens, finished = rows[keep], tokens[keep], finished[keep]
+            logits = self.decoder.step(tokens, prompts.lengths[rows] + t, width + t, cache)
+        return responses, counts, chooser.shared_logprobs()
+
+    def _prefill(self, tokens: Tensor, lengths: Tensor, cache: Cache) -> Tensor | None:
+        block = max(1, PREFILL_TOKENS // tokens.shape[1])
+        parts = [self.decoder.prefill(tokens[i : i + block], lengths[i : i + block], cache, i) for i in range(0, len(tokens), block)]
+        done = [part for part in parts if part is not None]
+        return torch.cat(done) if done else None
+
+
+class _Chooser:
+    """Draws on one rank, tells the others."""
+
+    def __init__(self, mesh: Mesh, sampling: Sampling, prompts: Prompts, vocab_size: int) -> None:
+        self.mesh, self.sampling, self.sample_id = mesh, sampling, prompts.sample_id
+        self.source = dist.get_process_group_ranks(mesh.model_group)[-mesh.tensor_size]
+        self.draws = mesh.rank == self.source
+        self.logprobs = torch.zeros(len(prompts), sampling.max_response, device=mesh.device)
+        self.seen: Tensor | None = None
+        if self.draws:
+            self.noise = uniforms(sampling, prompts.sample_id).to(mesh.device)
+            if sampling.repetition_penalty != 1:
+                real = torch.arange(prompts.tokens.shape[1], device=mesh.device) < prompts.lengths[:, None]
+                seen = torch.zeros(len(prompts), vocab_size + 1, dtype=torch.bool, device=mesh.device)
+                self.seen = seen.scatter_(1, torch.where(real, prompts.tokens, vocab_size), True)[:, :vocab_size]
+
+    def choose(self, logits: Tensor | None, rows: Tensor, t: int) -> Tensor:
+        """Token number t of `rows` [k], whose logits [k, V] the drawing rank has."""
+        if self.draws:
+            assert logits is not None
+            seen = self.seen[rows] if self.seen is not None else None
+            tokens, self.logprobs[rows, t] = pick(logits, self.sampling, self.noise[rows, t], seen)
+            if self.seen is not None:
+                self.seen[rows, tokens.clamp(min=0)] = True
+        else:
+            tokens = torch.empty_like(rows)
+        if self.mesh.parallel.model > 1:
+            dist.broadcast(tokens, src=self.source, group=self.mesh.model_group)
+        if int(tokens.min()) < 0:
+            samples = self.sample_id[rows[tokens < 0]].tolist()
+            raise UserError(
+                f"generation: the model's logits are not finite for samples {samples[:8]} at response token {t}",
+                fix="the weights are damaged: start again from an earlier checkpoint, with a lower learning rate",
+            )
+        return tokens
+
+    def shared_logprobs(self) -> Tensor:
+        if self.mesh.parallel.model > 1:
+            dist.broadcast(self.logprobs, src=self.source, group=self.mesh.model_group)
+        return self.logprobs
+
+
+def _check_lengths(prompts: Prompts, sampling: Sampling, architecture: Architecture) -> None:
+    if not len(prompts):
+        return
+    if int(prompts.lengths.min()) < 1:
+        raise ValueError(f"empty prompts: samples {prompts.sample_id[prompts.lengths < 1].tolist()[:8]}")
+    longest = int(prompts.lengths.max())
+    if longest + sampling.max_response > architecture.max_positions:
+        raise UserError(
+            f"prompt of {longest} tokens + max_response {sampling.max_response} > the model's {architecture.max_positions} positions",
+            where="data.max_length, data.max_response",
+            fix="lower data.max_length or data.max_response",
+        )
+
+
+def _slices(lengths: Tensor, max_response: int, slot_bytes: int, cache_bytes: int) -> Iterator[Tensor]:
+    """Row indices, longest prompts first, in slices whose caches fit into `cache_bytes` (one row at least)."""
+    order, start = lengths.argsort(descending=True, stable=True), 0
+    while start < len(order):
+        slots = int(lengths[order[start]]) + max_response
+        stop = start + max(1, cache_bytes // (slots * slot_bytes))
+        yield order[start:stop]
+        start = stop
+
+
+def _assemble(
+    prompts: Prompts,
+    responses: Tensor,
+    counts: Tensor,
+    logprobs: Tensor,
+    eos_id: int,
+    pad_id: int,
+    decode: Callable[[list[int]], str],
+) -> Rollout:
+    """Prompt and response made contiguous, right-padded to the longest row."""
+    lengths = prompts.lengths
+    total = int((lengths + counts).max()) if len(prompts) else 0
+    position = torch.arange(total, device=lengths.device).expand(len(prompts), -1)
+    index = position - lengths[:, None]
+    mask = (index >= 0) & (index < counts[:, None])
+    index = index.clamp(0, responses.shape[1] - 1)
+    prompt = prompts.tokens.gather(1, position.clamp(max=prompts.tokens.shape[1] - 1))
+    tokens = torch.where(mask, responses.gather(1, index), torch.where(position < lengths[:, None], prompt, pad_id))
+    finished = responses.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0] == eos_id
+    texts = []
+    for row, count, ended in zip(responses.tolist(), counts.tolist(), finished.tolist(), strict=True):
+        texts.append(decode(row[: count - ended]))  # the end-of-text token is no text
+    return Rollout(
+        tokens=tokens,
+        mask=mask,
+        prompt_lengths=lengths,
+        finished=finished,
+        generation_logprobs=torch.where(mask, logprobs.gather(1, index), 0.0),
+        response_text=tuple(texts),
+        prompt_id=prompts.prompt_id,
+        sample_id=prompts.sample_id,
+        source=prompts.source,
+        extras=prompts.extras,
+    )

@@ -1,0 +1,118 @@
+"""config.json of the Hugging Face families Llama, Mistral, Qwen2 and Qwen3, as this project's Architecture and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.types import Architecture
+
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+def architecture_from_hf(folder: str | Path) -> Architecture:
+    """The architecture that a folder's config.json describes (transformers 4 and 5). Raises UserError for what is not built."""
+    path = Path(folder) / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read config.json: {error}", where=str(path), fix="give the folder of a Hugging Face model") from error
+    return architecture_from_config(config, str(path))
+
+
+def architecture_from_config(config: Mapping[str, Any], where: str) -> Architecture:
+    """The same, from the parsed file. Raises UserError naming every key that asks for what is not built, or that is missing."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"model_type {family!r} is not built", where=where, fix=f"one of {', '.join(FAMILIES)}")
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    missing = [key for key in (*needed, "rms_norm_eps") if key not in config]
+    if missing:
+        raise UserError(f"config.json lacks {', '.join(missing)}", where=where, fix="take config.json from the model's own repository")
+    refused = [f"{key}: {config[key]}" for key, value in _refused(family).items() if config.get(key, value) != value]
+    if refused:
+        raise UserError(f"not built: {', '.join(refused)}", where=where, fix="a model without these")
+    base, scaling = _rope(config)
+    heads = config["num_attention_heads"]
+    return Architecture(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        max_positions=_max_positions(config),
+        rope_base=base,
+        rope_scaling=scaling,
+        norm_eps=config["rms_norm_eps"],
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        tied_embeddings=config.get("tie_word_embeddings", False),
+    )
+
+
+def _refused(family: str) -> dict[str, Any]:
+    """Keys that may only have this value (which is also what their absence means)."""
+    keys: dict[str, Any] = {"hidden_act": "silu"}
+    if family in ("llama", "qwen3"):
+        keys["attention_bias"] = False
+    if family == "llama":
+        keys["mlp_bias"] = False
+    if family in ("qwen2", "qwen3"):
+        keys["use_sliding_window"] = False
+    return keys
+
+
+def _max_positions(config: Mapping[str, Any]) -> int:
+    """Mistral's sliding window is full attention up to its width, and no further."""
+    window = config.get("sliding_window") if config["model_type"] == "mistral" else None
+    return min(config["max_position_embeddings"], window or config["max_position_embeddings"])
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """(base, scaling block or None). transformers 5 writes `rope_parameters`; 4 writes `rope_theta` and `rope_scaling`."""
+    block = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    base = block.pop("rope_theta", config.get("rope_theta", 10000.0))
+    kind = block.get("rope_type", block.get("type", "default"))
+    return float(base), None if kind == "default" else block
+
+
+def config_for(a: Architecture, dtype: str, *, head: str | None = None, tokens: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """config.json for an architecture: Qwen2 with QKV bias, Qwen3 with QK-norm, else Llama (Mistral's mathematics is Llama's).
+
+    Raises UserError for both QKV bias and QK-norm, which no family has.
+    """
+    if a.qkv_bias and a.qk_norm:
+        raise UserError("no Hugging Face family has both QKV bias and QK-norm", where="architecture", fix="set one of them to false")
+    family = "qwen2" if a.qkv_bias else "qwen3" if a.qk_norm else "llama"
+    scaling = a.rope_scaling or {"rope_type": "default"}
+    config: dict[str, Any] = {
+        "architectures": [FAMILIES[family] + ("ForCausalLM" if head is None else "ForSequenceClassification")],
+        "model_type": family,
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.hidden_size,
+        "intermediate_size": a.ffn_hidden_size,
+        "num_hidden_layers": a.num_layers,
+        "num_attention_heads": a.num_heads,
+        "num_key_value_heads": a.num_kv_heads,
+        "head_dim": a.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": a.max_positions,
+        "rms_norm_eps": a.norm_eps,
+        "rope_theta": a.rope_base,
+        "rope_scaling": a.rope_scaling,
+        "rope_parameters": {"rope_theta": a.rope_base, **scaling},
+        "tie_word_embeddings": a.tied_embeddings and head is None,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        **(tokens or {}),
+    }
+    if family == "llama":
+        config |= {"attention_bias": False, "mlp_bias": False}
+    if head is not None:
+        config |= {"num_labels": 1, "id2label": {"0": "SCORE"}, "label2id": {"SCORE": 0}}
+    return config

@@ -1,0 +1,145 @@
+"""What a model's raw output says of each token. The causal shift of this project lives here, and nowhere else.
+
+position      0    1    2    3    4           output at t-1 is about token t:
+tokens       p0   p1   y0   y1  pad             logprobs[b, t] = log softmax(logits[b, t-1])[token_t]
+mask          .    .    1    1    .             values[b, t]   = head(hidden[b, t-1])
+model output o0   o1   o2   o3   o4           score[b]         = head(hidden[b, length-1]), no shift
+used for y0 ______/    |
+used for y1 ___________/
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gipo_megatron.megatron.heads import GroupHead
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.types import CriticOutput, Sequences, TokenStats
+
+CHUNK_BYTES = 8 << 20  # of one fp32 copy of a row chunk's logits
+
+
+def token_stats(
+    logits: Tensor, sequences: Sequences, *, vocab_size: int, mesh: Mesh, temperature: float = 1.0, entropy: bool = False
+) -> TokenStats:
+    """Log-probs (and entropies, in nats) of softmax(logits / temperature) for the tokens inside the mask; zero elsewhere.
+
+    `logits` [b, T, V' / tensor] is this rank's share of the padded vocabulary and is not changed; columns from vocab_size on do not exist.
+    Both results are fp32 [b, T], the same on every rank of the tensor group, and carry gradients. Nothing of the size of the logits is
+    made in fp32 (row chunks of 8 MiB), and only masked positions are read. A collective's cost: two small all-reduces per row chunk.
+    """
+    assert temperature > 0, "log-probs are taken at the sampling temperature, which is not 0 in training"
+    mask = sequences.mask
+    assert mask.shape == logits.shape[:2], f"mask {tuple(mask.shape)} and logits {tuple(logits.shape)}"
+    assert not bool(mask[:, 0].any()), "the first token is inside the mask, but nothing predicts it"
+    position = mask.flatten().nonzero().squeeze(1)
+    shard = _Shard(vocab_size, logits.shape[2], mesh)
+    read = position - 1  # the shift: flat position t-1 is in the same row, because t > 0
+    logprobs, entropies = _TokenStats.apply(logits, read, sequences.tokens.flatten()[position], shard, 1.0 / temperature, entropy)
+    return TokenStats(_place(logprobs, position, mask), _place(entropies, position, mask) if entropy else None)
+
+
+def critic_output(raw: Tensor, hidden: Tensor, sequences: Sequences, group_head: GroupHead | None) -> CriticOutput:
+    """Values [b, T] from the value head's raw output [b, T, 1], zero outside the mask; group logits [b, M] from `hidden` [s, b, H]."""
+    mask = sequences.mask
+    values = torch.zeros(mask.shape, dtype=torch.float32, device=raw.device)
+    values[:, 1:] = raw[:, :-1, 0]
+    group_logits = None if group_head is None else group_head.logits(hidden, sequences)
+    return CriticOutput(torch.where(mask, values, 0.0), group_logits)
+
+
+def last_token_score(raw: Tensor, sequences: Sequences) -> Tensor:
+    """[b]: the score head's raw output [b, T, 1] at each sequence's last real token."""
+    rows = torch.arange(len(raw), device=raw.device)
+    return raw[rows, sequences.lengths.to(raw.device) - 1, 0]
+
+
+def _place(values: Tensor, position: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros(like.numel(), dtype=values.dtype, device=values.device).index_put((position,), values).view(like.shape)
+
+
+class _Shard:
+    """This rank's share of the vocabulary: columns first … first + width - 1 of the whole, then padding."""
+
+    def __init__(self, vocab_size: int, columns: int, mesh: Mesh) -> None:
+        self.first = mesh.tensor_rank * columns
+        self.width = min(max(vocab_size - self.first, 0), columns)
+        self.columns = columns
+        self.group = mesh.tensor_group if mesh.tensor_size > 1 else None
+
+    def reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(x, op=op, group=self.group)
+        return x
+
+    def rows_per_chunk(self) -> int:
+        return max(1, CHUNK_BYTES // (4 * self.columns))
+
+    def targets(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(column of each token, clamped into this shard; whether it is in this shard)"""
+        local = tokens - self.first
+        return local.clamp(0, max(self.width - 1, 0)), (local >= 0) & (local < self.width)
+
+
+class _TokenStats(torch.autograd.Function):
+    """With x = logits / T over the real columns, z = Σ exp x:  logp = x_y - log z,  H = log z - Σ p x.
+
+    ∂logp/∂x = onehot_y - p;  ∂H/∂x = -p (log p + H).  The backward pass has no collective: it keeps the logits and two numbers a row.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, rows: Tensor, tokens: Tensor, shard: _Shard, scale: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        flat = logits.reshape(-1, shard.columns)
+        logprobs, entropies, log_z = (torch.empty(len(rows), dtype=torch.float32, device=logits.device) for _ in range(3))
+        step = shard.rows_per_chunk()
+        for start in range(0, len(rows), step):
+            cut = slice(start, start + step)
+            x = flat[rows[cut]].float().mul_(scale)
+            x[:, shard.width :] = -torch.inf
+            top = shard.reduce(x.amax(1), dist.ReduceOp.MAX)
+            x.sub_(top[:, None])
+            column, inside = shard.targets(tokens[cut])
+            target = torch.where(inside, x.gather(1, column[:, None]).squeeze(1), 0.0)
+            weight = x.exp()
+            weighted = torch.zeros_like(top)
+            if entropy:
+                x[:, shard.width :] = 0.0
+                weighted = torch.linalg.vecdot(weight, x)
+            sums = shard.reduce(torch.stack([weight.sum(1), weighted, target]), dist.ReduceOp.SUM)
+            log_sum = sums[0].log()
+            logprobs[cut] = sums[2] - log_sum
+            entropies[cut] = log_sum - sums[1] / sums[0]
+            log_z[cut] = top + log_sum
+        ctx.save_for_backward(logits, rows, tokens, log_z, entropies)
+        ctx.shard, ctx.scale, ctx.entropy = shard, scale, entropy
+        if not entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        logits, rows, tokens, log_z, entropies = ctx.saved_tensors
+        shard: _Shard = ctx.shard
+        flat = logits.reshape(-1, shard.columns)
+        grad = torch.zeros_like(flat)
+        step = shard.rows_per_chunk()
+        for start in range(0, len(rows), step):
+            cut = slice(start, start + step)
+            logp = flat[rows[cut]].float().mul_(ctx.scale).sub_(log_z[cut, None])
+            logp[:, shard.width :] = 0.0
+            p = logp.exp()
+            p[:, shard.width :] = 0.0
+            factor = -grad_logprobs[cut, None].float()
+            if ctx.entropy:
+                factor = factor - grad_entropies[cut, None] * (logp + entropies[cut, None])
+            g = p.mul_(factor)
+            column, inside = shard.targets(tokens[cut])
+            g.scatter_add_(1, column[:, None], torch.where(inside, grad_logprobs[cut].float(), 0.0)[:, None])
+            grad[rows[cut]] = g.mul_(ctx.scale).to(grad.dtype)
+        return grad.view(logits.shape), None, None, None, None, None

@@ -1,0 +1,254 @@
+"""Actor, reference, critic and reward model on Megatron-Core: an Engine each, and what is read from its last stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.checkpoint import kind, load_weights
+from gipo_megatron.megatron.generate import generate
+from gipo_megatron.megatron.heads import take_hidden
+from gipo_megatron.megatron.hf import load_hf
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.microbatches import Readout
+from gipo_megatron.megatron.model import initialise_weights
+from gipo_megatron.megatron.readout import critic_output, last_token_score, token_stats
+from gipo_megatron.megatron.schedule import Engine, Part
+from gipo_megatron.types import (
+    Architecture,
+    CriticOutput,
+    HeadSpec,
+    Optimisation,
+    Output,
+    Precision,
+    Prompts,
+    Rollout,
+    Rows,
+    Sampling,
+    Sequences,
+    TokenStats,
+    Update,
+)
+
+
+def load_into(engine: Engine, load: str, role: str) -> str:
+    """Fill a model with weights, told by content: an HF folder, a checkpoint, or "random" (what it was built with).
+
+    Returns what was taken ("random", "huggingface", or the checkpoint's role). Collective. Raises UserError when nothing fits.
+    """
+    if load == "random":
+        return load
+    path = Path(load)
+    if kind(path) == "checkpoint":
+        return load_weights(path, role, engine)
+    with engine.residency.use(training=engine.optimisation is not None):
+        load_hf(path, engine.chunks, engine.mesh, engine.architecture, head=engine.head)
+        engine.weights_changed()
+    return "huggingface"
+
+
+def _language_readout(engine: Engine, temperature: float, entropy: bool) -> Readout:
+    def read(logits: Tensor, sequences: Sequences) -> Output:
+        vocabulary = engine.architecture.vocab_size
+        return token_stats(logits, sequences, vocab_size=vocabulary, mesh=engine.mesh, temperature=temperature, entropy=entropy)
+
+    return read
+
+
+class MegatronActor:
+    """The policy. `temperature` is the one it samples and trains at; without `optimisation` it only generates and scores."""
+
+    def __init__(
+        self,
+        *,
+        mesh: Mesh,
+        architecture: Architecture,
+        precision: Precision,
+        micro_batch: int,
+        seed: int,
+        load: str,
+        eos_id: int,
+        pad_id: int,
+        decode: Callable[[list[int]], str],
+        optimisation: Optimisation | None = None,
+        temperature: float = 1.0,
+        recompute: str = "none",
+        offload: str = "none",
+    ) -> None:
+        self.engine = Engine(
+            mesh,
+            architecture,
+            precision,
+            micro_batch=micro_batch,
+            seed=seed,
+            optimisation=optimisation,
+            recompute=recompute,
+            offload=offload,
+            initialise=load == "random",
+        )
+        self.eos_id, self.pad_id, self.decode, self.temperature = eos_id, pad_id, decode, temperature
+        self.loaded_from = load_into(self.engine, load, "actor")
+
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
+        engine = self.engine
+        with engine.ready():
+            return generate(engine.chunks, engine.architecture, engine.mesh, prompts, sampling, self.eos_id, self.pad_id, self.decode)
+
+    def logprobs(self, batch: Rows, entropy: bool = False) -> TokenStats:
+        stats = self.engine.forward(batch, _language_readout(self.engine, self.temperature, entropy))
+        assert isinstance(stats, TokenStats)
+        return stats
+
+    def update(self, *parts: Part) -> Update:
+        return self.engine.update(parts, _language_readout(self.engine, self.temperature, entropy=True))
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.engine.export()
+
+
+class MegatronReference:
+    """The frozen policy that KL is measured from.
+
+    live: with offload "cpu", a policy of the same architecture: the reference then has no model of its own, only a host copy of its
+    weights that is swapped into the policy's model for each call. Must be made before the policy is trained or restored.
+    """
+
+    def __init__(
+        self,
+        *,
+        mesh: Mesh,
+        architecture: Architecture,
+        precision: Precision,
+        micro_batch: int,
+        seed: int,
+        load: str,
+        temperature: float = 1.0,
+        offload: str = "none",
+        live: MegatronActor | None = None,
+    ) -> None:
+        self.temperature = temperature
+        self.state: list[Tensor] | None = None
+        if offload == "cpu" and live is not None:
+            self.engine = live.engine
+            self.loaded_from = self._copy(load, seed, architecture, precision)
+            return
+        self.engine = Engine(
+            mesh, architecture, precision, micro_batch=micro_batch, seed=seed, offload=offload, initialise=load == "random"
+        )
+        self.loaded_from = load_into(self.engine, load, "reference")
+
+    def _copy(self, load: str, seed: int, architecture: Architecture, precision: Precision) -> str:
+        engine = self.engine
+        if architecture != engine.architecture:
+            raise UserError("the reference is of another architecture than the actor", where="models.reference", fix="offload: none")
+        if precision.fp8 == "delayed":
+            why = "delayed FP8 scaling keeps state outside the weights, which a swapped reference would mix with the actor's"
+            raise UserError(why, where="models.reference.offload", fix="precision.fp8: tensorwise or blockwise, or offload: none")
+        with engine.swapped(engine.snapshot()):
+            if load == "random":
+                initialise_weights(engine.chunks, architecture, engine.mesh, seed)
+            source = load_into(engine, load, "reference")
+            self.state = engine.snapshot()
+        with engine.residency.use(training=engine.optimisation is not None):
+            engine.weights_changed()
+        return source
+
+    def logprobs(self, batch: Rows) -> TokenStats:
+        read = _language_readout(self.engine, self.temperature, entropy=False)
+        if self.state is None:
+            stats = self.engine.forward(batch, read)
+        else:
+            with self.engine.swapped(self.state):
+                stats = self.engine.forward(batch, read)
+        assert isinstance(stats, TokenStats)
+        return stats
+
+
+class MegatronCritic:
+    """Value of each token's state and, with a HeadSpec, group logits of each sequence, from one trunk."""
+
+    def __init__(
+        self,
+        *,
+        mesh: Mesh,
+        architecture: Architecture,
+        precision: Precision,
+        micro_batch: int,
+        seed: int,
+        load: str,
+        optimisation: Optimisation | None = None,
+        head: HeadSpec | None = None,
+        recompute: str = "none",
+        offload: str = "none",
+    ) -> None:
+        self.engine = Engine(
+            mesh,
+            architecture,
+            precision,
+            micro_batch=micro_batch,
+            seed=seed,
+            head="value",
+            group=head,
+            optimisation=optimisation,
+            recompute=recompute,
+            offload=offload,
+            initialise=load == "random",
+        )
+        self.loaded_from = load_into(self.engine, load, "critic")
+
+    def _read(self, raw: Tensor, sequences: Sequences) -> Output:
+        return critic_output(raw, take_hidden(self.engine.chunks[-1]), sequences, self.engine.group_head)
+
+    def evaluate(self, batch: Rows) -> CriticOutput:
+        output = self.engine.forward(batch, self._read)
+        assert isinstance(output, CriticOutput)
+        return output
+
+    def update(self, *parts: Part) -> Update:
+        return self.engine.update(parts, self._read)
+
+
+class MegatronRewardModel:
+    """One score per sequence, read at its last token."""
+
+    def __init__(
+        self,
+        *,
+        mesh: Mesh,
+        architecture: Architecture,
+        precision: Precision,
+        micro_batch: int,
+        seed: int,
+        load: str,
+        optimisation: Optimisation | None = None,
+        recompute: str = "none",
+        offload: str = "none",
+    ) -> None:
+        self.engine = Engine(
+            mesh,
+            architecture,
+            precision,
+            micro_batch=micro_batch,
+            seed=seed,
+            head="score",
+            optimisation=optimisation,
+            recompute=recompute,
+            offload=offload,
+            initialise=load == "random",
+        )
+        self.loaded_from = load_into(self.engine, load, "reward")
+
+    def _read(self, raw: Tensor, sequences: Sequences) -> Output:
+        take_hidden(self.engine.chunks[-1])  # not needed, so not kept
+        return last_token_score(raw, sequences)
+
+    def score(self, batch: Rows) -> Tensor:
+        scores = self.engine.forward(batch, self._read)
+        assert isinstance(scores, Tensor)
+        return scores
+
+    def update(self, *parts: Part) -> Update:
+        return self.engine.update(parts, self._read)

@@ -1,0 +1,305 @@
+"""One model, spread over this world: forward passes, and exactly one optimizer step per update.
+
+parts ──counts over DP──▶ micro-batches ──1F1B / interleaved──▶ gradients ──finite everywhere?──▶ clip, step
+                               │ last stage: readout → loss → Σ terms / global count of their unit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from math import isfinite
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from gipo_megatron.megatron import host
+from gipo_megatron.megatron.heads import GroupHead
+from gipo_megatron.megatron.hf import export_weights
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.microbatches import MicroBatch, Readout, gather, plan, rebuild, tensors, widen
+from gipo_megatron.megatron.model import build_chunks
+from gipo_megatron.megatron.optimizer import LearningRate, build_optimizer, clipped_step, gradient_norm, wrap
+from gipo_megatron.megatron.precision import length_multiple
+from gipo_megatron.megatron.residency import Residency, Shelf, host_copies, swapped
+from gipo_megatron.types import (
+    Architecture,
+    BatchLoss,
+    CriticOutput,
+    HeadSpec,
+    Metric,
+    Metrics,
+    Optimisation,
+    Output,
+    Precision,
+    Rows,
+    TokenStats,
+    Update,
+    merge_metrics,
+)
+
+Part = tuple[Rows, BatchLoss]
+
+
+class Engine:
+    """A model and, with an `optimisation`, all it takes to train it.
+
+    head: None for a language model, "value" or "score"; group: a group head beside the value head; offload: none | cpu.
+    Every method is collective: all ranks call it, the ranks of a replica with the same rows.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        architecture: Architecture,
+        precision: Precision,
+        *,
+        micro_batch: int,
+        seed: int,
+        head: str | None = None,
+        group: HeadSpec | None = None,
+        optimisation: Optimisation | None = None,
+        recompute: str = "none",
+        offload: str = "none",
+        initialise: bool = True,
+    ) -> None:
+        self.mesh, self.architecture, self.precision = mesh, architecture, precision
+        self.head, self.group, self.optimisation, self.micro_batch = head, group, optimisation, micro_batch
+        self.chunks: list[GPTModel] = build_chunks(
+            architecture, mesh, precision, recompute=recompute, head=head, seed=seed, initialise=initialise
+        )
+        self.group_head = GroupHead(group, architecture.hidden_size, mesh, seed) if group is not None else None
+        self._wrapped: list[Any] = list(self.chunks)
+        if optimisation is not None:
+            self._wrapped = wrap(self.chunks)
+            self.optimizer = build_optimizer(self._wrapped, optimisation, precision)
+            self.learning_rate = LearningRate(optimisation)
+            config = self.chunks[0].config
+            config.finalize_model_grads_func = finalize_model_grads
+            config.no_sync_func = [w.no_sync for w in self._wrapped] if len(self._wrapped) > 1 else self._wrapped[0].no_sync
+        shelves = (Shelf(self._gradients, keep=False), Shelf(self._optimizer_tensors)) if optimisation is not None else ()
+        self.residency = Residency(offload, Shelf(self._weights), shelves)
+
+    # ------------------------------------------------------------------------------------------- forward
+
+    def forward(self, batch: Rows, readout: Readout) -> Output:
+        """What `readout` says of every sequence of `batch`, in their order, on every rank of the replica. No gradient."""
+        slots = self._plan(batch)
+        with self.ready():
+            outputs = self._run(slots, lambda slot, out: widen(readout(out, slot.sequences), slot.width), forward_only=True)
+            whole = gather(slots, outputs, len(batch)) if outputs else None
+            return self._from_last_stage(whole)
+
+    def _from_last_stage(self, output: Output | None) -> Output:
+        if self.mesh.pipeline_size == 1:
+            assert output is not None
+            return output
+        message: list[Any] = [None]
+        if output is not None:
+            kind = next(k for k in (TokenStats, CriticOutput, Tensor) if isinstance(output, k))
+            message = [(kind, [None if t is None else (t.shape, t.dtype) for t in tensors(output)])]
+        kind, layout = self._share(message)
+        parts = tensors(output) if output is not None else [None if x is None else self._empty(*x) for x in layout]
+        return rebuild(kind, [None if t is None else self.mesh.broadcast_from_last_stage(t.contiguous()) for t in parts])
+
+    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.mesh.device)
+
+    def _share(self, message: list[Any]) -> Any:
+        """The last stage's object, on every stage of its pipeline."""
+        if self.mesh.pipeline_size > 1:
+            dist.broadcast_object_list(message, src=self.mesh.last_stage_rank, group=self.mesh.pipeline_group)
+        return message[0]
+
+    # ------------------------------------------------------------------------------------------- update
+
+    def update(self, parts: Sequence[Part], readout: Readout) -> Update:
+        """One optimizer step on Σ_terms sum / N_unit, N the unit's count in that part's whole (data parallel) batch.
+
+        A non-finite loss or gradient on any rank: no step on any rank, and `skipped` names the rows.
+        """
+        assert self.optimisation is not None, "this model was built without an optimiser"
+        with self.residency.use(training=True):
+            metrics, bad = self.backward(parts, readout)
+            norm = gradient_norm(self.optimizer)
+            head_norm = self.group_head.reduce_gradients() if self.group_head is not None else 0.0
+            skipped = self._skipped(parts, bad, isfinite(norm) and isfinite(head_norm))
+            if skipped is not None:
+                return Update({}, skipped)
+            lr = self.learning_rate.value
+            clipped_step(self.optimizer, norm, self.optimisation.clip_grad, lr)
+            if self.group_head is not None:
+                self.group_head.step(head_norm)
+            self.learning_rate.steps += 1
+            metrics = {**metrics, "grad_norm": Metric.mean(norm), "learning_rate": Metric.mean(lr)}
+            return Update(metrics)
+
+    def backward(self, parts: Sequence[Part], readout: Readout) -> tuple[Metrics, list[int]]:
+        """The gradients of the update's loss, reduced but not clipped; the loss's metrics and the row ids of non-finite losses."""
+        slots = self._slots(parts)
+        for wrapped in self._wrapped:
+            wrapped.zero_grad_buffer()
+        with host.host_mode():
+            self.optimizer.zero_grad()
+        if self.group_head is not None:
+            self.group_head.zero_grad()
+        self._mode(train=True)
+        results = self._run(slots, partial(self._loss, readout), forward_only=False)
+        metrics: Metrics = {}
+        bad: list[int] = []
+        for total, slot, new in results:
+            if slot.idle:
+                continue
+            metrics = merge_metrics(metrics, new)
+            if not isfinite(float(total)):
+                bad += slot.rows.row_ids.tolist()
+        return self._share([(_to(metrics, "cpu"), bad)])
+
+    def _slots(self, parts: Sequence[Part]) -> list[MicroBatch]:
+        slots = []
+        for rows, loss in parts:
+            local = rows.counts()
+            total = self.mesh.data_parallel.sum(torch.tensor(list(local.values()), dtype=torch.float64))
+            counts = dict(zip(local, total.tolist(), strict=True))
+            slots += [replace(slot, loss=loss, counts=counts) for slot in self._plan(rows)]
+        return slots
+
+    @staticmethod
+    def _loss(readout: Readout, slot: MicroBatch, raw: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """mcore's triple. The integer count 0 keeps mcore from dividing by anything: each term has its own count."""
+        assert slot.loss is not None and slot.counts is not None
+        loss = slot.loss(widen(readout(raw, slot.sequences), slot.width), slot.rows)
+        total = torch.zeros((), device=raw.device)
+        for value, unit in loss.terms.values():
+            total = total + value.float() / max(slot.counts[unit], 1.0)
+        if slot.idle or not total.requires_grad:
+            total = raw.flatten()[0].float() * 0.0
+        return total, torch.zeros((), dtype=torch.int, device=raw.device), (total.detach().clone(), slot, loss.metrics)
+
+    def _skipped(self, parts: Sequence[Part], bad: list[int], finite: bool) -> tuple[int, ...] | None:
+        """Row ids to name, equal on every rank; None when all is well everywhere."""
+        flag = torch.tensor([float(bool(bad) or not finite)], device=self.mesh.device)
+        if self.mesh.world > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if not flag.item():
+            return None
+        mine = (bad, [i for rows, _ in parts for i in rows.row_ids.tolist()])
+        everyone: list[Any] = [mine]
+        if self.mesh.world > 1:
+            everyone = [None] * self.mesh.world
+            dist.all_gather_object(everyone, mine)
+        named = {i for rows, _ in everyone for i in rows} or {i for _, rows in everyone for i in rows}
+        return tuple(sorted(named))
+
+    # ------------------------------------------------------------------------------------------- the pipeline
+
+    def _plan(self, rows: Rows) -> list[MicroBatch]:
+        mesh = self.mesh
+        slots = mesh.pipeline_size if mesh.parallel.virtual_pipeline > 1 else 1
+        widths = length_multiple(self.precision, mesh.parallel)
+        return plan(rows.to(mesh.device), self.micro_batch, length_multiple=widths, slot_multiple=slots)
+
+    def _run(self, slots: list[MicroBatch], finish: Callable[[MicroBatch, Tensor], Any], *, forward_only: bool) -> list[Any]:
+        """mcore's schedule over `slots`: what `finish` made of each on the last stage (empty elsewhere)."""
+
+        def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+            slot = next(iterator)
+            with host.model_mode():
+                out = chunk(slot.sequences.tokens, None, None)
+            return out, partial(_finish, finish, slot)
+
+        parallel = self.mesh.parallel
+        chunked = len(self._wrapped) > 1
+        schedule = get_forward_backward_func(parallel.pipeline, parallel.virtual_pipeline if chunked else None)
+        with host.host_mode():
+            return schedule(
+                forward_step_func=forward_step,
+                data_iterator=[iter(slots) for _ in self._wrapped] if chunked else iter(slots),
+                model=self._wrapped if chunked else self._wrapped[0],
+                num_microbatches=len(slots),
+                seq_length=slots[0].sequences.tokens.shape[1],
+                micro_batch_size=len(slots[0].sequences),
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+
+    def _mode(self, *, train: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(train)
+
+    # ------------------------------------------------------------------------------------------- weights and where they are
+
+    def _weights(self) -> list[Tensor]:
+        """The tensors that hold this rank's weights: flat buffers once wrapped, else the parameters."""
+        if self.optimisation is not None:
+            return [b.param_data for w in self._wrapped for b in w.buffers]
+        return [p.data for chunk in self.chunks for p in chunk.parameters()]
+
+    def _gradients(self) -> list[Tensor]:
+        return [b.grad_data for w in self._wrapped for b in w.buffers]
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        masters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states = [state for optimizer in self.optimizer.chained_optimizers for state in optimizer.optimizer.state.values()]
+        moments = [x for state in states for x in state.values()]
+        return [t.data for t in (*masters, *moments) if isinstance(t, Tensor)]
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """The weights are on the device and the model is in inference mode inside: for generation."""
+        with self.residency.use(), torch.no_grad():
+            self._mode(train=False)
+            yield
+
+    def snapshot(self) -> list[Tensor]:
+        """This rank's weights, on the host: what `swapped` takes."""
+        with self.residency.use():
+            return host_copies(self._weights())
+
+    @contextmanager
+    def swapped(self, other: list[Tensor]) -> Iterator[None]:
+        """Another model's weights (a `snapshot` of the same layout) in this model's place; its own come back, bit for bit."""
+        with self.residency.use(), swapped(self._weights(), other):
+            yield
+
+    def weights_changed(self) -> None:
+        """After weights were loaded: the optimizer's fp32 masters follow (or the next step would bring the old ones back)."""
+        if self.optimisation is not None:
+            with host.host_mode():
+                self.optimizer.reload_model_params()
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor), on every rank."""
+        with self.residency.use():
+            yield from export_weights(self.chunks, self.mesh, self.architecture, head=self.head)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole gradient) after `backward`, in the weights' dtype; the group head's is not among them."""
+        group = self.mesh.data_parallel
+        gathered = []
+        for wrapped in self._wrapped:
+            for buffer in wrapped.buffers:
+                whole = torch.empty_like(buffer.grad_data)
+                for bucket in buffer.buckets:  # each rank holds the sum only in its own shard of every bucket
+                    shards = bucket.grad_data.chunk(group.size)
+                    end = bucket.offset + bucket.grad_data.numel()
+                    dist.all_gather_into_tensor(whole[bucket.offset : end], shards[group.rank].contiguous(), group=group.group)
+                gathered.append(whole)
+        with swapped(self._weights(), gathered):
+            yield from export_weights(self.chunks, self.mesh, self.architecture, head=self.head)
+
+
+def _finish(finish: Callable[[MicroBatch, Tensor], Any], slot: MicroBatch, out: Tensor, non_loss_data: bool = False) -> Any:
+    with host.model_mode():
+        return finish(slot, out)
+
+
+def _to(metrics: Metrics, device: str) -> Metrics:
+    return {name: Metric(m.kind, m.parts.to(device)) for name, m in metrics.items()}

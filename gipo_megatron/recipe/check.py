@@ -1,0 +1,310 @@
+"""Checks across sections, before any model is touched: does the world factor, do layers, heads and batches divide, is every key read?
+
+Each check names the sections it needs; it is skipped while one of them is wrong in itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gipo_megatron.data.config import DataConfig
+from gipo_megatron.recipe import registry
+from gipo_megatron.recipe.problems import Problem, suggest
+from gipo_megatron.recipe.schema import ROLES, TRAINING_KEYS, Batch, Evaluation, Hardware, ModelConfig, ModelSpec, Recipe, Run
+from gipo_megatron.recipe.source import DEFAULT, Block, Leaf, Node
+from gipo_megatron.recipe.validate import hints
+from gipo_megatron.roles import Trainable
+from gipo_megatron.types import Parallel, Precision
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the algorithm and its components ask the runner for."""
+
+    runtime: frozenset[str]
+    roles: tuple[str, ...]  # models to load
+    trained: tuple[str, ...]  # those of them that the algorithm updates
+
+    @property
+    def rollout(self) -> bool:
+        return "prompts" in self.runtime
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Where keys were written."""
+
+    root: Block
+
+    def origin(self, key: str) -> str:
+        node: Node = self.root
+        for part in key.split("."):
+            if not isinstance(node, Block) or part not in node.children:
+                return ""
+            node = node.children[part]
+        return node.origin
+
+    def written(self, key: str) -> bool:
+        return self.origin(key) not in ("", DEFAULT)
+
+
+@dataclass
+class Report:
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+
+def needed(tree: Block) -> Needs:
+    """Roles and runtime objects that the (completed) recipe's components ask for."""
+    asked: set[str] = set()
+    roles: list[str] = []
+    trained: list[str] = []
+
+    def visit(node: Node | None, slot: str, outermost: bool) -> None:
+        name = node.children.get("name") if isinstance(node, Block) else None
+        cls = registry.lookup(slot, name.value) if isinstance(name, Leaf) and isinstance(name.value, str) else None
+        if cls is None:
+            return
+        assert isinstance(node, Block)
+        for f in registry.runtime_fields(cls):
+            asked.add(f.metadata["runtime"])
+            if f.metadata["runtime"] in ROLES:
+                roles.append(f.metadata["runtime"])
+                # An algorithm updates the trainable roles that it asks for itself; a component only asks them questions.
+                if outermost and Trainable in typing.cast(type, hints(cls)[f.name]).__mro__:
+                    trained.append(f.metadata["runtime"])
+        members = node.children.get("members")
+        if slot == "reward" and isinstance(members, Leaf) and isinstance(members.value, list):
+            roles.extend(str(member) for member in members.value)
+        for f in registry.component_fields(cls):
+            visit(node.children.get(f.name), f.metadata["slot"], False)
+
+    visit(tree.children.get("algorithm"), "algorithm", True)
+    return Needs(frozenset(asked), tuple(dict.fromkeys(roles)), tuple(dict.fromkeys(trained)))
+
+
+def is_role(name: str) -> bool:
+    return name in ROLES or name.startswith("reward_")
+
+
+def unneeded(key: str, needs: Needs) -> bool:
+    """Whether `key` belongs to a model that nothing in the recipe asks for."""
+    parts = key.split(".")
+    return len(parts) > 1 and parts[0] == "models" and is_role(parts[1]) and parts[1] not in needs.roles
+
+
+def default_world(hardware: Hardware | None, parallel: Parallel | None) -> int:
+    if hardware is not None and hardware.gpus:
+        return hardware.gpus
+    return parallel.model if parallel is not None else 1
+
+
+def cross_check(sections: dict[str, Any], tree: Block, needs: Needs, world: int) -> Report:
+    """Every check whose sections are sound."""
+    available = {**sections, "needs": needs, "world": world, "tree": Tree(tree)}
+    if sections["models"] is not None and None in sections["models"].values():
+        available["models"] = None
+    report = Report()
+    for target, checks in ((report.problems, PROBLEMS), (report.warnings, WARNINGS)):
+        for check in checks:
+            arguments = {name: available[name] for name in inspect.signature(check).parameters}
+            if all(value is not None for value in arguments.values()):
+                target.extend(check(**arguments))
+    return report
+
+
+# --------------------------------------------------------------------------------------------- problems
+
+Found = Iterator[Problem]
+
+
+def roles(models: dict[str, ModelConfig], needs: Needs, tree: Tree) -> Found:
+    """Each model that is asked for is there; trained ones have a learning rate, the others none."""
+    for role in needs.roles:
+        if role not in models:
+            yield Problem(f"models.{role}.load", "missing", "", f"this algorithm asks for a model {role!r}")
+    for role, config in models.items():
+        if not is_role(role):
+            known = [*ROLES, "reward_<name>"]
+            yield Problem(f"models.{role}", "unknown role", tree.origin(f"models.{role}"), suggest(role, known))
+        elif role in needs.trained and config.lr is None:
+            yield Problem(f"models.{role}.lr", "missing: this algorithm trains it", tree.origin(f"models.{role}"), f"models.{role}.lr=1e-6")
+        elif role in needs.roles and role not in needs.trained:
+            for key in TRAINING_KEYS:
+                if tree.written(f"models.{role}.{key}"):
+                    what = "not read: this algorithm does not train it"
+                    yield Problem(f"models.{role}.{key}", what, tree.origin(f"models.{role}.{key}"), "remove it")
+
+
+def layout(parallel: Parallel, world: int, tree: Tree) -> Found:
+    """tensor x pipeline x data = world"""
+    if world % parallel.model:
+        yield Problem(
+            "parallel",
+            f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data ? ≠ world {world}: {world} is no multiple of {parallel.model}",
+            tree.origin("parallel.tensor"),
+            f"start a multiple of {parallel.model} processes, or change parallel.tensor or parallel.pipeline",
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        yield Problem("parallel.sequence", "needs parallel.tensor above 1", tree.origin("parallel.sequence"), "parallel.sequence=false")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        where = tree.origin("parallel.virtual_pipeline")
+        yield Problem("parallel.virtual_pipeline", "needs parallel.pipeline above 1", where, "parallel.virtual_pipeline=1")
+
+
+def architecture(model: ModelSpec, parallel: Parallel, tree: Tree) -> Found:
+    """Heads, key-value heads and the feed-forward width split over tensor ranks, layers over pipeline chunks."""
+    shape = model.architecture
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    rows = [
+        ("num_heads", "num_kv_heads", shape.num_kv_heads, f"num_kv_heads {shape.num_kv_heads}"),
+        ("num_heads", "tensor", parallel.tensor, f"tensor {parallel.tensor}"),
+        ("num_kv_heads", "tensor", parallel.tensor, f"tensor {parallel.tensor}"),
+        ("ffn_hidden_size", "tensor", parallel.tensor, f"tensor {parallel.tensor}"),
+        ("num_layers", "pipeline", chunks, f"pipeline {parallel.pipeline} × virtual_pipeline {parallel.virtual_pipeline} = {chunks}"),
+    ]
+    for key, _, divisor, name in rows:
+        value = getattr(shape, key)
+        if value % divisor:
+            where = tree.origin(f"model.architecture.{key}")
+            yield Problem(f"model.architecture.{key}", f"{value} does not divide by {name}", where, _divisors(value))
+    if shape.head_dim % 2:
+        yield Problem("model.architecture.head_dim", "must be even (rotary positions)", tree.origin("model.architecture.head_dim"))
+
+
+def _divisors(value: int) -> str:
+    return f"divisors of {value}: {', '.join(str(n) for n in range(1, min(value, 64) + 1) if value % n == 0)}"
+
+
+def lengths(model: ModelSpec, data: DataConfig, tree: Tree) -> Found:
+    """Sequences fit into the model, responses into sequences."""
+    positions = model.architecture.max_positions
+    if data.max_length > positions:
+        where = tree.origin("data.max_length")
+        yield Problem("data.max_length", f"{data.max_length} exceeds model.architecture.max_positions {positions}", where)
+    if data.max_response >= data.max_length:
+        what = f"{data.max_response} leaves no room for a prompt in data.max_length {data.max_length}"
+        yield Problem("data.max_response", what, tree.origin("data.max_response"))
+
+
+def vocabulary(model: ModelSpec, tree: Tree) -> Found:
+    """The built-in tokenizer has 256 bytes and three marks."""
+    if model.tokenizer == "bytes" and model.architecture.vocab_size < BYTE_VOCABULARY:
+        what = f"{model.architecture.vocab_size} is below the byte tokenizer's {BYTE_VOCABULARY}"
+        yield Problem("model.architecture.vocab_size", what, tree.origin("model.architecture.vocab_size"))
+
+
+def batch(batch: Batch, parallel: Parallel, world: int, needs: Needs, tree: Tree) -> Found:
+    """prompts x responses = k minibatches; minibatch = data x micro_batch x slots; with VPP, slots = k pipeline."""
+    rows = batch.prompts * batch.responses
+    if needs.rollout and rows % batch.minibatch:
+        what = f"prompts {batch.prompts} × responses {batch.responses} = {rows} sequences do not divide by minibatch {batch.minibatch}"
+        yield Problem("batch.minibatch", what, tree.origin("batch.minibatch"), _divisors(rows))
+    if world % parallel.model:
+        return
+    replicas = world // parallel.model
+    if batch.minibatch % (replicas * batch.micro_batch):
+        yield Problem(
+            "batch.minibatch",
+            f"{batch.minibatch} does not divide by data {replicas} × micro_batch {batch.micro_batch} = {replicas * batch.micro_batch} "
+            f"(data {replicas} = world {world} / (tensor {parallel.tensor} × pipeline {parallel.pipeline}))",
+            tree.origin("batch.minibatch"),
+        )
+        return
+    slots = batch.minibatch // (replicas * batch.micro_batch)
+    if parallel.virtual_pipeline > 1 and slots % parallel.pipeline:
+        what = (
+            f"minibatch {batch.minibatch} / (data {replicas} × micro_batch {batch.micro_batch}) = {slots} micro-batches do not divide by "
+            f"pipeline {parallel.pipeline}, as virtual_pipeline {parallel.virtual_pipeline} needs"
+        )
+        yield Problem("batch.micro_batch", what, tree.origin("batch.micro_batch"))
+
+
+def precision(precision: Precision, hardware: Hardware, tree: Tree) -> Found:
+    if precision.fp8 != "none" and precision.dtype != "bf16":
+        where = tree.origin("precision.fp8")
+        yield Problem("precision.fp8", f"{precision.fp8} needs precision.dtype bf16, not {precision.dtype}", where, "precision.dtype=bf16")
+    if precision.fp8 != "none" and not hardware.gpus:
+        where = tree.origin("precision.fp8")
+        yield Problem("precision.fp8", "needs GPUs, and this recipe is for a CPU (hardware.gpus 0)", where, "with=hardware/h100x8_fp8")
+
+
+def unread(needs: Needs, algorithm: dict[str, Any], evaluation: Evaluation, tree: Tree) -> Found:
+    """Keys that only a rollout reads."""
+    if needs.rollout:
+        return
+    keys = ["batch.prompts", "batch.responses", *(f"evaluation.{name}" for name in vars(evaluation)), "run.stop.kl_above"]
+    for key in keys:
+        if tree.written(key):
+            yield Problem(key, f"algorithm {algorithm['name']!r} does not read it", tree.origin(key), "remove it")
+
+
+def run(run: Run, tree: Tree) -> Found:
+    if not run.dir:
+        yield Problem("run.dir", "is empty", tree.origin("run.dir"), "run.dir=runs/my_run")
+    if run.stop.score_patience is not None and not run.eval_every:
+        what = "counts evaluations, and run.eval_every is 0"
+        yield Problem("run.stop.score_patience", what, tree.origin("run.stop.score_patience"), "set run.eval_every")
+
+
+# --------------------------------------------------------------------------------------------- warnings
+
+
+def unused_models(models: dict[str, ModelConfig], needs: Needs, tree: Tree) -> Found:
+    for role in models:
+        if is_role(role) and role not in needs.roles:
+            yield Problem(f"models.{role}", "not loaded: nothing in this recipe asks for it", tree.origin(f"models.{role}"))
+
+
+def truncated_sampling(algorithm: dict[str, Any], tree: Tree) -> Found:
+    """Training log-probs are of softmax(logits / T), so what is sampled must be, too (algorithm.md 5.7)."""
+    if "rollout" not in algorithm or algorithm["rollout"]["name"] != "sampling":
+        return
+    off = {"top_p": 1.0, "top_k": 0}
+    for key, neutral in off.items():
+        if algorithm["rollout"][key] != neutral:
+            what = f"{algorithm['rollout'][key]} in training: old log-probs are then of another distribution than the one sampled from"
+            yield Problem(
+                f"algorithm.rollout.{key}", what, tree.origin(f"algorithm.rollout.{key}"), f"{neutral}; evaluation has its own {key}"
+            )
+
+
+def loads(models: dict[str, ModelConfig], model: ModelSpec, needs: Needs, tree: Tree) -> Found:
+    """Weights that are not on this machine. A recipe may be checked elsewhere; the launcher refuses."""
+    for role in needs.roles:
+        load = models[role].load if role in models else ""
+        if load and not _present(load, model):
+            key = f"models.{role}.load"
+            yield Problem(key, f"{load!r} is not on this machine", tree.origin(key), "train the stage before it, or give another path")
+
+
+def _present(load: str, model: ModelSpec) -> bool:
+    """A hub name is `owner/model`; anything else that is not `random` must exist."""
+    return load in ("random", model.hub) or Path(load).exists()
+
+
+def missing_loads(recipe: Recipe) -> list[Problem]:
+    """What a launcher must refuse to start without."""
+    needs = Needs(frozenset(), tuple(recipe.models), recipe.trained)
+    return list(loads(recipe.models, recipe.model, needs, Tree(recipe.tree)))
+
+
+def group_prices(algorithm: dict[str, Any], tree: Tree) -> Found:
+    """A component that uses groups, and none to use."""
+    if "group_classifier" not in algorithm or algorithm["group_classifier"]["name"] != "none":
+        return
+    for slot, names in (("variance_regulariser", ("group_variance", "group_dro")), ("kl_controller", ("group_adaptive",))):
+        if algorithm[slot]["name"] in names:
+            key = f"algorithm.{slot}.name"
+            what = f"{algorithm[slot]['name']} has no effect: group_classifier is none, all sequences are one group"
+            yield Problem(key, what, tree.origin(key), "algorithm.group_classifier.name=critic_head")
+
+
+BYTE_VOCABULARY = 259
+PROBLEMS: tuple[Callable[..., Found], ...] = (roles, layout, architecture, lengths, vocabulary, batch, precision, unread, run)
+WARNINGS: tuple[Callable[..., Found], ...] = (unused_models, truncated_sampling, loads, group_prices)

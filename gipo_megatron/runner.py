@@ -1,0 +1,247 @@
+"""One run: recipe -> objects -> loop { step; log; evaluate; save }, with resume, alerts and an orderly end."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gipo_megatron import record
+from gipo_megatron.assembly import Assembly, assemble
+from gipo_megatron.errors import UserError
+from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.telemetry.metrics import PhaseTimer, memory_metrics, reduce_metrics
+from gipo_megatron.telemetry.performance import performance
+from gipo_megatron.telemetry.sinks import Sink, make_sinks
+from gipo_megatron.types import Metric, Metrics, StepResult
+
+REPEATED_SIGNAL = 2.0  # seconds; torchrun forwards a terminal's Ctrl-C, so every worker sees one press twice
+
+
+class Interrupt:
+    """SIGTERM, SIGUSR1 and the first Ctrl-C: finish the step, checkpoint, end. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._pressed = -math.inf
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self.name and now - self._pressed > REPEATED_SIGNAL:
+                raise KeyboardInterrupt
+            self._pressed = now
+        self.name = self.name or signal.Signals(number).name
+
+
+@dataclass
+class Progress:
+    """What the loop itself remembers over a restart."""
+
+    step: int = 0  # iterations done
+    best: float | None = None  # best held-out figure so far
+    stale: int = 0  # evaluations since
+    skipped: int = 0  # consecutive steps with a non-finite loss or gradient
+    data: str = ""  # fingerprint of the training rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def train(recipe: Recipe) -> None:
+    """The whole run a recipe describes. Collective: every rank calls it. Raises UserError for what the user can mend."""
+    interrupt = Interrupt()
+    mesh = Mesh.create(recipe.parallel, recipe.run.seed)
+    sinks: list[Sink] = []
+    try:
+        directory = Path(recipe.run.dir)
+        start_from = find_checkpoint(recipe, directory)
+        if mesh.is_main:
+            record.open_run(recipe, directory)
+            sinks = make_sinks(recipe.run.loggers, directory, recipe.run.steps, name=recipe.name, config=record.plain_recipe(recipe))
+        timer = PhaseTimer(lambda name: [sink.phase(name) for sink in sinks] and None)
+        Run(recipe, mesh, assemble(recipe, mesh, timer.phase), sinks, timer, interrupt, directory).run(start_from)
+    finally:
+        for sink in sinks:
+            sink.close()
+        mesh.close()
+
+
+def find_checkpoint(recipe: Recipe, directory: Path) -> Path | None:
+    """Where `run.resume` says to continue from; None: at the beginning."""
+    resume = recipe.run.resume
+    if resume == "auto":
+        return checkpoint.latest(directory / "checkpoints")
+    if resume == "never":
+        if (directory / "metrics.jsonl").exists():
+            raise UserError(f"{directory} holds a run already", where="run.resume: never", fix="choose another run.dir, or run.resume=auto")
+        return None
+    checkpoint.read_meta(Path(resume))
+    return Path(resume)
+
+
+@dataclass
+class Run:
+    recipe: Recipe
+    mesh: Mesh
+    parts: Assembly
+    sinks: list[Sink]  # rank 0 only
+    timer: PhaseTimer
+    interrupt: Interrupt
+    directory: Path
+    progress: Progress = field(default_factory=Progress)
+
+    def run(self, start_from: Path | None) -> None:
+        run, progress = self.recipe.run, self.progress
+        self._resume(start_from)
+        if run.eval_every and progress.step == 0:
+            values, samples = self._evaluate()
+            self._log(0, values, samples)
+        self.timer.metrics()  # set-up is no part of the first step
+        ending = "" if progress.step < run.steps else "complete"
+        while not ending:
+            result = self.parts.algorithm.step(progress.step)
+            progress.step += 1
+            values, samples = self._values(result), result.samples
+            improved = False
+            if run.eval_every and (progress.step % run.eval_every == 0 or progress.step == run.steps):
+                held_out, _ = self._evaluate()
+                improved = self._judge(held_out)
+                values |= held_out
+            self._watch(values, result)
+            ending = self._ending(values)
+            self._log(progress.step, values, samples)
+            if ending or improved or (run.save_every and progress.step % run.save_every == 0):
+                self._save(best=improved)
+        self._end(ending)
+
+    # ----------------------------------------------------------------------------------------- numbers
+
+    def _values(self, result: StepResult) -> dict[str, float]:
+        """One row of the log: the step's metrics over all replicas, times, memory, speed."""
+        metrics: Metrics = {**result.metrics, **self.timer.metrics(), **memory_metrics(), "perf/tokens": Metric.sum(result.tokens)}
+        values = reduce_metrics(metrics, self.mesh.data_parallel)
+        tokens = values.pop("perf/tokens")
+        architecture, sequences = self.recipe.model.architecture, self.parts.sequences_per_step
+        return values | performance(values, architecture, tokens, result.passes, sequences, self.mesh.world)
+
+    def _evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        with self.timer.phase("held_out"):
+            metrics, samples = self.parts.evaluate()
+        return record.with_interval(reduce_metrics(metrics, self.mesh.data_parallel)), samples
+
+    def _judge(self, held_out: Mapping[str, float]) -> bool:
+        """Whether this evaluation is the best so far: score or accuracy up, or loss down."""
+        figure = next((sign * held_out[name] for name, sign in record.JUDGED_BY if name in held_out), math.nan)
+        if math.isnan(figure) or (self.progress.best is not None and figure <= self.progress.best):
+            self.progress.stale += 1
+            return False
+        self.progress.best, self.progress.stale = figure, 0
+        return True
+
+    def _watch(self, values: Mapping[str, float], result: StepResult) -> None:
+        progress = self.progress
+        messages = self.recipe.alerts.check(values, progress.step)
+        progress.skipped = progress.skipped + 1 if result.skipped else 0
+        for role, rows in result.skipped.items():
+            shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+            messages.append(f"step {progress.step}: {role} not updated, non-finite loss or gradient; rows {shown}")
+        for sink in self.sinks:
+            for message in messages:
+                sink.alert(progress.step, message)
+
+    def _log(self, step: int, values: Mapping[str, float], samples: list[dict[str, Any]]) -> None:
+        for sink in self.sinks:
+            sink.log(step, values)
+            if samples:
+                sink.samples(step, samples)
+
+    # ----------------------------------------------------------------------------------------- how it ends
+
+    def _ending(self, values: Mapping[str, float]) -> str:
+        """Why the run ends after this step; empty: it goes on. The same on every rank."""
+        run, progress = self.recipe.run, self.progress
+        if progress.skipped >= run.max_skipped:
+            raise UserError(
+                f"{progress.skipped} steps in a row had a non-finite loss or gradient (step {progress.step}; rows in alerts.jsonl)",
+                where=f"the last good checkpoint is {checkpoint.latest(self.directory / 'checkpoints') or 'none yet'}",
+                fix="lower the learning rate, look at those rows, or use precision.dtype=fp32; then start again, it resumes",
+            )
+        if self.mesh.any(bool(self.interrupt.name)):
+            return f"interrupted ({self.interrupt.name or 'on another rank'})"
+        if run.stop.kl_above is not None and values.get("kl/mean", 0.0) > run.stop.kl_above:
+            return f"kl/mean {values['kl/mean']:.4g} > run.stop.kl_above {run.stop.kl_above:g}"
+        if run.stop.score_patience is not None and progress.stale >= run.stop.score_patience:
+            return f"no better held-out figure in {progress.stale} evaluations (run.stop.score_patience)"
+        return "complete" if progress.step >= run.steps else ""
+
+    def _end(self, ending: str) -> None:
+        """Links, figures, the last line. An interrupted run has no `final`: it is not at its end."""
+        if not self.mesh.is_main:
+            return
+        last = self.directory / "checkpoints" / f"step_{self.progress.step}"
+        done = not ending.startswith("interrupted")
+        if done:
+            checkpoint.link(self.directory / "final", last)
+        for sink in self.sinks:
+            sink.close()
+        self.sinks.clear()
+        if done:
+            record.close_run(self.directory, self.recipe)
+        advice = "" if done else "; the same command continues"
+        print(f"{self.recipe.name}: {ending} at step {self.progress.step} of {self.recipe.run.steps}; {last}{advice}", flush=True)
+
+    # ----------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, best: bool) -> None:
+        with self.timer.phase("save"):
+            folder = self.directory / "checkpoints"
+            state = {
+                "progress": self.progress.state_dict(),
+                "algorithm": self.parts.algorithm.state_dict(),
+                "alerts": self.recipe.alerts.state_dict(),
+            }
+            meta = {"tokenizer": self.parts.tokenizer.fingerprint, "recipe": self.recipe.name, "parallel": vars(self.recipe.parallel)}
+            path = checkpoint.save(folder, self.progress.step, self.parts.trained, self.mesh, state, meta, self._extra_files)
+            if self.mesh.is_main:
+                if best:
+                    checkpoint.link(self.directory / "best", path)
+                checkpoint.prune(folder, self.recipe.run.keep)
+            self.mesh.barrier()
+
+    def _extra_files(self, folder: Path) -> None:
+        """A checkpoint is complete in itself: the tokenizer and the recipe travel with it."""
+        self.parts.tokenizer.save(folder / "tokenizer")
+        (folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+
+    def _resume(self, path: Path | None) -> None:
+        fingerprint = self.parts.train.fingerprint
+        if path is not None:
+            state = checkpoint.restore(path, self.parts.trained, self.mesh)
+            self.progress.load_state_dict(state["progress"])
+            self.parts.algorithm.load_state_dict(state["algorithm"])
+            self.recipe.alerts.load_state_dict(state["alerts"])
+            if self.progress.data != fingerprint:
+                raise UserError(
+                    f"the training data are not those of {path}",
+                    where="data",
+                    fix="resume with the same data, or start a new run.dir with models.<role>.load pointing to that checkpoint",
+                )
+        self.progress.data = fingerprint
+        for sink in self.sinks:
+            sink.resume(self.progress.step)
+        if self.mesh.is_main:
+            origin = f"resumed from {path}" if path is not None else "started"
+            record.announce(self.recipe, self.mesh.world, origin, self.parts.train, self.parts.held_out)

@@ -1,0 +1,46 @@
+"""Speed, per device, and how much of the device's peak it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from gipo_megatron.types import Architecture
+
+# Dense bf16 peak rates in FLOP/s, from NVIDIA's data sheets; a device that is not here gets no perf/mfu.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}
+
+
+def num_parameters(a: Architecture) -> int:
+    """Weights of the decoder, embeddings included."""
+    attention = a.hidden_size * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
+    attention += a.head_dim * (a.num_heads + 2 * a.num_kv_heads) * a.qkv_bias + 2 * a.head_dim * a.qk_norm
+    layer = attention + 3 * a.hidden_size * a.ffn_hidden_size + 2 * a.hidden_size
+    embeddings = a.vocab_size * a.hidden_size * (1 if a.tied_embeddings else 2)
+    return a.num_layers * layer + a.hidden_size + embeddings
+
+
+def performance(
+    values: Mapping[str, float], architecture: Architecture, tokens: float, passes: int, sequences: int, world: int
+) -> dict[str, float]:
+    """perf/tokens_per_second (prompt + response tokens, per device), perf/mfu where the device's peak is known,
+    rollout/tokens_per_second (response tokens, all devices).
+
+    mfu = 2 · parameters · tokens · passes / (seconds · world · peak): attention's own products are left out, so it is a lower bound.
+    """
+    seconds = values["time/step_seconds"]
+    result = {"perf/tokens_per_second": tokens / seconds / world}
+    if "rollout/length_mean" in values and values.get("time/rollout", 0) > 0:
+        result["rollout/tokens_per_second"] = values["rollout/length_mean"] * sequences / values["time/rollout"]
+    peak = _peak()
+    if peak is not None:
+        result["perf/mfu"] = 2 * num_parameters(architecture) * tokens * passes / (seconds * world * peak)
+    return result
+
+
+def _peak() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)

@@ -1,0 +1,40 @@
+"""Shared by all tests: one thread, and nobody draws from a global random generator."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "global_rng: may consume the global random generators (Hugging Face models, mcore's seeding)"
+    )
+
+
+def _states() -> dict[str, object]:
+    """What each global generator would draw next."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    return {
+        "torch": torch.random.get_rng_state().numpy().tobytes(),
+        "numpy": (kind, keys.tobytes(), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_global_rng(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that consumed or seeded a global generator: every draw has its own (design.md, rule 6). Opt out with `global_rng`."""
+    if request.node.get_closest_marker("global_rng") is not None:
+        yield
+        return
+    before = _states()
+    yield
+    moved = [name for name, state in _states().items() if state != before[name]]
+    assert not moved, f"global generator consumed: {', '.join(moved)}; give the draw its own generator, or mark the test global_rng"

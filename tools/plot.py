@@ -1,0 +1,54 @@
+"""Figures (and a report) of run folders:  python tools/plot.py RUN_DIR… [out=DIR] [report=PATH]
+
+Figures go to `out`; without it into the run's own figures/ folder, or ./figures for several runs.
+Exit codes: 0 done, 2 a mistake in the command or in a run folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.evaluation.report import write_report
+from gipo_megatron.telemetry.figures import write_figures
+
+
+def parse(arguments: list[str]) -> tuple[list[str], str, str | None]:
+    """Run folders, out, report. Raises UserError."""
+    runs: list[str] = []
+    options: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in ("out", "report") and value:
+            options[key] = value
+        elif argument.startswith("-") or (equals and not Path(argument).exists()):
+            raise UserError(f"unknown option {argument!r}", fix="options are out=DIR and report=PATH")
+        else:
+            runs.append(argument)
+    if not runs:
+        raise UserError("no run folder given", fix="python tools/plot.py RUN_DIR… [out=DIR] [report=PATH]")
+    out = options["out"] if "out" in options else str(Path(runs[0], "figures") if len(runs) == 1 else Path("figures"))
+    return runs, out, options["report"] if "report" in options else None
+
+
+def main(arguments: list[str]) -> int:
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    try:
+        runs, out, report = parse(arguments)
+        written, missing = write_figures(runs, out)
+        print(f"{len(written)} files in {out}: {', '.join(sorted({p.stem for p in written}))}")
+        for name, why in missing.items():
+            print(f"not drawn: {name} ({why})")
+        if report is not None:
+            print(f"report: {write_report(runs, report)}")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
