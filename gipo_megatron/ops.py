@@ -5,6 +5,7 @@ B sequences, T tokens, M groups, N sequences in the global batch. Equation numbe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -81,6 +82,35 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
     """max((V - R)^2, (V_old + clip(V - V_old, +-eps) - R)^2) / 2 per token. [B, T]"""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+
+
+# --------------------------------------------------------------------------------------------- scores
+
+MIN_STD = 1e-6  # below it all scores are the same
+MAX_RETURN = 3.0
+
+
+def score_returns(raw: Tensor, batch_mean: float, std: float) -> Tensor:
+    """G_i = clip((s_i - batch mean) / sigma, +-3), sigma the running std; 0 when sigma < 1e-6. One scalar per trajectory. [B]
+
+    Not the batch's own std: beta / sigma would grow as the batch becomes uniform (algorithm.md 5.2).
+    """
+    if std < MIN_STD:
+        return torch.zeros_like(raw)
+    return ((raw - batch_mean) / std).clamp(-MAX_RETURN, MAX_RETURN)
+
+
+def lower_tail_weights(x: Tensor, everyone: Tensor, alpha: float) -> Tensor:
+    """1{x_i <= VaR_alpha} / alpha over the global batch `everyone` [N]; mean exactly 1. [B]
+
+    Rows tied at VaR_alpha share what is left of the tail: w = (alpha N - #{below}) / (alpha #{tied}).   (Rockafellar, Uryasev 2002)
+    """
+    tail = alpha * len(everyone)
+    rank = min(max(math.ceil(tail - 1e-9), 1), len(everyone))
+    quantile = everyone.sort().values[rank - 1]
+    below, tied = (everyone < quantile).sum(), (everyone == quantile).sum()
+    at_quantile = (tail - below) / (alpha * tied)
+    return torch.where(x < quantile, 1 / alpha, torch.where(x == quantile, at_quantile, 0.0))
 
 
 # --------------------------------------------------------------------------------------------- groups

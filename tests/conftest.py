@@ -13,9 +13,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "global_rng: may consume the global random generators (Hugging Face models, mcore's seeding)"
-    )
+    config.addinivalue_line("markers", "global_rng: may consume the global random generators (Hugging Face models, mcore's seeding)")
 
 
 def _states() -> dict[str, object]:

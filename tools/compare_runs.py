@@ -1,6 +1,7 @@
 """Compares the metrics of two runs:  python tools/compare_runs.py A B [--assert-equal] [--tolerance X]
 
-Compares metrics.jsonl step by step, but for time/, perf/ and memory/. --assert-equal: bit for bit; with --tolerance X: |a - b| <= X max(|a|, |b|).
+Compares metrics.jsonl step by step, but for time/, perf/ and memory/.
+--assert-equal: bit for bit; with --tolerance X: |a - b| <= X max(|a|, |b|).
 Exit codes: 0 equal (or only asked to show), 1 the runs differ, 2 a mistake in the command or in a run folder.
 """
 
@@ -44,7 +45,7 @@ def compare(a: Run, b: Run) -> tuple[list[Difference], int]:
         for name in dict.fromkeys([*x, *y]):
             compared += 1
             if name not in x or name not in y:
-                differences.append(Difference(step, name, x[name] if name in x else "absent", y[name] if name in y else "absent", math.inf))
+                differences.append(Difference(step, name, x.get(name, "absent"), y.get(name, "absent"), math.inf))
             elif (size := _size(x[name], y[name])) > 0:
                 differences.append(Difference(step, name, x[name], y[name], size))
     return differences, compared

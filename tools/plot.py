@@ -29,7 +29,7 @@ def parse(arguments: list[str]) -> tuple[list[str], str, str | None]:
     if not runs:
         raise UserError("no run folder given", fix="python tools/plot.py RUN_DIR… [out=DIR] [report=PATH]")
     out = options["out"] if "out" in options else str(Path(runs[0], "figures") if len(runs) == 1 else Path("figures"))
-    return runs, out, options["report"] if "report" in options else None
+    return runs, out, options.get("report")
 
 
 def main(arguments: list[str]) -> int:

@@ -92,12 +92,17 @@ def command(sweep: Sweep, point: Sequence[str], recipes: Path) -> list[str]:
     words = [*sweep.fixed, *point]
     recipe = compose(words, recipes, world=sweep.nproc or 1)
     if point:
-        shown = (f"{_short(word.partition('=')[0], sweep)}={word.partition('=')[2]}" for word in point)
-        words.append(f"run.dir={recipe.run.dir}/{','.join(re.sub(r'[^\w.=+-]+', '_', name) for name in shown)}")
+        words.append(f"run.dir={recipe.run.dir}/{','.join(_label(word, sweep) for word in point)}")
     words = [word for word in words if not word.startswith("world=")]
     if sweep.nproc is None:
         return [sys.executable, str(TRAIN), *words]
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(sweep.nproc), str(TRAIN), *words]
+
+
+def _label(word: str, sweep: Sweep) -> str:
+    """`run.seed=3` → `seed=3`, fit for a folder's name."""
+    key, _, value = word.partition("=")
+    return f"{_short(key, sweep)}={re.sub(r'[^A-Za-z0-9_.+-]+', '_', value)}"
 
 
 def _short(key: str, sweep: Sweep) -> str:

@@ -15,7 +15,7 @@ from gipo_megatron.types import Prompts, Rollout, Sampling
 @register("rollout", "sampling")
 @dataclass
 class SamplingRollout:
-    """The actor samples its own responses. Keep top_k 0 and top_p 1 in training: log-probabilities are of the whole softmax (algorithm.md 5.7)."""
+    """The actor samples its own responses. Keep top_k 0 and top_p 1: log-probabilities are of the whole softmax (algorithm.md 5.7)."""
 
     temperature: float = 1.0  # of sampling and of every log-probability of this run
     top_k: int = 0  # draw among the k likeliest tokens; 0: off

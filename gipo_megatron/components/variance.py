@@ -15,7 +15,6 @@ from gipo_megatron.roles import DataParallel, gather_rows
 from gipo_megatron.types import Groups, Weights
 
 
-
 def _equal_weights(groups: Groups) -> Weights:
     ones = torch.ones_like(groups.sample_returns)
     return Weights(ones, ones)
@@ -31,9 +30,12 @@ def _clamped(raw: Tensor, groups: Groups, low: float, high: float) -> Weights:
     return Weights(raw, raw.clamp(low, high))
 
 
-def _check(beta: float, low: float, high: float) -> None:
+def _check_beta(beta: float) -> None:
     if beta < 0:
         raise UserError(f"beta is {beta}: it would widen the gap", where="variance_regulariser.beta", fix="a number >= 0")
+
+
+def _check_clamp(low: float, high: float) -> None:
     if not low <= 1 <= high:
         raise UserError(
             f"min_weight {low}, max_weight {high}", where="variance_regulariser", fix="min_weight <= 1 <= max_weight: the mean weight is 1"
@@ -74,7 +76,8 @@ class GroupVariance:
     return_ema: float = 0.0  # decay of the mean of R_g - R_all; 0: this batch alone
 
     def __post_init__(self) -> None:
-        _check(self.beta, self.min_weight, self.max_weight)
+        _check_beta(self.beta)
+        _check_clamp(self.min_weight, self.max_weight)
         if not 0 <= self.return_ema < 1:
             raise UserError(f"return_ema is {self.return_ema}", where="variance_regulariser.return_ema", fix="0 <= return_ema < 1")
         self._lead: list[float] | None = None  # R_g - R_all [M], EMA
@@ -84,9 +87,7 @@ class GroupVariance:
             return _equal_weights(groups)
         lead = self._smoothed(groups)
         lead = lead - (groups.shares * lead).sum()  # so that the mean weight is 1 whatever the average remembers
-        raw = ops.group_weights(
-            groups.probs, groups.mean_return + lead, groups.shares, groups.mean_return, self.beta, groups.variance
-        )
+        raw = ops.group_weights(groups.probs, groups.mean_return + lead, groups.shares, groups.mean_return, self.beta, groups.variance)
         return _clamped(raw, groups, self.min_weight, self.max_weight)
 
     def _smoothed(self, groups: Groups) -> Tensor:
@@ -117,7 +118,8 @@ class ReturnVariance:
     max_weight: float = 3.0
 
     def __post_init__(self) -> None:
-        _check(self.beta, self.min_weight, self.max_weight)
+        _check_beta(self.beta)
+        _check_clamp(self.min_weight, self.max_weight)
 
     def weights(self, groups: Groups) -> Weights:
         raw = 1 - 2 * self.beta * (groups.sample_returns.double() - groups.mean_return)
@@ -144,7 +146,9 @@ class GroupDRO:
     max_weight: float = 3.0
 
     def __post_init__(self) -> None:
-        _check(self.step, self.min_weight, self.max_weight)
+        if self.step < 0:
+            raise UserError(f"step is {self.step}", where="variance_regulariser.step", fix="a number >= 0")
+        _check_clamp(self.min_weight, self.max_weight)
         self._log_q: list[float] | None = None
 
     def _updated(self, groups: Groups) -> Tensor:

@@ -38,7 +38,7 @@ class Encoder:
     def __post_init__(self) -> None:
         if not 0 < self.config.max_response < self.config.max_length:
             raise UserError(
-                f"data.max_length {self.config.max_length} = prompt + response leaves no prompt beside data.max_response {self.config.max_response}",
+                f"data.max_length {self.config.max_length} leaves no room for a prompt beside max_response {self.config.max_response}",
                 where="data.max_length",
                 fix="make it larger than max_response",
             )

@@ -14,6 +14,11 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 HEADS = {"Human": "user", "Assistant": "assistant"}
 END_MARK = "<|endoftext|>"  # some files end their completions with it, as text
 ROLES = ("system", "user", "assistant")
+_NEEDS: dict[str, list[tuple[str, ...]]] = {  # format -> the sets of columns that will do
+    "preference": [("chosen", "rejected")],
+    "prompt": [("prompt",), ("messages",)],
+    "sft": [("prompt", "response"), ("messages",)],
+}
 _HEAD = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -40,11 +45,7 @@ class Schema:
         self.transcripts = "prompt" not in self.has and any(is_transcript(row.get(self._name["chosen"])) for row in head)
 
     def _require(self, found: list[str], where: str) -> None:
-        choices = {
-            "preference": [("chosen", "rejected")],
-            "prompt": [("prompt",), ("messages",)],
-            "sft": [("prompt", "response"), ("messages",)],
-        }[self.format]
+        choices = _NEEDS[self.format]
         missing = [ours for ours in self.columns if ours not in self.has]
         if not missing and any(self.has.issuperset(choice) for choice in choices):
             return
@@ -196,6 +197,7 @@ def _check(prompt: tuple[Turn, ...], responses: tuple[str, ...]) -> None:
         raise BadRow("chosen equals rejected")
     if not any(turn.role in ("user", "text") and turn.text.strip() for turn in prompt):
         raise BadRow("no human turn")
-    for text in (*(turn.text for turn in prompt), *responses):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise BadRow("not valid Unicode (a lone surrogate)")
+    try:
+        "".join((*(turn.text for turn in prompt), *responses)).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("not valid Unicode (a lone surrogate)") from error

@@ -9,11 +9,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import datasets
-import pyarrow
-import pyarrow.parquet
+import pyarrow  # type: ignore[import-untyped]
+import pyarrow.parquet  # type: ignore[import-untyped]
 
 from gipo_megatron.data.hub import is_hub_name, offline, reach_hub
 from gipo_megatron.errors import UserError
@@ -110,8 +110,8 @@ def read_files(files: list[Path]) -> Iterator[Row]:
             raise UserError("the file holds no rows", where=str(file), fix="remove it, or make it again")
 
 
-def _open(file: Path) -> io.BufferedIOBase:
-    return gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")  # type: ignore[return-value]
+def _open(file: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(file, "rb")) if file.suffix == ".gz" else open(file, "rb")
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

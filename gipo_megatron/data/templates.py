@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jinja2
 
-from gipo_megatron.data.examples import BadRow, Example, Turn
+from gipo_megatron.data.examples import BadRow, Turn
 from gipo_megatron.data.schemas import ASSISTANT, HUMAN
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError

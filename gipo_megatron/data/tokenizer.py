@@ -70,12 +70,12 @@ def byte_tokenizer() -> Tokenizer:
     """Id = byte for 0 … 255; pad 256, bos 257, eos 258. No merges, so ids(a) + ids(b) = ids(a + b)."""
     symbols = _byte_symbols()
     backend = Backend(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(symbols)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
     names = ("<pad>", "<bos>", "<eos>")
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     bos = ("<bos>", 257)
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A $B", special_tokens=[bos])  # type: ignore
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A $B", special_tokens=[bos])
     inner = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", clean_up_tokenization_spaces=False
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from gipo_megatron.evaluation.heldout import wilson_interval
 from gipo_megatron.evaluation.report_page import PAGE
 from gipo_megatron.telemetry.console import duration
 from gipo_megatron.telemetry.figures import draw
@@ -23,10 +24,12 @@ SAMPLES = 4  # rows shown of a run's first and of its last sampled step
 SAMPLE_COLUMNS = ("source", "score", "p_high", "weight", "kl", "length")
 
 CAPTIONS = {
-    "reward": "Reward model's score on training and held-out prompts; gold reward where the data knows it. A score that rises while gold falls is reward hacking.",
+    "reward": "Reward model's score on training and held-out prompts; gold reward where the data knows it. "
+    "A score that rises while gold falls is reward hacking.",
     "reward_distribution": "Scores of sampled responses in the first and the last fifth of the steps; lines mark the means.",
     "kl": "Distance from the reference policy, and what a nat of it costs.",
-    "group_returns": "Mean return of the easy and the hard group, and the gap. A gap that closes because the easy group falls is levelling down.",
+    "group_returns": "Mean return of the easy and the hard group, and the gap. "
+    "A gap that closes because the easy group falls is levelling down.",
     "sources": "Mean score by data source.",
     "weights": "Weight of a sequence in the policy's update.",
     "p_high": "Probability of the easy group against what it should not merely copy; last fifth of the steps.",
@@ -36,12 +39,12 @@ CAPTIONS = {
     "rollout": "Length of the responses and how many hit the limit.",
 }
 
-# by stage, in order of preference: metric, how it is called, whether its start is shown too
+# by stage: metric and what it is called; held-out figures, and the training ones only where there are none
 KEY_METRICS = {
     "SFT": (("eval/loss", "held-out loss"), ("sft/loss", "loss")),
     "RM": (("eval/accuracy", "held-out accuracy"), ("rm/accuracy", "accuracy")),
     "DPO": (("eval/accuracy", "held-out accuracy"), ("dpo/accuracy", "accuracy")),
-    "PPO": (("eval/score", "held-out score"), ("reward/score_mean", "score"), ("eval/gold", "gold")),
+    "PPO": (("eval/score", "held-out score"), ("eval/gold", "held-out gold"), ("reward/score_mean", "score")),
 }
 
 
@@ -93,20 +96,31 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path, *, title: str 
 
 def summary(run: Run) -> dict[str, str]:
     """Stage, steps, time and key figure of a run."""
+    wanted = KEY_METRICS.get(run.stage, KEY_METRICS["PPO"])
+    held_out = [(metric, label) for metric, label in wanted if metric.startswith("eval/") and run.last(metric) is not None]
     figures = []
-    for metric, label in KEY_METRICS.get(run.stage, KEY_METRICS["PPO"]):
+    for metric, label in held_out or wanted:
         steps, values = run.series(metric)
         if values:
             start = f"{number(values[0])} → " if len(values) > 1 else ""
-            figures.append(f"{label} {start}{number(values[-1])} (step {steps[-1]})")
+            figures.append(f"{label} {start}{number(values[-1])}{_interval(run, metric, values[-1])} (step {steps[-1]})")
     return {
         "run": printable(run.name),
         "stage": run.stage,
         "steps": str(run.num_steps),
         "time": duration(run.seconds),
-        "key figure": "; ".join(figures[:2]) or "–",
+        "key figure": "; ".join(figures) or "–",
         "alerts": str(len(run.alerts)),
     }
+
+
+def _interval(run: Run, metric: str, share: float) -> str:
+    """The 95 % interval of a held-out accuracy, where the number of pairs is known."""
+    pairs = run.last("eval/pairs") if metric == "eval/accuracy" else None
+    if not pairs:
+        return ""
+    low, high = wilson_interval(share, round(pairs))
+    return f" [{number(low)}, {number(high)}]"
 
 
 def show(run: Run) -> Shown:

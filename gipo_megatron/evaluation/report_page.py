@@ -9,7 +9,8 @@ PAGE = """<!doctype html>
 <title>{{ title }}</title>
 <style>
 :root { --ink: #1c1e21; --soft: #5f656d; --line: #dcdfe3; --paper: #fff; --shade: #f5f6f8; --alert: #fff4e0; }
-body { margin: 2rem auto; padding: 0 1.2rem; max-width: 86rem; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+body { margin: 2rem auto; padding: 0 1.2rem; max-width: 86rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin-top: 2.4rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 h3 { font-size: 1rem; margin-top: 1.6rem; }
@@ -56,7 +57,8 @@ summary { cursor: pointer; font-weight: 600; }
 <h2>Figures</h2>
 <div class="gallery">
 {% for name, image, caption, width in images %}
-<figure><img src="data:image/png;base64,{{ image }}" width="{{ width }}" alt="{{ name }}"><figcaption>{{ caption }}</figcaption></figure>
+<figure style="max-width: {{ width }}px">
+<img src="data:image/png;base64,{{ image }}" width="{{ width }}" alt="{{ name }}"><figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
 </div>
 {% if missing %}
@@ -79,7 +81,11 @@ summary { cursor: pointer; font-weight: 600; }
 <thead><tr><th class="facts">step</th><th>prompt</th><th>response</th></tr></thead>
 <tbody>
 {% for sample in run.samples %}
-<tr><td class="facts">step {{ sample.step }}{% for column in sample_columns if column in sample.cells %}<br>{{ column }} {{ sample.cells[column] }}{% endfor %}</td>
+<tr><td class="facts">step {{ sample.step }}
+{% for column in sample_columns if column in sample.cells %}
+<br>{{ column }} {{ sample.cells[column] }}
+{% endfor %}
+</td>
 <td><div class="text">{{ sample.prompt }}</div></td><td><div class="text">{{ sample.response }}</div></td></tr>
 {% endfor %}
 </tbody></table>

@@ -127,7 +127,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-    fix = "a Hugging Face folder with model.safetensors, or model.safetensors.index.json and its shards (.bin files: save again as safetensors)"
+    fix = "give a Hugging Face folder with model.safetensors or model.safetensors.index.json (a .bin model: save it again as safetensors)"
     raise UserError("no safetensors weights here", where=f"{folder} (found: {found})", fix=fix)
 
 

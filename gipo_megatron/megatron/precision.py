@@ -49,7 +49,7 @@ def check(precision: Precision) -> None:
 
 
 def config_fields(precision: Precision) -> dict[str, Any]:
-    """Fields of TransformerConfig: one dtype for weights, activations and what passes between stages; FP8 is e4m3 forward, e5m2 gradients."""
+    """Fields of TransformerConfig: one dtype for weights, activations and messages between stages; FP8 is e4m3 forward, e5m2 gradients."""
     dtype = torch_dtype(precision)
     fields: dict[str, Any] = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype is torch.bfloat16}
     if precision.fp8 != "none":

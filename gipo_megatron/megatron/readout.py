@@ -123,7 +123,7 @@ class _TokenStats(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
         logits, rows, tokens, log_z, entropies = ctx.saved_tensors
         shard: _Shard = ctx.shard
         flat = logits.reshape(-1, shard.columns)

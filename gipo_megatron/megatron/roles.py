@@ -50,7 +50,9 @@ def load_into(engine: Engine, load: str, role: str) -> str:
     return "huggingface"
 
 
-def _language_readout(engine: Engine, temperature: float, entropy: bool) -> Readout:
+def language_readout(engine: Engine, temperature: float, entropy: bool) -> Readout:
+    """Log-probs (and entropy) of the response tokens at `temperature`."""
+
     def read(logits: Tensor, sequences: Sequences) -> Output:
         vocabulary = engine.architecture.vocab_size
         return token_stats(logits, sequences, vocab_size=vocabulary, mesh=engine.mesh, temperature=temperature, entropy=entropy)
@@ -98,12 +100,16 @@ class MegatronActor:
             return generate(engine.chunks, engine.architecture, engine.mesh, prompts, sampling, self.eos_id, self.pad_id, self.decode)
 
     def logprobs(self, batch: Rows, entropy: bool = False) -> TokenStats:
-        stats = self.engine.forward(batch, _language_readout(self.engine, self.temperature, entropy))
+        stats = self.engine.forward(batch, language_readout(self.engine, self.temperature, entropy))
         assert isinstance(stats, TokenStats)
         return stats
 
+    def readout(self, logits: Tensor, sequences: Sequences) -> Output:
+        """What the losses see; the entropy comes with the log-probs' own collectives."""
+        return language_readout(self.engine, self.temperature, entropy=True)(logits, sequences)
+
     def update(self, *parts: Part) -> Update:
-        return self.engine.update(parts, _language_readout(self.engine, self.temperature, entropy=True))
+        return self.engine.update(parts, self.readout)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self.engine.export()
@@ -157,7 +163,7 @@ class MegatronReference:
         return source
 
     def logprobs(self, batch: Rows) -> TokenStats:
-        read = _language_readout(self.engine, self.temperature, entropy=False)
+        read = language_readout(self.engine, self.temperature, entropy=False)
         if self.state is None:
             stats = self.engine.forward(batch, read)
         else:
@@ -199,16 +205,16 @@ class MegatronCritic:
         )
         self.loaded_from = load_into(self.engine, load, "critic")
 
-    def _read(self, raw: Tensor, sequences: Sequences) -> Output:
+    def readout(self, raw: Tensor, sequences: Sequences) -> Output:
         return critic_output(raw, take_hidden(self.engine.chunks[-1]), sequences, self.engine.group_head)
 
     def evaluate(self, batch: Rows) -> CriticOutput:
-        output = self.engine.forward(batch, self._read)
+        output = self.engine.forward(batch, self.readout)
         assert isinstance(output, CriticOutput)
         return output
 
     def update(self, *parts: Part) -> Update:
-        return self.engine.update(parts, self._read)
+        return self.engine.update(parts, self.readout)
 
 
 class MegatronRewardModel:
@@ -241,14 +247,14 @@ class MegatronRewardModel:
         )
         self.loaded_from = load_into(self.engine, load, "reward")
 
-    def _read(self, raw: Tensor, sequences: Sequences) -> Output:
+    def readout(self, raw: Tensor, sequences: Sequences) -> Output:
         take_hidden(self.engine.chunks[-1])  # not needed, so not kept
         return last_token_score(raw, sequences)
 
     def score(self, batch: Rows) -> Tensor:
-        scores = self.engine.forward(batch, self._read)
+        scores = self.engine.forward(batch, self.readout)
         assert isinstance(scores, Tensor)
         return scores
 
     def update(self, *parts: Part) -> Update:
-        return self.engine.update(parts, self._read)
+        return self.engine.update(parts, self.readout)

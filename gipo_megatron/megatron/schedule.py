@@ -6,7 +6,7 @@ parts ──counts over DP──▶ micro-batches ──1F1B / interleaved──
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from gipo_megatron.megatron import host
+from gipo_megatron.megatron import host, pipeline
 from gipo_megatron.megatron.heads import GroupHead
 from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.mesh import Mesh
@@ -93,7 +92,7 @@ class Engine:
         """What `readout` says of every sequence of `batch`, in their order, on every rank of the replica. No gradient."""
         slots = self._plan(batch)
         with self.ready():
-            outputs = self._run(slots, lambda slot, out: widen(readout(out, slot.sequences), slot.width), forward_only=True)
+            outputs = pipeline.run(self._wrapped, slots, partial(_answer, readout), forward_only=True)
             whole = gather(slots, outputs, len(batch)) if outputs else None
             return self._from_last_stage(whole)
 
@@ -138,7 +137,7 @@ class Engine:
             if self.group_head is not None:
                 self.group_head.step(head_norm)
             self.learning_rate.steps += 1
-            metrics = {**metrics, "grad_norm": Metric.mean(norm), "learning_rate": Metric.mean(lr)}
+            metrics = {**metrics, "grad_norm": _exact(norm), "learning_rate": _exact(lr)}
             return Update(metrics)
 
     def backward(self, parts: Sequence[Part], readout: Readout) -> tuple[Metrics, list[int]]:
@@ -151,7 +150,7 @@ class Engine:
         if self.group_head is not None:
             self.group_head.zero_grad()
         self._mode(train=True)
-        results = self._run(slots, partial(self._loss, readout), forward_only=False)
+        results = pipeline.run(self._wrapped, slots, partial(self._loss, readout), forward_only=False)
         metrics: Metrics = {}
         bad: list[int] = []
         for total, slot, new in results:
@@ -175,7 +174,7 @@ class Engine:
     def _loss(readout: Readout, slot: MicroBatch, raw: Tensor) -> tuple[Tensor, Tensor, Any]:
         """mcore's triple. The integer count 0 keeps mcore from dividing by anything: each term has its own count."""
         assert slot.loss is not None and slot.counts is not None
-        loss = slot.loss(widen(readout(raw, slot.sequences), slot.width), slot.rows)
+        loss = slot.loss(_answer(readout, slot, raw), slot.rows)
         total = torch.zeros((), device=raw.device)
         for value, unit in loss.terms.values():
             total = total + value.float() / max(slot.counts[unit], 1.0)
@@ -205,30 +204,6 @@ class Engine:
         slots = mesh.pipeline_size if mesh.parallel.virtual_pipeline > 1 else 1
         widths = length_multiple(self.precision, mesh.parallel)
         return plan(rows.to(mesh.device), self.micro_batch, length_multiple=widths, slot_multiple=slots)
-
-    def _run(self, slots: list[MicroBatch], finish: Callable[[MicroBatch, Tensor], Any], *, forward_only: bool) -> list[Any]:
-        """mcore's schedule over `slots`: what `finish` made of each on the last stage (empty elsewhere)."""
-
-        def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-            slot = next(iterator)
-            with host.model_mode():
-                out = chunk(slot.sequences.tokens, None, None)
-            return out, partial(_finish, finish, slot)
-
-        parallel = self.mesh.parallel
-        chunked = len(self._wrapped) > 1
-        schedule = get_forward_backward_func(parallel.pipeline, parallel.virtual_pipeline if chunked else None)
-        with host.host_mode():
-            return schedule(
-                forward_step_func=forward_step,
-                data_iterator=[iter(slots) for _ in self._wrapped] if chunked else iter(slots),
-                model=self._wrapped if chunked else self._wrapped[0],
-                num_microbatches=len(slots),
-                seq_length=slots[0].sequences.tokens.shape[1],
-                micro_batch_size=len(slots[0].sequences),
-                forward_only=forward_only,
-                collect_non_loss_data=forward_only,
-            )
 
     def _mode(self, *, train: bool) -> None:
         for chunk in self.chunks:
@@ -296,10 +271,13 @@ class Engine:
             yield from export_weights(self.chunks, self.mesh, self.architecture, head=self.head)
 
 
-def _finish(finish: Callable[[MicroBatch, Tensor], Any], slot: MicroBatch, out: Tensor, non_loss_data: bool = False) -> Any:
-    with host.model_mode():
-        return finish(slot, out)
+def _answer(readout: Readout, slot: MicroBatch, raw: Tensor) -> Output:
+    return widen(readout(raw, slot.sequences), slot.width)
 
 
 def _to(metrics: Metrics, device: str) -> Metrics:
     return {name: Metric(m.kind, m.parts.to(device)) for name, m in metrics.items()}
+
+
+def _exact(value: float) -> Metric:
+    return Metric.mean(torch.tensor(value, dtype=torch.float64))

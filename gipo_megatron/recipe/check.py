@@ -78,9 +78,9 @@ def needed(tree: Block) -> Needs:
                 # An algorithm updates the trainable roles that it asks for itself; a component only asks them questions.
                 if outermost and Trainable in typing.cast(type, hints(cls)[f.name]).__mro__:
                     trained.append(f.metadata["runtime"])
-        members = node.children.get("members")
-        if slot == "reward" and isinstance(members, Leaf) and isinstance(members.value, list):
-            roles.extend(str(member) for member in members.value)
+        if "reward_models" in (f.metadata["runtime"] for f in registry.runtime_fields(cls)):
+            members = node.children.get("members")
+            roles.extend(map(str, members.value) if isinstance(members, Leaf) and isinstance(members.value, list) else ["reward"])
         for f in registry.component_fields(cls):
             visit(node.children.get(f.name), f.metadata["slot"], False)
 

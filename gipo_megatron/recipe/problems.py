@@ -13,6 +13,8 @@ from typing import NoReturn
 
 from gipo_megatron.errors import UserError
 
+SHOWN = 16  # names in a list, problems in a message: one screen
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -40,7 +42,8 @@ class RecipeErrors(UserError):
         super().__init__(f"{recipe}: {count}")
 
     def __str__(self) -> str:
-        return "\n".join([self.what, *(str(p) for p in self.problems)])
+        more = [f"and {len(self.problems) - SHOWN} more"] if len(self.problems) > SHOWN else []
+        return "\n".join([self.what, *(str(p) for p in self.problems[:SHOWN]), *more])
 
 
 def suggest(word: str, options: Iterable[str]) -> str:
@@ -49,7 +52,8 @@ def suggest(word: str, options: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]!r}?"
-    return f"known here: {', '.join(known)}" if known else ""
+    shown = ", ".join(known[:SHOWN]) + (f" and {len(known) - SHOWN} more" if len(known) > SHOWN else "")
+    return f"known here: {shown}" if known else ""
 
 
 def fail(error: UserError, patience: float = 10.0) -> NoReturn:

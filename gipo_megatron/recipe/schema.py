@@ -33,11 +33,11 @@ class ModelConfig:
 TRAINING_KEYS = ("lr", "schedule", "warmup_steps", "weight_decay", "clip_grad")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    architecture: Architecture
     hub: str = ""  # the model's name on the Hugging Face hub
     tokenizer: str = ""  # "": beside the weights; bytes: built in; or a folder or hub name
+    architecture: Architecture
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,22 @@ def _keys_of(slot: str, name: str) -> list[str]:
     return [f.name for f in (*registry.recipe_fields(cls), *registry.component_fields(cls))]
 
 
+class NotYet(Exception):
+    """A component's __post_init__ got as far as its runtime objects, which exist only in a run."""
+
+
+class _Later:
+    """Stands for a runtime object while keys are checked; any use of it raises NotYet."""
+
+
+def _not_yet(*_: Any) -> Any:
+    raise NotYet
+
+
+for _verb in "getattr call contains iter len getitem bool eq ne lt le gt ge add radd sub rsub mul rmul truediv rtruediv floordiv mod".split():
+    setattr(_Later, f"__{_verb}__", _not_yet)
+
+
 class Wrong(Exception):
     """A value that does not fit its type or range."""
 
@@ -161,7 +177,8 @@ class Conversion:
         before = len(self.problems)
         values = {f.name: self._field(node.children[f.name], cls, f.name, path) for f in registry.recipe_fields(cls)}
         if len(self.problems) == before and Wrong not in values.values():
-            self._guarded(lambda: cls(**values), node, path)
+            runtime = {f.name: _Later() for f in registry.runtime_fields(cls)}
+            self._guarded(lambda: cls(**values, **runtime), node, path)
         for f in registry.component_fields(cls):
             values[f.name] = self.component(node.children[f.name], f.metadata["slot"], (*path, f.name))
         return None if len(self.problems) > before or Wrong in values.values() else {"name": name.value, **values}
@@ -170,6 +187,8 @@ class Conversion:
         """A dataclass may refuse its values in __post_init__: ValueError, or UserError whose `where` ends in the key."""
         try:
             return make()
+        except NotYet:
+            pass
         except UserError as error:
             key = error.where.rsplit(".", 1)[-1]
             if key in node.children:

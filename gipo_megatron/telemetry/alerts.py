@@ -34,7 +34,10 @@ class Alerts:
     lengths: list[float] = field(default_factory=list, init=False, repr=False, metadata={"state": True})
 
     def check(self, values: Mapping[str, float], step: int) -> list[str]:
-        """Alerts that begin with this step's values: metric, value, threshold, what to do. A metric that is absent or NaN changes nothing."""
+        """Alerts that begin with this step's values: metric, value, threshold, what to do.
+
+        A metric that is absent or NaN changes nothing but `non_finite`.
+        """
         begun = []
         for key, active, message in self._conditions(values):
             if active and not self.raised.get(key, False):
@@ -97,8 +100,8 @@ class Alerts:
         yield (
             "length_drift",
             drifted,
-            f"rollout/length_mean = {length:.4g}, was {start:.4g} over the first {BASELINE_STEPS} steps (allowed factor {self.length_drift:g}): "
-            "look at groups/high_corr_length and samples.jsonl; a length penalty in algorithm.reward helps if the reward model likes length",
+            f"rollout/length_mean = {length:.4g}, was {start:.4g} over the first {BASELINE_STEPS} steps, beyond the factor "
+            f"{self.length_drift:g}: look at groups/high_corr_length and samples.jsonl; if the reward model likes length, penalise it",
         )
 
 

@@ -165,7 +165,11 @@ def group_returns(groups: list[Group]) -> Drawn:
 
 def sources(groups: list[Group]) -> Drawn:
     """Mean score per data source: one run has its sources in one panel, several runs have a panel per source."""
-    names = list(dict.fromkeys(n.split("/")[1] for g in groups for n in g.names() if n.startswith("source/") and n.endswith("/score")))
+    names = list(
+        dict.fromkeys(
+            n[len("source/") : -len("/score")] for g in groups for n in g.names() if n.startswith("source/") and n.endswith("/score")
+        )
+    )
     names = [n for n in names if any(g.band(f"source/{n}/score")[0] for g in groups)]
     if not names:
         return "no source/<name>/score"
@@ -268,7 +272,7 @@ def reward_distribution(groups: list[Group]) -> Drawn:
         for values, fill, label in ((start, NEUTRAL, "start of the run (grey)"), (end, colour(i), "end of the run")):
             share = np.full(len(values), 1 / len(values))
             clipped = np.clip(values, bins[0], bins[-1])  # rare outliers are counted in the outermost bins
-            axis.hist(clipped, bins, weights=share, color=fill, alpha=0.3 if values is start else 0.5, label=label)
+            axis.hist(clipped, bins.tolist(), weights=share, color=fill, alpha=0.3 if values is start else 0.5, label=label)
             axis.axvline(values.mean(), color=fill, linewidth=1.2, linestyle="--" if values is start else "-")
         axis.set_xlabel("score")
         axis.tick_params(labelbottom=True)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -199,5 +200,5 @@ def in_bins(steps: Sequence[int], values: Sequence[float], bins: int = 150) -> P
     if len(steps) <= bins:
         return list(steps), list(values)
     edges = [round(i * len(steps) / bins) for i in range(bins + 1)]
-    parts = [(steps[a:b], values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [(steps[a:b], values[a:b]) for a, b in pairwise(edges)]
     return [s[len(s) // 2] for s, _ in parts], [math.fsum(v) / len(v) for _, v in parts]

@@ -217,6 +217,7 @@ class Wandb:
         self.close()
         if step == 0:  # another run from now on: W&B cannot take rows back
             (self._folder / "wandb_id").unlink(missing_ok=True)
+        self._started()  # now, not in the first step: what is wrong with W&B shows before anything is computed
 
     def close(self) -> None:
         if self._run is not None:
@@ -225,6 +226,9 @@ class Wandb:
 
     def _started(self) -> Any:
         if self._run is None:
+            # what wandb would put into the home folder, which on a cluster may be full, slow or read-only
+            os.environ.setdefault("WANDB_CACHE_DIR", str(self._folder / "wandb"))
+            os.environ.setdefault("WANDB_DATA_DIR", str(self._folder / "wandb"))
             import wandb
 
             identity = self._folder / "wandb_id"
@@ -234,14 +238,19 @@ class Wandb:
             mode = os.environ["WANDB_MODE"] if "WANDB_MODE" in os.environ else ("online" if wandb.login(prompt=False) else "offline")
             if mode == "online" and not wandb.login(prompt=False):
                 raise UserError("W&B has no API key", where="WANDB_MODE=online", fix="run `wandb login` once, or set WANDB_MODE=offline")
-            self._run = wandb.init(
-                dir=str(self._folder),
-                project=os.environ.get("WANDB_PROJECT", "gipo"),
-                id=identity.read_text().strip(),
-                name=self._name,
-                config=dict(self._config),
-                mode=mode,  # type: ignore[arg-type]
-                resume="allow" if known and mode == "online" else None,
-                settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
-            )
+            try:
+                self._run = wandb.init(
+                    dir=str(self._folder),
+                    project=os.environ.get("WANDB_PROJECT", "gipo"),
+                    id=identity.read_text().strip(),
+                    name=self._name,
+                    config=dict(self._config),
+                    mode=mode,  # type: ignore[arg-type]
+                    resume="allow" if known and mode == "online" else None,
+                    settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, init_timeout=60),
+                )
+            except wandb.errors.Error as error:
+                raise UserError(
+                    f"W&B did not start: {error}", where="run.loggers", fix="set WANDB_MODE=offline, or remove wandb"
+                ) from error
         return self._run

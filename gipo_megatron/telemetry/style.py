@@ -54,13 +54,13 @@ def dash(index: int) -> str:
     return DASHES[index // len(COLOURS) % len(DASHES)]
 
 
-def panels(titles: list[str], columns: int = 2, **sharing: bool) -> tuple[Figure, list[Axes]]:
+def panels(titles: list[str], columns: int = 2, *, sharex: bool = False, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     """One figure with a titled panel each, at most `columns` beside each other."""
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
     width = PANEL[0] * columns if columns > 1 else PANEL[0] * 1.35
     figure = Figure(figsize=(width, PANEL[1] * rows + 0.35), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **sharing).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
     for spare in axes[len(titles) :]:
         spare.remove()
     for axis, title in zip(axes, titles, strict=False):

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from gipo_megatron.data.sources import _hub_part, open_parts
+from gipo_megatron.errors import UserError
+from tests.data.fixtures import write_rows
+
+ROWS = [{"prompt": "a\u2028b", "chosen": "x", "rejected": "y"}, {"prompt": "c", "chosen": "z", "rejected": "w, \"q\"\nline"}]
+
+
+def rows_of(path: Path, names: list[str] | None = None, split: str = "all") -> dict[str, list[dict[str, Any]]]:
+    return {part.source: [row for _, row in part.rows] for part in open_parts(str(path), names or [], split)}
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+    (tmp_path / "a.jsonl").write_bytes(lines.encode())
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.json").write_bytes(json.dumps(ROWS, indent=1).encode())
+    (tmp_path / "d.json").write_bytes(lines.encode())
+    with open(tmp_path / "e.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "f.parquet")
+    files = sorted(tmp_path.iterdir())
+    for file in files:
+        assert list(rows_of(file).values()) == [ROWS], file.name
+    assert len(files) == 6
+
+
+def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    """U+2028, U+0085 and a lone carriage return stand inside a row."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes('{"prompt": "a\u2028b\u0085c"}\r\n{"prompt": "d"}'.encode())
+    assert rows_of(file) == {"a": [{"prompt": "a\u2028b\u0085c"}, {"prompt": "d"}]}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [(b'{"prompt": "x"', "unreadable JSON"), (b'["x"]', "a JSON list, not an object"), (b'{"prompt": "\xff"}', "not UTF-8")],
+)
+def test_an_unreadable_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(b'{"prompt": "ok"}\n\n' + line + b"\n")
+    with pytest.raises(UserError, match=said) as raised:
+        rows_of(file)
+    assert raised.value.where == f"{file} line 3"
+
+
+def test_a_csv_row_of_another_length_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("prompt,response\na,b\nc\n")
+    with pytest.raises(UserError, match="another length") as raised:
+        rows_of(file)
+    assert raised.value.where == f"{file} line 3"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(b'{"prompt": "x"}\n' * 1000)[:-9] if name.endswith("gz") else b"PAR1 nothing")
+    with pytest.raises(UserError, match="cannot read the file") as raised:
+        rows_of(file)
+    assert str(file) in raised.value.where
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n"])
+def test_an_empty_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match="no rows"):
+        rows_of(tmp_path)
+
+
+def test_nothing_there_and_nothing_in_it(tmp_path: Path) -> None:
+    cases = {"": "data.path is empty", str(tmp_path): "no data files", str(tmp_path / "x"): "nothing at", "missing.jsonl": "nothing at"}
+    for path, said in cases.items():
+        with pytest.raises(UserError, match=said):
+            open_parts(path, [], "train")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="not a kind of file"):
+        open_parts(str(tmp_path / "notes.txt"), [], "train")
+
+
+def test_folders_are_sources_and_their_files_splits(tmp_path: Path) -> None:
+    for name, split in (("one", "train"), ("one", "test"), ("two", "train-00000-of-00001"), ("two", "validation"), ("three", "trainee")):
+        write_rows(tmp_path / name / f"{split}.jsonl", [{"prompt": f"{name} {split}"}])
+    write_rows(tmp_path / "four" / "data" / "train.jsonl", [{"prompt": "four"}])
+
+    def texts(split: str, names: list[str]) -> dict[str, list[str]]:
+        return {source: [row["prompt"] for row in rows] for source, rows in rows_of(tmp_path, names, split).items()}
+
+    assert texts("train", ["one", "two"]) == {"one": ["one train"], "two": ["two train-00000-of-00001"]}
+    assert texts("test", ["two", "one"]) == {"one": ["one test"], "two": ["two validation"]}
+    assert sorted(texts("all", [])) == ["four", "one", "three", "two"]
+    own = {part.source: part.split for part in open_parts(str(tmp_path), [], "train")}
+    assert own == {"four": False, "one": True, "three": False, "two": True}
+    with pytest.raises(UserError, match="no source five") as raised:
+        open_parts(str(tmp_path), ["five"], "train")
+    assert "four, one, three, two" in raised.value.fix
+
+
+def test_only_test_files_are_no_training_data(tmp_path: Path) -> None:
+    write_rows(tmp_path / "test.jsonl", [{"prompt": "x"}])
+    assert len(open_parts(str(tmp_path), [], "test")) == 1
+    with pytest.raises(UserError, match="no train file"):
+        open_parts(str(tmp_path), [], "train")
+
+
+def test_a_hub_that_is_not_there_says_how_to_give_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
+    with pytest.raises(UserError, match="cannot be reached") as raised:
+        open_parts("nobody/nothing", [], "train")
+    assert "data.path=FOLDER" in raised.value.fix
+
+
+def test_splits_of_a_hub_set() -> None:
+    """What `datasets.load_dataset` returns, made by hand."""
+    splits = datasets.DatasetDict({name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("train", "validation")})
+    found = {split: _hub_part("x", splits, split) for split in ("train", "test", "all")}
+    assert [part.split for part in found.values()] == [True, True, False]
+    assert [[row["prompt"] for _, row in part.rows] for part in found.values()] == [["train"], ["validation"], ["train", "validation"]]
+    alone = _hub_part("x", datasets.DatasetDict({"train": splits["train"]}), "test")
+    assert not alone.split and [where for where, _ in alone.rows] == ["x train row 1"]

@@ -1,0 +1,24 @@
+"""One mesh of one process, and the results of the two-process checks, for all tests here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.types import Parallel
+from tests.parity.launch import run_workers
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Iterator[Mesh]:
+    """One process without torchrun."""
+    yield Mesh.create(Parallel(), seed=1)
+
+
+@pytest.fixture(scope="session")
+def model_cells(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found (tests/parity/worker_model.py), started once."""
+    return run_workers("worker_model.py", 2, tmp_path_factory.mktemp("worker_model"))

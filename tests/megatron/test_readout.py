@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from gipo_megatron.megatron import readout
+from gipo_megatron.megatron.heads import GroupHead
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.readout import critic_output, last_token_score, token_stats
+from gipo_megatron.types import HeadSpec, Sequences
+from tests.parity.readout_reference import ReadoutCase, plain_token_stats
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4096, 8 << 20])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_against_float64_autograd(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, temperature: float) -> None:
+    monkeypatch.setattr(readout, "CHUNK_BYTES", chunk_bytes)  # 1 row, 4 rows, all rows at a time
+    case = ReadoutCase.make()
+    logits = case.logits.clone().requires_grad_()
+    stats = token_stats(logits, case.sequences, vocab_size=case.vocab, mesh=mesh, temperature=temperature, entropy=True)
+    assert stats.entropy is not None
+    ((stats.logprobs * case.weights[0]).sum() + (stats.entropy * case.weights[1]).sum()).backward()
+    logprobs, entropy, gradient = plain_token_stats(case, temperature)
+    torch.testing.assert_close(stats.logprobs.double(), logprobs, atol=3e-6, rtol=0)
+    torch.testing.assert_close(stats.entropy.double(), entropy, atol=3e-6, rtol=0)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad.double(), gradient, atol=2e-6, rtol=0)
+    assert torch.equal(logits.detach(), case.logits), "the logits were changed"
+    assert not logits.grad[:, :, case.vocab :].any()
+    assert not stats.logprobs[~case.sequences.mask].any()
+
+
+def test_without_entropy(mesh: Mesh) -> None:
+    case = ReadoutCase.make()
+    one, two = (case.logits.clone().requires_grad_() for _ in range(2))
+    plain = token_stats(one, case.sequences, vocab_size=case.vocab, mesh=mesh)
+    both = token_stats(two, case.sequences, vocab_size=case.vocab, mesh=mesh, entropy=True)
+    assert plain.entropy is None and torch.equal(plain.logprobs, both.logprobs)
+    plain.logprobs.sum().backward()
+    both.logprobs.sum().backward()
+    torch.testing.assert_close(one.grad, two.grad, atol=1e-7, rtol=0)
+
+
+def test_bf16_logits_are_summed_in_fp32(mesh: Mesh) -> None:
+    case = ReadoutCase.make()
+    logits = case.logits.bfloat16().requires_grad_()
+    stats = token_stats(logits, case.sequences, vocab_size=case.vocab, mesh=mesh)
+    expected, _, _ = plain_token_stats(replace(case, logits=case.logits.bfloat16()), 1.0)
+    assert stats.logprobs.dtype == torch.float32
+    torch.testing.assert_close(stats.logprobs.double(), expected, atol=3e-6, rtol=0)
+    stats.logprobs.sum().backward()
+    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16
+
+
+def test_an_empty_mask_gives_zeros_that_can_be_differentiated(mesh: Mesh) -> None:
+    case = ReadoutCase.make()
+    sequences = replace(case.sequences, mask=torch.zeros_like(case.sequences.mask))
+    logits = case.logits.clone().requires_grad_()
+    stats = token_stats(logits, sequences, vocab_size=case.vocab, mesh=mesh, entropy=True)
+    stats.logprobs.sum().backward()
+    assert not stats.logprobs.any() and logits.grad is not None and not logits.grad.any()
+
+
+def test_a_first_token_inside_the_mask_is_refused(mesh: Mesh) -> None:
+    case = ReadoutCase.make()
+    mask = case.sequences.mask.clone()
+    mask[0, 0] = True
+    with pytest.raises(AssertionError, match="nothing predicts it"):
+        token_stats(case.logits, replace(case.sequences, mask=mask), vocab_size=case.vocab, mesh=mesh)
+
+
+@pytest.mark.multiprocess
+def test_token_stats_with_a_split_vocabulary(model_cells: list[dict[str, Any]]) -> None:
+    limits = {"token_stats/logprobs": 3e-6, "token_stats/entropy": 3e-6, "token_stats/gradient": 2e-6}
+    checked = [cells[name] < limit for cells in model_cells for name, limit in limits.items()]
+    assert all(checked) and len(checked) == 6, model_cells
+
+
+def by_hand() -> Sequences:
+    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)
+    return Sequences(torch.zeros(2, 5, dtype=torch.long), mask, torch.tensor([2, 1]), torch.tensor([4, 5]), torch.arange(2))
+
+
+def test_values_are_of_the_state_in_which_the_token_was_chosen(mesh: Mesh) -> None:
+    raw = torch.tensor([[10.0, 11, 12, 13, 14], [20, 21, 22, 23, 24]])[..., None]
+    out = critic_output(raw, torch.zeros(5, 2, 4), by_hand(), None)
+    assert out.values.tolist() == [[0, 0, 11, 12, 0], [0, 20, 21, 22, 23]]
+    assert out.group_logits is None
+    assert last_token_score(raw, by_hand()).tolist() == [13, 24]
+
+
+@pytest.mark.parametrize(("where", "positions"), [("prompt", [1, 0]), ("trajectory", [3, 4])])
+def test_group_logits_read_one_token(mesh: Mesh, where: str, positions: list[int]) -> None:
+    hidden = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
+    head = GroupHead(HeadSpec(3, where, detach_trunk=True), 4, mesh, seed=0)
+    out = critic_output(torch.zeros(2, 5, 1), hidden, by_hand(), head)
+    expected = torch.stack([head.weight @ hidden[p, row] + head.bias for row, p in enumerate(positions)])
+    assert out.group_logits is not None
+    torch.testing.assert_close(out.group_logits, expected)
