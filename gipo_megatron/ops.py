@@ -108,9 +108,18 @@ def lower_tail_weights(x: Tensor, everyone: Tensor, alpha: float) -> Tensor:
     tail = alpha * len(everyone)
     rank = min(max(math.ceil(tail - 1e-9), 1), len(everyone))
     quantile = everyone.sort().values[rank - 1]
-    below, tied = (everyone < quantile).sum(), (everyone == quantile).sum()
-    at_quantile = (tail - below) / (alpha * tied)
-    return torch.where(x < quantile, 1 / alpha, torch.where(x == quantile, at_quantile, 0.0))
+    below, tied = int((everyone < quantile).sum()), int((everyone == quantile).sum())
+    return (x < quantile).to(x.dtype) / alpha + (x == quantile).to(x.dtype) * ((tail - below) / (alpha * tied))
+
+
+def auc(positive: Tensor, x: Tensor) -> float:
+    """Probability that a positive row [N] has the larger x, ties one half (Mann-Whitney U / n+ n-). NaN with one kind only."""
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    rank = (counts.cumsum(0) - (counts - 1) / 2)[inverse]
+    ups = int(positive.sum())
+    if not 0 < ups < len(x):
+        return math.nan
+    return (float(rank[positive].sum()) - ups * (ups + 1) / 2) / (ups * (len(x) - ups))
 
 
 # --------------------------------------------------------------------------------------------- groups

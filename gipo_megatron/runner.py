@@ -71,7 +71,12 @@ def train(recipe: Recipe) -> None:
         if mesh.is_main:
             record.open_run(recipe, directory)
             sinks = make_sinks(recipe.run.loggers, directory, recipe.run.steps, name=recipe.name, config=record.plain_recipe(recipe))
-        timer = PhaseTimer(lambda name: [sink.phase(name) for sink in sinks] and None)
+
+        def show(phase: str) -> None:
+            for sink in sinks:
+                sink.phase(phase)
+
+        timer = PhaseTimer(show)
         Run(recipe, mesh, assemble(recipe, mesh, timer.phase), sinks, timer, interrupt, directory).run(start_from)
     finally:
         for sink in sinks:
@@ -109,7 +114,7 @@ class Run:
         if run.eval_every and progress.step == 0:
             values, samples = self._evaluate()
             self._log(0, values, samples)
-        self.timer.metrics()  # set-up is no part of the first step
+        self.timer.metrics()  # nor is the set-up of the first
         ending = "" if progress.step < run.steps else "complete"
         while not ending:
             result = self.parts.algorithm.step(progress.step)
@@ -125,6 +130,7 @@ class Run:
             self._log(progress.step, values, samples)
             if ending or improved or (run.save_every and progress.step % run.save_every == 0):
                 self._save(best=improved)
+            self.timer.metrics()  # evaluations and checkpoints are no part of the next step
         self._end(ending)
 
     # ----------------------------------------------------------------------------------------- numbers
@@ -214,12 +220,10 @@ class Run:
                 "alerts": self.recipe.alerts.state_dict(),
             }
             meta = {"tokenizer": self.parts.tokenizer.fingerprint, "recipe": self.recipe.name, "parallel": vars(self.recipe.parallel)}
-            path = checkpoint.save(folder, self.progress.step, self.parts.trained, self.mesh, state, meta, self._extra_files)
-            if self.mesh.is_main:
-                if best:
-                    checkpoint.link(self.directory / "best", path)
-                checkpoint.prune(folder, self.recipe.run.keep)
-            self.mesh.barrier()
+            step, keep = self.progress.step, self.recipe.run.keep
+            path = checkpoint.save(folder, step, self.parts.trained, self.mesh, state, meta, self._extra_files, keep)
+            if best and self.mesh.is_main:
+                checkpoint.link(self.directory / "best", path)
 
     def _extra_files(self, folder: Path) -> None:
         """A checkpoint is complete in itself: the tokenizer and the recipe travel with it."""

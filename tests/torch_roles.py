@@ -68,7 +68,7 @@ def shifted(x: Tensor) -> Tensor:
 def token_stats(logits: Tensor, tokens: Tensor, mask: Tensor) -> TokenStats:
     """logits [B, T, V] of the token at each position."""
     logp = logits.log_softmax(-1)
-    chosen = logp.gather(-1, tokens[..., None])[..., 0]
+    chosen = logp.gather(-1, torch.where(mask, tokens, 0)[..., None])[..., 0]
     return TokenStats(torch.where(mask, chosen, 0.0), torch.where(mask, -(logp.exp() * logp).sum(-1), 0.0))
 
 
@@ -114,7 +114,7 @@ def backward(parts: Sequence[tuple[Rows, BatchLoss]], forward: Callable[[Any], A
 
 
 class TorchActor:
-    """A policy; as a reference too, when it is not updated."""
+    """A policy; as a reference too, when it is not updated. It only ever says tokens below `num_actions` (0: all)."""
 
     def __init__(
         self,
@@ -127,9 +127,10 @@ class TorchActor:
         init_std: float = 0.0,
         clip: float = 1.0,
         dtype: torch.dtype = torch.float32,
+        num_actions: int = 0,
     ) -> None:
         self.trunk = Trunk(vocab, hidden, seed).to(dtype)
-        self.output = Linear(hidden, vocab, seed + 1, init_std).to(dtype)
+        self.output = Linear(hidden, num_actions or vocab, seed + 1, init_std).to(dtype)
         self.dp, self.micro_batch = dp or SingleReplica(), micro_batch
         self.parameters = [*self.trunk.parameters(), *self.output.parameters()]
         self._stepper = Stepper(self.parameters, lr, clip)

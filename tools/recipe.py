@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent / "recipes"
 def summary(recipe: Recipe) -> str:
     """`ok hh_gipo: 8 processes = tensor 4 × pipeline 1 × data 2; …`"""
     parallel, batch = recipe.parallel, recipe.batch
-    world = f"{recipe.world} processes = tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {recipe.data_parallel}"
+    shares = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {recipe.data_parallel}"
+    world = f"{recipe.world} process{'es' if recipe.world > 1 else ''} = {shares}"
     slots = batch.minibatch // (recipe.data_parallel * batch.micro_batch)
     step = f"minibatch {batch.minibatch} = data {recipe.data_parallel} × {slots} micro-batches of {batch.micro_batch}"
     if "critic" in recipe.trained:
@@ -46,7 +47,7 @@ def check(names: Sequence[str], settings: Sequence[str]) -> None:
             continue
         print(summary(recipe))
         for warning in recipe.warnings:
-            print("\n".join(f"  {line}" for line in f"warning: {warning}".splitlines()))
+            print("  warning: " + "; ".join(line.strip() for line in warning.splitlines()))
     if failed:
         raise UserError("\n".join(str(error) for error in failed))
 

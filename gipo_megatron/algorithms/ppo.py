@@ -79,7 +79,7 @@ class PPO:
             reference = self.reference.logprobs(rollout).logprobs
             critic = self.critic.evaluate(rollout)
         if bad := self._non_finite(rollout.sample_id, scores.raw, old, reference, critic.values):
-            return StepResult({"reward/non_finite": Metric.sum(float(len(bad)))}, skipped={"rollout": bad})
+            return StepResult({"reward/non_finite": Metric.mean(float(len(bad)))}, skipped={"rollout": bad})
 
         groups = self.group_classifier.assign(critic.group_logits, rollout, scores)
         coefficients = self.kl_controller.coefficients(groups)  # 4: [B], the price of a nat
@@ -108,7 +108,7 @@ class PPO:
 
         response_kl = ops.sequence_sum(old - reference, mask)  # 9: k1, nats per response, whatever the price is computed from
         metrics = {
-            **ppo_metrics.rollout_metrics(rollout, old),
+            **ppo_metrics.rollout_metrics(rollout, old, self.dp),
             **ppo_metrics.score_metrics(scores),
             **ppo_metrics.kl_metrics(response_kl, coefficients),
             **ppo_metrics.group_metrics(groups, scores, rollout, response_kl),

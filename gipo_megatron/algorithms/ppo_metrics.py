@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
-from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
+from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
+from gipo_megatron import ops
 from gipo_megatron.roles import DataParallel, gather_rows
 from gipo_megatron.types import Experience, Groups, Metric, Metrics, Rollout, Scores, TokenStats, Weights
 
 
-def rollout_metrics(rollout: Rollout, logprobs: Tensor) -> Metrics:
+def rollout_metrics(rollout: Rollout, logprobs: Tensor, dp: DataParallel) -> Metrics:
+    """`distinct`: share of different responses in the global batch."""
+    texts = gather_rows(torch.tensor([_digest(text) for text in rollout.response_text], device=logprobs.device), dp)
     metrics = {
         "rollout/length_mean": Metric.mean(rollout.response_lengths),
         "rollout/truncated": Metric.mean((~rollout.finished).float()),
-        "rollout/distinct": Metric.mean(torch.tensor(len(set(rollout.response_text)) / len(rollout.response_text))),
+        "rollout/distinct": Metric.mean(len(texts.unique()) / len(texts)),
     }
     if rollout.generation_logprobs is not None:
         gap = (rollout.generation_logprobs - logprobs).abs()
         metrics["rollout/logprob_gap_mean"] = Metric.mean(gap, rollout.mask)
         metrics["rollout/logprob_gap_max"] = Metric.max(torch.where(rollout.mask, gap, 0.0))
     return metrics
+
+
+def _digest(text: str) -> int:
+    """48 bits: exact in float64."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
 def score_metrics(scores: Scores) -> Metrics:
@@ -69,13 +78,13 @@ def split_metrics(groups: Groups, scores: Scores, rollout: Rollout, sources: tup
         rows = prompt == p
         above = raw[rows] > raw[rows].mean()
         if above.any() and not above.all():
-            within.append(float(roc_auc_score(above, high[rows])))
-    metrics = {"groups/response_split": Metric.mean(torch.tensor(sum(within) / len(within) if within else 0.5))}
+            within.append(ops.auc(above, high[rows]))
+    metrics = {"groups/response_split": Metric.mean(sum(within) / len(within) if within else 0.5)}
     present = source.unique()
     if len(present) > 1:
         best = max(present, key=lambda s: float(raw[source == s].mean()))
-        metrics["groups/auc"] = Metric.mean(torch.tensor(float(roc_auc_score(source == best, high))))
-        metrics["groups/ami"] = Metric.mean(torch.tensor(float(adjusted_mutual_info_score(source, hard))))
+        metrics["groups/auc"] = Metric.mean(ops.auc(source == best, high))
+        metrics["groups/ami"] = Metric.mean(float(adjusted_mutual_info_score(source.numpy(), hard.numpy())))
     return metrics
 
 

@@ -17,6 +17,10 @@ class Sampler(Protocol):
 
 
 class Reward(Stateful, Protocol):
+    def raw(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """(raw scores [B], their parts). Changes nothing, so evaluation may call it."""
+        ...
+
     def score(self, rollout: Rollout) -> Scores:
         """Scores in three forms; advances the running moments, current batch included, non-finite scores left out."""
         ...

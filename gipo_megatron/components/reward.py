@@ -154,7 +154,7 @@ class FunctionReward:
 
 def _import_function(path: str) -> Callable[[str, str, dict[str, Any]], float]:
     module, separator, name = path.partition(":")
-    where, fix = "reward.function", "module:function, for example gipo_megatron.data.planted:gold"
+    where, fix = "reward.function", "write my_module:my_function; it takes (prompt, response, extras) and returns a number"
     if not (module and separator and name):
         raise UserError(f"{path!r} names no function", where=where, fix=fix)
     try:

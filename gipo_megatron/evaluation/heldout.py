@@ -18,7 +18,10 @@ from gipo_megatron.types import Metric, Metrics, Sampling, merge_metrics
 
 @dataclass
 class HeldOut:
-    """The first `rows` held-out rows, in `batch`-row pieces (global counts). The last piece is padded with rows that do not count."""
+    """`rows` held-out rows, evenly spread over all of them (files hold one source after the other), in `batch`-row pieces.
+
+    Both counts are global. The last piece is padded with rows that do not count.
+    """
 
     data: Dataset
     dp: DataParallel
@@ -27,9 +30,10 @@ class HeldOut:
 
     def pieces(self, at: Callable[..., Any]) -> Iterator[tuple[Any, Tensor]]:
         """(rows of this replica, float weights [b]: 0 for padding)."""
-        rows = min(self.rows, len(self.data))
-        for start in range(0, rows, self.batch):
-            piece, valid = at(range(start, min(start + self.batch, rows)), self.dp.rank, self.dp.size)
+        count = min(self.rows, len(self.data))
+        indices = [i * len(self.data) // count for i in range(count)]
+        for start in range(0, count, self.batch):
+            piece, valid = at(indices[start : start + self.batch], self.dp.rank, self.dp.size)
             yield piece, valid.double()
 
 
@@ -63,7 +67,7 @@ def evaluate_policy(
     actor: Actor,
     reference: Reference,
     reward: Reward,
-    gold: Callable[[str, str, dict[str, Any]], float] | None,
+    gold: Callable[[str, str], float] | None,
     held_out: HeldOut,
     sources: Sequence[str],
     sampling: Sampling,
@@ -84,7 +88,7 @@ def evaluate_policy(
         by_source = {"score": raw}
         texts = list(zip(rollout.extras, rollout.response_text, strict=True))
         if gold is not None:
-            golds = raw.new_tensor([gold(extras["prompt"], response, extras) for extras, response in texts])
+            golds = raw.new_tensor([gold(extras["prompt"], response) for extras, response in texts])
             values["gold"] = by_source["gold"] = golds
         new = {f"eval/{name}": Metric.mean(value, weights) for name, value in values.items()}
         for source in sources:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,8 @@ from jinja2 import Environment, StrictUndefined
 from gipo_megatron.evaluation.heldout import wilson_interval
 from gipo_megatron.evaluation.report_page import PAGE
 from gipo_megatron.telemetry.console import duration
-from gipo_megatron.telemetry.figures import draw
+from gipo_megatron.telemetry.figures import draw, rendered
 from gipo_megatron.telemetry.runs import Run, load_run
-from gipo_megatron.telemetry.style import style
 
 SAMPLES = 4  # rows shown of a run's first and of its last sampled step
 SAMPLE_COLUMNS = ("source", "score", "p_high", "weight", "kl", "length")
@@ -31,6 +29,7 @@ CAPTIONS = {
     "group_returns": "Mean return of the easy and the hard group, and the gap. "
     "A gap that closes because the easy group falls is levelling down.",
     "sources": "Mean score by data source.",
+    "gold_by_source": "What the responses are really worth, by data source: held-out prompts, gold reward.",
     "weights": "Weight of a sequence in the policy's update.",
     "p_high": "Probability of the easy group against what it should not merely copy; last fifth of the steps.",
     "explained_variance": "Share of the returns' variance that the critic explains.",
@@ -60,8 +59,17 @@ class Shown:
     environment: str
 
 
-def write_report(run_dirs: Sequence[str | Path], out: str | Path, *, title: str = "", table: Sequence[Mapping[str, object]] = ()) -> Path:
-    """Writes the page to `out`. `table`: rows of the caller's own summary (column -> value); without it one is made from the runs.
+def write_report(
+    run_dirs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    title: str = "",
+    table: Sequence[Mapping[str, object]] = (),
+    figures_to: str | Path | None = None,
+) -> Path:
+    """Writes the page to `out`, and the figures as PNG and SVG to the folder `figures_to`.
+
+    `table`: rows of the caller's own summary (column -> value); without it one is made from the runs.
 
     Raises UserError as load_run does; nothing is written then.
     """
@@ -71,11 +79,13 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path, *, title: str 
     figures = draw(runs)
     images = []
     for name, figure in figures.drawn.items():
-        buffer = io.BytesIO()
-        with style():
-            figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+        png = rendered(figure, "png")
+        if figures_to is not None:
+            Path(figures_to).mkdir(parents=True, exist_ok=True)
+            Path(figures_to, f"{name}.png").write_bytes(png)
+            Path(figures_to, f"{name}.svg").write_bytes(rendered(figure, "svg"))
         width = round(figure.get_figwidth() * 105)
-        images.append((name.replace("_", " "), base64.b64encode(buffer.getvalue()).decode(), CAPTIONS[name], width))
+        images.append((name.replace("_", " "), base64.b64encode(png).decode(), CAPTIONS[name], width))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(PAGE).render(
         title=printable(title or " · ".join(run.name for run in runs)),

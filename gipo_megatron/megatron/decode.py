@@ -31,6 +31,8 @@ from gipo_megatron.types import Architecture
 _ATTENTION_NORM = ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
 _MLP_NORM = ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
 
+_FEW_ROWS = 128
+
 
 @dataclass(frozen=True)
 class LayerWeights:
@@ -148,9 +150,7 @@ class Decoder:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
             keys[:, :, slot], values[:, :, slot] = k[:, 0], v[:, 0]
-            # the queries of a group take the place of query positions: no expanded keys
-            y = F.scaled_dot_product_attention(q[:, 0], keys[:, :, : slot + 1], values[:, :, : slot + 1], attn_mask=bias)
-            return y.flatten(1)[:, None]
+            return _attend_one(q[:, 0], keys[:, :, : slot + 1], values[:, :, : slot + 1], bias).flatten(1)[:, None]
 
         hidden = self._pipeline(tokens[:, None], cos, sin, attend)
         return self._logits(hidden[:, 0]) if hidden is not None else None
@@ -178,16 +178,16 @@ class Decoder:
         self, w: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, index: int, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
         width, eps = self.architecture.head_dim, self.architecture.norm_eps
-        qkv = F.linear(rms_norm(x, w.attention_norm, eps), w.qkv, w.qkv_bias)
+        qkv = _linear(rms_norm(x, w.attention_norm, eps), w.qkv, w.qkv_bias)
         qkv = qkv.view(*x.shape[:2], self.num_groups, -1, width)
         qk, v = qkv[..., :-1, :], qkv[..., -1, :]
         if w.q_norm is not None and w.k_norm is not None:
             qk = torch.cat([rms_norm(qk[..., :-1, :], w.q_norm, eps), rms_norm(qk[..., -1:, :], w.k_norm, eps)], dim=-2)
         qk = torch.addcmul(qk * cos, qk.roll(width // 2, -1), sin)
         attention = attend(index, qk[..., :-1, :], qk[..., -1, :], v)
-        x = x + self._sum(F.linear(attention, w.proj))
-        gate, up = F.linear(rms_norm(x, w.mlp_norm, eps), w.fc1).chunk(2, -1)
-        return x + self._sum(F.linear(F.silu(gate) * up, w.fc2))
+        x = x + self._sum(_linear(attention, w.proj))
+        gate, up = _linear(rms_norm(x, w.mlp_norm, eps), w.fc1).chunk(2, -1)
+        return x + self._sum(_linear(F.silu(gate) * up, w.fc2))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         assert self.embedding is not None
@@ -200,8 +200,9 @@ class Decoder:
     def _logits(self, hidden: Tensor) -> Tensor:
         """[b, H] -> [b, V] without Megatron's padding columns, gathered over the tensor ranks."""
         assert self.final_norm is not None and self.output is not None
-        logits = F.linear(rms_norm(hidden, self.final_norm, self.architecture.norm_eps), self.output)
+        logits = _linear(rms_norm(hidden, self.final_norm, self.architecture.norm_eps), self.output)
         if self.mesh.tensor_size > 1:
+            logits = logits.contiguous()
             parts = [torch.empty_like(logits) for _ in range(self.mesh.tensor_size)]
             dist.all_gather(parts, logits, group=self.mesh.tensor_group)
             logits = torch.cat(parts, dim=-1)
@@ -209,6 +210,7 @@ class Decoder:
 
     def _sum(self, x: Tensor) -> Tensor:
         if self.mesh.tensor_size > 1:
+            x = x.contiguous()
             dist.all_reduce(x, group=self.mesh.tensor_group)
         return x
 
@@ -216,6 +218,25 @@ class Decoder:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, in float32."""
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b. For few rows a CPU's matrix product is 10 to 30 % faster on two threads as (W xᵀ)ᵀ, which splits W's rows over threads."""
+    rows = x.numel() // x.shape[-1]
+    if x.device.type != "cpu" or rows > _FEW_ROWS or bias is not None:
+        return F.linear(x, weight, bias)
+    return torch.mm(weight, x.reshape(rows, -1).t()).t().view(*x.shape[:-1], -1)
+
+
+def _attend_one(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of one new token: q [b, G, Q, D] over keys and values [b, G, S, D]; a group's queries share its keys without copying them.
+
+    In fp32 two plain products are about twice as fast on a CPU as torch's fused kernel; in bf16 the fused kernel keeps scores in fp32.
+    """
+    if q.dtype != torch.float32:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, keys.transpose(-1, -2))
+    return torch.matmul((scores if bias is None else scores + bias).softmax(-1), values)
 
 
 def _output_weight(chunk: GPTModel, architecture: Architecture) -> Tensor:

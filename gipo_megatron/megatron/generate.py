@@ -39,7 +39,7 @@ def generate(
     """Draw one response per row of `prompts` [B, P]; a collective call of the replica's ranks, which all return the same Rollout.
 
     A row's tokens depend on its prompt, the weights and (seed, step, sample_id) only: not on the layout, nor on the rows beside it, nor on
-    `cache_bytes` (bytes of KV cache per rank; the batch runs in slices that fit). generation_logprobs are under softmax(logits / temperature),
+    `cache_bytes` (of KV cache per rank; the batch runs in slices that fit). generation_logprobs are under softmax(logits / temperature),
     before truncation and penalty. Raises UserError for sampling keys out of range, for sequences beyond the model's positions, and for
     logits that are not finite.
     """

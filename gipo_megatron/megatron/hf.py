@@ -240,6 +240,7 @@ def save_hf(
     *,
     head: str | None = None,
     tokens: Mapping[str, int] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes config.json and safetensors shards that transformers loads. Collective; replica 0's first rank writes.
 
@@ -248,7 +249,7 @@ def save_hf(
     folder = Path(folder)
     if mesh.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-    shards = _Shards(folder) if mesh.is_main else None
+    shards = _Shards(folder, shard_bytes) if mesh.is_main else None
     dtype = None
     for name, tensor in export_weights(chunks, mesh, architecture, head=head):
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -262,14 +263,14 @@ def save_hf(
 
 
 class _Shards:
-    """Collects tensors and writes a file whenever 4 GiB are together."""
+    """Collects tensors and writes a file whenever `limit` bytes are together."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.waiting, self.bytes = folder, dict[str, Tensor](), 0
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit, self.waiting, self.bytes = folder, limit, dict[str, Tensor](), 0
         self.written: list[tuple[Path, list[str], int]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if self.waiting and self.bytes + tensor.nbytes > SHARD_BYTES:
+        if self.waiting and self.bytes + tensor.nbytes > self.limit:
             self._write()
         self.waiting[name] = tensor
         self.bytes += tensor.nbytes

@@ -117,6 +117,14 @@ class Mesh:
             dist.broadcast(x, src=self.last_stage_rank, group=self.pipeline_group)
         return x
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank of the world. Collective."""
+        if self.world == 1:
+            return flag
+        votes = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes.item())
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

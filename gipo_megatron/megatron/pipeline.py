@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, _p2p_ops
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -19,32 +19,46 @@ from gipo_megatron.megatron import host
 from gipo_megatron.megatron.microbatches import MicroBatch
 
 
-class _OrderedP2P(P2PCommunicator):
-    """Shapes travel in the same order as the tensors they announce.
+class _TwoWayP2P(P2PCommunicator):
+    """Neighbour to neighbour messages of the interleaved schedule, activations and gradients apart.
 
-    With two stages, both neighbours are the same rank. mcore's batched operations are matched by order alone, so in the interleaved
-    schedule an activation's shape (or the activation) arrives where a gradient's was expected. The unbatched ones pair them rightly.
+    With two stages both neighbours are the same rank, and messages between two ranks are matched by order alone: mcore's own
+    communicator then takes an activation for a gradient (with equal shapes unnoticed). Here activations travel in the pipeline's group
+    and gradients, when there are two stages, in the world's. Every tensor is preceded by its shape.
     """
 
-    def _communicate_shapes(
-        self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
-    ) -> tuple[list[int], list[int]]:
-        device = torch.cuda.current_device()
-        sent = [None if t is None else torch.tensor(t.shape, dtype=torch.int64, device=device) for t in (tensor_send_next, tensor_send_prev)]
-        received = [torch.zeros(3, dtype=torch.int64, device=device) if wanted else None for wanted in (recv_prev, recv_next)]
-        requests = _p2p_ops(
-            tensor_send_prev=sent[1],
-            tensor_recv_prev=received[0],
-            tensor_send_next=sent[0],
-            tensor_recv_next=received[1],
-            group=self.pp_group,
-            prev_pipeline_rank=self.prev_rank,
-            next_pipeline_rank=self.next_rank,
-        )
-        for request in requests.values():
+    def _communicate(
+        self,
+        *,
+        tensor_send_next: Tensor | None,
+        tensor_send_prev: Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+        tensor_shape: Any,
+        wait_on_reqs: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        host_int = {"dtype": torch.int64, "device": torch.cuda.current_device()}
+        sent = [None if t is None else torch.tensor(t.shape, **host_int) for t in (tensor_send_next, tensor_send_prev)]
+        shapes = [torch.zeros(3, **host_int) if wanted else None for wanted in (recv_prev, recv_next)]
+        self._exchange(sent[0], shapes[0], sent[1], shapes[1])
+        dtype, device = self.config.pipeline_dtype, torch.cuda.current_device()
+        received = [
+            None if shape is None else torch.empty(shape.tolist(), dtype=dtype, device=device, requires_grad=True) for shape in shapes
+        ]
+        self._exchange(tensor_send_next, received[0], tensor_send_prev, received[1])
+        return received[0], received[1], None
+
+    def _exchange(self, send_next: Tensor | None, recv_prev: Tensor | None, send_prev: Tensor | None, recv_next: Tensor | None) -> None:
+        forward = self.pp_group
+        backward = dist.group.WORLD if self.pp_group.size() == 2 else self.pp_group
+        sends = [(dist.isend, send_next, self.next_rank, forward), (dist.isend, send_prev, self.prev_rank, backward)]
+        receives = [(dist.irecv, recv_prev, self.prev_rank, forward), (dist.irecv, recv_next, self.next_rank, backward)]
+        pairs = zip(sends, receives, strict=True)
+        # even ranks send first, odd ranks receive first: NCCL runs the operations of a group in order
+        ordered = [op for send, receive in pairs for op in ((send, receive) if self.pp_group.rank() % 2 == 0 else (receive, send))]
+        requests = [verb(tensor.detach(), peer, group=group) for verb, tensor, peer, group in ordered if tensor is not None]
+        for request in requests:
             request.wait()
-        shapes = [[0, 0, 0] if shape is None else shape.tolist() for shape in received]
-        return shapes[0], shapes[1]
 
 
 def _groups() -> ProcessGroupCollection:
@@ -90,7 +104,7 @@ def run(
         return get_forward_backward_func(stages, len(chunks))(
             data_iterator=[iter(slots) for _ in chunks],
             model=chunks,
-            p2p_communicator=_OrderedP2P(groups.pp, config),
+            p2p_communicator=_TwoWayP2P(groups.pp, config),
             pg_collection=groups,
             **arguments,
         )

@@ -6,33 +6,18 @@ Each check names the sections it needs; it is skipped while one of them is wrong
 from __future__ import annotations
 
 import inspect
-import typing
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gipo_megatron.data.config import DataConfig
-from gipo_megatron.recipe import registry
+from gipo_megatron.recipe.needs import ROLLOUT_KEYS, Needs, is_role
 from gipo_megatron.recipe.problems import Problem, suggest
-from gipo_megatron.recipe.schema import ROLES, TRAINING_KEYS, Batch, Evaluation, Hardware, ModelConfig, ModelSpec, Recipe, Run
-from gipo_megatron.recipe.source import DEFAULT, Block, Leaf, Node
-from gipo_megatron.recipe.validate import hints
-from gipo_megatron.roles import Trainable
+from gipo_megatron.recipe.schema import ROLES, TRAINING_KEYS, Batch, Hardware, ModelConfig, ModelSpec, Recipe, Run
+from gipo_megatron.recipe.source import DEFAULT, Block, Node
 from gipo_megatron.types import Parallel, Precision
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the algorithm and its components ask the runner for."""
-
-    runtime: frozenset[str]
-    roles: tuple[str, ...]  # models to load
-    trained: tuple[str, ...]  # those of them that the algorithm updates
-
-    @property
-    def rollout(self) -> bool:
-        return "prompts" in self.runtime
 
 
 @dataclass(frozen=True)
@@ -57,45 +42,6 @@ class Tree:
 class Report:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
-
-
-def needed(tree: Block) -> Needs:
-    """Roles and runtime objects that the (completed) recipe's components ask for."""
-    asked: set[str] = set()
-    roles: list[str] = []
-    trained: list[str] = []
-
-    def visit(node: Node | None, slot: str, outermost: bool) -> None:
-        name = node.children.get("name") if isinstance(node, Block) else None
-        cls = registry.lookup(slot, name.value) if isinstance(name, Leaf) and isinstance(name.value, str) else None
-        if cls is None:
-            return
-        assert isinstance(node, Block)
-        for f in registry.runtime_fields(cls):
-            asked.add(f.metadata["runtime"])
-            if f.metadata["runtime"] in ROLES:
-                roles.append(f.metadata["runtime"])
-                # An algorithm updates the trainable roles that it asks for itself; a component only asks them questions.
-                if outermost and Trainable in typing.cast(type, hints(cls)[f.name]).__mro__:
-                    trained.append(f.metadata["runtime"])
-        if "reward_models" in (f.metadata["runtime"] for f in registry.runtime_fields(cls)):
-            members = node.children.get("members")
-            roles.extend(map(str, members.value) if isinstance(members, Leaf) and isinstance(members.value, list) else ["reward"])
-        for f in registry.component_fields(cls):
-            visit(node.children.get(f.name), f.metadata["slot"], False)
-
-    visit(tree.children.get("algorithm"), "algorithm", True)
-    return Needs(frozenset(asked), tuple(dict.fromkeys(roles)), tuple(dict.fromkeys(trained)))
-
-
-def is_role(name: str) -> bool:
-    return name in ROLES or name.startswith("reward_")
-
-
-def unneeded(key: str, needs: Needs) -> bool:
-    """Whether `key` belongs to a model that nothing in the recipe asks for."""
-    parts = key.split(".")
-    return len(parts) > 1 and parts[0] == "models" and is_role(parts[1]) and parts[1] not in needs.roles
 
 
 def default_world(hardware: Hardware | None, parallel: Parallel | None) -> int:
@@ -234,12 +180,11 @@ def precision(precision: Precision, hardware: Hardware, tree: Tree) -> Found:
         yield Problem("precision.fp8", "needs GPUs, and this recipe is for a CPU (hardware.gpus 0)", where, "with=hardware/h100x8_fp8")
 
 
-def unread(needs: Needs, algorithm: dict[str, Any], evaluation: Evaluation, tree: Tree) -> Found:
+def unread(needs: Needs, algorithm: dict[str, Any], tree: Tree) -> Found:
     """Keys that only a rollout reads."""
     if needs.rollout:
         return
-    keys = ["batch.prompts", "batch.responses", *(f"evaluation.{name}" for name in vars(evaluation)), "run.stop.kl_above"]
-    for key in keys:
+    for key in ROLLOUT_KEYS:
         if tree.written(key):
             yield Problem(key, f"algorithm {algorithm['name']!r} does not read it", tree.origin(key), "remove it")
 
@@ -274,24 +219,28 @@ def truncated_sampling(algorithm: dict[str, Any], tree: Tree) -> Found:
             )
 
 
-def loads(models: dict[str, ModelConfig], model: ModelSpec, needs: Needs, tree: Tree) -> Found:
+def loads(models: dict[str, ModelConfig], run: Run, needs: Needs, tree: Tree) -> Found:
     """Weights that are not on this machine. A recipe may be checked elsewhere; the launcher refuses."""
+    absent: dict[str, list[str]] = {}
     for role in needs.roles:
-        load = models[role].load if role in models else ""
-        if load and not _present(load, model):
-            key = f"models.{role}.load"
-            yield Problem(key, f"{load!r} is not on this machine", tree.origin(key), "train the stage before it, or give another path")
+        if role in models and not _present(models[role].load, run):
+            absent.setdefault(models[role].load, []).append(role)
+    for load, roles in absent.items():
+        key = f"models.{roles[0]}.load"
+        also = f" (asked for by {', '.join(roles)})" if len(roles) > 1 else ""
+        yield Problem(key, f"{load!r} is not on this machine{also}", tree.origin(key), "train the stage before it, or give another path")
 
 
-def _present(load: str, model: ModelSpec) -> bool:
-    """A hub name is `owner/model`; anything else that is not `random` must exist."""
-    return load in ("random", model.hub) or Path(load).exists()
+def _present(load: str, run: Run) -> bool:
+    """`owner/model` may be a hub name, unless it lies where this project's runs lie; anything else but `random` must exist."""
+    may_be_hub = re.fullmatch(r"[\w-]+/[\w.-]+", load) is not None and Path(load).parts[0] != Path(run.dir).parts[0]
+    return load == "random" or may_be_hub or Path(load).exists()
 
 
 def missing_loads(recipe: Recipe) -> list[Problem]:
     """What a launcher must refuse to start without."""
     needs = Needs(frozenset(), tuple(recipe.models), recipe.trained)
-    return list(loads(recipe.models, recipe.model, needs, Tree(recipe.tree)))
+    return list(loads(recipe.models, recipe.run, needs, Tree(recipe.tree)))
 
 
 def group_prices(algorithm: dict[str, Any], tree: Tree) -> Found:

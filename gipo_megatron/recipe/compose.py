@@ -18,6 +18,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from gipo_megatron import algorithms, components
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe import check, registry
+from gipo_megatron.recipe.needs import needed, pruned, unneeded
 from gipo_megatron.recipe.problems import Problem, RecipeErrors, suggest
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import MISSING, Block, KeyPath, Leaf, Node, leaves, merge, parse_value, parse_yaml, plain
@@ -184,21 +185,24 @@ def checked(tree: Block, name: str, world: int = 0) -> Recipe:
     problems = load_components(tree)
     completion, conversion = Completion(), Conversion()
     tree = completion.complete(tree, Recipe)
-    needs = check.needed(tree)
+    needs = needed(tree)
     tree = resolve(tree, completion.problems)
     # A model that nothing asks for may stay as its base recipe left it, without weights to load.
-    problems += [p for p in completion.problems if p.known or not check.unneeded(p.key, needs)]
+    problems += [p for p in completion.problems if p.known or not unneeded(p.key, needs)]
     sections = {f.name: conversion.section(tree, Recipe, f.name) for f in registry.recipe_fields(Recipe)}
     sections["algorithm"] = conversion.component(tree.children["algorithm"], "algorithm", ("algorithm",))
     problems += conversion.problems
+    if sections["models"] is not None:
+        left = {role: config for role, config in sections["models"].items() if config is not None or not unneeded(f"models.{role}.", needs)}
+        sections["models"] = left
     world = world or check.default_world(sections["hardware"], sections["parallel"])
     report = check.cross_check(sections, tree, needs, world)
     problems += report.problems
     if problems:
         raise RecipeErrors(name, problems)
-    models = {role: sections["models"][role] for role in needs.roles}
-    sections["models"] = models
-    return Recipe(**sections, name=name, world=world, trained=needs.trained, warnings=tuple(map(str, report.warnings)), tree=tree)
+    sections["models"] = {role: sections["models"][role] for role in needs.roles}
+    warnings = tuple(map(str, report.warnings))
+    return Recipe(**sections, name=name, world=world, trained=needs.trained, warnings=warnings, tree=pruned(tree, needs))
 
 
 def load_components(tree: Block) -> list[Problem]:

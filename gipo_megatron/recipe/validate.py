@@ -138,7 +138,11 @@ def _not_yet(*_: Any) -> Any:
     raise NotYet
 
 
-for _verb in "getattr call contains iter len getitem bool eq ne lt le gt ge add radd sub rsub mul rmul truediv rtruediv floordiv mod".split():
+_VERBS = (
+    *("getattr", "call", "contains", "iter", "len", "getitem", "bool", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "mod"),
+)
+for _verb in _VERBS:
     setattr(_Later, f"__{_verb}__", _not_yet)
 
 

@@ -192,7 +192,8 @@ def _label(members: list[Run]) -> str:
         while not run.name.startswith(common):
             common = common[:-1]
     common = re.sub(r"[-_.,]?(run\.)?(seed)?[=_-]?$", "", common)
-    return f"{common or members[0].stage} ({len(members)} seeds)"
+    named = common or members[0].path.resolve().parent.name  # a sweep's folders are called by the seed alone
+    return f"{named} ({len(members)} seeds)"
 
 
 def in_bins(steps: Sequence[int], values: Sequence[float], bins: int = 150) -> Points:

@@ -15,6 +15,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 DASHES = ("-", "--", ":", "-.")
 PANEL = (3.0, 2.3)  # inches
 NEUTRAL = "#666666"
+MAX_SMALL = 6  # systems with a panel of their own
+
+Drawn = Figure | str  # a figure, or why there is none
 
 RC: dict[str, Any] = {
     "font.size": 8,

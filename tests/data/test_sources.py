@@ -13,7 +13,7 @@ from gipo_megatron.data.sources import _hub_part, open_parts
 from gipo_megatron.errors import UserError
 from tests.data.fixtures import write_rows
 
-ROWS = [{"prompt": "a\u2028b", "chosen": "x", "rejected": "y"}, {"prompt": "c", "chosen": "z", "rejected": "w, \"q\"\nline"}]
+ROWS = [{"prompt": "a\u2028b", "chosen": "x", "rejected": "y"}, {"prompt": "c", "chosen": "z", "rejected": 'w, "q"\nline'}]
 
 
 def rows_of(path: Path, names: list[str] | None = None, split: str = "all") -> dict[str, list[dict[str, Any]]]:

@@ -9,7 +9,8 @@ from gipo_megatron.errors import UserError
 
 CONVERSATION = (Turn("system", "be brief"), Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"))
 STRICT = (
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% if m['role'] == 'user' %}[{{ m['content'] }}]{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 

@@ -1,8 +1,9 @@
-"""Two processes: every family at every layout of two against Hugging Face; readout and heads against plain torch."""
+"""Run under torchrun, two processes: every family at every layout of two against Hugging Face; readout and heads against plain torch."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from gipo_megatron.megatron import host
 from gipo_megatron.megatron.heads import GroupHead, take_hidden
 from gipo_megatron.megatron.hf import export_weights, load_hf
 from gipo_megatron.megatron.hf_config import architecture_from_config
+from gipo_megatron.megatron.layout import EMBEDDING, placements
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.readout import critic_output, last_token_score, token_stats
-from gipo_megatron.types import HeadSpec, Parallel, Precision, Sequences
-from tests.parity import families
+from gipo_megatron.megatron.schedule import Engine
+from gipo_megatron.types import HeadSpec, Optimisation, Parallel, Precision, Sequences, TokenStats
+from tests.parity import families, tiny
 from tests.parity.launch import write_result
 from tests.parity.readout_reference import ReadoutCase, plain_token_stats
 
@@ -67,6 +70,36 @@ def check_token_stats(mesh: Mesh) -> dict[str, Any]:
     logprobs, entropy, gradient = plain_token_stats(case, 0.7)
     errors = [(stats.logprobs - logprobs), (stats.entropy - entropy), (part.grad - gradient[:, :, mine])]
     return {f"token_stats/{n}": float(e.abs().max()) for n, e in zip(("logprobs", "entropy", "gradient"), errors, strict=True)}
+
+
+def check_gradients(mesh: Mesh, layout: str) -> dict[str, Any]:
+    """What llama has not (tied embeddings, QKV bias, QK-norm) through the training engine: the largest ‖a - b‖ / ‖b‖ of any tensor.
+
+    After one optimizer step, the tied copies on the first and the last stage are still the same.
+    """
+    cells: dict[str, Any] = {}
+    rows = tiny.sequences([(3, 9), (6, 2), (2, 10), (5, 5)], 1)
+    for name in ("llama3_tied", "qwen2", "qwen3"):
+        reference = families.hf_model(name)
+        architecture = architecture_from_config(reference.config.to_dict(), name)
+        log_p = reference(rows.tokens).logits[:, :-1].log_softmax(-1).gather(2, rows.tokens[:, 1:, None]).squeeze(2)
+        (-0.3 * (log_p * rows.mask[:, 1:]).sum() / rows.mask.sum()).backward()
+        gradients = {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}
+        engine = Engine(mesh, architecture, FP32, micro_batch=2, seed=0, optimisation=Optimisation(lr=1e-2))
+        load_hf({k: p.detach() for k, p in reference.named_parameters()}, engine.chunks, mesh, architecture)
+        engine.weights_changed()
+        readout = partial(read, mesh, architecture.vocab_size)
+        engine.backward([(rows, tiny.language_loss)], readout)
+        cells[f"gradients/{layout}/{name}"] = max(tiny.relative_errors(dict(engine.gradients()), gradients).values())
+        engine.update([(rows, tiny.language_loss)], readout)
+        if architecture.tied_embeddings and mesh.pipeline_size > 1:
+            copy = next(p.detach().clone() for c in engine.chunks for place, p in placements(c, families.VOCAB) if place.name == EMBEDDING)
+            cells[f"gradients/{layout}/{name}/tied"] = torch.equal(copy, mesh.broadcast_from_last_stage(copy.clone()))
+    return cells
+
+
+def read(mesh: Mesh, vocab_size: int, logits: Tensor, sequences: Sequences) -> TokenStats:
+    return token_stats(logits, sequences, vocab_size=vocab_size, mesh=mesh)
 
 
 def hf_heads(sequences: Sequences, score: Tensor, head: GroupHead) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -177,6 +210,7 @@ def main() -> None:
     for layout, parallel in families.LAYOUTS.items():
         mesh = Mesh.create(parallel, seed=1)
         cells |= check_families(mesh, layout) | check_initialisation(mesh, layout) | check_heads(mesh, layout)
+        cells |= check_gradients(mesh, layout)
         if layout == "tensor":
             cells |= check_token_stats(mesh)
             trained = trained_group_head(mesh).state_dict()

@@ -73,7 +73,7 @@ def ppo_run(folder: Path, *, seed: int = 0, steps: int = 40, beta: float = 0.3, 
     if recipe:
         name = "group_variance" if beta else "none"
         text = f"algorithm:\n  name: ppo\n  variance_regulariser: {{name: {name}, beta: {beta}}}\n"
-        text += f"run: {{dir: {folder.name}, seed: {seed}}}\nnote: <b>bold</b>\n"
+        text += f"run: {{dir: {json.dumps(folder.name)}, seed: {seed}}}\nnote: <b>bold</b>\n"
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         (folder / "environment.json").write_text(json.dumps({"torch": "2.13.0", "git": "<abc>"}), encoding="utf-8")
     return folder

@@ -71,6 +71,12 @@ def test_seeds_are_one_group_with_a_band(tmp_path: Path) -> None:
     assert groups[0].band("sft/loss") == ([], [], [], [])
 
 
+def test_a_sweeps_folders_are_called_by_their_parent(tmp_path: Path) -> None:
+    for parent, names, label in (("sweep", ("seed=0", "seed=1"), "sweep"), ("s", ("eta=0.02,seed=0", "eta=0.02,seed=1"), "eta=0.02")):
+        runs = [load_run(ppo_run(tmp_path / parent / name, seed=i, steps=2)) for i, name in enumerate(names)]
+        assert [g.label for g in group_by_seed(runs)] == [f"{label} (2 seeds)"]
+
+
 def test_runs_without_recipe_stay_apart_and_equal_names_get_their_folder(tmp_path: Path) -> None:
     runs = [load_run(ppo_run(tmp_path / f"{d}/gipo", recipe=False, steps=2)) for d in "ab"]
     assert [g.label for g in group_by_seed(runs)] == ["a/gipo", "b/gipo"]

@@ -1,0 +1,81 @@
+"""Several processes: the responses of every family at every layout, as plain lists; the test compares them with Hugging Face's.
+
+OUT_DIR, then {"family/kind": end-of-text id} as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.types import Parallel
+from tests.parity import families
+from tests.parity.generation_cases import GREEDY, NEVER, SAMPLINGS, load, prompts, respond, responses
+from tests.parity.launch import write_result
+
+LAYOUTS = {
+    2: {**families.LAYOUTS},
+    4: {
+        "tensor_pipeline_sequence": Parallel(tensor=2, pipeline=2, sequence=True),
+        "tensor_interleaved": Parallel(tensor=2, pipeline=2, virtual_pipeline=2),
+        "pipeline_of_four": Parallel(pipeline=4),
+        "pipeline_data": Parallel(pipeline=2),
+    },
+}
+NUM_FAMILIES = {2: len(families.FAMILIES), 4: 1}
+
+
+def check_layout(mesh: Mesh, name: str, ends: dict[str, int]) -> dict[str, Any]:
+    """Responses of this replica's rows: sample j of the batch belongs to replica j mod size."""
+    cells: dict[str, Any] = {}
+    chunks, architecture = load(name, mesh)
+    for kind in ("equal", "ragged"):
+        whole = prompts(kind)
+        rows = whole.select(torch.arange(mesh.data_parallel.rank, len(whole), mesh.data_parallel.size))
+        runs = {"greedy": (GREEDY, NEVER), "stopped": (GREEDY, ends[f"{name}/{kind}"])}
+        runs |= {key: (sampling, ends[f"{name}/{kind}"]) for key, sampling in SAMPLINGS.items()}
+        for key, (sampling, eos) in runs.items():
+            rollout = respond(chunks, architecture, mesh, rows, sampling, eos)
+            assert rollout.generation_logprobs is not None
+            sliced = respond(chunks, architecture, mesh, rows, sampling, eos, cache=5000)
+            cells[f"{name}/{kind}/{key}"] = {
+                "responses": responses(rollout),
+                "sliced": responses(sliced),
+                "logprobs": [row[mask].tolist() for row, mask in zip(rollout.generation_logprobs, rollout.mask, strict=True)],
+                "same_on_replica": same_on_replica(rollout.generation_logprobs, mesh),
+            }
+    return cells
+
+
+def same_on_replica(x: Tensor, mesh: Mesh) -> bool:
+    first = x.clone()
+    dist.broadcast(first, src=dist.get_process_group_ranks(mesh.model_group)[0], group=mesh.model_group)
+    return torch.equal(first, x)
+
+
+def main() -> None:
+    out_dir, ends = sys.argv[1], json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    cells: dict[str, Any] = {}
+    mesh = Mesh.create(Parallel(), seed=1)
+    world = mesh.world
+    layouts = {"data": Parallel(), **LAYOUTS[world]}
+    for layout, parallel in layouts.items():
+        mesh = Mesh.create(parallel, seed=1)
+        for name in list(families.FAMILIES)[: NUM_FAMILIES[world]]:
+            found = check_layout(mesh, name, ends)
+            cells |= {
+                f"{layout}/{key}": {**cell, "replica": [mesh.data_parallel.rank, mesh.data_parallel.size]} for key, cell in found.items()
+            }
+    write_result(out_dir, mesh.rank, cells)
+    mesh.close()
+
+
+if __name__ == "__main__":
+    main()
