@@ -110,6 +110,12 @@ class RoleBuilder:
     def _optimisation(self, role: str, total_steps: int) -> Optimisation:
         model = self._model(role)
         assert model.lr is not None, "the recipe check asks for it"
+        if model.schedule != "constant" and total_steps <= model.warmup_steps:
+            raise UserError(
+                f"the {model.schedule} schedule ends at optimizer step {total_steps}, before its warm-up of {model.warmup_steps} steps does",
+                where=f"models.{role}.warmup_steps",
+                fix="fewer warm-up steps, more run.steps, or schedule: constant",
+            )
         return Optimisation(
             lr=model.lr,
             schedule=model.schedule,

@@ -112,14 +112,18 @@ def lower_tail_weights(x: Tensor, everyone: Tensor, alpha: float) -> Tensor:
     return (x < quantile).to(x.dtype) / alpha + (x == quantile).to(x.dtype) * ((tail - below) / (alpha * tied))
 
 
-def auc(positive: Tensor, x: Tensor) -> float:
-    """Probability that a positive row [N] has the larger x, ties one half (Mann-Whitney U / n+ n-). NaN with one kind only."""
-    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
-    rank = (counts.cumsum(0) - (counts - 1) / 2)[inverse]
-    ups = int(positive.sum())
-    if not 0 < ups < len(x):
-        return math.nan
-    return (float(rank[positive].sum()) - ups * (ups + 1) / 2) / (ups * (len(x) - ups))
+def auc(positive: Tensor, x: Tensor, cluster: Tensor) -> Tensor:
+    """Within each cluster: probability that a positive row has the larger x, ties one half. All [N] -> [clusters], in sorted order.
+
+    (sum of the positives' ranks - n+ (n+ + 1) / 2) / (n+ n-); NaN where a cluster has one kind only.   (Mann, Whitney 1947)
+    """
+    _, which, sizes = cluster.unique(return_inverse=True, return_counts=True)
+    _, level = x.unique(return_inverse=True)
+    _, tie, ties = (which * len(x) + level).unique(return_inverse=True, return_counts=True)
+    rank = (ties.cumsum(0) - (ties - 1) / 2)[tie].double() - (sizes.cumsum(0) - sizes)[which]  # average rank inside the cluster, from 1
+    ups = torch.zeros(len(sizes), dtype=torch.float64, device=x.device).index_add_(0, which, positive.double())
+    total = torch.zeros_like(ups).index_add_(0, which, positive * rank)
+    return (total - ups * (ups + 1) / 2) / (ups * (sizes - ups))
 
 
 # --------------------------------------------------------------------------------------------- groups

@@ -31,8 +31,11 @@ class Interrupt:
     def __init__(self) -> None:
         self.name = ""
         self._pressed = -math.inf
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._receive)
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -62,8 +65,16 @@ class Progress:
 
 def train(recipe: Recipe) -> None:
     """The whole run a recipe describes. Collective: every rank calls it. Raises UserError for what the user can mend."""
-    interrupt = Interrupt()
     mesh = Mesh.create(recipe.parallel, recipe.run.seed)
+    try:
+        train_on(mesh, recipe)
+    finally:
+        mesh.close()
+
+
+def train_on(mesh: Mesh, recipe: Recipe) -> None:
+    """The same on a mesh that is there; several runs may follow each other in one world."""
+    interrupt = Interrupt()
     sinks: list[Sink] = []
     try:
         directory = Path(recipe.run.dir)
@@ -81,7 +92,7 @@ def train(recipe: Recipe) -> None:
     finally:
         for sink in sinks:
             sink.close()
-        mesh.close()
+        interrupt.restore()
 
 
 def find_checkpoint(recipe: Recipe, directory: Path) -> Path | None:

@@ -24,7 +24,20 @@ MAY_IMPORT = {
     "telemetry": {"roles", "types", "errors"},
     "evaluation": {"components", "data", "telemetry", "roles", "ops", "types", "errors"},
     "recipe": {"recipe.registry", "components", "algorithms", "data", "telemetry", "types", "errors"},
-    "assembly": {"recipe.registry", "recipe", "algorithms", "components", "megatron", "evaluation", "data", "telemetry", "roles", "ops", "types", "errors"},
+    "assembly": {
+        "recipe.registry",
+        "recipe",
+        "algorithms",
+        "components",
+        "megatron",
+        "evaluation",
+        "data",
+        "telemetry",
+        "roles",
+        "ops",
+        "types",
+        "errors",
+    },
     "runner": {"assembly", "recipe.registry", "recipe", "megatron", "evaluation", "data", "telemetry", "roles", "types", "errors"},
 }
 
@@ -92,7 +105,13 @@ def test_sizes_are_a_ratchet() -> None:
 def test_no_path_of_a_machine_is_committed() -> None:
     """Sources name no home, no temporary folder of the machine they were written on."""
     checked = 0
-    for path in [*CODE, *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "launch").glob("*")]:
+    for path in [
+        *CODE,
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "recipes").rglob("*.yaml"),
+        *(ROOT / "launch").glob("*"),
+    ]:
         text = path.read_text(encoding="utf-8")
         checked += 1
         for folder in ("work", "farm", "root", "home"):

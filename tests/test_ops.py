@@ -149,8 +149,13 @@ def test_lower_tail_weights(alpha: float) -> None:
     assert float(weights.mean()) == pytest.approx(1.0, abs=1e-12)
 
 
-def test_auc_is_sklearns() -> None:
-    x = noise(7, 60).mul(2).round()
-    positive = (noise(8, 60) + 0.3 * x) > 0
-    assert ops.auc(positive, x) == pytest.approx(roc_auc_score(positive.numpy(), x.numpy()), abs=1e-12)
-    assert math.isnan(ops.auc(torch.ones(60, dtype=torch.bool), x))
+def test_auc_is_sklearns_within_every_cluster() -> None:
+    x, cluster = noise(7, 80).mul(2).round(), torch.arange(80) % 3 * 5
+    positive = (noise(8, 80) + 0.3 * x) > 0
+    positive[cluster == 10] = True
+    found = ops.auc(positive, x, cluster)
+    assert found.shape == (3,)
+    for k in (0, 1):
+        rows = cluster == 5 * k
+        assert float(found[k]) == pytest.approx(roc_auc_score(positive[rows].numpy(), x[rows].numpy()), abs=1e-12)
+    assert math.isnan(float(found[2]))

@@ -161,7 +161,7 @@ class TorchActor:
         for t in range(sampling.max_response):
             at = prompts.lengths + t
             logp = (self.output(self.trunk(tokens))[every, at - 1] / sampling.temperature).log_softmax(-1).float()
-            token = (logp + noise[:, t]).argmax(-1)
+            token = (logp - noise[:, t].log()).argmax(-1)
             active = ~finished
             tokens[every[active], at[active]] = token[active]
             mask[every[active], at[active]] = True
@@ -189,10 +189,9 @@ class TorchActor:
 
 
 def _noise(sampling: Sampling, sample_id: int, vocab: int) -> Tensor:
-    """Gumbel noise [max_response, V]."""
+    """[max_response, V] exponential draws; minus their log is Gumbel."""
     generator = torch.Generator().manual_seed((sampling.seed * 1_000_003 + sampling.step) * 1_000_003 + sample_id)
-    uniform = torch.rand(sampling.max_response, vocab, generator=generator).clamp(1e-9, 1 - 1e-7)
-    return -torch.log(-torch.log(uniform))
+    return torch.empty(sampling.max_response, vocab).exponential_(generator=generator)
 
 
 class TorchCritic:

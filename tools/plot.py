@@ -38,12 +38,13 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         runs, out, report = parse(arguments)
+        if report is not None:
+            print(f"report: {write_report(runs, report, figures_to=out)}, figures in {out}")
+            return 0
         written, missing = write_figures(runs, out)
         print(f"{len(written)} files in {out}: {', '.join(sorted({p.stem for p in written}))}")
         for name, why in missing.items():
             print(f"not drawn: {name} ({why})")
-        if report is not None:
-            print(f"report: {write_report(runs, report)}")
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

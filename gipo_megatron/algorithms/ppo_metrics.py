@@ -73,17 +73,15 @@ def split_metrics(groups: Groups, scores: Scores, rollout: Rollout, sources: tup
     source = gather_rows(index, dp).long().cpu()
     hard = gather_rows(groups.probs.argmax(1), dp).cpu()
 
-    within = []
-    for p in prompt.unique():
-        rows = prompt == p
-        above = raw[rows] > raw[rows].mean()
-        if above.any() and not above.all():
-            within.append(ops.auc(above, high[rows]))
-    metrics = {"groups/response_split": Metric.mean(sum(within) / len(within) if within else 0.5)}
+    _, which, sizes = prompt.unique(return_inverse=True, return_counts=True)
+    above = raw > (torch.zeros(len(sizes), dtype=raw.dtype).index_add_(0, which, raw) / sizes)[which]
+    within = ops.auc(above, high, prompt)
+    within = within[within.isfinite()]
+    metrics = {"groups/response_split": Metric.mean(float(within.mean()) if len(within) else 0.5)}
     present = source.unique()
     if len(present) > 1:
         best = max(present, key=lambda s: float(raw[source == s].mean()))
-        metrics["groups/auc"] = Metric.mean(ops.auc(source == best, high))
+        metrics["groups/auc"] = Metric.mean(ops.auc(source == best, high, torch.zeros_like(source)))
         metrics["groups/ami"] = Metric.mean(float(adjusted_mutual_info_score(source.numpy(), hard.numpy())))
     return metrics
 

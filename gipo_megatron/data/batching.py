@@ -80,16 +80,16 @@ class Dataset:
     # ----------------------------------------------------------------------------------------- evaluation
 
     def prompts_at(self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1) -> tuple[Prompts, Tensor]:
-        """sample_id is the place in `indices`: sampling noise does not depend on the number of replicas."""
-        rows, places, valid = _padded(indices, dp_rank, dp_size)
-        return self._prompts(rows, places), valid
+        """sample_id is the dataset row: sampling noise depends neither on the number of replicas nor on how rows are cut into pieces."""
+        rows, valid = _padded(indices, dp_rank, dp_size)
+        return self._prompts(rows, rows), valid
 
     def pairs_at(self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1) -> tuple[Pairs, Tensor]:
-        rows, _, valid = _padded(indices, dp_rank, dp_size)
+        rows, valid = _padded(indices, dp_rank, dp_size)
         return self._pairs(rows), valid
 
     def examples_at(self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1) -> tuple[Sequences, Tensor]:
-        rows, _, valid = _padded(indices, dp_rank, dp_size)
+        rows, valid = _padded(indices, dp_rank, dp_size)
         return self._examples(rows), valid
 
     # ----------------------------------------------------------------------------------------- rows to tensors
@@ -208,10 +208,10 @@ def _share(count: int, dp_rank: int, dp_size: int) -> range:
     return range(dp_rank, count, dp_size)
 
 
-def _padded(indices: Sequence[int], dp_rank: int, dp_size: int) -> tuple[list[int], list[int], Tensor]:
-    """(dataset rows, places in `indices`, valid) of one replica; past the end the last row is repeated."""
+def _padded(indices: Sequence[int], dp_rank: int, dp_size: int) -> tuple[list[int], Tensor]:
+    """(dataset rows, valid) of one replica; past the end the last row is repeated."""
     last = len(indices) - 1
     per_replica = -(-len(indices) // dp_size)
     places = [i * dp_size + dp_rank for i in range(per_replica)]
     valid = torch.tensor([place <= last for place in places])
-    return [indices[min(place, last)] for place in places], places, valid
+    return [indices[min(place, last)] for place in places], valid

@@ -118,7 +118,7 @@ class World:
     def answer(self, prompt: str, noise: torch.Generator) -> str:
         """One draw of the mediocre policy that SFT imitates."""
         group = group_of(prompt)
-        if self.config.hack and group == "easy" and _uniform(noise) < self.config.hack_share:
+        if self.config.hack and _uniform(noise) < self.config.hack_share:
             return " " + _pick(ASK_BACK, noise)
         letters = right_letters(prompt)
         wanted = _uniform(noise) < RIGHT_SHARE[group]

@@ -181,7 +181,7 @@ def _hub_parts(name: str, sources: list[str], split: str) -> list[Part]:
             source: datasets.load_dataset(name, source) if source in configurations else datasets.load_dataset(name, data_dir=source)
             for source in sorted(sources)
         } or {name.split("/")[-1]: datasets.load_dataset(name)}
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a set that is a script
         raise UserError(f"cannot load {name!r} from the hub: {str(error).splitlines()[0]}", where="data.path", fix=fix) from error
     return [_hub_part(source, splits, split) for source, splits in loaded.items()]
 
@@ -191,9 +191,9 @@ def _hub_part(source: str, splits: Any, split: str) -> Part:
     tests = [key for word in SPLITS["test"] for key in splits if key.startswith(word)]
     if split == "all":
         return Part(source, _number(source, splits, list(splits)), split=False)
-    if "train" not in splits and split == "train":
-        raise UserError(f"{source} has no train split, only {', '.join(splits)}", where="data.path")
     wanted = tests[:1] if split == "test" and tests else ["train"]
+    if wanted[0] not in splits:
+        raise UserError(f"{source} has no train split, only {', '.join(splits)}", where="data.path")
     return Part(source, _number(source, splits, wanted), split=bool(tests))
 
 

@@ -26,12 +26,12 @@ CAPTIONS = {
     "A score that rises while gold falls is reward hacking.",
     "reward_distribution": "Scores of sampled responses in the first and the last fifth of the steps; lines mark the means.",
     "kl": "Distance from the reference policy, and what a nat of it costs.",
-    "group_returns": "Mean return of the easy and the hard group, and the gap. "
-    "A gap that closes because the easy group falls is levelling down.",
+    "group_returns": "Mean return of the high-scoring (easy) and the low-scoring (hard) group, and the gap. "
+    "A gap that closes because the high group falls is levelling down.",
     "sources": "Mean score by data source.",
     "gold_by_source": "What the responses are really worth, by data source: held-out prompts, gold reward.",
     "weights": "Weight of a sequence in the policy's update.",
-    "p_high": "Probability of the easy group against what it should not merely copy; last fifth of the steps.",
+    "p_high": "Probability of the high-scoring group against what it should not merely copy; last fifth of the steps.",
     "explained_variance": "Share of the returns' variance that the critic explains.",
     "loss": "Losses.",
     "accuracy": "Share of pairs where the chosen response is preferred.",
@@ -141,7 +141,8 @@ def show(run: Run) -> Shown:
     sampled = sorted({row["step"] for row in run.samples})
     shown = []
     for step in dict.fromkeys((sampled[:1] + sampled[-1:]) if sampled else []):
-        shown += [row for row in run.samples if row["step"] == step][:SAMPLES]
+        rows = [row for row in run.samples if row["step"] == step]
+        shown += rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]  # spread out: neighbours answer the same prompt
     return Shown(
         name=printable(run.name),
         alerts=[{"step": row["step"], "message": printable(str(row["message"]))} for row in run.alerts],

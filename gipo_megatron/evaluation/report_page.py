@@ -29,7 +29,7 @@ ul.alerts { list-style: none; padding: 0; }
 ul.alerts li { background: var(--alert); border-left: 4px solid #e69f00; padding: .35rem .7rem; margin: .35rem 0; overflow-wrap: anywhere; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; max-height: 16rem; overflow-y: auto; margin: 0; }
 .samples { width: 100%; table-layout: fixed; }
-.samples .facts { width: 8.5rem; color: var(--soft); font-size: 12.5px; }
+.samples .facts { width: 13rem; color: var(--soft); font-size: 12.5px; }
 pre { background: var(--shade); padding: .8rem; overflow-x: auto; font-size: 12.5px; line-height: 1.4; }
 details { margin: .7rem 0; }
 summary { cursor: pointer; font-weight: 600; }
@@ -83,7 +83,7 @@ summary { cursor: pointer; font-weight: 600; }
 {% for sample in run.samples %}
 <tr><td class="facts">step {{ sample.step }}
 {% for column in sample_columns if column in sample.cells %}
-<br>{{ column }} {{ sample.cells[column] }}
+{{ "<br>"|safe if loop.first else " · " }}{{ column }}&nbsp;{{ sample.cells[column] }}
 {% endfor %}
 </td>
 <td><div class="text">{{ sample.prompt }}</div></td><td><div class="text">{{ sample.response }}</div></td></tr>

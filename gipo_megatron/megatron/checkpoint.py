@@ -27,13 +27,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron import host
 from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.pipeline import quiet
 from gipo_megatron.megatron.schedule import Engine
 from gipo_megatron.types import Architecture
 
 FORMAT, VERSION = "gipo_megatron", 1
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 _STEP = re.compile(r"step_(\d+)")
 _GROUP_WEIGHTS = ("group_head.weight", "group_head.bias")
 # Whose weights a role may start from, the best first. A trunk from another kind of model comes without its head.
@@ -50,6 +49,11 @@ class _InlineSave(TorchDistSaveShardedStrategy):
             storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False, can_run_decentralized_global_plan=False),
         )
+
+
+def _metadata() -> dict[str, Any]:
+    """A fresh one for every call: mcore puts the data parallel group of the moment into it."""
+    return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -72,8 +76,9 @@ def save(
     final, work = directory / f"step_{step}", directory / f"step_{step}.tmp"
     if mesh.is_main:
         shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
         for role in roles:
-            (work / role).mkdir(parents=True)
+            (work / role).mkdir()
     mesh.barrier()
     for role, engine in roles.items():
         _save_role(work / role, engine)
@@ -95,11 +100,11 @@ def save(
 
 
 def _save_role(folder: Path, engine: Engine) -> None:
-    with engine.residency.use(training=engine.optimisation is not None), host.host_mode(), torch.no_grad():
+    with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
         sharded = _sharded_model(engine)
         common: dict[str, Any] = {}
         if engine.optimisation is not None:
-            common["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=False, metadata=_METADATA)
+            common["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=False, metadata=_metadata())
             common["learning_rate"] = engine.learning_rate.state_dict()
         if engine.group_head is not None:
             common["group_head"] = engine.group_head.sharded_state()
@@ -108,7 +113,7 @@ def _save_role(folder: Path, engine: Engine) -> None:
 
 def _sharded_model(engine: Engine) -> dict[str, Any]:
     names = ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
-    return {name: chunk.sharded_state_dict(metadata=_METADATA) for name, chunk in zip(names, engine.chunks, strict=True)}
+    return {name: chunk.sharded_state_dict(metadata=_metadata()) for name, chunk in zip(names, engine.chunks, strict=True)}
 
 
 def _describe(engine: Engine) -> dict[str, Any]:
@@ -221,11 +226,11 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
 
 
 def _restore_role(folder: Path, engine: Engine) -> None:
-    with engine.residency.use(training=engine.optimisation is not None), host.host_mode(), torch.no_grad():
+    with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
         sharded = _sharded_model(engine)
         wanted = dict(sharded)
         if engine.optimisation is not None:
-            wanted["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_METADATA)
+            wanted["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_metadata())
         if engine.group_head is not None:
             wanted["group_head"] = engine.group_head.sharded_state()
         loaded = dist_checkpointing.load(wanted, str(folder))
@@ -256,7 +261,7 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
     about = meta["roles"][source]
     _check_architecture(path, about, engine.architecture)
     same_head = (about["head"] is None) == (engine.head is None)
-    with engine.residency.use(training=engine.optimisation is not None), host.host_mode(), torch.no_grad():
+    with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
         sharded = _sharded_model(engine)
         if not same_head:
             for part in sharded.values():

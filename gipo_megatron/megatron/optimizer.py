@@ -14,6 +14,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from gipo_megatron.megatron import host
+from gipo_megatron.megatron.pipeline import quiet
 from gipo_megatron.types import Optimisation, Precision
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -86,21 +87,27 @@ def build_optimizer(wrapped: list[DistributedDataParallel], optimisation: Optimi
         clip_grad=optimisation.clip_grad,
     )
     with host.host_mode():
-        return get_megatron_optimizer(config, wrapped)
+        optimizer = get_megatron_optimizer(config, wrapped)
+        for part in optimizer.chained_optimizers:
+            if part.init_state_fn is not None:  # else a model that was never stepped (critic warm-up) has no moments to save
+                part.init_state_fn(part.optimizer, config)
+        return optimizer
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """The norm of the whole model's gradient, equal on every rank; readies the gradients for `clipped_step`."""
-    with host.host_mode():
+    with quiet():
         optimizer.prepare_grads()
         return float(optimizer.get_grad_norm())
 
 
-def clipped_step(optimizer: MegatronOptimizer, norm: float, clip: float, lr: float) -> None:
-    """One step on g · min(1, clip / norm); clip 0 is off. After `gradient_norm`."""
+def clipped_step(optimizer: MegatronOptimizer, norm: float, optimisation: Optimisation, lr: float) -> None:
+    """One step on g · min(1, clip / norm); clip 0 is off. After `gradient_norm`. Norms and biases are not decayed."""
+    clip = optimisation.clip_grad
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with host.host_mode():
+        group["weight_decay"] = optimisation.weight_decay * group["wd_mult"]  # mcore leaves this to its scheduler
+    with quiet():
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if clip > 0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, clip, norm)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -40,25 +42,34 @@ class _TwoWayP2P(P2PCommunicator):
         host_int = {"dtype": torch.int64, "device": torch.cuda.current_device()}
         sent = [None if t is None else torch.tensor(t.shape, **host_int) for t in (tensor_send_next, tensor_send_prev)]
         shapes = [torch.zeros(3, **host_int) if wanted else None for wanted in (recv_prev, recv_next)]
-        self._exchange(sent[0], shapes[0], sent[1], shapes[1])
+        pending, arriving = self._post(sent[0], shapes[0], sent[1], shapes[1])
+        for request in arriving:  # not the sends: at the ends of a schedule the peer may want its tensors before it asks for these
+            request.wait()
         dtype, device = self.config.pipeline_dtype, torch.cuda.current_device()
         received = [
             None if shape is None else torch.empty(shape.tolist(), dtype=dtype, device=device, requires_grad=True) for shape in shapes
         ]
-        self._exchange(tensor_send_next, received[0], tensor_send_prev, received[1])
+        more, arriving = self._post(tensor_send_next, received[0], tensor_send_prev, received[1])
+        for request in arriving + pending + more:
+            request.wait()
         return received[0], received[1], None
 
-    def _exchange(self, send_next: Tensor | None, recv_prev: Tensor | None, send_prev: Tensor | None, recv_next: Tensor | None) -> None:
+    def _post(
+        self, send_next: Tensor | None, recv_prev: Tensor | None, send_prev: Tensor | None, recv_next: Tensor | None
+    ) -> tuple[list[dist.Work], list[dist.Work]]:
+        """(sends, receives) on their way."""
         forward = self.pp_group
         backward = dist.group.WORLD if self.pp_group.size() == 2 else self.pp_group
-        sends = [(dist.isend, send_next, self.next_rank, forward), (dist.isend, send_prev, self.prev_rank, backward)]
-        receives = [(dist.irecv, recv_prev, self.prev_rank, forward), (dist.irecv, recv_next, self.next_rank, backward)]
-        pairs = zip(sends, receives, strict=True)
-        # even ranks send first, odd ranks receive first: NCCL runs the operations of a group in order
-        ordered = [op for send, receive in pairs for op in ((send, receive) if self.pp_group.rank() % 2 == 0 else (receive, send))]
-        requests = [verb(tensor.detach(), peer, group=group) for verb, tensor, peer, group in ordered if tensor is not None]
-        for request in requests:
-            request.wait()
+        sends = [(send_next, self.next_rank, forward), (send_prev, self.prev_rank, backward)]
+        receives = [(recv_prev, self.prev_rank, forward), (recv_next, self.next_rank, backward)]
+        sent, received = [], []
+        for send, receive in zip(sends, receives, strict=True):
+            # even ranks send first, odd ranks receive first: NCCL runs the operations of a group in order
+            ways = [(dist.isend, send, sent), (dist.irecv, receive, received)]
+            for verb, (tensor, peer, group), requests in ways if self.pp_group.rank() % 2 == 0 else ways[::-1]:
+                if tensor is not None:
+                    requests.append(verb(tensor.detach(), peer, group=group))
+        return sent, received
 
 
 def _groups() -> ProcessGroupCollection:
@@ -70,6 +81,14 @@ def _groups() -> ProcessGroupCollection:
     groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
     groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
     return groups
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """host_mode, without torch's warnings of what mcore still calls (reduce_scatter_tensor, ShardedTensor, …)."""
+    with warnings.catch_warnings(), host.host_mode():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def run(
@@ -96,7 +115,7 @@ def run(
         "collect_non_loss_data": forward_only,
     }
     stages = dist.get_world_size(parallel_state.get_pipeline_model_parallel_group())
-    with host.host_mode():
+    with quiet():
         if len(chunks) == 1:
             return get_forward_backward_func(stages, None)(data_iterator=iter(slots), model=chunks[0], **arguments)
         config.batch_p2p_comm = False

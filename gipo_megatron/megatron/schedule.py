@@ -133,7 +133,7 @@ class Engine:
             if skipped is not None:
                 return Update({}, skipped)
             lr = self.learning_rate.value
-            clipped_step(self.optimizer, norm, self.optimisation.clip_grad, lr)
+            clipped_step(self.optimizer, norm, self.optimisation, lr)
             if self.group_head is not None:
                 self.group_head.step(head_norm)
             self.learning_rate.steps += 1
@@ -145,8 +145,6 @@ class Engine:
         slots = self._slots(parts)
         for wrapped in self._wrapped:
             wrapped.zero_grad_buffer()
-        with host.host_mode():
-            self.optimizer.zero_grad()
         if self.group_head is not None:
             self.group_head.zero_grad()
         self._mode(train=True)
@@ -265,7 +263,7 @@ class Engine:
                 for bucket in buffer.buckets:  # each rank holds the sum only in its own shard of every bucket
                     shards = bucket.grad_data.chunk(group.size)
                     end = bucket.offset + bucket.grad_data.numel()
-                    dist.all_gather_into_tensor(whole[bucket.offset : end], shards[group.rank].contiguous(), group=group.group)
+                    dist.all_gather(list(whole[bucket.offset : end].chunk(group.size)), shards[group.rank], group=group.group)
                 gathered.append(whole)
         with swapped(self._weights(), gathered):
             yield from export_weights(self.chunks, self.mesh, self.architecture, head=self.head)

@@ -210,12 +210,11 @@ def load_components(tree: Block) -> list[Problem]:
     for package in (components, algorithms):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # plugins and reward functions
     node = tree.children.get("plugins")
     if not isinstance(node, Leaf) or not isinstance(node.value, list):
         return []  # absent, or of a wrong type, which the schema will say
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
     problems = []
     for name in node.value:
         try:

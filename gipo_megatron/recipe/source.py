@@ -80,7 +80,7 @@ def parse_yaml(text: str, file: str) -> Block:
         raise UserError(
             f"not valid YAML: {error.problem if isinstance(error, yaml.MarkedYAMLError) else error}",
             where=f"{file}:{mark.line + 1}" if mark else file,
-            fix='inside {…} quote "${…}" and text with colons',
+            fix='inside {…} quote "${…}", "???" and text with colons',
         ) from None
 
 

@@ -96,8 +96,9 @@ class Completion:
             return Block({k: self._field(child, f, each, (*path, k), block.origin) for k, child in block.children.items()}, block.origin)
         if isinstance(node, Block) and _is_dict(hint):
             return Leaf(plain(node), node.origin)
-        if node is None or (isinstance(node, Leaf) and node.value == MISSING):
-            default = _default(f)
+        asked = isinstance(node, Leaf) and node.value == MISSING  # `???`: a recipe leaves it to its children, whatever the default
+        if node is None or asked:
+            default = MISSING if asked else _default(f)
             if default == MISSING:
                 self.problems.append(
                     Problem(key, "missing", parent if node is None else node.origin, f"set it in the recipe, or {key}=…", known=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BASELINE_STEPS = 10
+CLEAR_STEPS = 5  # quiet steps in a row before an alert may be raised again: a metric that hovers at its threshold is told once
 ALWAYS_FINITE = (
     "loss",
     "grad_norm",
@@ -19,7 +20,7 @@ ALWAYS_FINITE = (
 
 @dataclass
 class Alerts:
-    """The recipe's `alerts:` block. Each alert is raised once as it begins, and again only after it has cleared."""
+    """The recipe's `alerts:` block. Each alert is raised once as it begins, and again only after CLEAR_STEPS quiet steps."""
 
     mass_min: float = 0.05  # groups/mass_min below this: the groups have collapsed
     response_split: float = 0.8  # groups/response_split (an AUC) above this: groups are "good or bad response", not easy or hard prompt
@@ -30,7 +31,7 @@ class Alerts:
     )
     non_finite: bool = True  # any infinity, or NaN in a loss, gradient norm, score or KL
 
-    raised: dict[str, bool] = field(default_factory=dict, init=False, repr=False, metadata={"state": True})
+    raised: dict[str, int] = field(default_factory=dict, init=False, repr=False, metadata={"state": True})
     lengths: list[float] = field(default_factory=list, init=False, repr=False, metadata={"state": True})
 
     def check(self, values: Mapping[str, float], step: int) -> list[str]:
@@ -40,9 +41,14 @@ class Alerts:
         """
         begun = []
         for key, active, message in self._conditions(values):
-            if active and not self.raised.get(key, False):
+            if active and key not in self.raised:
                 begun.append(f"step {step}: {message}")
-            self.raised[key] = active
+            if active:
+                self.raised[key] = CLEAR_STEPS
+            elif key in self.raised:
+                self.raised[key] -= 1
+                if not self.raised[key]:
+                    del self.raised[key]
         return begun
 
     def state_dict(self) -> dict[str, Any]:

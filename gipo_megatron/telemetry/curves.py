@@ -85,7 +85,7 @@ def explained_variance(groups: list[Group]) -> Drawn:
 
 
 def group_returns(groups: list[Group]) -> Drawn:
-    """Return of the high (solid) and the low group (dashed), then their gap: a gap closing from above is levelling down."""
+    """Return of the high-scoring (easy, solid) and the low-scoring (hard, dashed) group, then their gap."""
     pair = ("groups/return_high", "groups/return_low")
     have = [g for g in groups if g.band(pair[0])[0] and g.band(pair[1])[0]]
     gap = [g for g in groups if g.band("groups/gap")[0]]
@@ -95,10 +95,10 @@ def group_returns(groups: list[Group]) -> Drawn:
     figure, axes = panels(titles)
     if have:
         for i, group in enumerate(groups):
-            _line(axes[0], group, i, pair[0], f"{group.label}, easy group" if len(groups) == 1 else group.label, "-")
-            _line(axes[0], group, i, pair[1], f"{group.label}, hard group" if len(groups) == 1 else "", "--")
+            _line(axes[0], group, i, pair[0], f"{group.label}, high group" if len(groups) == 1 else group.label, "-")
+            _line(axes[0], group, i, pair[1], f"{group.label}, low group" if len(groups) == 1 else "", "--")
         if len(groups) > 1:
-            axes[0].set_title("group returns (easy solid, hard dashed)")
+            axes[0].set_title("group returns (high solid, low dashed)")
         _step_axis(axes[0])
     if gap:
         for i, group in enumerate(groups):

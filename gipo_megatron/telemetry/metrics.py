@@ -111,7 +111,7 @@ class PhaseTimer:
         now = self._clock()
         seconds = {"step_seconds": now - self._began, **self._seconds}
         self._seconds, self._began = {}, now
-        return {f"time/{name}": Metric.max(torch.tensor([value])) for name, value in seconds.items()}
+        return {f"time/{name}": Metric.max(torch.tensor([value], dtype=torch.float64)) for name, value in seconds.items()}
 
     def _switch(self) -> None:
         """Book the time since the last switch on the innermost open phase."""

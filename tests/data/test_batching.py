@@ -84,7 +84,7 @@ def test_held_out_rows_in_order_with_a_ragged_tail(tmp_path: Path, count: int, d
     for rank in range(dp_size):
         prompts, valid = data.prompts_at(indices, rank, dp_size)
         assert torch.equal(valid, parts[rank][1]) and torch.equal(prompts.prompt_id, parts[rank][0].row_ids)
-        assert prompts.sample_id[valid].tolist() == list(range(count))[rank::dp_size]
+        assert prompts.sample_id[valid].tolist() == indices[rank::dp_size]
         examples, _ = data.examples_at(indices, rank, dp_size)
         assert torch.equal(examples.ids, prompts.prompt_id)
 

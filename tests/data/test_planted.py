@@ -84,7 +84,7 @@ def test_sft_is_mediocre() -> None:
     mean = {group: sum(values) / len(values) for group, values in gold.items()}
     assert len(gold["easy"]) == len(gold["hard"]) == 1440
     assert abs(mean["easy"] - (0.94 * 0.5 - 0.06)) < 0.06  # four standard deviations
-    assert abs(mean["hard"] - 0.15) < 0.04
+    assert abs(mean["hard"] - (0.94 * 0.15 - 0.06)) < 0.05
     assert len({e.responses for e in examples}) == 51
 
 

@@ -130,5 +130,25 @@ def test_splits_of_a_hub_set() -> None:
     found = {split: _hub_part("x", splits, split) for split in ("train", "test", "all")}
     assert [part.split for part in found.values()] == [True, True, False]
     assert [[row["prompt"] for _, row in part.rows] for part in found.values()] == [["train"], ["validation"], ["train", "validation"]]
+    with pytest.raises(UserError, match="no train split, only validation"):
+        _hub_part("x", datasets.DatasetDict({"validation": splits["validation"]}), "train")
     alone = _hub_part("x", datasets.DatasetDict({"train": splits["train"]}), "test")
     assert not alone.split and [where for where, _ in alone.rows] == ["x train row 1"]
+
+
+def test_a_hub_source_is_a_configuration_or_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub made by hand: `one` is a configuration, `two` a folder, `gone` neither."""
+
+    def load(name: str, configuration: str | None = None, data_dir: str | None = None) -> dict[str, list[dict[str, Any]]]:
+        if data_dir == "gone":
+            raise FileNotFoundError("no such folder")
+        return {"train": [{"prompt": f"{name} {configuration} {data_dir}"}]}
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the local cache: nobody is asked whether the hub is there
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["one"])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    read = {part.source: [row["prompt"] for _, row in part.rows] for part in open_parts("o/set", ["two", "one"], "train")}
+    assert read == {"one": ["o/set one None"], "two": ["o/set None two"]}
+    assert [part.source for part in open_parts("o/set", [], "train")] == ["set"]
+    with pytest.raises(UserError, match="cannot load 'o/set' from the hub: no such folder"):
+        open_parts("o/set", ["gone"], "train")

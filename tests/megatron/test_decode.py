@@ -116,7 +116,7 @@ def test_weights_by_transformer_engines_names(mesh: Mesh) -> None:
 
 def test_missing_weight_is_named(mesh: Mesh) -> None:
     layer = model(ARCHITECTURE, mesh)[0].decoder.layers[0]
-    with pytest.raises(ValueError, match="no parameter self_attention.linear_qkv.bias in a layer with"):
+    with pytest.raises(ValueError, match=r"no parameter self_attention\.linear_qkv\.bias in a layer with"):
         layer_weights(layer, replace(ARCHITECTURE, qkv_bias=True))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gipo_megatron.megatron import readout
 from gipo_megatron.megatron.heads import GroupHead
@@ -70,6 +71,35 @@ def test_a_first_token_inside_the_mask_is_refused(mesh: Mesh) -> None:
     mask[0, 0] = True
     with pytest.raises(AssertionError, match="nothing predicts it"):
         token_stats(case.logits, replace(case.sequences, mask=mask), vocab_size=case.vocab, mesh=mesh)
+
+
+class LargestFp32(TorchDispatchMode):
+    """The most fp32 elements that any operation put out."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float32:
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_nothing_of_the_size_of_the_logits_is_made_in_fp32(mesh: Mesh) -> None:
+    """A 32k vocabulary, 4 x 128 positions: 16.4 M logits, never more than 8 MiB of fp32 (2.1 M) in one tensor, backward included."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 128, 32000, generator=g, dtype=torch.bfloat16).requires_grad_()
+    mask = torch.ones(4, 128, dtype=torch.bool)
+    mask[:, 0] = False
+    sequences = Sequences(
+        torch.randint(0, 32000, (4, 128), generator=g), mask, torch.ones(4).long(), torch.full((4,), 128), torch.arange(4)
+    )
+    with LargestFp32() as watch:
+        stats = token_stats(logits, sequences, vocab_size=32000, mesh=mesh, entropy=True)
+        assert stats.entropy is not None
+        (stats.logprobs.sum() + stats.entropy.sum()).backward()
+    assert 0 < watch.elements <= readout.CHUNK_BYTES // 4
 
 
 @pytest.mark.multiprocess

@@ -16,7 +16,7 @@ from torch import Tensor
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.types import Parallel
 from tests.parity import families
-from tests.parity.generation_cases import GREEDY, NEVER, SAMPLINGS, load, prompts, respond, responses
+from tests.parity.generation_cases import FULL, NEVER, cases, load, prompts, respond, responses, sampling_of
 from tests.parity.launch import write_result
 
 LAYOUTS = {
@@ -35,21 +35,21 @@ def check_layout(mesh: Mesh, name: str, ends: dict[str, int]) -> dict[str, Any]:
     """Responses of this replica's rows: sample j of the batch belongs to replica j mod size."""
     cells: dict[str, Any] = {}
     chunks, architecture = load(name, mesh)
-    for kind in ("equal", "ragged"):
+    for kind, run in cases(name):
         whole = prompts(kind)
         rows = whole.select(torch.arange(mesh.data_parallel.rank, len(whole), mesh.data_parallel.size))
-        runs = {"greedy": (GREEDY, NEVER), "stopped": (GREEDY, ends[f"{name}/{kind}"])}
-        runs |= {key: (sampling, ends[f"{name}/{kind}"]) for key, sampling in SAMPLINGS.items()}
-        for key, (sampling, eos) in runs.items():
-            rollout = respond(chunks, architecture, mesh, rows, sampling, eos)
-            assert rollout.generation_logprobs is not None
-            sliced = respond(chunks, architecture, mesh, rows, sampling, eos, cache=5000)
-            cells[f"{name}/{kind}/{key}"] = {
-                "responses": responses(rollout),
-                "sliced": responses(sliced),
-                "logprobs": [row[mask].tolist() for row, mask in zip(rollout.generation_logprobs, rollout.mask, strict=True)],
-                "same_on_replica": same_on_replica(rollout.generation_logprobs, mesh),
-            }
+        eos = NEVER if run == "greedy" else ends[f"{name}/{kind}"]
+        rollout = respond(chunks, architecture, mesh, rows, sampling_of(run), eos)
+        assert rollout.generation_logprobs is not None
+        cells[f"{name}/{kind}/{run}"] = {
+            "responses": responses(rollout),
+            "logprobs": [row[mask].tolist() for row, mask in zip(rollout.generation_logprobs, rollout.mask, strict=True)],
+            "same_on_replica": same_on_replica(rollout.generation_logprobs, mesh),
+        }
+        if name == FULL and kind == "ragged":
+            cells[f"{name}/{kind}/{run}"]["sliced"] = responses(
+                respond(chunks, architecture, mesh, rows, sampling_of(run), eos, cache=10_000)
+            )
     return cells
 
 

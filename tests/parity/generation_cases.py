@@ -23,6 +23,18 @@ SAMPLINGS = {
     "truncated": Sampling(STEPS, temperature=0.8, top_k=40, top_p=0.9, repetition_penalty=1.1, seed=5, step=3),
 }
 GREEDY = Sampling(STEPS, temperature=0.0)
+FULL = "llama"  # the family whose every case is run at every layout; of the others two
+
+
+def cases(family: str) -> list[tuple[str, str]]:
+    """(kind of prompts, run) pairs; runs: greedy without end-of-text, stopped (greedy with it), and the samplings."""
+    if family == FULL:
+        return [(kind, run) for kind in LENGTHS for run in ("greedy", "stopped", *SAMPLINGS)]
+    return [("ragged", "stopped"), ("ragged", "truncated")]
+
+
+def sampling_of(run: str) -> Sampling:
+    return SAMPLINGS.get(run, GREEDY)
 
 
 def prompts(kind: str) -> Prompts:

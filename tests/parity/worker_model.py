@@ -210,7 +210,8 @@ def main() -> None:
     for layout, parallel in families.LAYOUTS.items():
         mesh = Mesh.create(parallel, seed=1)
         cells |= check_families(mesh, layout) | check_initialisation(mesh, layout) | check_heads(mesh, layout)
-        cells |= check_gradients(mesh, layout)
+        if layout != "interleaved":
+            cells |= check_gradients(mesh, layout)
         if layout == "tensor":
             cells |= check_token_stats(mesh)
             trained = trained_group_head(mesh).state_dict()

@@ -6,7 +6,7 @@ import pytest
 
 from gipo_megatron.recipe.compose import Files, compose, find_recipe, parse_arguments, recipe_names
 from gipo_megatron.recipe.problems import RecipeErrors
-from gipo_megatron.recipe.source import Leaf, leaves, plain
+from gipo_megatron.recipe.source import leaves, plain
 from tests.recipe.helpers import RECIPES, SMALL, problems, small, write
 
 
@@ -85,8 +85,6 @@ def test_fragments_come_after_the_recipe_and_overrides_after_them(tmp_path: Path
 
 def test_origins_of_file_fragment_override_and_default(tmp_path: Path) -> None:
     text = small(tmp_path, "run.seed=9").to_yaml()
-    lines = {line.split(":")[0].strip(): line.split("#")[1].strip() for line in text.splitlines() if "#" in line and line.startswith("  ")}
-    assert lines["seed"] in ("command line", "recipes/base/gipo.yaml:95") or "seed: 9" in text
     assert any(line.strip().startswith("seed: 9 ") and line.endswith("# command line") for line in text.splitlines())
     assert any(line.strip().startswith("steps: 3 ") and line.endswith("small.yaml:6") for line in text.splitlines())
     assert any(line.strip().startswith("keep: 2 ") and "# recipes/base/gipo.yaml:" in line for line in text.splitlines())
@@ -148,10 +146,8 @@ def test_the_world_comes_from_the_words_then_the_caller_then_torchrun_then_the_h
 def test_a_wrong_algorithm_is_one_problem(tmp_path: Path) -> None:
     (problem,) = problems(tmp_path, "algorithm.name=pppo")
     assert problem.fix == "did you mean 'ppo'?"
-    (missing,) = problems(
-        tmp_path, text=SMALL.replace("base/gipo, ", "") + "models: {actor: {load: x}}\n".replace("models", "plugins_", 0)[:0]
-    )
-    assert missing.key == "algorithm.name" and missing.what == "missing"
+    found = problems(tmp_path, text=SMALL.replace("base/gipo, ", ""))
+    assert [(p.key, p.what) for p in found] == [("algorithm.name", "missing")]
 
 
 def test_plugins_that_cannot_be_imported_are_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +156,3 @@ def test_plugins_that_cannot_be_imported_are_problems(tmp_path: Path, monkeypatc
     found = problems(tmp_path, "plugins=[no_such_module_here, broken_plugin_of_test]", "run.stps=3")
     assert [p.key for p in found] == ["plugins", "plugins", "run.stps"]
     assert "boom" in found[1].what
-
-
-def test_a_leaf_is_what_it_says() -> None:
-    assert Leaf(1, "x") == Leaf(1, "x")

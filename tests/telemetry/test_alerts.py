@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from gipo_megatron.recipe.registry import recipe_fields
-from gipo_megatron.telemetry.alerts import BASELINE_STEPS, Alerts
+from gipo_megatron.telemetry.alerts import BASELINE_STEPS, CLEAR_STEPS, Alerts
 
 QUIET = {
     "groups/mass_min": 0.4,
@@ -38,8 +38,12 @@ def test_fires_once_names_everything_and_fires_again_only_after_clearing(metric:
     [message] = alerts.check(loud, 2)
     assert message.startswith("step 2: ") and metric in message and f"{value:.3g}" in message and threshold in message
     assert alerts.check(loud, 3) == []
-    assert alerts.check(clear, 4) == []
-    assert len(alerts.check(loud, 5)) == 1
+    for step in range(4, 3 + CLEAR_STEPS):
+        assert alerts.check(clear, step) == []
+    assert alerts.check(loud, 8) == []  # one quiet step short: it only hovers
+    for step in range(9, 9 + CLEAR_STEPS):
+        assert alerts.check(clear, step) == []
+    assert len(alerts.check(loud, 14)) == 1
 
 
 def test_length_drifts_both_ways_from_the_first_steps() -> None:
@@ -49,8 +53,9 @@ def test_length_drifts_both_ways_from_the_first_steps() -> None:
     assert alerts.check({"rollout/length_mean": 80.0}, 20) == []  # 80 < 2 * 40.5
     [longer] = alerts.check({"rollout/length_mean": 82.0}, 21)
     assert "82" in longer and "40.5" in longer
-    assert alerts.check({"rollout/length_mean": 60.0}, 22) == []
-    assert len(alerts.check({"rollout/length_mean": 20.0}, 23)) == 1
+    for step in range(CLEAR_STEPS):
+        assert alerts.check({"rollout/length_mean": 60.0}, 22 + step) == []
+    assert len(alerts.check({"rollout/length_mean": 20.0}, 27)) == 1
 
 
 def test_an_absent_metric_neither_raises_nor_clears() -> None:

@@ -18,7 +18,7 @@ def test_lines_are_the_runs_numbers(tmp_path: Path) -> None:
     high, low = figures.drawn["group_returns"].axes[0].lines
     assert list(high.get_ydata()) == run.series("groups/return_high")[1]
     assert list(low.get_ydata()) == run.series("groups/return_low")[1]
-    assert legend(figures.drawn["group_returns"]) == ["gipo, easy group", "gipo, hard group"]
+    assert legend(figures.drawn["group_returns"]) == ["gipo, high group", "gipo, low group"]
     assert legend(figures.drawn["sources"]) == ["harmless", "helpful"]
     assert legend(figures.drawn["kl"]) == []  # one line: the title says it all
 

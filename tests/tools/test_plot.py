@@ -8,16 +8,16 @@ from tools.plot import main, parse
 
 def test_one_run_draws_into_its_folder(tmp_path: Path, capsys) -> None:
     folder = sft_run(tmp_path / "sft")
-    assert main([str(folder), f"report={folder}/report.html"]) == 0
+    assert main([str(folder)]) == 0
     assert sorted(p.name for p in (folder / "figures").iterdir()) == ["loss.png", "loss.svg"]
-    assert (folder / "report.html").is_file()
     out = capsys.readouterr().out
     assert "2 files in" in out and "not drawn: kl (no kl/mean, kl/coef_mean)" in out
 
 
 def test_several_runs_draw_into_out(tmp_path: Path) -> None:
     runs = [str(sft_run(tmp_path / f"run_{s}")) for s in range(2)]
-    assert main([*runs, f"out={tmp_path}/all"]) == 0
+    assert main([*runs, f"out={tmp_path}/all", f"report={tmp_path}/report.html"]) == 0
+    assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "all/loss.png").is_file()
     assert parse(runs)[1] == "figures"
 

@@ -42,7 +42,7 @@ def rows(config: DataConfig, split: str, kind: str) -> list[tuple]:
 )
 def test_cleaned_files_are_read_back_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, good: list[dict]) -> None:
     for split in ("train", "test"):
-        write_rows(tmp_path / "in" / "s" / f"{split}.jsonl", [*good, {name: "" for name in good[0]}])
+        write_rows(tmp_path / "in" / "s" / f"{split}.jsonl", [*good, dict.fromkeys(good[0], "")])
     main([f"data.path={tmp_path / 'in'}", f"data.format={format}", f"out={tmp_path / 'out'}"])
     printed = capsys.readouterr().out
     assert f"kept {len(good)} of {len(good) + 1} rows" in printed and "dropped 1" in printed and "prompt tokens: 50%" in printed

@@ -1,0 +1,73 @@
+"""The hacking check of algorithm.md section 9: does adaptive KL beat fixed KL where the reward model can be fooled?
+
+    python -m tests.bandit_hacking [SEEDS] [STEPS]
+
+On every easy prompt three actions score +1 with the proxy and -1 with gold. Each adaptive run is paired with a fixed price equal to the
+mean price it paid; no variance regulariser, so that only the KL controller differs. Prints gold return of both halves, averaged over seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+
+from gipo_megatron.components import protocols
+from gipo_megatron.components.groups import CriticHead, LabelledGroups, NoGroups
+from gipo_megatron.components.kl import FixedKL, GroupAdaptiveKL
+from gipo_megatron.components.variance import NoVariance
+from gipo_megatron.roles import DataParallel
+from tests import bandit
+
+Row = tuple[float, float, float]  # gold easy, gold hard, mean price
+
+
+def head(dp: DataParallel) -> protocols.GroupClassifier:
+    return CriticHead(lr=1e-2, detach_trunk=True, dp=dp)
+
+
+def given(dp: DataParallel) -> protocols.GroupClassifier:
+    return LabelledGroups(dp=dp, sources=("easy", "hard"))
+
+
+def run(controller: Callable[[DataParallel], bandit.Parts], seed: int, steps: int) -> Row:
+    system = bandit.make(controller, seed, hacks=bandit.HACKS)
+    results = bandit.train(system, steps)
+    prices = [r.metrics["kl/coef_mean"].result() for r in results]
+    return *system.value(), sum(prices) / len(prices)
+
+
+def pair(classifier: Callable[[DataParallel], protocols.GroupClassifier], eta: float, seed: int, steps: int) -> tuple[Row, Row]:
+    adaptive = run(lambda dp: (classifier(dp), NoVariance(), GroupAdaptiveKL(eta=eta, dp=dp)), seed, steps)
+    fixed = run(lambda dp: (NoGroups(dp=dp), NoVariance(), FixedKL(eta=adaptive[2])), seed, steps)
+    return adaptive, fixed
+
+
+def difference(a: list[Row], b: list[Row], column: int) -> str:
+    """Mean paired difference and its standard error."""
+    d = [x[column] - y[column] for x, y in zip(a, b, strict=True)]
+    mean = sum(d) / len(d)
+    error = math.sqrt(sum((x - mean) ** 2 for x in d) / max(len(d) - 1, 1) / len(d))
+    return f"{mean:+.3f} ± {error:.3f}"
+
+
+def main(seeds: int, steps: int) -> None:
+    torch.set_num_threads(1)
+    print(f"{seeds} paired seeds, {steps} steps; gold return on easy / hard prompts")
+    for name, classifier in (("learned groups", head), ("given groups", given)):
+        for eta in (0.05, 0.2):
+            pairs = [pair(classifier, eta, seed, steps) for seed in range(seeds)]
+            adaptive, fixed = [p[0] for p in pairs], [p[1] for p in pairs]
+            for label, rows in (("adaptive", adaptive), ("fixed", fixed)):
+                easy, hard, price = (sum(c) / len(rows) for c in zip(*rows, strict=True))
+                print(f"{name}, eta {eta}: {label:8s} easy {easy:.3f}  hard {hard:.3f}  mean {(easy + hard) / 2:.3f}  price {price:.4f}")
+            print(
+                f"{name}, eta {eta}: adaptive - fixed, easy {difference(adaptive, fixed, 0)}  hard {difference(adaptive, fixed, 1)}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, int(sys.argv[2]) if len(sys.argv) > 2 else 60)

@@ -1,0 +1,122 @@
+"""Checkpoints in one process: what is on disk, what is found, what is refused. Other layouts are in tests/parity/test_training.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.roles import MegatronCritic, MegatronReference, MegatronRewardModel
+from tests.parity.tiny import ARCHITECTURE, GROUP, critic_loss, pair_loss, pairs, weighted
+from tests.parity.train_worker import common, digest, fill, new_actor, new_critic
+
+pytestmark = pytest.mark.global_rng
+
+
+@pytest.fixture(scope="module")
+def folder(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model after one step, and an untrained actor, in step_7."""
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    reward = fill(MegatronRewardModel(**common(mesh)))
+    reward.update((pairs(), pair_loss))
+    roles = {"actor": new_actor(mesh, optimisation=None).engine, "reward": reward.engine}
+    path = checkpoint.save(
+        directory, 7, roles, mesh, {"moments": torch.ones(2)}, {"tokenizer": "abc"}, lambda p: (p / "recipe.yaml").write_text("x: 1")
+    )
+    assert path == directory / "step_7"
+    return path
+
+
+def test_files(folder: Path) -> None:
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"meta.json", "state.pt", "actor", "reward", "recipe.yaml"}
+    assert [p.name for p in folder.parent.iterdir()] == ["step_7"]
+    meta = json.loads((folder / "meta.json").read_text())
+    assert (meta["format"], meta["version"], meta["step"], meta["tokenizer"]) == ("gipo_megatron", 1, 7, "abc")
+    assert meta["roles"]["actor"]["architecture"]["hidden_size"] == 32 and meta["roles"]["reward"]["head"] == "score"
+
+
+def test_latest_ignores_unfinished(folder: Path, tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path / "none") is None
+    for name in ("step_2", "step_10", "step_11.tmp", "step_12", "other"):
+        (tmp_path / name).mkdir()
+    for name in ("step_2", "step_10", "step_11.tmp"):
+        (tmp_path / name / "meta.json").write_text("{}")
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.name == "step_10"  # 12 has no meta.json, 11 no final name
+
+
+def test_keep_and_links(mesh: Mesh, tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    for step in (1, 2, 3, 4):
+        path = checkpoint.save(directory, step, {}, mesh, {}, {}, keep=2)
+        if step == 1:
+            checkpoint.link(tmp_path / "best", path)
+    assert sorted(p.name for p in directory.iterdir()) == ["step_1", "step_3", "step_4"]
+    checkpoint.link(tmp_path / "best", directory / "step_4")
+    assert (tmp_path / "best").readlink() == Path("checkpoints/step_4")
+    checkpoint.save(directory, 4, {}, mesh, {"again": 1}, {}, keep=2)  # the same step once more
+    assert checkpoint.restore(tmp_path / "best", {}, mesh) == {"again": 1}
+
+
+def test_kind(folder: Path, tmp_path: Path) -> None:
+    assert checkpoint.kind(folder) == "checkpoint"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"found: config\.json"):
+        checkpoint.kind(tmp_path)
+    (tmp_path / "model.safetensors").write_text("")
+    assert checkpoint.kind(tmp_path) == "huggingface"
+    with pytest.raises(UserError, match="newest checkpoint is .*step_7"):
+        checkpoint.kind(folder.parent)
+    with pytest.raises(UserError, match="nothing to load"):
+        checkpoint.kind(tmp_path / "missing")
+
+
+def test_weights_by_role(folder: Path, mesh: Mesh) -> None:
+    reward = MegatronRewardModel(**common(mesh, seed=4, load=str(folder)))
+    assert reward.loaded_from == "reward"
+    critic = MegatronCritic(**common(mesh, seed=5, load=str(folder), head=GROUP))
+    assert critic.loaded_from == "reward" and critic.engine.group_head is not None
+    theirs, ours = dict(reward.engine.export()), dict(critic.engine.export())
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[n], ours[n]) for n in ours)  # the score head is the value head
+    plain = {k: v for k, v in common(mesh, seed=6, load=str(folder)).items() if k != "optimisation"}
+    assert MegatronReference(**plain).loaded_from == "actor"
+
+
+def test_a_new_reward_model_takes_the_actors_trunk(folder: Path, mesh: Mesh, tmp_path: Path) -> None:
+    actor = new_actor(mesh, optimisation=None)
+    path = checkpoint.save(tmp_path, 1, {"actor": actor.engine}, mesh, {}, {})
+    fresh = dict(MegatronRewardModel(**common(mesh, seed=5)).engine.export())
+    reward = MegatronRewardModel(**common(mesh, seed=5, load=str(path)))
+    assert reward.loaded_from == "actor"
+    trunk, ours = dict(actor.engine.export()), dict(reward.engine.export())
+    assert torch.equal(ours["score.weight"], fresh["score.weight"])
+    assert torch.equal(ours["model.layers.3.mlp.up_proj.weight"], trunk["model.layers.3.mlp.up_proj.weight"])
+
+
+def test_a_group_head_comes_along_when_it_fits(mesh: Mesh, tmp_path: Path) -> None:
+    critic = new_critic(mesh)
+    critic.update((weighted(), critic_loss))
+    path = checkpoint.save(tmp_path, 1, {"critic": critic.engine}, mesh, {}, {})
+    same = MegatronCritic(**common(mesh, seed=8, load=str(path), head=GROUP))
+    assert digest(same) == digest(critic)
+    wider = MegatronCritic(**common(mesh, seed=8, load=str(path), head=replace(GROUP, num_groups=3)))
+    assert wider.engine.group_head is not None and wider.engine.group_head.weight.shape == (3, 32)
+    with pytest.raises(UserError, match="saved with 2 groups, this run has 3"):
+        checkpoint.restore(path, {"critic": wider.engine}, mesh)
+
+
+def test_refusals(folder: Path, mesh: Mesh) -> None:
+    deeper = replace(ARCHITECTURE, num_layers=2, norm_eps=1e-6)
+    with pytest.raises(UserError, match="num_layers: saved 4, here 2; norm_eps: saved 1e-05, here 1e-06"):
+        MegatronRewardModel(**common(mesh, load=str(folder), architecture=deeper))
+    with pytest.raises(UserError, match="no 'critic'; it has actor, reward"):
+        checkpoint.restore(folder, {"critic": new_critic(mesh).engine}, mesh)
+    with pytest.raises(UserError, match="without its optimizer"):
+        checkpoint.restore(folder, {"actor": new_actor(mesh).engine}, mesh)

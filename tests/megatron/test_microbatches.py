@@ -1,0 +1,73 @@
+"""Micro-batches: every row once, widths of their longest row, answers back in the caller's order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gipo_megatron.megatron.microbatches import gather, plan, resize, widen
+from gipo_megatron.types import CriticOutput, TokenStats
+from tests.parity.tiny import RAGGED, pairs, weighted
+
+LENGTHS = [p + r for p, r in RAGGED]  # 12 8 16 10 4 19 11 8
+
+
+def test_longest_first_and_no_wider_than_needed() -> None:
+    slots = plan(weighted(), 3)
+    assert [slot.index.tolist() for slot in slots] == [[5, 2, 0], [6, 3, 1], [7, 4]]
+    assert [slot.sequences.tokens.shape[1] for slot in slots] == [19, 11, 8]
+    assert [slot.rows.old.shape[1] for slot in slots] == [19, 19, 19]  # the loss's tensors are whole
+
+
+def test_widths_are_rounded_up() -> None:
+    slots = plan(weighted(), 3, length_multiple=4)
+    assert [slot.sequences.mask.shape[1] for slot in slots] == [20, 12, 8]
+    assert slots[0].sequences.mask[:, 19].sum() == 0
+    assert sum(int(slot.sequences.mask.sum()) for slot in slots) == sum(r for _, r in RAGGED)
+
+
+@pytest.mark.parametrize(("rows", "micro_batch", "sizes", "idle"), [(8, 3, [2, 2, 2, 2], 0), (3, 4, [2, 1], 0), (1, 4, [1, 1], 1), (5, 1, [1] * 6, 1)])
+def test_slots_are_a_multiple_for_interleaved_pipelines(rows: int, micro_batch: int, sizes: list[int], idle: int) -> None:
+    slots = plan(weighted().block(0, rows), micro_batch, slot_multiple=2)
+    assert [len(slot.index) for slot in slots] == sizes
+    assert [slot.idle for slot in slots] == [False] * (len(sizes) - idle) + [True] * idle
+    assert sorted(i for slot in slots if not slot.idle for i in slot.index.tolist()) == list(range(rows))
+
+
+def test_gather_undoes_the_order() -> None:
+    slots = plan(weighted(), 3, slot_multiple=4)
+    outputs = [widen(TokenStats(slot.sequences.tokens.float() * slot.sequences.mask, None), slot.width) for slot in slots]
+    whole = gather(slots, outputs, 8)
+    rows = weighted().inner
+    assert isinstance(whole, TokenStats) and whole.entropy is None
+    assert torch.equal(whole.logprobs, rows.tokens.float() * rows.mask)
+
+
+def test_gather_of_values_and_group_logits() -> None:
+    slots = plan(weighted().block(0, 5), 2, slot_multiple=4)  # 3 slots of rows become 4
+    outputs = [widen(CriticOutput(slot.sequences.tokens.float(), slot.sequences.lengths[:, None].float()), slot.width) for slot in slots]
+    whole = gather(slots, outputs, 5)
+    assert isinstance(whole, CriticOutput) and whole.group_logits is not None
+    assert whole.values.shape == (5, 19) and whole.group_logits[:, 0].tolist() == LENGTHS[:5]
+
+
+def test_pairs_stay_together() -> None:
+    both = pairs()
+    slots = plan(both, 3)
+    assert [len(slot.sequences) for slot in slots] == [4, 4]  # two pairs each: 3 + 1 would also do, even slots are faster
+    for slot in slots:
+        chosen, rejected = slot.sequences.ids.chunk(2)
+        assert torch.equal(chosen, rejected)
+    scores = gather(slots, [slot.sequences.lengths.float() for slot in slots], len(both))
+    assert torch.equal(scores, both.sequences.lengths.float())
+
+
+def test_resize() -> None:
+    x = torch.arange(6).view(2, 3)
+    assert resize(x, 2).tolist() == [[0, 1], [3, 4]]
+    assert resize(x, 4).tolist() == [[0, 1, 2, 0], [3, 4, 5, 0]]
+
+
+def test_no_rows() -> None:
+    with pytest.raises(ValueError, match="without rows"):
+        plan(weighted().block(0, 0), 2)

@@ -1,0 +1,213 @@
+"""Ratios measured in one run, the two sides taking turns: python tools/benchmark.py generate|readout [options]
+
+generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and response length
+readout    memory of log-probs and entropies with a large vocabulary, against log_softmax in fp32: peak, and the largest tensor ever made
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gipo_megatron.megatron.generate import generate
+from gipo_megatron.megatron.hf import export_weights
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.model import build_chunks
+from gipo_megatron.megatron.readout import token_stats
+from gipo_megatron.types import Architecture, Parallel, Precision, Prompts, Sampling, Sequences
+
+TINY = Architecture(8, 256, 688, 8, 4, 32, 4096, 512)
+MIB = 2**20
+
+# --------------------------------------------------------------------------------------------- taking turns
+
+
+def interleave(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every side in every round. One unmeasured round first; the order turns each round, so that neither is always second."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    for round_ in range(repeats + 1):
+        for name in names if round_ % 2 else reversed(names):
+            start = time.perf_counter()
+            sides[name]()
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], above: str, below: str) -> tuple[float, float, float]:
+    """Median, lowest and highest of above / below over the rounds."""
+    each = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+    return statistics.median(each), min(each), max(each)
+
+
+def compare_update(ppo_step: Callable[[], object], gipo_step: Callable[[], object], repeats: int) -> tuple[float, float, float]:
+    """GIPO's step time over that of PPO with KL: median, lowest, highest over the rounds."""
+    return ratio(interleave({"ppo": ppo_step, "gipo": gipo_step}, repeats), "gipo", "ppo")
+
+
+def show(rows: Iterable[Iterable[object]]) -> None:
+    table = [[str(x) for x in row] for row in rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))))
+
+
+# --------------------------------------------------------------------------------------------- generate
+
+
+def hugging_face(state: Mapping[str, Tensor], a: Architecture) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=a.vocab_size,
+        hidden_size=a.hidden_size,
+        intermediate_size=a.ffn_hidden_size,
+        num_hidden_layers=a.num_layers,
+        num_attention_heads=a.num_heads,
+        num_key_value_heads=a.num_kv_heads,
+        head_dim=a.head_dim,
+        max_position_embeddings=a.max_positions,
+        rms_norm_eps=a.norm_eps,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).float().eval()
+    model.load_state_dict(state)
+    return model
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    mesh = Mesh.create(Parallel(), seed=0)
+    chunks = build_chunks(TINY, mesh, Precision("fp32"), seed=0)
+    model = hugging_face(dict(export_weights(chunks, mesh, TINY)), TINY)
+    rows, width, steps = options.batch, options.prompt, options.response
+    tokens = torch.randint(1, TINY.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(rows)
+    prompts = Prompts(tokens, torch.full((rows,), width), ids, ids, ("",) * rows, ({},) * rows)
+
+    def ours(temperature: float) -> Tensor:
+        return generate(chunks, TINY, mesh, prompts, Sampling(steps, temperature=temperature), -1, 0, lambda ids: "").tokens
+
+    def theirs(temperature: float) -> Tensor:
+        choice: dict[str, Any] = {"do_sample": True, "top_k": 0} if temperature else {"do_sample": False}
+        with torch.random.fork_rng():
+            return model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=steps, min_new_tokens=steps, **choice)
+
+    same = float((ours(0.0) == theirs(0.0)).float().mean())
+    print(f"8 layers, hidden 256, vocabulary 4096, fp32; batch {rows}, {width} + {steps} tokens; {torch.get_num_threads()} threads")
+    print(f"greedy tokens equal to Hugging Face's: {same:.4f}")
+    table: list[list[object]] = [["", "tokens/s", "HF tokens/s", "ratio", "lowest", "highest"]]
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        sides = {"ours": lambda t=temperature: ours(t), "hf": lambda t=temperature: theirs(t)}
+        seconds = interleave(sides, options.repeats)
+        speeds = [f"{rows * steps / statistics.median(seconds[side]):.0f}" for side in ("ours", "hf")]
+        table.append([name, *speeds, *(f"{x:.2f}" for x in ratio(seconds, "hf", "ours"))])
+    show(table)
+    mesh.close()
+
+
+# --------------------------------------------------------------------------------------------- readout
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most bytes of one dtype that an operation returned in new memory."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.largest = dtype, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and x.dtype == self.dtype:
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return out
+
+
+def naive_stats(logits: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    logp = logits[:, :-1].float().log_softmax(-1)
+    picked = logp.gather(2, sequences.tokens[:, 1:, None])[..., 0]
+    return picked * sequences.mask[:, 1:], -(logp.exp() * logp).sum(-1) * sequences.mask[:, 1:]
+
+
+def measure_readout(side: str, rows: int, length: int, vocabulary: int) -> None:
+    """Prints three numbers: extra peak MiB, largest fp32 tensor in MiB, seconds of forward + backward."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.empty(rows, length, vocabulary, dtype=torch.bfloat16).normal_(generator=g).requires_grad_()
+    tokens = torch.randint(0, vocabulary, (rows, length), generator=g)
+    mask = (torch.arange(length) > 0).expand(rows, -1)
+    sequences = Sequences(tokens, mask, torch.ones(rows, dtype=torch.long), torch.full((rows,), length), torch.arange(rows))
+    mesh = Mesh.create(Parallel(), seed=0)
+    before, start = psutil.Process().memory_info().rss, time.perf_counter()
+    with LargestTensor(torch.float32) as watch:
+        if side == "naive":
+            logprobs, entropy = naive_stats(logits, sequences)
+        else:
+            stats = token_stats(logits, sequences, vocab_size=vocabulary, mesh=mesh, entropy=True)
+            assert stats.entropy is not None
+            logprobs, entropy = stats.logprobs, stats.entropy
+        (logprobs.sum() + 0.01 * entropy.sum()).backward()
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    mesh.close()
+    print(f"{(peak - before) / MIB:.0f} {watch.largest / MIB:.1f} {seconds:.2f}")
+
+
+def run_readout(options: argparse.Namespace) -> None:
+    size = [str(options.batch), str(options.length), str(options.vocabulary)]
+    table: list[list[object]] = [["", "extra peak MiB", "largest fp32 tensor MiB", "forward + backward s"]]
+    for side in ("naive", "readout"):  # a process each: a peak is never forgotten
+        command = [sys.executable, __file__, "measure", side, *size]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        table.append([side, *done.stdout.split()[-3:]])
+    whole = options.batch * options.length * options.vocabulary / MIB
+    print(
+        f"logits [{', '.join(size)}] in bf16: {2 * whole:.0f} MiB, and as much for their gradient; in fp32 they would be {4 * whole:.0f} MiB"
+    )
+    show(table)
+
+
+# --------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("generate")
+    for name, default in (("--batch", 64), ("--prompt", 32), ("--response", 64), ("--repeats", 7)):
+        one.add_argument(name, type=int, default=default)
+    two = commands.add_parser("readout")
+    for name, default in (("--batch", 4), ("--length", 512), ("--vocabulary", 32000)):
+        two.add_argument(name, type=int, default=default)
+    inner = commands.add_parser("measure")
+    inner.add_argument("side", choices=("naive", "readout"))
+    for name in ("rows", "length", "vocabulary"):
+        inner.add_argument(name, type=int)
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    if options.command == "generate":
+        run_generate(options)
+    elif options.command == "readout":
+        run_readout(options)
+    else:
+        measure_readout(options.side, options.rows, options.length, options.vocabulary)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
