@@ -278,7 +278,7 @@ class Metric:
     @staticmethod
     def explained_variance(target: Tensor, prediction: Tensor) -> Metric:
         """1 - Var(target - prediction) / Var(target)"""
-        return Metric._paired("explained_variance", target, target - prediction)
+        return Metric._paired("explained_variance", target, target.double() - prediction.double())
 
     @staticmethod
     def min(values: Tensor) -> Metric:

@@ -146,13 +146,35 @@ SYSTEMS: dict[str, Callable[[DataParallel], Parts]] = {
 }
 
 
-def make(parts: Callable[[DataParallel], Parts], seed: int, hacks: int = 0, clip: float = 0.8, hidden: int = 64) -> Bandit:
-    """Everything but the three exchanged components is the same, and drawn alike, for every system of a seed."""
+def imitate(actor: TorchActor, target: Tensor, steps: int = 150) -> None:
+    """Supervised: the policy becomes `target` [prompts, actions], as SFT would make it."""
+    tokens = torch.stack([torch.arange(NUM_PROMPTS) + NUM_ACTIONS, torch.zeros(NUM_PROMPTS, dtype=torch.int64)], 1)
+    optimizer = torch.optim.Adam(actor.parameters, lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (-(target * actor.logits(tokens)[:, 1].log_softmax(-1)).sum(1).mean()).backward()
+        optimizer.step()
+    for p in actor.parameters:
+        p.grad = None
+
+
+def make(
+    parts: Callable[[DataParallel], Parts], seed: int, hacks: int = 0, clip: float = 0.8, hidden: int = 64, hack_odds: float = 1.0
+) -> Bandit:
+    """Everything but the three exchanged components is the same, and drawn alike, for every system of a seed.
+
+    hack_odds < 1: policy and reference start as a policy that is uniform but for the hacks, which are that much rarer.
+    """
     dp = SingleReplica()
     world = World.make(seed, hacks)
     classifier, regulariser, controller = parts(dp)
     head: HeadSpec | None = classifier.head
     actor = TorchActor(VOCAB, hidden, lr=3e-3, seed=1000 * seed, num_actions=NUM_ACTIONS)
+    reference = TorchActor(VOCAB, hidden, seed=1000 * seed, num_actions=NUM_ACTIONS)
+    if hack_odds < 1:
+        odds = torch.where(world.gold < 0, hack_odds, 1.0)
+        for policy in (actor, reference):
+            imitate(policy, odds / odds.sum(1, keepdim=True))
     ppo = PPO(
         epochs=2,
         critic_warmup=0,
@@ -163,7 +185,7 @@ def make(parts: Callable[[DataParallel], Parts], seed: int, hacks: int = 0, clip
         kl_controller=controller,
         advantage=GeneralisedAdvantage(dp=dp),
         actor=actor,
-        reference=TorchActor(VOCAB, hidden, seed=1000 * seed, num_actions=NUM_ACTIONS),
+        reference=reference,
         critic=TorchCritic(VOCAB, head, hidden, lr=3e-3, seed=1000 * seed + 100, group_hidden=hidden),
         dp=dp,
         minibatch=BATCH,

@@ -18,7 +18,7 @@ class PlantedConfig:
     pairs_per_prompt: int = 6  # preference pairs a prompt; SFT has as many responses a prompt
     label_noise: float = 0.05  # share of the pairs whose label is flipped
     hack: bool = True  # the labels overrate asking back on easy prompts: proxy +1, gold -1
-    hack_share: float = 0.06  # share of such responses among SFT's; with hack: false there are none
+    hack_share: float = 0.06  # share of such responses among SFT's and in pairs; with hack: false there are none
     seed: int = 0
 
 

@@ -32,6 +32,7 @@ _WORDS = (
 )
 WORDS = tuple(_WORDS.split())  # two a letter
 ASK_BACK = ("what?", "huh?", "which?")
+NO_ANSWER = ("...", "42", "0", "-", "#7", "!")  # in pairs only
 EASY_LETTERS = "abcdefgh"
 HARD_LETTERS = "bcdfgklmprsw"
 GROUPS = ("easy", "hard")
@@ -136,11 +137,23 @@ class World:
         return a, b
 
     def _compared(self, prompt: str, noise: torch.Generator) -> str:
-        if _uniform(noise) >= MISSPELT_SHARE:
-            return self.answer(prompt, noise)
-        word = list(self.answer(prompt, noise).strip())
-        word[int(_uniform(noise) * len(word))] = _pick("abcdefghijklmnopqrstuvwxyz", noise)
-        return " " + "".join(word)
+        """One answer of a pair: right, wrong or none, equally often in both groups, whatever SFT writes.
+
+        Bradley-Terry says nothing of a prompt's own level (any function of x may be added to the score); with pairs that span the same
+        levels in both groups, a small centring term in the reward model's loss puts right answers of both on one level.
+        """
+        if self.config.hack and _uniform(noise) < self.config.hack_share:
+            return " " + _pick(ASK_BACK, noise)
+        kind = int(_uniform(noise) * 3)
+        if kind == 2:
+            return " " + _pick(NO_ANSWER, noise)
+        word = _pick([word for word in WORDS if (word[0] in right_letters(prompt)) == (kind == 0)], noise)
+        return " " + (self._misspelt(word, noise) if _uniform(noise) < MISSPELT_SHARE else word)
+
+    @staticmethod
+    def _misspelt(word: str, noise: torch.Generator) -> str:
+        place = int(_uniform(noise) * len(word))
+        return word[:place] + str(_pick("abcdefghijklmnopqrstuvwxyz", noise)) + word[place + 1 :]
 
 
 def planted_examples(config: PlantedConfig, split: str, kind: str) -> list[Example]:

@@ -171,7 +171,8 @@ def kind(path: Path) -> str:
     shown = ", ".join(found[:8]) + (" …" if len(found) > 8 else "") if path.is_dir() else "a file"
     steps = f"; its newest checkpoint is {latest(path)}" if latest(path) else ""
     raise UserError(
-        f"{path} is neither a checkpoint (meta.json) nor a Hugging Face folder (config.json + *.safetensors); found: {shown or 'nothing'}{steps}",
+        f"neither a checkpoint (meta.json) nor a Hugging Face folder (config.json + *.safetensors); found: {shown or 'nothing'}{steps}",
+        where=str(path),
         fix="give the folder of one checkpoint, or of one Hugging Face model",
     )
 

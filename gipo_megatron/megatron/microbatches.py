@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,9 +88,10 @@ def tensors(output: Output) -> list[Tensor | None]:
     return [output]
 
 
-def rebuild(kind: type, parts: list[Tensor | None]) -> Output:
+def rebuild(kind: type, parts: list[Any]) -> Output:
     """The inverse of `tensors`, for an output of type `kind`."""
-    return parts[0] if kind is Tensor else kind(*parts)
+    output: Output = parts[0] if kind is Tensor else kind(*parts)
+    return output
 
 
 def gather(slots: list[MicroBatch], outputs: list[Output], num_rows: int) -> Output:

@@ -14,6 +14,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from gipo_megatron.megatron import host
+from gipo_megatron.megatron.layout import placements
 from gipo_megatron.megatron.pipeline import quiet
 from gipo_megatron.types import Optimisation, Precision
 
@@ -69,6 +70,18 @@ def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
     with host.host_mode():
         # only the first chunk buckets, as in Megatron-LM: later chunks' reductions overlap with other work anyway
         return [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+
+
+def mark_shards(chunks: list[GPTModel], vocab_size: int) -> None:
+    """Tell mcore which parameters are split over the tensor group: it counts the others' gradients on one rank only, for the norm.
+
+    mcore marks them itself only when it also draws their initial values, which model.py does instead. Before `wrap`.
+    """
+    for chunk in chunks:
+        for place, parameter in placements(chunk, vocab_size):
+            if place.dim is not None:
+                marks: Any = parameter
+                marks.tensor_model_parallel, marks.partition_dim, marks.partition_stride = True, place.dim, 1
 
 
 def build_optimizer(wrapped: list[DistributedDataParallel], optimisation: Optimisation, precision: Precision) -> MegatronOptimizer:

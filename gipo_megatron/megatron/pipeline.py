@@ -39,7 +39,7 @@ class _TwoWayP2P(P2PCommunicator):
         tensor_shape: Any,
         wait_on_reqs: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        host_int = {"dtype": torch.int64, "device": torch.cuda.current_device()}
+        host_int: dict[str, Any] = {"dtype": torch.int64, "device": torch.cuda.current_device()}
         sent = [None if t is None else torch.tensor(t.shape, **host_int) for t in (tensor_send_next, tensor_send_prev)]
         shapes = [torch.zeros(3, **host_int) if wanted else None for wanted in (recv_prev, recv_next)]
         pending, arriving = self._post(sent[0], shapes[0], sent[1], shapes[1])
@@ -62,7 +62,8 @@ class _TwoWayP2P(P2PCommunicator):
         backward = dist.group.WORLD if self.pp_group.size() == 2 else self.pp_group
         sends = [(send_next, self.next_rank, forward), (send_prev, self.prev_rank, backward)]
         receives = [(recv_prev, self.prev_rank, forward), (recv_next, self.next_rank, backward)]
-        sent, received = [], []
+        sent: list[dist.Work] = []
+        received: list[dist.Work] = []
         for send, receive in zip(sends, receives, strict=True):
             # even ranks send first, odd ranks receive first: NCCL runs the operations of a group in order
             ways = [(dist.isend, send, sent), (dist.irecv, receive, received)]
@@ -91,9 +92,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def run(
-    chunks: list[Any], slots: list[MicroBatch], finish: Callable[[MicroBatch, Tensor], Any], *, forward_only: bool
-) -> list[Any]:
+def run(chunks: list[Any], slots: list[MicroBatch], finish: Callable[[MicroBatch, Tensor], Any], *, forward_only: bool) -> list[Any]:
     """What `finish(slot, output)` returned for each slot, on the last stage; [] on the others. `chunks`: plain or DDP-wrapped.
 
     forward_only: `finish` may return anything; otherwise mcore's triple (loss, integer count, anything), and the last is listed.

@@ -25,7 +25,7 @@ from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.microbatches import MicroBatch, Readout, gather, plan, rebuild, tensors, widen
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.megatron.optimizer import LearningRate, build_optimizer, clipped_step, gradient_norm, wrap
+from gipo_megatron.megatron.optimizer import LearningRate, build_optimizer, clipped_step, gradient_norm, mark_shards, wrap
 from gipo_megatron.megatron.precision import length_multiple
 from gipo_megatron.megatron.residency import Residency, Shelf, host_copies, swapped
 from gipo_megatron.types import (
@@ -77,6 +77,7 @@ class Engine:
         self.group_head = GroupHead(group, architecture.hidden_size, mesh, seed) if group is not None else None
         self._wrapped: list[Any] = list(self.chunks)
         if optimisation is not None:
+            mark_shards(self.chunks, architecture.vocab_size)
             self._wrapped = wrap(self.chunks)
             self.optimizer = build_optimizer(self._wrapped, optimisation, precision)
             self.learning_rate = LearningRate(optimisation)

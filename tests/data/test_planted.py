@@ -78,6 +78,15 @@ def test_labels_follow_the_proxy_but_for_the_noise() -> None:
     assert hacked > 30
 
 
+def test_pairs_span_the_same_levels_in_both_groups() -> None:
+    """Without the hack, the mean gold of what is compared is 0 in both groups: (1 + 0 - 1) / 3, misspelt first letters aside."""
+    examples = planted_examples(PlantedConfig(prompts=600, hack=False), "train", "preference")
+    for group in ("easy", "hard"):
+        levels = [gold_reward(e.prompt[0].text, r) for e in examples if e.source == group for r in e.responses]
+        assert len(levels) == 2880
+        assert abs(sum(levels) / len(levels)) < 0.05
+
+
 def test_sft_is_mediocre() -> None:
     examples = planted_examples(PlantedConfig(prompts=600), "train", "sft")
     gold = {g: [gold_reward(e.prompt[0].text, e.responses[0]) for e in examples if e.source == g] for g in ("easy", "hard")}

@@ -72,7 +72,7 @@ def test_kind(folder: Path, tmp_path: Path) -> None:
         checkpoint.kind(tmp_path)
     (tmp_path / "model.safetensors").write_text("")
     assert checkpoint.kind(tmp_path) == "huggingface"
-    with pytest.raises(UserError, match="newest checkpoint is .*step_7"):
+    with pytest.raises(UserError, match=r"newest checkpoint is .*step_7"):
         checkpoint.kind(folder.parent)
     with pytest.raises(UserError, match="nothing to load"):
         checkpoint.kind(tmp_path / "missing")

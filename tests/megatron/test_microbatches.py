@@ -26,7 +26,9 @@ def test_widths_are_rounded_up() -> None:
     assert sum(int(slot.sequences.mask.sum()) for slot in slots) == sum(r for _, r in RAGGED)
 
 
-@pytest.mark.parametrize(("rows", "micro_batch", "sizes", "idle"), [(8, 3, [2, 2, 2, 2], 0), (3, 4, [2, 1], 0), (1, 4, [1, 1], 1), (5, 1, [1] * 6, 1)])
+@pytest.mark.parametrize(
+    ("rows", "micro_batch", "sizes", "idle"), [(8, 3, [2, 2, 2, 2], 0), (3, 4, [2, 1], 0), (1, 4, [1, 1], 1), (5, 1, [1] * 6, 1)]
+)
 def test_slots_are_a_multiple_for_interleaved_pipelines(rows: int, micro_batch: int, sizes: list[int], idle: int) -> None:
     slots = plan(weighted().block(0, rows), micro_batch, slot_multiple=2)
     assert [len(slot.index) for slot in slots] == sizes

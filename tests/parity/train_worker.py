@@ -1,6 +1,6 @@
 """Run under torchrun: gradients of actor, critic, group head and reward model at every layout of this world, and what else needs ranks.
 
-    train_worker.py OUT_DIR      writes OUT_DIR/rank_R.json and OUT_DIR/checkpoints/step_3
+train_worker.py OUT_DIR [checkpoints]      writes OUT_DIR/rank_R.json (and OUT_DIR/checkpoints/step_3)
 """
 
 from __future__ import annotations
@@ -198,7 +198,10 @@ def parked_bytes(role: Any) -> int:
 def residency(mesh: Mesh) -> dict[str, Any]:
     """The same training with and without offload, and with a reference swapped in and out, gives the same bits."""
     plain = [new_actor(mesh), new_critic(mesh)]
-    moving = [MegatronActor(**common(mesh, offload="cpu"), eos_id=1, pad_id=0, decode=str), MegatronCritic(**common(mesh, offload="cpu", head=GROUP))]
+    moving = [
+        MegatronActor(**common(mesh, offload="cpu"), eos_id=1, pad_id=0, decode=str),
+        MegatronCritic(**common(mesh, offload="cpu", head=GROUP)),
+    ]
     for role in moving:
         with role.engine.residency.use(training=True):
             fill(role)
@@ -253,12 +256,8 @@ def checkpoints(out: Path, world: int) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    out = Path(sys.argv[1])
+def everything(world: int) -> dict[str, Any]:
     result: dict[str, Any] = {"cells": {}, "steps": {}, "skipping": {}, "observing": {}, "residency": {}}
-    mesh = Mesh.create(Parallel())
-    world = mesh.world
     for name, parallel in LAYOUTS[world].items():
         mesh = Mesh.create(parallel)
         result["cells"] |= gradient_cells(mesh, name)
@@ -266,8 +265,14 @@ def main() -> None:
         result["skipping"][name] = skipping(mesh)
         result["observing"][name] = observing(mesh)
         result["residency"][name] = residency(mesh)
-    if world == 2:
-        result["checkpoints"] = checkpoints(out, world)
+    return result
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    out, what = Path(sys.argv[1]), sys.argv[2:]
+    mesh = Mesh.create(Parallel())
+    result = {"checkpoints": checkpoints(out, mesh.world)} if what == ["checkpoints"] else everything(mesh.world)
     write_result(out, mesh.rank, result)
     mesh.barrier()
     mesh.close()

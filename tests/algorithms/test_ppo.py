@@ -1,0 +1,229 @@
+"""PPO's losses against a loop over tokens, its resume, its splits over replicas and micro-batches, what it does with non-finite numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gipo_megatron.algorithms.ppo import PPO
+from gipo_megatron.components.groups import CriticHead, NoGroups
+from gipo_megatron.components.kl import AdaptiveKL, FixedKL, GroupAdaptiveKL
+from gipo_megatron.components.variance import GroupDRO, GroupVariance, NoVariance
+from gipo_megatron.roles import SingleReplica
+from gipo_megatron.telemetry.metrics import reduce_metrics
+from gipo_megatron.types import CriticOutput, Experience, Rows, TokenStats
+from tests.small_ppo import BATCH, make_ppo, stored_rollout
+from tests.torch_roles import TorchActor, TorchCritic, run_replicas
+
+DP = SingleReplica()
+
+
+def gipo(dp: Any = DP, micro_batch: int = 0, **settings: Any) -> PPO:
+    return make_ppo(dp, CriticHead(lr=0.02, dp=dp), GroupVariance(beta=0.3), GroupAdaptiveKL(dp=dp), micro_batch, **settings)
+
+
+def plain(**settings: Any) -> PPO:
+    return make_ppo(DP, NoGroups(dp=DP), NoVariance(), FixedKL(), **settings)
+
+
+def experience() -> Experience:
+    ppo = plain()
+    rollout = stored_rollout(ppo)
+    generator = torch.Generator().manual_seed(9)
+    shape = rollout.tokens.shape
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    probs = draw(BATCH, 2).softmax(-1)
+    return Experience(rollout, -draw(*shape).exp(), draw(*shape), draw(*shape), draw(*shape), 1 + draw(BATCH), probs, draw(BATCH, 2))
+
+
+# --------------------------------------------------------------------------------------------- losses
+
+
+def test_actor_loss_is_the_loop_over_tokens() -> None:
+    batch, clip, bonus = experience(), 0.2, 0.01
+    output = TokenStats(batch.logprobs + 0.3 * batch.values, batch.returns.abs())
+    expected, entropy, clipped, tokens = 0.0, 0.0, 0, 0
+    for b, t in batch.rollout.mask.nonzero().tolist():
+        ratio = math.exp(float(output.logprobs[b, t] - batch.logprobs[b, t]))
+        advantage = float(batch.weights[b] * batch.advantages[b, t])
+        expected += -min(ratio * advantage, min(max(ratio, 1 - clip), 1 + clip) * advantage)
+        entropy += float(batch.returns[b, t].abs())
+        clipped += abs(ratio - 1) > clip
+        tokens += 1
+    assert tokens > BATCH
+    assert (batch.weights < 0).any()
+    loss = plain(clip=clip, entropy=bonus).actor_loss(output, batch)
+    assert {name: (pytest.approx(float(value)), unit) for name, (value, unit) in loss.terms.items()} == {
+        "policy": (expected, "token"),
+        "entropy": (-bonus * entropy, "token"),
+    }
+    assert loss.metrics["loss"].result() == pytest.approx(expected / tokens)
+    assert loss.metrics["clip_fraction"].result() == pytest.approx(clipped / tokens)
+    assert loss.metrics["entropy"].result() == pytest.approx(entropy / tokens)
+
+
+def test_critic_loss_is_the_loop_over_tokens() -> None:
+    batch, clip = experience(), 0.2
+    values, logits = batch.values + 0.5 * batch.returns, 2 * batch.group_coefficients.flip(0)
+    expected = 0.0
+    for b, t in batch.rollout.mask.nonzero().tolist():
+        v, old, target = (float(x[b, t]) for x in (values, batch.values, batch.returns))
+        near = old + min(max(v - old, -clip), clip)
+        expected += max((v - target) ** 2, (near - target) ** 2) / 2
+    gain = 0.0
+    for b in range(BATCH):
+        scale = sum(math.exp(float(x)) for x in logits[b])
+        gain += sum(float(c) * math.exp(float(x)) / scale for c, x in zip(batch.group_coefficients[b], logits[b], strict=True))
+    ppo = make_ppo(DP, CriticHead(beta_critic=0.7, dp=DP), NoVariance(), FixedKL(), value_clip=clip)
+    loss = ppo.critic_loss(CriticOutput(values, logits), batch)
+    assert {name: (pytest.approx(float(value)), unit) for name, (value, unit) in loss.terms.items()} == {
+        "value": (expected, "token"),
+        "group": (-0.7 * gain, "sequence"),
+    }
+    assert set(ppo.critic_loss(CriticOutput(values, None), batch).terms) == {"value"}
+
+
+# --------------------------------------------------------------------------------------------- one page, many layouts
+
+
+def numbers(ppo: PPO, step: int) -> dict[str, float]:
+    return reduce_metrics(ppo.step(step).metrics, ppo.dp)
+
+
+def assert_close(a: dict[str, float], b: dict[str, float], rel: float) -> None:
+    assert a.keys() == b.keys()
+    assert len(a) > 50
+    for name in a:
+        assert a[name] == pytest.approx(b[name], rel=rel, abs=rel, nan_ok=True), name
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_replicas_train_as_one_process_does(size: int) -> None:
+    whole = gipo(ptx=0.1, entropy=0.01)
+    expected = [numbers(whole, step) for step in range(3)]
+
+    def work(dp: Any) -> list[dict[str, float]]:
+        ppo = gipo(dp, ptx=0.1, entropy=0.01)
+        return [numbers(ppo, step) for step in range(3)]
+
+    rows = run_replicas(size, work)
+    assert len(rows) == size
+    for replica in rows:
+        for found, reference in zip(replica, expected, strict=True):
+            assert_close(found, reference, rel=2e-4)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_change_nothing(micro_batch: int) -> None:
+    a, b = gipo(), gipo(micro_batch=micro_batch)
+    for step in range(2):
+        assert_close(numbers(a, step), numbers(b, step), rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------- state
+
+
+def copy_models(source: PPO, target: PPO) -> None:
+    for a, b in ((source.actor, target.actor), (source.critic, target.critic)):
+        assert isinstance(a, (TorchActor, TorchCritic))
+        assert isinstance(b, (TorchActor, TorchCritic))
+        steppers = [(a._stepper, b._stepper)]
+        if isinstance(a, TorchCritic) and isinstance(b, TorchCritic) and a._group_stepper is not None:
+            assert b._group_stepper is not None
+            steppers.append((a._group_stepper, b._group_stepper))
+        for x, y in steppers:
+            for p, q in zip(x.parameters, y.parameters, strict=True):
+                q.data.copy_(p.data)
+            y.optimizer.load_state_dict(x.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["gipo", "dro"])
+def test_a_resumed_run_is_the_run(kind: str) -> None:
+    def make() -> PPO:
+        if kind == "gipo":
+            return make_ppo(DP, CriticHead(lr=0.02, dp=DP), GroupVariance(return_ema=0.5), GroupAdaptiveKL(dp=DP))
+        return make_ppo(DP, CriticHead(num_groups=3, relabel=True, dp=DP), GroupDRO(), AdaptiveKL(horizon=100))
+
+    straight, stopped = make(), make()
+    for step in range(3):
+        numbers(straight, step)
+        numbers(stopped, step)
+    resumed = make()
+    copy_models(stopped, resumed)
+    resumed.load_state_dict(stopped.state_dict())
+    for step in range(3, 5):
+        a, b = numbers(straight, step), numbers(resumed, step)
+        assert a.keys() == b.keys()
+        assert all(a[name] == b[name] or (math.isnan(a[name]) and math.isnan(b[name])) for name in a)
+
+
+def test_the_critic_warms_up_alone() -> None:
+    ppo = gipo(critic_warmup=1)
+    assert isinstance(ppo.actor, TorchActor)
+    before = [p.clone() for p in ppo.actor.parameters]
+    first = ppo.step(0)
+    assert all(torch.equal(p, q) for p, q in zip(before, ppo.actor.parameters, strict=True))
+    assert "policy/loss" not in first.metrics
+    assert "policy/loss" in ppo.step(1).metrics
+
+
+def test_minibatches_are_blocks_in_order_every_epoch() -> None:
+    blocks = [(index, batch.row_ids.tolist()) for index, batch in plain()._minibatches(experience())]
+    assert blocks == [(0, list(range(8))), (1, list(range(8, 16))), (2, list(range(8))), (3, list(range(8, 16)))]
+
+
+# --------------------------------------------------------------------------------------------- numbers that are not
+
+
+class Broken:
+    """A reward model with a NaN for one sample."""
+
+    def score(self, batch: Rows) -> Tensor:
+        return torch.where(batch.row_ids == 5, math.nan, 1.0)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_score_that_is_no_number_skips_the_step_everywhere(size: int) -> None:
+    def work(dp: Any) -> tuple[dict[str, tuple[int, ...]], float, bool]:
+        ppo = gipo(dp)
+        ppo.reward._reward_model = Broken()  # type: ignore[attr-defined]
+        before = [p.clone() for p in ppo.actor.parameters]  # type: ignore[attr-defined]
+        result = ppo.step(0)
+        same = all(torch.equal(p, q) for p, q in zip(before, ppo.actor.parameters, strict=True))  # type: ignore[attr-defined]
+        return result.skipped, reduce_metrics(result.metrics, dp)["reward/non_finite"], same
+
+    assert run_replicas(size, work) == [({"rollout": (5,)}, 1.0, True)] * size
+
+
+# --------------------------------------------------------------------------------------------- what a step shows
+
+
+def test_a_step_shows_the_stable_names() -> None:
+    """design.md section 9, as far as PPO itself logs them."""
+    result = gipo().step(0)
+    groups = "gap gap_std variance mass_min label_entropy high_index flip_rate return_high return_low return_worst auc ami"
+    per_group = "return score kl length entropy clip_fraction"
+    expected = {
+        *(f"rollout/{x}" for x in ("length_mean", "truncated", "logprob_gap_mean", "logprob_gap_max")),
+        *(f"reward/{x}" for x in ("score_mean", "score_std")),
+        *(f"kl/{x}" for x in ("mean", "coef_mean")),
+        *(f"groups/{x}" for x in groups.split()),
+        *(f"groups/{x}_{g}" for x in per_group.split() for g in (0, 1)),
+        *(f"groups/high_corr_{x}" for x in ("score", "length")),
+        *(f"source/{s}/{x}" for s in ("easy", "hard") for x in ("score", "return", "kl", "p_high")),
+        *(f"weights/{x}" for x in ("mean", "min", "max", "clamped")),
+        *(f"policy/{x}" for x in ("loss", "clip_fraction", "entropy", "grad_norm", "ratio_max")),
+        *(f"value/{x}" for x in ("loss", "explained_variance", "grad_norm")),
+    }
+    assert len(expected) == 54
+    assert expected - result.metrics.keys() == set()
+    assert len(result.samples) == BATCH
+    assert result.samples[0].keys() >= {"prompt", "response", "score", "p_high", "weight", "kl"}
+    assert result.metrics["rollout/logprob_gap_max"].result() < 1e-5
