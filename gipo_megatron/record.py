@@ -92,4 +92,4 @@ def announce(recipe: Recipe, world: int, origin: str, train: Dataset, held_out: 
 
 def close_run(directory: Path, recipe: Recipe) -> None:
     """figures/ and report.html."""
-    write_report([directory], directory / "report.html", title=recipe.name)
+    write_report([directory], directory / "report.html", title=recipe.name, figures_to=directory / "figures")

@@ -6,12 +6,14 @@ One process needs no torchrun. Exit code 0: complete, or interrupted with a chec
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.recipe.check import missing_loads
 from gipo_megatron.recipe.compose import compose
-from gipo_megatron.recipe.problems import fail
+from gipo_megatron.recipe.problems import RecipeErrors, fail
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -21,7 +23,9 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        recipe = compose(argv, RECIPES)  # before torch and Megatron start up: a typo costs a second, not a minute
+        recipe = compose(argv, RECIPES, world=int(os.environ.get("WORLD_SIZE", "1")))  # before torch and Megatron start up: a typo costs a second, not a minute
+        if missing := missing_loads(recipe):
+            raise RecipeErrors(recipe.name, missing)
         from gipo_megatron.runner import train
 
         train(recipe)

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "data": {"roles", "types", "errors"},
     "telemetry": {"roles", "types", "errors"},
     "evaluation": {"components", "data", "telemetry", "roles", "ops", "types", "errors"},
-    "recipe": {"recipe.registry", "components", "algorithms", "data", "telemetry", "types", "errors"},
+    "recipe": {"recipe.registry", "roles", "components", "algorithms", "data", "telemetry", "types", "errors"},
+    "record": {"recipe", "evaluation", "data", "errors"},
     "assembly": {
         "recipe.registry",
         "recipe",
@@ -38,7 +39,7 @@ MAY_IMPORT = {
         "types",
         "errors",
     },
-    "runner": {"assembly", "recipe.registry", "recipe", "megatron", "evaluation", "data", "telemetry", "roles", "types", "errors"},
+    "runner": {"assembly", "record", "recipe.registry", "recipe", "megatron", "evaluation", "data", "telemetry", "roles", "types", "errors"},
 }
 
 

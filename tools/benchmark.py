@@ -177,9 +177,7 @@ def run_readout(options: argparse.Namespace) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         table.append([side, *done.stdout.split()[-3:]])
     whole = options.batch * options.length * options.vocabulary / MIB
-    print(
-        f"logits [{', '.join(size)}] in bf16: {2 * whole:.0f} MiB, and as much for their gradient; in fp32 they would be {4 * whole:.0f} MiB"
-    )
+    print(f"logits [{', '.join(size)}] in bf16: {2 * whole:.0f} MiB, their gradient again; in fp32 {4 * whole:.0f} MiB")
     show(table)
 
 

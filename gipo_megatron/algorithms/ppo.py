@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from gipo_megatron import ops
 from gipo_megatron.algorithms import ppo_metrics
 from gipo_megatron.algorithms.sft import negative_log_likelihood
 from gipo_megatron.components import protocols
-from gipo_megatron.recipe.registry import component, from_runtime, register
+from gipo_megatron.recipe.registry import OneOf, Range, component, from_runtime, register
 from gipo_megatron.roles import Actor, Critic, DataParallel, Reference, gather_rows
 from gipo_megatron.types import (
     CriticOutput,
@@ -35,19 +35,22 @@ from gipo_megatron.types import (
     prefixed,
 )
 
+Positive = Annotated[float, Range(0, open=True)]
+NotNegative = Annotated[float, Range(0)]
+
 
 @register("algorithm", "ppo")
 @dataclass
 class PPO:
     """Proximal policy optimisation from a reward model, with groups (Schulman et al. 2017; Zheng et al. 2024)."""
 
-    clip: float = 0.2
-    value_clip: float = 0.2
-    epochs: int = 1
-    critic_warmup: int = 20  # iterations with the actor frozen
-    entropy: float = 0.0  # weight of the entropy bonus, per token
-    ptx: float = 0.0  # weight of the SFT loss mixed into the actor's updates
-    kl_estimator: str = "k1"
+    clip: Positive = 0.2
+    value_clip: Positive = 0.2
+    epochs: Annotated[int, Range(1)] = 1
+    critic_warmup: Annotated[int, Range(0)] = 20  # iterations with the actor frozen
+    entropy: NotNegative = 0.0  # weight of the entropy bonus, per token
+    ptx: NotNegative = 0.0  # weight of the SFT loss mixed into the actor's updates
+    kl_estimator: Annotated[str, OneOf("k1", "k2", "k3")] = "k1"
 
     rollout: protocols.Sampler = component("rollout", "sampling")
     reward: protocols.Reward = component("reward", "model")

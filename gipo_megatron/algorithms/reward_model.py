@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from gipo_megatron.recipe.registry import from_runtime, register
+from gipo_megatron.recipe.registry import Range, from_runtime, register
 from gipo_megatron.roles import RewardModel
 from gipo_megatron.types import Loss, Metric, Pairs, StepResult, prefixed
 
@@ -20,7 +20,7 @@ from gipo_megatron.types import Loss, Metric, Pairs, StepResult, prefixed
 class RewardModelling:
     """-log sigmoid(s_chosen - s_rejected) per pair; `centre` adds centre * (s_chosen + s_rejected)^2 (Eisenstein et al. 2023)."""
 
-    centre: float = 0.0
+    centre: Annotated[float, Range(0)] = 0.0
 
     reward: RewardModel = from_runtime("reward")
     pairs: Callable[[int], Pairs] = from_runtime("pairs")  # step -> this replica's rows

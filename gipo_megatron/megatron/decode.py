@@ -187,7 +187,7 @@ class Decoder:
         attention = attend(index, qk[..., :-1, :], qk[..., -1, :], v)
         x = x + self._sum(_linear(attention, w.proj))
         gate, up = _linear(rms_norm(x, w.mlp_norm, eps), w.fc1).chunk(2, -1)
-        return x + self._sum(_linear(F.silu(gate) * up, w.fc2))
+        return x + self._sum(_linear(F.silu(gate, inplace=True).mul_(up), w.fc2))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         assert self.embedding is not None

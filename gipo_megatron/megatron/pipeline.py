@@ -69,7 +69,9 @@ class _TwoWayP2P(P2PCommunicator):
             ways = [(dist.isend, send, sent), (dist.irecv, receive, received)]
             for verb, (tensor, peer, group), requests in ways if self.pp_group.rank() % 2 == 0 else ways[::-1]:
                 if tensor is not None:
-                    requests.append(verb(tensor.detach(), peer, group=group))
+                    request = verb(tensor.detach(), peer, group=group)
+                    assert request is not None, "this rank is not in the group"
+                    requests.append(request)
         return sent, received
 
 
