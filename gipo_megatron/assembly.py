@@ -19,7 +19,8 @@ from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, Megatron
 from gipo_megatron.megatron.schedule import Engine
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.schema import ModelConfig, Recipe
-from gipo_megatron.types import HeadSpec, Metrics, Optimisation, Sampling, Sequences
+from gipo_megatron.specs import HeadSpec, Optimisation, Sampling
+from gipo_megatron.types import Metrics, Sequences
 
 Phase = Callable[[str], AbstractContextManager[None]]
 DATA_KIND = {"sft": "sft", "reward_model": "preference", "ppo": "prompt"}
@@ -63,7 +64,11 @@ def find_tokenizer(recipe: Recipe) -> Tokenizer:
             folder = Path(locate(model.load, f"models.{role}.load"))
             beside = folder / "tokenizer"
             return load_tokenizer(str(beside if beside.is_dir() else folder), where=f"models.{role}.load")
-    raise UserError("all weights are random, so no tokenizer lies beside them", where="model.tokenizer", fix="name one, or use `bytes`, the built-in one")
+    raise UserError(
+        "all weights are random, so no tokenizer lies beside them",
+        where="model.tokenizer",
+        fix="name one, or use `bytes`, the built-in one",
+    )
 
 
 def locate(load: str, where: str) -> str:
@@ -112,7 +117,7 @@ class RoleBuilder:
         assert model.lr is not None, "the recipe check asks for it"
         if model.schedule != "constant" and total_steps <= model.warmup_steps:
             raise UserError(
-                f"the {model.schedule} schedule ends at optimizer step {total_steps}, before its warm-up of {model.warmup_steps} steps does",
+                f"the {model.schedule} schedule ends at step {total_steps}, before its warm-up of {model.warmup_steps} steps does",
                 where=f"models.{role}.warmup_steps",
                 fix="fewer warm-up steps, more run.steps, or schedule: constant",
             )
@@ -173,7 +178,15 @@ def _assemble_reward_model(
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
     rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
     return Assembly(
-        recipe, mesh, tokenizer, train, held_out, algorithm, {"reward": reward.engine}, lambda: (evaluate_reward_model(reward, rows), []), batch
+        recipe,
+        mesh,
+        tokenizer,
+        train,
+        held_out,
+        algorithm,
+        {"reward": reward.engine},
+        lambda: (evaluate_reward_model(reward, rows), []),
+        batch,
     )
 
 

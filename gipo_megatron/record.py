@@ -81,7 +81,9 @@ def announce(recipe: Recipe, world: int, origin: str, train: Dataset, held_out: 
     """What is about to run, before the first step."""
     p = recipe.parallel
     data = world // p.model
-    print(f"{recipe.name}: {origin}; {world} processes = tensor {p.tensor} × pipeline {p.pipeline} × data {data}; writes to {recipe.run.dir}")
+    print(
+        f"{recipe.name}: {origin}; {world} processes = tensor {p.tensor} × pipeline {p.pipeline} × data {data}; writes to {recipe.run.dir}"
+    )
     for split, rows in (("train", train), ("held out", held_out)):
         for line in rows.report:
             print(f"  {split}: {line}")

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gipo_megatron.types import BatchLoss, CriticOutput, Prompts, Rollout, Rows, Sampling, TokenStats, Update
+from gipo_megatron.specs import Sampling
+from gipo_megatron.types import BatchLoss, CriticOutput, Prompts, Rollout, Rows, TokenStats, Update
 
 
 class Trainable(Protocol):

@@ -23,7 +23,9 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        recipe = compose(argv, RECIPES, world=int(os.environ.get("WORLD_SIZE", "1")))  # before torch and Megatron start up: a typo costs a second, not a minute
+        recipe = compose(
+            argv, RECIPES, world=int(os.environ.get("WORLD_SIZE", "1"))
+        )  # before torch and Megatron start up: a typo costs a second, not a minute
         if missing := missing_loads(recipe):
             raise RecipeErrors(recipe.name, missing)
         from gipo_megatron.runner import train

@@ -22,7 +22,8 @@ from gipo_megatron.components.reward import ModelReward
 from gipo_megatron.components.rollout import SamplingRollout
 from gipo_megatron.components.variance import GroupVariance, NoVariance, ReturnVariance
 from gipo_megatron.roles import DataParallel, SingleReplica
-from gipo_megatron.types import HeadSpec, Prompts, Sequences, StepResult
+from gipo_megatron.specs import HeadSpec
+from gipo_megatron.types import Prompts, Sequences, StepResult
 from tests.torch_roles import TorchActor, TorchCritic
 
 NUM_PROMPTS, NUM_ACTIONS, BATCH = 64, 50, 256

@@ -11,20 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gipo_megatron.roles import DataParallel, SingleReplica
-from gipo_megatron.types import (
-    BatchLoss,
-    CriticOutput,
-    HeadSpec,
-    Metric,
-    Metrics,
-    Prompts,
-    Rollout,
-    Rows,
-    Sampling,
-    TokenStats,
-    Update,
-    merge_metrics,
-)
+from gipo_megatron.specs import HeadSpec, Sampling
+from gipo_megatron.types import BatchLoss, CriticOutput, Metric, Metrics, Prompts, Rollout, Rows, TokenStats, Update, merge_metrics
 
 R = TypeVar("R")
 EOS = 0

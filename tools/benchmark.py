@@ -30,7 +30,8 @@ from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.readout import token_stats
-from gipo_megatron.types import Architecture, Parallel, Precision, Prompts, Sampling, Sequences
+from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
+from gipo_megatron.types import Prompts, Sequences
 
 TINY = Architecture(8, 256, 688, 8, 4, 32, 4096, 512)
 MIB = 2**20

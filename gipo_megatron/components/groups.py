@@ -14,7 +14,8 @@ from gipo_megatron import ops
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.registry import from_runtime, register
 from gipo_megatron.roles import DataParallel, gather_rows
-from gipo_megatron.types import Groups, HeadSpec, Metric, Metrics, Rollout, Scores
+from gipo_megatron.specs import HeadSpec
+from gipo_megatron.types import Groups, Metric, Metrics, Rollout, Scores
 
 VARIANCES = ("mass", "uniform")
 EMA = 0.9

@@ -7,7 +7,8 @@ from typing import Protocol
 from torch import Tensor
 
 from gipo_megatron.roles import Actor, Stateful
-from gipo_megatron.types import Groups, HeadSpec, Metrics, Prompts, Rollout, Scores, Weights
+from gipo_megatron.specs import HeadSpec
+from gipo_megatron.types import Groups, Metrics, Prompts, Rollout, Scores, Weights
 
 
 class Sampler(Protocol):

@@ -8,7 +8,8 @@ from typing import final
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.registry import from_runtime, register
 from gipo_megatron.roles import Actor
-from gipo_megatron.types import Prompts, Rollout, Sampling
+from gipo_megatron.specs import Sampling
+from gipo_megatron.types import Prompts, Rollout
 
 
 @final

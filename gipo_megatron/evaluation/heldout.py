@@ -13,7 +13,8 @@ from gipo_megatron import ops
 from gipo_megatron.components.protocols import Reward
 from gipo_megatron.data.batching import Dataset
 from gipo_megatron.roles import Actor, DataParallel, Reference, RewardModel
-from gipo_megatron.types import Metric, Metrics, Sampling, merge_metrics
+from gipo_megatron.specs import Sampling
+from gipo_megatron.types import Metric, Metrics, merge_metrics
 
 
 @dataclass

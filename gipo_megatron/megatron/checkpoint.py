@@ -30,7 +30,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.pipeline import quiet
 from gipo_megatron.megatron.schedule import Engine
-from gipo_megatron.types import Architecture
+from gipo_megatron.specs import Architecture
 
 FORMAT, VERSION = "gipo_megatron", 1
 _STEP = re.compile(r"step_(\d+)")

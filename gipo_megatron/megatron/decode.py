@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gipo_megatron.megatron.layout import unwrap
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import rope_frequencies
-from gipo_megatron.types import Architecture
+from gipo_megatron.specs import Architecture
 
 # The local layer spec's name, then Transformer Engine's (its linear layers hold the norm before them).
 _ATTENTION_NORM = ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")

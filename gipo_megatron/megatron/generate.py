@@ -17,7 +17,8 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.decode import Cache, Decoder
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.sampling import check_sampling, pick, uniforms
-from gipo_megatron.types import Architecture, Prompts, Rollout, Sampling
+from gipo_megatron.specs import Architecture, Sampling
+from gipo_megatron.types import Prompts, Rollout
 
 CACHE_BYTES = 4 * 2**30
 PREFILL_TOKENS = 8192  # of one prefill block; bounds its activations

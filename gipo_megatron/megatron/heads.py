@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from gipo_megatron.megatron.host import HostAdam
 from gipo_megatron.megatron.layout import SCORE, unwrap
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.types import HeadSpec, Sequences
+from gipo_megatron.specs import HeadSpec
+from gipo_megatron.types import Sequences
 
 
 class ScalarHead(nn.Module):

@@ -17,7 +17,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.hf_config import architecture_from_hf, config_for
 from gipo_megatron.megatron.layout import EMBEDDING, OUTPUT, SCORE, Placement, placements
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.types import Architecture
+from gipo_megatron.specs import Architecture
 
 __all__ = ["architecture_from_hf", "export_weights", "load_hf", "save_hf", "table"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.types import Architecture
+from gipo_megatron.specs import Architecture
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 

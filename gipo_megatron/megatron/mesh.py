@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import host
-from gipo_megatron.types import Parallel
+from gipo_megatron.specs import Parallel
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from gipo_megatron.megatron import precision as number_formats
 from gipo_megatron.megatron.heads import ScalarHead
 from gipo_megatron.megatron.layout import EMBEDDING, OUTPUT, SCORE, placements
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.types import Architecture, Parallel, Precision
+from gipo_megatron.specs import Architecture, Parallel, Precision
 
 if number_formats.transformer_engine_usable():
     from megatron.core.extensions.transformer_engine import TENorm

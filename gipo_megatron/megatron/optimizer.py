@@ -16,7 +16,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from gipo_megatron.megatron import host
 from gipo_megatron.megatron.layout import placements
 from gipo_megatron.megatron.pipeline import quiet
-from gipo_megatron.types import Optimisation, Precision
+from gipo_megatron.specs import Optimisation, Precision
 
 SCHEDULES = ("constant", "cosine", "linear")
 

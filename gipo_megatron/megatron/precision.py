@@ -13,7 +13,7 @@ from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.types import Parallel, Precision
+from gipo_megatron.specs import Parallel, Precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FP8_RECIPES = {"delayed": Fp8Recipe.delayed, "tensorwise": Fp8Recipe.tensorwise, "blockwise": Fp8Recipe.blockwise}

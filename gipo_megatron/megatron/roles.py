@@ -17,21 +17,8 @@ from gipo_megatron.megatron.microbatches import Readout
 from gipo_megatron.megatron.model import initialise_weights
 from gipo_megatron.megatron.readout import critic_output, last_token_score, token_stats
 from gipo_megatron.megatron.schedule import Engine, Part
-from gipo_megatron.types import (
-    Architecture,
-    CriticOutput,
-    HeadSpec,
-    Optimisation,
-    Output,
-    Precision,
-    Prompts,
-    Rollout,
-    Rows,
-    Sampling,
-    Sequences,
-    TokenStats,
-    Update,
-)
+from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision, Sampling
+from gipo_megatron.types import CriticOutput, Output, Prompts, Rollout, Rows, Sequences, TokenStats, Update
 
 
 def load_into(engine: Engine, load: str, role: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.types import Sampling
+from gipo_megatron.specs import Sampling
 
 _WORD = 2**64 - 1
 

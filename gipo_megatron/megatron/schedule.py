@@ -28,21 +28,8 @@ from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.optimizer import LearningRate, build_optimizer, clipped_step, gradient_norm, mark_shards, wrap
 from gipo_megatron.megatron.precision import length_multiple
 from gipo_megatron.megatron.residency import Residency, Shelf, host_copies, swapped
-from gipo_megatron.types import (
-    Architecture,
-    BatchLoss,
-    CriticOutput,
-    HeadSpec,
-    Metric,
-    Metrics,
-    Optimisation,
-    Output,
-    Precision,
-    Rows,
-    TokenStats,
-    Update,
-    merge_metrics,
-)
+from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision
+from gipo_megatron.types import BatchLoss, CriticOutput, Metric, Metrics, Output, Rows, TokenStats, Update, merge_metrics
 
 Part = tuple[Rows, BatchLoss]
 

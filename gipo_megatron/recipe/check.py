@@ -17,7 +17,7 @@ from gipo_megatron.recipe.needs import ROLLOUT_KEYS, Needs, is_role
 from gipo_megatron.recipe.problems import Problem, suggest
 from gipo_megatron.recipe.schema import ROLES, TRAINING_KEYS, Batch, Hardware, ModelConfig, ModelSpec, Recipe, Run
 from gipo_megatron.recipe.source import DEFAULT, Block, Node
-from gipo_megatron.types import Parallel, Precision
+from gipo_megatron.specs import Parallel, Precision
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from gipo_megatron.data.config import FORMATS, DataConfig, PlantedConfig
 from gipo_megatron.recipe.registry import OneOf, Range, component
 from gipo_megatron.recipe.source import Block, to_yaml
+from gipo_megatron.specs import Architecture, Parallel, Precision
 from gipo_megatron.telemetry.alerts import Alerts
-from gipo_megatron.types import Architecture, Parallel, Precision
 
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[int, Range(0)]

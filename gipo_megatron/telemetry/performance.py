@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from gipo_megatron.types import Architecture
+from gipo_megatron.specs import Architecture
 
 # Dense bf16 peak rates in FLOP/s, from NVIDIA's data sheets; a device that is not here gets no perf/mfu.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}

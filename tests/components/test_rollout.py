@@ -8,7 +8,7 @@ import pytest
 
 from gipo_megatron.components.rollout import SamplingRollout
 from gipo_megatron.errors import UserError
-from gipo_megatron.types import Sampling
+from gipo_megatron.specs import Sampling
 
 
 class Recorder:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.types import Parallel
+from gipo_megatron.specs import Parallel
 from tests.parity.launch import run_workers
 
 

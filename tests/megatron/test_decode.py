@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gipo_megatron.megatron.decode import Decoder, layer_weights, rms_norm
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.types import Architecture, Precision
+from gipo_megatron.specs import Architecture, Precision
 from tests.parity import families
 from tests.parity.tiny import ARCHITECTURE
 

@@ -11,7 +11,8 @@ from torch import nn
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import generate as module
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.types import Architecture, Rollout, Sampling
+from gipo_megatron.specs import Architecture, Sampling
+from gipo_megatron.types import Rollout
 from tests.parity import families
 from tests.parity.generation_cases import (
     GREEDY,

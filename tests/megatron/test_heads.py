@@ -8,7 +8,8 @@ import torch
 from gipo_megatron.megatron.heads import GroupHead, ScalarHead, take_hidden
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.types import HeadSpec, Precision, Sequences
+from gipo_megatron.specs import HeadSpec, Precision
+from gipo_megatron.types import Sequences
 from tests.parity.families import LAYOUTS
 from tests.parity.tiny import ARCHITECTURE, sequences
 

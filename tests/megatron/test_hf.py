@@ -15,7 +15,7 @@ from gipo_megatron.megatron.hf import architecture_from_hf, export_weights, load
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.readout import last_token_score
-from gipo_megatron.types import Architecture, Precision
+from gipo_megatron.specs import Architecture, Precision
 from tests.parity import families
 from tests.parity.readout_reference import ReadoutCase
 

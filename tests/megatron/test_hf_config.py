@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.hf_config import architecture_from_config, architecture_from_hf, config_for
-from gipo_megatron.types import Architecture
+from gipo_megatron.specs import Architecture
 from tests.parity.families import COMMON
 
 LLAMA = {"model_type": "llama", **COMMON}

@@ -7,7 +7,7 @@ import torch
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.mesh import Mesh, check_factors
-from gipo_megatron.types import Parallel
+from gipo_megatron.specs import Parallel
 
 
 def test_a_world_that_does_not_factor_names_every_factor() -> None:

@@ -14,7 +14,7 @@ from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.hf_config import architecture_from_config
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks, check_split, generator_for, padded_vocab, rope_frequencies
-from gipo_megatron.types import Parallel, Precision
+from gipo_megatron.specs import Parallel, Precision
 from tests.parity import families
 from tests.parity.tiny import ARCHITECTURE
 

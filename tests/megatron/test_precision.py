@@ -9,7 +9,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import precision
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import transformer_config
-from gipo_megatron.types import Parallel, Precision
+from gipo_megatron.specs import Parallel, Precision
 from tests.parity.tiny import ARCHITECTURE
 
 

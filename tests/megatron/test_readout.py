@@ -11,7 +11,8 @@ from gipo_megatron.megatron import readout
 from gipo_megatron.megatron.heads import GroupHead
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.readout import critic_output, last_token_score, token_stats
-from gipo_megatron.types import HeadSpec, Sequences
+from gipo_megatron.specs import HeadSpec
+from gipo_megatron.types import Sequences
 from tests.parity.readout_reference import ReadoutCase, plain_token_stats
 
 

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.sampling import check_sampling, draw, penalise, pick, truncate, uniforms
-from gipo_megatron.types import Sampling
+from gipo_megatron.specs import Sampling
 
 
 def _logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:

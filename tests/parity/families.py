@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.types import Parallel
+from gipo_megatron.specs import Parallel
 
 VOCAB = 250  # not a multiple of 64: padded in Megatron
 COMMON = {

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.types import Parallel
+from gipo_megatron.specs import Parallel
 from tests.parity import families
 from tests.parity.generation_cases import FULL, NEVER, cases, load, prompts, respond, responses, sampling_of
 from tests.parity.launch import write_result

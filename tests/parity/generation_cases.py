@@ -11,7 +11,8 @@ from gipo_megatron.megatron.hf import load_hf
 from gipo_megatron.megatron.hf_config import architecture_from_config
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.types import Architecture, Precision, Prompts, Rollout, Sampling
+from gipo_megatron.specs import Architecture, Precision, Sampling
+from gipo_megatron.types import Prompts, Rollout
 from tests.parity import families
 
 STEPS = 16

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.types import Parallel
+from gipo_megatron.specs import Parallel
 from tests.parity import families
 from tests.parity.generate_worker import LAYOUTS, NUM_FAMILIES
 from tests.parity.generation_cases import FULL, NEVER, SAMPLINGS, cases, frequent, hf_greedy, load, prompts, respond, responses

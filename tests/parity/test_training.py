@@ -13,7 +13,7 @@ import torch
 
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.types import Parallel
+from gipo_megatron.specs import Parallel
 from tests.parity.launch import run_workers
 from tests.parity.train_worker import LAYOUTS, MICRO_BATCHES, digest, new_actor, new_critic, train
 

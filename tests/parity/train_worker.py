@@ -20,7 +20,8 @@ from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.hf import load_hf
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronReference, MegatronRewardModel
-from gipo_megatron.types import Loss, Optimisation, Parallel, Precision, Rows, TokenStats
+from gipo_megatron.specs import Optimisation, Parallel, Precision
+from gipo_megatron.types import Loss, Rows, TokenStats
 from tests.parity.launch import write_result
 from tests.parity.tiny import (
     ARCHITECTURE,

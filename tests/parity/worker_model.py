@@ -21,7 +21,8 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.readout import critic_output, last_token_score, token_stats
 from gipo_megatron.megatron.schedule import Engine
-from gipo_megatron.types import HeadSpec, Optimisation, Parallel, Precision, Sequences, TokenStats
+from gipo_megatron.specs import HeadSpec, Optimisation, Parallel, Precision
+from gipo_megatron.types import Sequences, TokenStats
 from tests.parity import families, tiny
 from tests.parity.launch import write_result
 from tests.parity.readout_reference import ReadoutCase, plain_token_stats

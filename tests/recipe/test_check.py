@@ -6,7 +6,7 @@ import pytest
 
 from gipo_megatron.recipe.check import default_world, missing_loads
 from gipo_megatron.recipe.schema import Hardware
-from gipo_megatron.types import Parallel
+from gipo_megatron.specs import Parallel
 from tests.recipe.helpers import SMALL, problems, small
 
 # words on the command line, processes, key of the one problem, what it must say
