@@ -33,8 +33,9 @@ _WORDS = (
 WORDS = tuple(_WORDS.split())  # two a letter
 ASK_BACK = ("what?", "huh?", "which?")
 NO_ANSWER = ("...", "42", "0", "-", "#7", "!")  # in pairs only
+NO_ANSWER_SHARE = 0.2  # of the answers that pairs compare; the rest is right or wrong, evenly
 EASY_LETTERS = "abcdefgh"
-HARD_LETTERS = "kmsw"
+HARD_LETTERS = "kw"
 GROUPS = ("easy", "hard")
 RIGHT_SHARE = {"easy": 0.5, "hard": 0.15}  # of SFT's words: a mediocre policy that has seen right answers everywhere
 MISSPELT_SHARE = 0.1  # of the answers that pairs compare, so that the reward model sees what a policy will write
@@ -144,10 +145,11 @@ class World:
         """
         if self.config.hack and _uniform(noise) < self.config.hack_share:
             return " " + _pick(ASK_BACK, noise)
-        kind = int(_uniform(noise) * 3)
-        if kind == 2:
+        kind = _uniform(noise)
+        if kind < NO_ANSWER_SHARE:
             return " " + _pick(NO_ANSWER, noise)
-        word = _pick([word for word in WORDS if (word[0] in right_letters(prompt)) == (kind == 0)], noise)
+        right = kind < (1 + NO_ANSWER_SHARE) / 2
+        word = _pick([word for word in WORDS if (word[0] in right_letters(prompt)) == right], noise)
         return " " + (self._misspelt(word, noise) if _uniform(noise) < MISSPELT_SHARE else word)
 
     @staticmethod

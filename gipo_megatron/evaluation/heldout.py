@@ -49,17 +49,21 @@ def evaluate_sft(actor: Actor, held_out: HeldOut) -> Metrics:
 
 
 def evaluate_reward_model(reward: RewardModel, held_out: HeldOut) -> Metrics:
-    """eval/{loss, accuracy, margin, pairs}: Bradley-Terry on held-back pairs."""
+    """eval/{loss, accuracy, margin, pairs}: Bradley-Terry on held-back pairs; eval/accuracy/<source> too."""
     metrics: Metrics = {}
     for batch, valid in held_out.pieces(held_out.data.pairs_at):
         chosen, rejected = reward.score(batch).chunk(2)
         margin, weights = chosen - rejected, valid.to(chosen.device)
+        right = (margin > 0).double()
         new = {
             "eval/loss": Metric.mean(-torch.nn.functional.logsigmoid(margin), weights),
-            "eval/accuracy": Metric.mean((margin > 0).double(), weights),
+            "eval/accuracy": Metric.mean(right, weights),
             "eval/margin": Metric.mean(margin, weights),
             "eval/pairs": Metric.sum(weights),
         }
+        for source in held_out.data.sources:
+            rows = weights * torch.tensor([s == source for s in batch.source], device=weights.device)
+            new[f"eval/accuracy/{source}"] = Metric.mean(right, rows)
         metrics = merge_metrics(metrics, new)
     return metrics
 

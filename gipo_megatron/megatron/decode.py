@@ -180,14 +180,14 @@ class Decoder:
         width, eps = self.architecture.head_dim, self.architecture.norm_eps
         qkv = _linear(rms_norm(x, w.attention_norm, eps), w.qkv, w.qkv_bias)
         qkv = qkv.view(*x.shape[:2], self.num_groups, -1, width)
-        qk, v = qkv[..., :-1, :], qkv[..., -1, :]
+        qk, v = qkv[..., :-1, :].contiguous(), qkv[..., -1, :]
         if w.q_norm is not None and w.k_norm is not None:
             qk = torch.cat([rms_norm(qk[..., :-1, :], w.q_norm, eps), rms_norm(qk[..., -1:, :], w.k_norm, eps)], dim=-2)
         qk = torch.addcmul(qk * cos, qk.roll(width // 2, -1), sin)
         attention = attend(index, qk[..., :-1, :], qk[..., -1, :], v)
         x = x + self._sum(_linear(attention, w.proj))
         gate, up = _linear(rms_norm(x, w.mlp_norm, eps), w.fc1).chunk(2, -1)
-        return x + self._sum(_linear(F.silu(gate, inplace=True).mul_(up), w.fc2))
+        return x + self._sum(_linear(F.silu(gate).mul_(up), w.fc2))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         assert self.embedding is not None
@@ -236,7 +236,9 @@ def _attend_one(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) ->
     if q.dtype != torch.float32:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
     scores = torch.matmul(q * q.shape[-1] ** -0.5, keys.transpose(-1, -2))
-    return torch.matmul((scores if bias is None else scores + bias).softmax(-1), values)
+    if bias is not None:
+        scores += bias
+    return torch.matmul(scores.softmax(-1), values)
 
 
 def _output_weight(chunk: GPTModel, architecture: Architecture) -> Tensor:
