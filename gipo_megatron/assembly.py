@@ -14,6 +14,7 @@ from gipo_megatron.data.planted import gold_reward
 from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.heldout import HeldOut, evaluate_policy, evaluate_reward_model, evaluate_sft
+from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronReference, MegatronRewardModel
 from gipo_megatron.megatron.schedule import Engine
@@ -88,6 +89,13 @@ def locate(load: str, where: str) -> str:
         return snapshot_download(load, allow_patterns=patterns)
 
 
+def check_tokenizer(load: Path, tokenizer: Tokenizer, where: str) -> None:
+    """UserError when a checkpoint of this project was made with another tokenizer: the ids would mean other text."""
+    if checkpoint.kind(load) == "checkpoint" and checkpoint.read_meta(load).get("tokenizer") != tokenizer.fingerprint:
+        fix = f"model.tokenizer={load / 'tokenizer'}"
+        raise UserError(f"{load} was made with another tokenizer than this recipe's", where=where, fix=fix)
+
+
 @dataclass
 class RoleBuilder:
     """models.<role> of the recipe -> a role."""
@@ -99,6 +107,10 @@ class RoleBuilder:
 
     def _common(self, role: str) -> dict[str, Any]:
         recipe, model = self.recipe, self._model(role)
+        load = "random"
+        if model.load != load:
+            load = locate(model.load, f"models.{role}.load")
+            check_tokenizer(Path(load), self.tokenizer, f"models.{role}.load")
         return {
             "mesh": self.mesh,
             "architecture": recipe.model.architecture,
@@ -106,7 +118,7 @@ class RoleBuilder:
             "micro_batch": recipe.batch.micro_batch,
             "seed": recipe.run.seed,
             "offload": model.offload,
-            "load": "random" if model.load == "random" else locate(model.load, f"models.{role}.load"),
+            "load": load,
         }
 
     def _model(self, role: str) -> ModelConfig:

@@ -29,6 +29,16 @@ def plain_recipe(recipe: Recipe) -> dict[str, Any]:
     return tree
 
 
+def check_writable(directory: Path) -> None:
+    """UserError where a run could not write, before anything is built; writes nothing."""
+    place = directory.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "no write permission" if place.is_dir() else "it is no folder"
+        raise UserError(f"cannot write to {directory}: {place}: {why}", where="run.dir", fix="choose a folder you may write to")
+
+
 def open_run(recipe: Recipe, directory: Path) -> None:
     """The folder, the expanded recipe with its origins, and what it runs on. Rank 0 only."""
     try:

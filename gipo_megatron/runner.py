@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from gipo_megatron import record
-from gipo_megatron.assembly import Assembly, assemble
+from gipo_megatron.assembly import Assembly, assemble, check_tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
@@ -52,6 +52,7 @@ class Progress:
 
     step: int = 0  # iterations done
     best: float | None = None  # best held-out figure so far
+    best_step: int = 0  # and where
     stale: int = 0  # evaluations since
     skipped: int = 0  # consecutive steps with a non-finite loss or gradient
     data: str = ""  # fingerprint of the training rows
@@ -68,6 +69,13 @@ def train(recipe: Recipe) -> None:
     mesh = Mesh.create(recipe.parallel, recipe.run.seed)
     try:
         train_on(mesh, recipe)
+    except UserError as error:
+        mesh.report(str(error))
+        raise
+    except Exception:  # a rank that stops breaks its connections: the others would show those, not the reason
+        if reason := mesh.reported():
+            raise UserError(reason) from None
+        raise
     finally:
         mesh.close()
 
@@ -79,9 +87,12 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
     try:
         directory = Path(recipe.run.dir)
         start_from = find_checkpoint(recipe, directory)
+        if start_from is not None and is_complete(recipe, directory, start_from):
+            if mesh.is_main:
+                print(f"{recipe.name}: complete already, {start_from}; a larger run.steps continues it", flush=True)
+            return
         if mesh.is_main:
-            record.open_run(recipe, directory)
-            sinks = make_sinks(recipe.run.loggers, directory, recipe.run.steps, name=recipe.name, config=record.plain_recipe(recipe))
+            record.check_writable(directory)
 
         def show(phase: str) -> None:
             for sink in sinks:
@@ -108,12 +119,18 @@ def find_checkpoint(recipe: Recipe, directory: Path) -> Path | None:
     return Path(resume)
 
 
+def is_complete(recipe: Recipe, directory: Path, newest: Path) -> bool:
+    """Whether there is nothing left to do: the last step is done, and `final` is its checkpoint."""
+    final = directory / "final"
+    return checkpoint.read_meta(newest)["step"] >= recipe.run.steps and final.exists() and final.samefile(newest)
+
+
 @dataclass
 class Run:
     recipe: Recipe
     mesh: Mesh
     parts: Assembly
-    sinks: list[Sink]  # rank 0 only
+    sinks: list[Sink]  # rank 0 only; filled when the run begins
     timer: PhaseTimer
     interrupt: Interrupt
     directory: Path
@@ -122,6 +139,8 @@ class Run:
     def run(self, start_from: Path | None) -> None:
         run, progress = self.recipe.run, self.progress
         self._resume(start_from)
+        if self.mesh.is_main:
+            self._begin(f"resumed from {start_from}" if start_from is not None else "started")
         if run.eval_every and progress.step == 0:
             values, samples = self._evaluate()
             self._log(0, values, samples)
@@ -165,7 +184,7 @@ class Run:
         if math.isnan(figure) or (self.progress.best is not None and figure <= self.progress.best):
             self.progress.stale += 1
             return False
-        self.progress.best, self.progress.stale = figure, 0
+        self.progress.best, self.progress.best_step, self.progress.stale = figure, self.progress.step, 0
         return True
 
     def _watch(self, values: Mapping[str, float], result: StepResult) -> None:
@@ -244,6 +263,7 @@ class Run:
     def _resume(self, path: Path | None) -> None:
         fingerprint = self.parts.train.fingerprint
         if path is not None:
+            check_tokenizer(path, self.parts.tokenizer, where="model.tokenizer")
             state = checkpoint.restore(path, self.parts.trained, self.mesh)
             self.progress.load_state_dict(state["progress"])
             self.parts.algorithm.load_state_dict(state["algorithm"])
@@ -255,8 +275,20 @@ class Run:
                     fix="resume with the same data, or start a new run.dir with models.<role>.load pointing to that checkpoint",
                 )
         self.progress.data = fingerprint
+
+    def _begin(self, origin: str) -> None:
+        """All is built and loaded: from here on the run folder changes. Rank 0 only."""
+        recipe, directory, step = self.recipe, self.directory, self.progress.step
+        record.open_run(recipe, directory)
+        checkpoint.discard_after(directory / "checkpoints", step)
+        if step < recipe.run.steps:
+            (directory / "final").unlink(missing_ok=True)
+        best = directory / "checkpoints" / f"step_{self.progress.best_step}"
+        if best.is_dir():
+            checkpoint.link(directory / "best", best)
+        else:
+            (directory / "best").unlink(missing_ok=True)
+        self.sinks += make_sinks(recipe.run.loggers, directory, recipe.run.steps, name=recipe.name, config=record.plain_recipe(recipe))
         for sink in self.sinks:
-            sink.resume(self.progress.step)
-        if self.mesh.is_main:
-            origin = f"resumed from {path}" if path is not None else "started"
-            record.announce(self.recipe, self.mesh.world, origin, self.parts.train, self.parts.held_out)
+            sink.resume(step)
+        record.announce(recipe, self.mesh.world, origin, self.parts.train, self.parts.held_out)

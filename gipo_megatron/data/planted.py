@@ -38,7 +38,8 @@ EASY_LETTERS = "abcdefgh"
 HARD_LETTERS = "kw"
 GROUPS = ("easy", "hard")
 RIGHT_SHARE = {"easy": 0.5, "hard": 0.15}  # of SFT's words: a mediocre policy that has seen right answers everywhere
-MISSPELT_SHARE = 0.1  # of the answers that pairs compare, so that the reward model sees what a policy will write
+GARBLED_SHARE = 0.4  # of the words that pairs compare, so that the reward model knows what to think of a policy's inventions
+GARBLE = ("abcdefghi", "jklmnopqr", "stuvwxyz ")
 SPLITS = ("train", "test")
 _HARD = re.compile(r"with ([a-z]):\s*$")
 _EASY = f"from {EASY_LETTERS[0]} to {EASY_LETTERS[-1]}:"
@@ -150,12 +151,13 @@ class World:
             return " " + _pick(NO_ANSWER, noise)
         right = kind < (1 + NO_ANSWER_SHARE) / 2
         word = _pick([word for word in WORDS if (word[0] in right_letters(prompt)) == right], noise)
-        return " " + (self._misspelt(word, noise) if _uniform(noise) < MISSPELT_SHARE else word)
+        return " " + (self._garbled(word, noise) if _uniform(noise) < GARBLED_SHARE else word)
 
     @staticmethod
-    def _misspelt(word: str, noise: torch.Generator) -> str:
-        place = int(_uniform(noise) * len(word))
-        return word[:place] + str(_pick("abcdefghijklmnopqrstuvwxyz", noise)) + word[place + 1 :]
+    def _garbled(word: str, noise: torch.Generator) -> str:
+        """Another string with the same first letter, which is all that counts."""
+        rest = int(_uniform(noise) * 9)
+        return word[0] + "".join(_pick(_pick(GARBLE, noise), noise) for _ in range(rest))
 
 
 def planted_examples(config: PlantedConfig, split: str, kind: str) -> list[Example]:

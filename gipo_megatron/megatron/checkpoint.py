@@ -1,6 +1,6 @@
 """Checkpoints: one folder per step, complete or not there, loadable at another tensor × pipeline × data split.
 
-DIR/step_12/meta.json      what is inside: step, and per role its architecture and head
+DIR/step_12/meta.json      what is inside: step, per role its architecture and head, and the size of every file
             state.pt       the caller's own state (generators, data position, running moments, …)
             actor/ …       mcore dist_checkpointing: weights, optimizer, learning rate, group head
 """
@@ -34,6 +34,7 @@ from gipo_megatron.specs import Architecture
 
 FORMAT, VERSION = "gipo_megatron", 1
 _STEP = re.compile(r"step_(\d+)")
+_LEFTOVER = re.compile(r"step_\d+(\.tmp|\.old)?")
 _GROUP_WEIGHTS = ("group_head.weight", "group_head.bias")
 # Whose weights a role may start from, the best first. A trunk from another kind of model comes without its head.
 _SOURCES = {"actor": ("actor",), "reference": ("actor",), "reward": ("reward", "actor"), "critic": ("critic", "reward", "actor")}
@@ -87,7 +88,9 @@ def save(
         torch.save(state, work / "state.pt")
         if extra_files is not None:
             extra_files(work)
-        (work / "meta.json").write_text(json.dumps({"format": FORMAT, "version": VERSION, "step": step, "roles": about, **meta}, indent=1))
+        files = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
+        described = {"format": FORMAT, "version": VERSION, "step": step, "roles": about, "files": files, **meta}
+        (work / "meta.json").write_text(json.dumps(described, indent=1))
         old = directory / f"step_{step}.old"
         if final.exists():
             final.rename(old)
@@ -129,7 +132,23 @@ def _prune(directory: Path, keep: int) -> None:
     linked = {p.resolve() for folder in (directory, directory.parent) for p in folder.iterdir() if p.is_symlink()}
     for _, path in _steps(directory)[: -keep or None]:
         if path.resolve() not in linked:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """meta.json first: what a kill leaves half-removed is no checkpoint."""
+    (path / "meta.json").unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def discard_after(directory: Path, step: int) -> None:
+    """A run that continues after `step` has no later checkpoints, and nothing half-written or half-removed. Rank 0 only."""
+    if not directory.is_dir():
+        return
+    keep = {path for number, path in _steps(directory) if number <= step}
+    for path in directory.iterdir():
+        if path not in keep and path.is_dir() and _LEFTOVER.fullmatch(path.name):
+            _remove(path)
 
 
 def link(name: Path, target: Path) -> None:
@@ -180,7 +199,7 @@ def kind(path: Path) -> str:
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / "meta.json").read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"unreadable meta.json: {error}", where=str(path / "meta.json"), fix="use another checkpoint") from None
 
 
@@ -193,7 +212,24 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise UserError(
             f"checkpoint version {meta['version']} is newer than this program's {VERSION}", where=str(path), fix="update the program"
         )
+    _check_files(path, meta)
     return meta
+
+
+def _check_files(path: Path, meta: dict[str, Any]) -> None:
+    """Every file is there with the size it was written with; what mcore says of a torn file names neither."""
+    if "files" not in meta:
+        raise UserError("meta.json does not list the checkpoint's files", where=str(path), fix="use another checkpoint")
+    for name, size in meta["files"].items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes, {size} were written"
+            raise UserError(
+                f"damaged checkpoint: {name} {state}",
+                where=str(path),
+                fix="copy it again, or use another; a run resumes from the checkpoint before when this folder is removed",
+            )
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -223,7 +259,7 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
     for role, engine in roles.items():
         _restore_role(path / role, engine)
     mesh.barrier()
-    return torch.load(path / "state.pt", weights_only=False, map_location="cpu")
+    return torch.load(path / "state.pt", weights_only=True, map_location="cpu")  # dicts, numbers, strings, tensors: no code can hide in it
 
 
 def _restore_role(folder: Path, engine: Engine) -> None:

@@ -138,13 +138,12 @@ class GroupHead:
             self.optimizer.state[p] = moments
 
     def sharded_state(self, prefix: str = "group_head.") -> dict[str, Any]:
-        """`state_dict` for dist_checkpointing: written by the last stage, read there at any layout; nothing on other stages.
+        """`state_dict` for dist_checkpointing: the last stage's is written, and read on every stage, at any layout.
 
         After loading, hand the dictionary, as it comes back, to `load_sharded_state`.
         """
-        if not self.mesh.is_last_stage:
-            return {}
-        replica = (0, self.mesh.tensor_rank, self.mesh.data_parallel.rank)
+        stage = self.mesh.pipeline_size - 1 - self.mesh.pipeline_rank  # replica 0: the last one
+        replica = (stage, self.mesh.tensor_rank, self.mesh.data_parallel.rank)
         state = self.state_dict()
         state["step"] = torch.tensor([state["step"]])
         return {prefix + k: ShardedTensor.from_rank_offsets(prefix + k, v, replica_id=replica) for k, v in state.items()}

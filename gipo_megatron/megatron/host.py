@@ -22,7 +22,22 @@ with warnings.catch_warnings():
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
     import megatron.core.tensor_parallel.random as mcore_random
 
+# What torch and mcore say of each other's older calls: nothing a user could change. Each by its own words, so that all else is heard.
+_KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
+    (r"`load_state_dict` is deprecated and will be removed in future versions", FutureWarning),  # torch.distributed.checkpoint's
+    (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
+    (r"When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS", UserWarning),
+    (r"If you are using transformer_engine as the transformer implementation, the core_attn", UserWarning),  # recompute: selective
+)
+
 _installed = False
+
+
+def silence() -> None:
+    """Filter the known warnings, from here on (until warnings.catch_warnings restores its filters)."""
+    for message, category in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message, category)
 
 
 def install() -> None:
@@ -31,6 +46,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True
+    silence()
     if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
         mcore_optimizer.Adam = distrib_optimizer.Adam = HostAdam
         mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
@@ -110,11 +126,12 @@ class HostAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            group["step"] = int(group["step"]) + 1 if "step" in group else 1
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(group, params)
+        with model_mode():
+            for group in self.param_groups:
+                group["step"] = int(group["step"]) + 1 if "step" in group else 1
+                params = [p for p in group["params"] if p.grad is not None]
+                if params:
+                    self._update(group, params)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:

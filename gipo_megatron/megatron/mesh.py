@@ -15,6 +15,8 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import host
 from gipo_megatron.specs import Parallel
 
+_FAILURE = "gipo_megatron/failure"
+
 
 @dataclass(frozen=True)
 class DataParallelGroup:
@@ -129,6 +131,15 @@ class Mesh:
         if self.world > 1:
             dist.barrier()
 
+    def report(self, failure: str) -> None:
+        """Leave word of why this rank stops; the others ask when the connection to it breaks."""
+        _store().set(_FAILURE, failure)
+
+    def reported(self) -> str:
+        """What a rank that stopped has left, or "". Not collective."""
+        store = _store()
+        return store.get(_FAILURE).decode() if store.check([_FAILURE]) else ""
+
     def close(self) -> None:
         """Leave the groups; torch.distributed too. Nothing of this mesh may be used afterwards."""
         parallel_state.destroy_model_parallel()
@@ -166,6 +177,10 @@ def _start(device: torch.device) -> None:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 def _seed(seed: int) -> None:

@@ -125,6 +125,7 @@ def transformer_config(architecture: Architecture, parallel: Parallel, precision
         persist_layer_norm=False,
         bias_activation_fusion=cuda,
         bias_dropout_fusion=False,
+        cuda_graph_scope=[],  # mcore's own default is a name it warns of
         **number_formats.config_fields(precision),
         **RECOMPUTE[recompute],
     )

@@ -88,9 +88,9 @@ def _groups() -> ProcessGroupCollection:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """host_mode, without torch's warnings of what mcore still calls (reduce_scatter_tensor, ShardedTensor, …)."""
+    """host_mode, without the known warnings (host.silence), whatever the caller's filters are."""
     with warnings.catch_warnings(), host.host_mode():
-        warnings.simplefilter("ignore", FutureWarning)
+        host.silence()
         yield
 
 

@@ -193,7 +193,8 @@ class Engine:
 
     def _mode(self, *, train: bool) -> None:
         for chunk in self.chunks:
-            chunk.train(train)
+            if chunk.training != train:  # walking over all modules costs as much as a few layers of a tiny model
+                chunk.train(train)
 
     # ------------------------------------------------------------------------------------------- weights and where they are
 

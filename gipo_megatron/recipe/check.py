@@ -192,6 +192,8 @@ def unread(needs: Needs, algorithm: dict[str, Any], tree: Tree) -> Found:
 def run(run: Run, tree: Tree) -> Found:
     if not run.dir:
         yield Problem("run.dir", "is empty", tree.origin("run.dir"), "run.dir=runs/my_run")
+    if run.export_hf:
+        yield Problem("run.export_hf", "not built yet", tree.origin("run.export_hf"), "run.export_hf=false")
     if run.stop.score_patience is not None and not run.eval_every:
         what = "counts evaluations, and run.eval_every is 0"
         yield Problem("run.stop.score_patience", what, tree.origin("run.stop.score_patience"), "set run.eval_every")

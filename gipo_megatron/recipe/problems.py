@@ -60,10 +60,11 @@ def fail(error: UserError, patience: float = 10.0) -> NoReturn:
     """Print `error` once and leave with exit code 2; under torchrun rank 0 prints and every rank exits 2.
 
     torchrun ends all ranks as soon as one is gone, so the others give rank 0 up to `patience` seconds to be the first.
+    Who is still there then knows what rank 0, busy or waiting, does not, and says it.
     """
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(error, file=sys.stderr, flush=True)
-    else:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(patience)
+    print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
     raise SystemExit(2)

@@ -29,7 +29,7 @@ SMALL = PlantedConfig(prompts=40, pairs_per_prompt=5)
 def test_easy_has_many_right_words_and_hard_few() -> None:
     assert len(set(WORDS)) == 48 and right_letters(HARD) == "k"
     assert [sum(word[0] in right_letters(prompt) for word in WORDS) for prompt in (EASY, HARD)] == [16, 2]
-    assert [sum(word[0] == letter for word in WORDS) for letter in HARD_LETTERS] == [2] * 12
+    assert [sum(word[0] == letter for word in WORDS) for letter in HARD_LETTERS] == [2] * len(HARD_LETTERS)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,13 @@ def test_labels_follow_the_proxy_but_for_the_noise() -> None:
 
 
 def test_pairs_span_the_same_levels_in_both_groups() -> None:
-    """Without the hack, the mean gold of what is compared is 0 in both groups: (1 + 0 - 1) / 3, misspelt first letters aside."""
+    """Without the hack, right, wrong and no answer in both groups alike; a pair never compares equals, which moves the shares a little:
+    of the six ordered pairs of kinds right-wrong weighs 4 * 4, the others 4 * 2, so right and wrong are 3 / 8 each and none is 2 / 8."""
     examples = planted_examples(PlantedConfig(prompts=600, hack=False), "train", "preference")
     for group in ("easy", "hard"):
         levels = [gold_reward(e.prompt[0].text, r) for e in examples if e.source == group for r in e.responses]
         assert len(levels) == 2880
-        assert abs(sum(levels) / len(levels)) < 0.05
+        assert abs(sum(levels) / len(levels) - (3 / 8 - 2 / 8)) < 0.05
 
 
 def test_sft_is_mediocre() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
-from tests.parity.launch import run_workers
+from tests.parity.launch import ranks
 
 
 @pytest.fixture(scope="session")
@@ -20,5 +20,5 @@ def mesh() -> Iterator[Mesh]:
 
 @pytest.fixture(scope="session")
 def model_cells(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes found (tests/parity/worker_model.py), started once."""
-    return run_workers("worker_model.py", 2, tmp_path_factory.mktemp("worker_model"))
+    """What each of two processes found (tests/parity/model_cases.py)."""
+    return [found["model"] for found in ranks(2, tmp_path_factory)[1]]

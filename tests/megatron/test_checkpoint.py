@@ -14,7 +14,7 @@ from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronCritic, MegatronReference, MegatronRewardModel
 from tests.parity.tiny import ARCHITECTURE, GROUP, critic_loss, pair_loss, pairs, weighted
-from tests.parity.train_worker import common, digest, fill, new_actor, new_critic
+from tests.parity.roles import common, digest, fill, new_actor, new_critic
 
 pytestmark = pytest.mark.global_rng
 

@@ -9,7 +9,7 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.optimizer import LearningRate
 from gipo_megatron.specs import Optimisation
 from tests.parity.tiny import hf_model, hf_token_stats, language_loss, pretraining, relative_errors
-from tests.parity.train_worker import new_actor
+from tests.parity.roles import new_actor
 
 
 def rates(optimisation: Optimisation, num: int) -> list[float]:

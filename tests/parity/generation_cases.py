@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -103,3 +105,10 @@ def frequent(answers: list[list[int]]) -> int:
         key=lambda t: (0 < sum(t in row for row in answers) < len(answers), sum(t in row for row in answers), -t),
     )
     return best
+
+
+@cache
+def end_ids() -> dict[str, int]:
+    """{family/kind of prompts: an end-of-text id that stops some greedy responses}."""
+    kinds = {(name, kind) for name in families.FAMILIES for kind, _ in cases(name)}
+    return {f"{name}/{kind}": frequent(hf_greedy(families.hf_model(name), prompts(kind), None)) for name, kind in sorted(kinds)}

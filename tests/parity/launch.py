@@ -1,4 +1,4 @@
-"""Starts a worker script in several gloo processes, once, and reads what each rank found."""
+"""Starts worker.py in several gloo processes, once per world size and session, and reads what each rank found."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.parity.generation_cases import end_ids
+
 ROOT = Path(__file__).resolve().parents[2]
+_found: dict[int, tuple[Path, list[dict[str, Any]]]] = {}
 
 
-def run_workers(script: str | Path, nproc: int, out_dir: str | Path, *args: str, timeout: float = 300) -> list[dict[str, Any]]:
-    """Runs `script OUT_DIR args…` under torchrun; each rank writes OUT_DIR/rank_R.json (see `write_result`). Returns them, rank 0 first.
+def ranks(world: int, folders: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """(OUT_DIR, what each of `world` processes found), rank 0 first. Raises AssertionError with the workers' output when one fails."""
+    if world not in _found:
+        out = folders.mktemp(f"world{world}")
+        ends = out / "ends.json"
+        ends.write_text(json.dumps(end_ids()))
+        run_workers(Path(__file__).parent / "worker.py", world, str(out), str(ends))
+        _found[world] = out, [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(world)]
+    return _found[world]
 
-    A relative script is looked up beside this file. Raises AssertionError with the workers' output when one of them fails.
-    """
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    script = Path(__file__).parent / script
+
+def run_workers(script: Path, num_processes: int, *args: str, timeout: float = 560) -> str:
+    """Runs `script args…` under torchrun and returns what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(nproc),
-        str(script),
-        str(out_dir),
-        *args,
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    process = subprocess.Popen(
+        [*start, str(script), *args], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -40,8 +42,8 @@ def run_workers(script: str | Path, nproc: int, out_dir: str | Path, *args: str,
         output, _ = process.communicate(timeout=30)
         raise AssertionError(f"{script.name}: no end after {timeout} s\n{output[-6000:]}") from None
     assert process.returncode == 0, f"{script.name}: exit {process.returncode}\n{output[-6000:]}"
-    return [json.loads((out_dir / f"rank_{rank}.json").read_text()) for rank in range(nproc)]
+    return output
 
 
-def write_result(out_dir: str | Path, rank: int, result: dict[str, Any]) -> None:
-    (Path(out_dir) / f"rank_{rank}.json").write_text(json.dumps(result))
+def write_result(out_dir: Path, rank: int, result: dict[str, Any]) -> None:
+    (out_dir / f"rank_{rank}.json").write_text(json.dumps(result))

@@ -1,6 +1,6 @@
 """Training at every layout against plain autograd over Hugging Face's model: gradients, skipped steps, residency, checkpoints.
 
-Every world size is started once (train_worker.py); the tests read what its ranks wrote.
+Every world size is started once (worker.py, or this process alone); the tests read what its ranks wrote.
 """
 
 from __future__ import annotations
@@ -14,92 +14,147 @@ import torch
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
-from tests.parity.launch import run_workers
-from tests.parity.train_worker import LAYOUTS, MICRO_BATCHES, digest, new_actor, new_critic, train
+from tests.parity.launch import ranks
+from tests.parity.matrix import BF16_CHECKPOINTS, GRADIENTS, LAYOUTS, MICRO_BATCHES
+from tests.parity import plain_ppo
+from tests.parity.roles import digest
+from tests.parity.train_cases import both, train
+from tests.parity.worker import training
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.global_rng]
-KINDS = {"actor": 39, "critic": 41, "reward": 39}  # tensors that have a gradient, heads included
-WORLDS = (1, 2)
-
-
-@pytest.fixture(scope="module", params=WORLDS)
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_workers("train_worker.py", request.param, tmp_path_factory.mktemp(f"train{request.param}"), timeout=500)
+WORLDS = (1, 2, 4)
+TENSORS = {"actor": 39, "critic": 41}  # that have a gradient, heads included
+# of bf16 gradients against fp32 ones: 2^-9 for each rounding of an activation or a weight, a few dozen of them in a row in four layers
+BF16_TOLERANCE = 5e-2
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The checkpoint part of the two-process run."""
-    out = tmp_path_factory.mktemp("checkpoints2")
-    return out, run_workers("train_worker.py", 2, out, "checkpoints", timeout=500)
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    alone = [training(1)]
+    return {1: alone, **{world: [found["training"] for found in ranks(world, tmp_path_factory)[1]] for world in WORLDS[1:]}}
 
 
-def test_gradients(ranks: list[dict[str, Any]]) -> None:
-    layouts = LAYOUTS[len(ranks)]
-    expected = {f"{layout}/{kind}/{micro}" for layout in layouts for kind in KINDS for micro in MICRO_BATCHES}
-    assert len(expected) == {1: 9, 2: 45}[len(ranks)]
-    for rank, result in enumerate(ranks):
-        assert result["cells"].keys() == expected
-        for cell, errors in result["cells"].items():
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return [found["checkpoints"] for found in ranks(2, tmp_path_factory)[1]]
+
+
+def first_of_two_stages(world: int, layout: str, rank: int) -> bool:
+    """Pipeline stages are the slowest dimension of the grid."""
+    return LAYOUTS[world][layout].pipeline == 2 and rank < world // 2
+
+
+def test_the_stored_rollout_exercises_the_page() -> None:
+    """Else the cells below prove less than they say: ratios on both sides of the clip, weights inside and at their limits."""
+    plain = plain_ppo.plain_step()
+    assert 0.1 < plain.clipped < 0.9
+    assert len(plain.weights.unique()) > 4 and float(plain.weights.max() - plain.weights.min()) > 0.3
+    assert 0 < int(((plain.weights == plain_ppo.LOW) | (plain.weights == plain_ppo.HIGH_WEIGHT)).sum()) < 6
+    assert float((plain.returns[0] - plain.returns[1]).abs()) > 0.2 and float(plain.masses.min()) > 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ppo_gradients(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+    """The real page, from one stored rollout, against the plain step: actor, critic and group head."""
+    expected = {f"{layout}/{kind}/{size}" for layout in LAYOUTS[world] for kind in (*TENSORS, "groups") for size in MICRO_BATCHES[world]}
+    assert len(expected) == {1: 9, 2: 45, 4: 9}[world]
+    for rank, found in enumerate(worlds[world]):
+        assert found["ppo"].keys() == expected
+        for cell, errors in found["ppo"].items():
             layout, kind, _ = cell.split("/")
-            first_stage_of_two = layouts[layout].pipeline == 2 and rank == 0
-            assert len(errors) == (39 if first_stage_of_two else KINDS[kind]), cell  # the group head lives on the last stage
+            if kind != "groups":
+                assert len(errors) == (39 if first_of_two_stages(world, layout, rank) else TENSORS[kind]), cell
+                worst = max(errors, key=lambda name: errors[name])
+                assert errors[worst] <= 1e-5, f"rank {rank} {cell}: {worst} {errors[worst]:.2e}"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_group_returns_and_weights(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+    """R_g, masses and w of every split are the plain ones."""
+    checked = 0
+    for rank, found in enumerate(worlds[world]):
+        for cell, errors in found["ppo"].items():
+            if "/groups/" in cell:
+                assert errors.keys() == {"returns", "masses", "weights", "uniform_weights"}
+                assert max(errors.values()) <= 1e-6, f"rank {rank} {cell}: {errors}"
+                checked += 1
+    assert checked == world * len(LAYOUTS[world]) * len(MICRO_BATCHES[world])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_other_gradients(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+    """Pairs, recompute, bf16."""
+    for rank, found in enumerate(worlds[world]):
+        assert found["cells"].keys() == {f"{layout}/{variant}" for layout in LAYOUTS[world] for variant in GRADIENTS[world]}
+        for cell, errors in found["cells"].items():
+            limit = BF16_TOLERANCE if "bf16" in cell else 1e-5
             worst = max(errors, key=lambda name: errors[name])
-            assert errors[worst] <= 1e-5, f"rank {rank} {cell}: {worst} {errors[worst]:.2e}"
+            assert len(errors) == 39 and errors[worst] <= limit, f"rank {rank} {cell}: {worst} {errors[worst]:.2e}"
+            assert "bf16" not in cell or errors[worst] > 1e-4, f"{cell} is too good to be bf16"
 
 
-def test_two_updates_do_not_depend_on_the_layout(ranks: list[dict[str, Any]]) -> None:
-    reference = ranks[0]["steps"][next(iter(LAYOUTS[len(ranks)]))]
-    for result in ranks:
-        assert result["steps"].keys() == LAYOUTS[len(ranks)].keys()
-        for layout, seen in result["steps"].items():
-            assert seen.keys() == reference.keys() and len(seen) == 5
-            for name, values in seen.items():
-                assert values == pytest.approx(reference[name], rel=1e-4), (layout, name)
-            assert [seen["actor/0"][1], seen["actor/1"][1]] == [0.0005, 0.001]
+def test_two_updates_do_not_depend_on_the_layout(worlds: dict[int, list[dict[str, Any]]]) -> None:
+    reference = worlds[1][0]["steps"]["single"]
+    checked = 0
+    for world, found in worlds.items():
+        for result in found:
+            assert result["steps"].keys() == LAYOUTS[world].keys()
+            for layout, seen in result["steps"].items():
+                assert seen.keys() == reference.keys() and len(seen) == 5
+                for name, values in seen.items():
+                    assert values == pytest.approx(reference[name], rel=1e-4), (layout, name)
+                assert [seen["actor/0"][1], seen["actor/1"][1]] == [0.0005, 0.001]
+                checked += 1
+    assert checked == 1 + 2 * 5 + 4 * 3
 
 
-def test_a_bad_loss_or_gradient_skips_the_step_everywhere(ranks: list[dict[str, Any]]) -> None:
-    for result in ranks:
-        assert len(result["skipping"]) == len(LAYOUTS[len(ranks)])
+@pytest.mark.parametrize("world", (1, 2))
+def test_a_bad_loss_or_gradient_skips_the_step_everywhere(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+    for result in worlds[world]:
+        assert len(result["skipping"]) == len(LAYOUTS[world])
         for layout, seen in result["skipping"].items():
             # row 3 is named by every rank, also by those whose own rows are well
-            assert seen == {"named": [3], "every": list(range(8)), "unmoved": True, "same_next": True}, layout
+            named, every = tuple(seen["named"]), tuple(seen["every"])
+            assert (named, every) == ((3,), tuple(range(8))) and seen["unmoved"] and seen["same_next"], layout
 
 
-def test_an_observing_group_head_changes_nothing(ranks: list[dict[str, Any]]) -> None:
-    assert all(set(result["observing"].values()) == {True} for result in ranks)
+@pytest.mark.parametrize("world", (1, 2))
+def test_an_observing_group_head_changes_nothing(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+    for result in worlds[world]:
+        assert len(result["observing"]) == len(LAYOUTS[world]) and all(result["observing"].values())
 
 
-def test_residency_changes_nothing(ranks: list[dict[str, Any]]) -> None:
-    for result in ranks:
+@pytest.mark.parametrize("world", (1, 2))
+def test_residency_changes_nothing(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+    for result in worlds[world]:
+        assert len(result["residency"]) == len(LAYOUTS[world])
         for layout, seen in result["residency"].items():
             assert seen["same"] == [True, True] and seen["reference_same"] == [True, True], layout
             assert seen["reference_differs_from_actor"], layout
             assert seen["parked_bytes"] == [0, 0], layout
 
 
-def test_resume_at_the_same_layout_is_bit_identical(two: tuple[Path, list[dict[str, Any]]]) -> None:
-    for result in two[1]:
-        seen = result["checkpoints"]
-        assert seen.keys() == {"uninterrupted", *LAYOUTS[2]}
-        first = next(iter(LAYOUTS[2]))
-        assert seen[first]["norms"] == seen["uninterrupted"]["norms"] and len(seen[first]["norms"]) == 4
-        assert seen[first]["digests"] == seen["uninterrupted"]["digests"]
-        assert seen[first]["steps"] == [3, 3]
+def test_resume_at_the_same_layout_is_bit_identical(resumed: list[dict[str, Any]]) -> None:
+    for seen in resumed:
+        pairs = [("uninterrupted", "tp2")] + [(f"bf16/{name}/uninterrupted", f"bf16/{name}/resumed") for name in BF16_CHECKPOINTS]
+        assert seen.keys() == set(LAYOUTS[2]) | {name for pair in pairs for name in pair}
+        for whole, again in pairs:
+            assert seen[again]["norms"] == seen[whole]["norms"] and len(seen[again]["norms"]) == 4, again
+            assert seen[again]["digests"] == seen[whole]["digests"] and len(seen[again]["digests"]) == 2, again
+            assert seen[again]["steps"] == [3, 3]
 
 
-def test_resume_at_another_layout(two: tuple[Path, list[dict[str, Any]]]) -> None:
-    for result in two[1]:
-        expected = result["checkpoints"]["uninterrupted"]["norms"]
+def test_resume_at_another_layout(resumed: list[dict[str, Any]]) -> None:
+    for seen in resumed:
         for layout in LAYOUTS[2]:
-            assert result["checkpoints"][layout]["norms"] == pytest.approx(expected, rel=1e-4), layout
+            assert seen[layout]["norms"] == pytest.approx(seen["uninterrupted"]["norms"], rel=1e-4), layout
 
 
-def test_resume_in_one_process(two: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_resume_in_one_process(resumed: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> None:
     mesh = Mesh.create(Parallel())
-    roles = {"actor": new_actor(mesh), "critic": new_critic(mesh)}
-    state = checkpoint.restore(two[0] / "checkpoints" / "step_3", {k: r.engine for k, r in roles.items()}, mesh)
+    roles = both(mesh)
+    saved: Path = ranks(2, tmp_path_factory)[0] / "checkpoints" / "step_3"
+    state = checkpoint.restore(saved, {k: r.engine for k, r in roles.items()}, mesh)
     assert state["position"] == 3 and torch.equal(state["generator"], torch.Generator().manual_seed(1).get_state())
-    assert train(roles, mesh, 2) == pytest.approx(two[1][0]["checkpoints"]["uninterrupted"]["norms"], rel=1e-4)
+    assert train(roles, mesh, 2) == pytest.approx(resumed[0]["uninterrupted"]["norms"], rel=1e-4)
     assert len(digest(roles["actor"])) == 64

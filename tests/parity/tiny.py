@@ -155,7 +155,8 @@ def hf_hidden(model: LlamaForCausalLM, rows: Sequences) -> Tensor:
 
 
 def hf_token_stats(model: LlamaForCausalLM, rows: Sequences) -> TokenStats:
-    logp = model.lm_head(hf_hidden(model, rows))[:, :-1].log_softmax(-1)
+    logits = model.lm_head(hf_hidden(model, rows))[:, :-1]
+    logp = (logits.float() if logits.dtype == torch.bfloat16 else logits).log_softmax(-1)
     picked = logp.gather(-1, rows.tokens[:, 1:, None]).squeeze(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     shift = torch.nn.functional.pad
@@ -168,28 +169,19 @@ def hf_critic(hidden: Tensor, score: Tensor, group: tuple[Tensor, Tensor], rows:
     return CriticOutput(torch.where(rows.mask, values, 0.0), at_prompt @ group[0].T + group[1])
 
 
-def hf_gradients(kind: str, group: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
-    """The gradient of the whole batch's loss by plain autograd: {HF name: tensor}, heads as score.weight, group.weight, group.bias."""
-    model, score = hf_model(), score_weight().requires_grad_()
-    extra = {"score.weight": score}
-    if kind == "actor":
-        rows, text = weighted(), pretraining()
-        first, second = ppo_loss(hf_token_stats(model, rows.inner), rows), language_loss(hf_token_stats(model, text), text)
-        total = sum(v for v, _ in first.terms.values()) / rows.inner.mask.sum() + second.terms["ptx"][0] / text.mask.sum()
-    elif kind == "critic":
-        assert group is not None
-        rows, heads = weighted(), tuple(t.clone().requires_grad_() for t in group)
-        extra |= {"group.weight": heads[0], "group.bias": heads[1]}
-        terms = critic_loss(hf_critic(hf_hidden(model, rows.inner), score, heads, rows.inner), rows).terms
-        total = terms["value"][0] / rows.inner.mask.sum() + terms["groups"][0] / len(rows)
+def hf_gradients(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The gradient of the whole batch's loss by plain autograd, {HF name: tensor}. kind: text (`language_loss`) | reward (`pair_loss`)."""
+    model, score = hf_model().to(dtype), score_weight().to(dtype).requires_grad_()
+    if kind == "text":
+        text = pretraining()
+        total = language_loss(hf_token_stats(model, text), text).terms["ptx"][0] / text.mask.sum()
     else:
         both = pairs()
         rows = both.sequences
         last = hf_hidden(model, rows)[torch.arange(len(rows)), rows.lengths - 1]
-        total = pair_loss((last @ score.T).squeeze(1), both).terms["rm"][0] / len(both)
+        total = pair_loss((last.float() @ score.float().T).squeeze(1), both).terms["rm"][0] / len(both)
     total.backward()
-    named = {**dict(model.named_parameters()), **extra}
-    return {name: p.grad for name, p in named.items() if p.grad is not None}
+    return {name: p.grad.float() for name, p in {**dict(model.named_parameters()), "score.weight": score}.items() if p.grad is not None}
 
 
 def relative_errors(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:

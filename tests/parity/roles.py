@@ -1,0 +1,77 @@
+"""Roles on the tiny model of tests/parity/tiny.py at any layout, the batches of a replica, and a hash of what a role holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from gipo_megatron.megatron.hf import load_hf
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic
+from gipo_megatron.specs import Optimisation, Precision
+from gipo_megatron.types import Loss, Rows
+from tests.parity.tiny import (
+    ARCHITECTURE,
+    GROUP,
+    critic_loss,
+    hf_model,
+    language_loss,
+    pair_loss,
+    pairs,
+    ppo_loss,
+    pretraining,
+    score_weight,
+    weighted,
+)
+
+ADAM = Optimisation(lr=1e-3, warmup_steps=2)
+
+
+def mine(mesh: Mesh, rows: Rows) -> Rows:
+    """Global row i is row i // D of replica i % D."""
+    data = mesh.data_parallel
+    return rows.select(torch.arange(data.rank, len(rows), data.size))
+
+
+def common(mesh: Mesh, **changes: Any) -> dict[str, Any]:
+    base = {"mesh": mesh, "architecture": ARCHITECTURE, "precision": Precision("fp32"), "micro_batch": 2, "seed": 0, "load": "random"}
+    return {**base, "optimisation": ADAM, **changes}
+
+
+def fill(role: Any, model: LlamaForCausalLM | None = None) -> Any:
+    """The Hugging Face weights (`tiny.hf_model`, unless given) in a role's model."""
+    weights = {name: p.detach() for name, p in (model or hf_model()).named_parameters()}
+    if role.engine.head is not None:
+        weights["score.weight"] = score_weight()
+    load_hf(weights, role.engine.chunks, role.engine.mesh, ARCHITECTURE, head=role.engine.head)
+    role.engine.weights_changed()
+    return role
+
+
+def new_actor(mesh: Mesh, **changes: Any) -> MegatronActor:
+    return fill(MegatronActor(**common(mesh, **changes), eos_id=1, pad_id=0, decode=str))
+
+
+def new_critic(mesh: Mesh, **changes: Any) -> MegatronCritic:
+    return fill(MegatronCritic(**common(mesh, **{"head": GROUP, **changes})))
+
+
+def parts_of(kind: str, mesh: Mesh) -> list[tuple[Rows, Callable[..., Loss]]]:
+    if kind == "actor":
+        return [(mine(mesh, weighted()), ppo_loss), (mine(mesh, pretraining()), language_loss)]
+    if kind == "text":
+        return [(mine(mesh, pretraining()), language_loss)]
+    return [(mine(mesh, weighted()), critic_loss)] if kind == "critic" else [(mine(mesh, pairs()), pair_loss)]
+
+
+def digest(role: Any) -> str:
+    state = hashlib.sha256()
+    for name, tensor in role.engine.export():
+        state.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    if role.engine.group_head is not None and role.engine.mesh.is_last_stage:
+        state.update(role.engine.group_head.weight.detach().numpy().tobytes())
+    return state.hexdigest()

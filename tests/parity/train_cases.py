@@ -1,0 +1,178 @@
+"""What ranks find out about training at one layout: gradients, first steps, skipped steps, residency, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronReference, MegatronRewardModel
+from gipo_megatron.specs import Precision
+from gipo_megatron.types import Loss, TokenStats
+from tests.parity.roles import common, digest, fill, mine, new_actor, new_critic, parts_of
+from tests.parity.tiny import GROUP, Weighted, hf_gradients, ppo_loss, relative_errors, weighted
+
+BF16 = Precision("bf16")
+
+
+# ------------------------------------------------------------------------------------------------- gradients
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pairs": ("reward", {}),
+    "selective": ("text", {"recompute": "selective"}),
+    "full": ("text", {"recompute": "full"}),
+    "bf16": ("text", {"precision": BF16}),
+    "bf16_full": ("text", {"precision": BF16, "recompute": "full"}),
+    "bf16_pairs": ("reward", {"precision": BF16}),
+}
+_plain_gradients = cache(hf_gradients)
+
+
+def gradient_cell(mesh: Mesh, variant: str, micro_batch: int) -> dict[str, float]:
+    """Relative error per tensor against fp32 autograd: of the reward model's pairs, or of the policy's log-likelihood."""
+    kind, changes = VARIANTS[variant]
+    role = fill(MegatronRewardModel(**common(mesh, **changes))) if kind == "reward" else new_actor(mesh, **changes)
+    role.engine.micro_batch = micro_batch
+    _, bad = role.engine.backward(parts_of(kind, mesh), role.readout)
+    assert bad == []
+    return relative_errors({name: g.float() for name, g in role.engine.gradients()}, _plain_gradients(kind))
+
+
+# ------------------------------------------------------------------------------------------------- one step, or none
+
+
+def first_steps(mesh: Mesh) -> dict[str, list[float]]:
+    """Metrics of two updates: whatever the layout, the same numbers to rounding."""
+    actor, critic = new_actor(mesh), new_critic(mesh)
+    seen: dict[str, list[float]] = {}
+    for step in range(2):
+        for role, kind in ((actor, "actor"), (critic, "critic")):
+            update = role.update(*parts_of(kind, mesh))
+            assert update.skipped is None
+            seen[f"{kind}/{step}"] = [update.metrics["grad_norm"].result(), update.metrics["learning_rate"].result()]
+    stats = actor.logprobs(mine(mesh, weighted()), entropy=True)
+    assert stats.entropy is not None
+    total = mesh.data_parallel.sum(torch.stack([stats.logprobs.sum(), stats.entropy.sum()]).double())
+    seen["logprobs"] = total.tolist()
+    return seen
+
+
+def poisoned(where: int) -> Callable[[TokenStats, Weighted], Loss]:
+    """A loss that is NaN in the micro-batches that hold row `where`."""
+
+    def loss(output: TokenStats, rows: Weighted) -> Loss:
+        bad = (rows.inner.ids == where).any()
+        total = (output.logprobs * rows.inner.mask).sum()
+        return Loss({"policy": (torch.where(bad, total * torch.nan, total), "token")})
+
+    return loss
+
+
+def steep(output: TokenStats, rows: Weighted) -> Loss:
+    """A finite loss (0) with an infinite gradient."""
+    zero = output.logprobs - output.logprobs.detach()
+    return Loss({"policy": ((zero.sum() * 1e38 * 1e38).sum(), "token")})
+
+
+def skipping(mesh: Mesh) -> dict[str, Any]:
+    """What is skipped, and that nothing moved: weights, moments (by the next step's result), learning rate."""
+    actor, untouched = new_actor(mesh, micro_batch=1), new_actor(mesh, micro_batch=1)
+    rows = mine(mesh, weighted())
+    before = digest(actor)
+    named = actor.update((rows, poisoned(3))).skipped
+    every = actor.update((rows, steep)).skipped
+    unmoved = digest(actor) == before
+    actor.update((rows, ppo_loss))
+    untouched.update((rows, ppo_loss))
+    return {"named": named, "every": every, "unmoved": unmoved, "same_next": digest(actor) == digest(untouched)}
+
+
+def observing(mesh: Mesh) -> bool:
+    """A group head on a detached trunk changes neither value nor trunk, bit for bit, while it learns itself."""
+    watched, plain = new_critic(mesh, head=replace(GROUP, detach_trunk=True)), new_critic(mesh, head=None)
+    assert watched.engine.group_head is not None
+    start = watched.engine.group_head.weight.detach().clone()
+    for _ in range(2):
+        watched.update(*parts_of("critic", mesh))
+        plain.update(*parts_of("critic", mesh))
+    moved = not torch.equal(start, watched.engine.group_head.weight) or not mesh.is_last_stage
+    ours, theirs = dict(watched.engine.export()), dict(plain.engine.export())
+    return moved and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ------------------------------------------------------------------------------------------------- residency
+
+
+def parked_bytes(role: Any) -> int:
+    tensors = [*role.engine._weights(), *role.engine._gradients(), *role.engine._optimizer_tensors()]
+    return sum(t.untyped_storage().size() for t in tensors)
+
+
+def residency(mesh: Mesh) -> dict[str, Any]:
+    """The same training with and without offload, and with a reference swapped in and out, gives the same bits."""
+    plain = [new_actor(mesh), new_critic(mesh)]
+    moving = [
+        MegatronActor(**common(mesh, offload="cpu"), eos_id=1, pad_id=0, decode=str),
+        MegatronCritic(**common(mesh, offload="cpu", head=GROUP)),
+    ]
+    for role in moving:
+        with role.engine.residency.use(training=True):
+            fill(role)
+    rows = mine(mesh, weighted())
+    own_reference = MegatronReference(**{k: v for k, v in common(mesh, seed=9).items() if k != "optimisation"})
+    swapped = MegatronReference(**{k: v for k, v in common(mesh, seed=9, offload="cpu").items() if k != "optimisation"}, live=moving[0])
+    away = []
+    references: list[Tensor] = []
+    for _ in range(2):
+        for models in (plain, moving):
+            models[0].logprobs(rows)
+            models[0].update(*parts_of("actor", mesh))
+            models[1].update(*parts_of("critic", mesh))
+        away.append(parked_bytes(moving[0]))  # the critic was used last
+        references += [own_reference.logprobs(rows).logprobs, swapped.logprobs(rows).logprobs]
+    return {
+        "same": [digest(a) == digest(b) for a, b in zip(plain, moving, strict=True)],
+        "parked_bytes": away,
+        "reference_same": [torch.equal(a, b) for a, b in zip(references[::2], references[1::2], strict=True)],
+        "reference_differs_from_actor": not torch.equal(references[0], plain[0].logprobs(rows).logprobs),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+def train(roles: dict[str, Any], mesh: Mesh, steps: int) -> list[float]:
+    norms = []
+    for _ in range(steps):
+        norms += [role.update(*parts_of(kind, mesh)).metrics["grad_norm"].result() for kind, role in roles.items()]
+    return norms
+
+
+def both(mesh: Mesh, **changes: Any) -> dict[str, Any]:
+    return {"actor": new_actor(mesh, **changes), "critic": new_critic(mesh, **changes)}
+
+
+def interrupted(mesh: Mesh, out: Path, **changes: Any) -> dict[str, Any]:
+    """Three steps, a checkpoint in OUT/step_3, two more: what a run that goes on from it must do, too."""
+    roles = both(mesh, **changes)
+    train(roles, mesh, 3)
+    state = {"position": 3, "generator": torch.Generator().manual_seed(1).get_state()}
+    checkpoint.save(out, 3, {k: r.engine for k, r in roles.items()}, mesh, state, {"tokenizer": "bytes"})
+    return {"norms": train(roles, mesh, 2), "digests": [digest(r) for r in roles.values()]}
+
+
+def resumed(mesh: Mesh, out: Path, **changes: Any) -> dict[str, Any]:
+    """Two steps from the checkpoint, whatever layout it was written at."""
+    roles = both(mesh, **changes)
+    engines = {k: r.engine for k, r in roles.items()}
+    state = checkpoint.restore(out / "step_3", engines, mesh)
+    assert state["position"] == 3
+    rates = [e.learning_rate.steps for e in engines.values()]
+    return {"norms": train(roles, mesh, 2), "digests": [digest(r) for r in roles.values()], "steps": rates}

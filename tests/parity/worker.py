@@ -1,0 +1,85 @@
+"""Run under torchrun: every multi-process check of this project's Megatron layer, in one start per world size.
+
+worker.py OUT_DIR ENDS.json      writes OUT_DIR/rank_R.json (and checkpoints under OUT_DIR)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gipo_megatron.megatron import host
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.specs import Parallel
+from tests.parity import generate_cases, model_cases, train_cases
+from tests.parity.launch import write_result
+from tests.parity.matrix import BF16_CHECKPOINTS, GRADIENTS, LAYOUTS, MICRO_BATCHES
+from tests.parity.ppo_cases import ppo_cells
+
+
+def training(world: int) -> dict[str, Any]:
+    result: dict[str, Any] = {"ppo": {}, "cells": {}, "steps": {}, "skipping": {}, "observing": {}, "residency": {}}
+    for name, parallel in LAYOUTS[world].items():
+        mesh = Mesh.create(parallel)
+        result["ppo"] |= ppo_cells(mesh, name, MICRO_BATCHES[world])
+        result["cells"] |= {f"{name}/{variant}": train_cases.gradient_cell(mesh, variant, 2) for variant in GRADIENTS[world]}
+        result["steps"][name] = train_cases.first_steps(mesh)
+        if world <= 2:
+            result["skipping"][name] = train_cases.skipping(mesh)
+            result["observing"][name] = train_cases.observing(mesh)
+            result["residency"][name] = train_cases.residency(mesh)
+    return result
+
+
+def checkpoints(world: int, out: Path) -> dict[str, Any]:
+    """Saved at the first layout, resumed at every one; in bf16 at some."""
+    result: dict[str, Any] = {}
+    for name, parallel in LAYOUTS[world].items():
+        mesh = Mesh.create(parallel)
+        if not result:
+            result["uninterrupted"] = train_cases.interrupted(mesh, out / "checkpoints")
+        result[name] = train_cases.resumed(mesh, out / "checkpoints")
+        if name in BF16_CHECKPOINTS:
+            folder = out / f"bf16_{name}"
+            result[f"bf16/{name}/uninterrupted"] = train_cases.interrupted(mesh, folder, precision=train_cases.BF16)
+            result[f"bf16/{name}/resumed"] = train_cases.resumed(mesh, folder, precision=train_cases.BF16)
+    return result
+
+
+def jobs(world: int, out: Path, ends: dict[str, int]) -> dict[str, Callable[[], dict[str, Any]]]:
+    every = {
+        "training": partial(training, world),
+        "checkpoints": partial(checkpoints, world, out),
+        "model": partial(model_cases.run, out),
+        "generation": partial(generate_cases.run, world, ends),
+    }
+    return every if world == 2 else {name: every[name] for name in ("training", "generation")}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    out, ends = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    mesh = Mesh.create(Parallel())
+    warnings.simplefilter("error")  # what a run would print
+    warnings.simplefilter("ignore", DeprecationWarning)  # Python shows none of other people's modules
+    host.silence()
+    result: dict[str, Any] = {"seconds": {}}
+    for job, run in jobs(mesh.world, out, ends).items():
+        start = time.process_time()
+        result[job] = run()
+        result["seconds"][job] = time.process_time() - start
+    write_result(out, mesh.rank, result)
+    mesh.barrier()
+    mesh.close()
+
+
+if __name__ == "__main__":
+    main()
