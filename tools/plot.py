@@ -1,4 +1,4 @@
-"""Figures (and a report) of run folders:  python tools/plot.py RUN_DIR… [out=DIR] [report=PATH]
+"""A table, figures and a report of run folders:  python tools/plot.py RUN_DIR… [out=DIR] [report=PATH]
 
 Figures go to `out`; without it into the run's own figures/ folder, or ./figures for several runs.
 Exit codes: 0 done, 2 a mistake in the command or in a run folder.
@@ -9,9 +9,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.report import write_report
+from gipo_megatron.evaluation.report import summary, write_report
 from gipo_megatron.telemetry.figures import write_figures
+from gipo_megatron.telemetry.runs import load_run
 
 
 def parse(arguments: list[str]) -> tuple[list[str], str, str | None]:
@@ -32,12 +38,23 @@ def parse(arguments: list[str]) -> tuple[list[str], str, str | None]:
     return runs, out, options.get("report")
 
 
+def print_table(rows: list[dict[str, str]]) -> None:
+    """Stage, time and key figure of each run."""
+    table = Table(*rows[0], box=SIMPLE)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row.values()))
+    console = Console()
+    console.width = max(console.width, 120)  # a redirected output has no width of its own
+    console.print(table)
+
+
 def main(arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"]):
         print(__doc__)
         return 0
     try:
         runs, out, report = parse(arguments)
+        print_table([summary(load_run(run)) for run in runs])
         if report is not None:
             print(f"report: {write_report(runs, report, figures_to=out)}, figures in {out}")
             return 0

@@ -13,8 +13,8 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronCritic, MegatronReference, MegatronRewardModel
-from tests.parity.tiny import ARCHITECTURE, GROUP, critic_loss, pair_loss, pairs, weighted
 from tests.parity.roles import common, digest, fill, new_actor, new_critic
+from tests.parity.tiny import ARCHITECTURE, GROUP, critic_loss, pair_loss, pairs, weighted
 
 pytestmark = pytest.mark.global_rng
 

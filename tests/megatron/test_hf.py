@@ -20,7 +20,6 @@ from tests.parity import families
 from tests.parity.readout_reference import ReadoutCase
 
 FP32 = Precision("fp32")
-GRADIENT_LAYOUTS = ("tensor", "tensor_sequence", "pipeline")
 
 
 def loaded(folder: Path, mesh: Mesh, head: str | None = None) -> tuple[list, Architecture, tuple[str, ...]]:
@@ -70,11 +69,11 @@ def test_every_family_at_every_layout_of_two(model_cells: list[dict[str, Any]]) 
 @pytest.mark.multiprocess
 def test_gradients_of_what_llama_has_not(model_cells: list[dict[str, Any]]) -> None:
     """Tied embeddings, QKV bias and QK-norm through the training engine, per tensor; tied copies agree after a step."""
-    names = [f"gradients/{layout}/{name}" for layout in GRADIENT_LAYOUTS for name in ("llama3_tied", "qwen2", "qwen3")]
+    names = [f"gradients/{layout}/{name}" for layout in families.LAYOUTS for name in ("llama3_tied", "qwen2", "qwen3")]
     errors = [cells[name] for cells in model_cells for name in names]
-    assert len(errors) == 18 and max(errors) < 1e-5, errors
+    assert len(errors) == 24 and max(errors) < 1e-5, errors
     tied = [same for cells in model_cells for name, same in cells.items() if name.endswith("/tied")]
-    assert len(tied) == 4 and all(tied)
+    assert len(tied) == 8 and all(tied)
 
 
 def test_a_reward_model_is_a_sequence_classifier(mesh: Mesh, llama: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.optimizer import LearningRate
 from gipo_megatron.specs import Optimisation
-from tests.parity.tiny import hf_model, hf_token_stats, language_loss, pretraining, relative_errors
 from tests.parity.roles import new_actor
+from tests.parity.tiny import hf_model, hf_token_stats, language_loss, pretraining, relative_errors
 
 
 def rates(optimisation: Optimisation, num: int) -> list[float]:

@@ -12,8 +12,8 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronReference, MegatronRewardModel
 from gipo_megatron.specs import Sampling
 from gipo_megatron.types import Prompts
-from tests.parity.tiny import GROUP, hf_critic, hf_hidden, hf_model, hf_token_stats, pairs, score_weight, weighted
 from tests.parity.roles import common, fill, new_actor, new_critic
+from tests.parity.tiny import GROUP, hf_critic, hf_hidden, hf_model, hf_token_stats, pairs, score_weight, weighted
 
 pytestmark = pytest.mark.global_rng
 

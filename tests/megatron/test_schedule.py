@@ -7,8 +7,8 @@ import torch
 
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.types import Loss, Metric, Sequences, TokenStats
-from tests.parity.tiny import RAGGED, language_loss, ppo_loss, pretraining, weighted
 from tests.parity.roles import digest, new_actor
+from tests.parity.tiny import RAGGED, language_loss, ppo_loss, pretraining, weighted
 
 pytestmark = pytest.mark.global_rng
 

@@ -14,7 +14,7 @@ from tests.parity import families
 from tests.parity.generation_cases import FULL, NEVER, cases, load, prompts, respond, responses, sampling_of
 
 LAYOUTS = {
-    2: families.LAYOUTS,
+    2: {"data": Parallel(), **families.LAYOUTS},
     4: {
         "tensor_pipeline_sequence": Parallel(tensor=2, pipeline=2, sequence=True),
         "tensor_interleaved": Parallel(tensor=2, pipeline=2, virtual_pipeline=2),

@@ -21,8 +21,8 @@ LAYOUTS: dict[int, dict[str, Parallel]] = {
 }
 MICRO_BATCHES: dict[int, tuple[int, ...]] = {1: (1, 2, 4), 2: (1, 2, 4), 4: (1,)}
 GRADIENTS: dict[int, tuple[str, ...]] = {
-    1: ("pairs", "selective", "full", "bf16", "bf16_full"),
-    2: ("pairs", "selective", "full", "bf16", "bf16_full"),
-    4: ("pairs", "bf16_full"),
+    1: ("pairs", "selective", "full", "bf16", "bf16_full", "bf16_pairs"),
+    2: ("pairs", "selective", "full", "bf16", "bf16_full", "bf16_pairs"),
+    4: ("full", "bf16_pairs"),
 }
 BF16_CHECKPOINTS = ("tp2", "pp2_vpp2", "dp2")

@@ -139,7 +139,7 @@ def check_heads(mesh: Mesh, layout: str) -> dict[str, Any]:
     critic = critic_output(raw, hidden, sequences, head)
     assert critic.group_logits is not None
     out = {"values": critic.values, "score": last_token_score(raw, sequences), "group_logits": critic.group_logits}
-    cells: dict[str, Any] = {f"heads/{layout}/{name}": float((out[name] - x).abs().max()) for name, x in expected.items()}
+    cells: dict[str, Any] = {f"heads/{layout}/{name}": float((out[name] - x).detach().abs().max()) for name, x in expected.items()}
     cells[f"heads/{layout}/positions_held"] = hidden.shape[0]
     if mesh.pipeline_size == 1:
         weighted_sum(out).backward()
@@ -206,7 +206,9 @@ def run(out: Path) -> dict[str, Any]:
     stored.mkdir(exist_ok=True)
     for layout, parallel in families.LAYOUTS.items():
         mesh = Mesh.create(parallel, seed=1)
-        cells |= check_families(mesh, layout) | check_initialisation(mesh, layout) | check_heads(mesh, layout) | check_gradients(mesh, layout)
+        cells |= (
+            check_families(mesh, layout) | check_initialisation(mesh, layout) | check_heads(mesh, layout) | check_gradients(mesh, layout)
+        )
         if layout == "tensor":
             cells |= check_token_stats(mesh)
             trained = trained_group_head(mesh).state_dict()

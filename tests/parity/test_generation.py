@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,24 +10,17 @@ import torch
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
 from tests.parity import families
-from tests.parity.generate_worker import LAYOUTS, NUM_FAMILIES
-from tests.parity.generation_cases import FULL, NEVER, SAMPLINGS, cases, frequent, hf_greedy, load, prompts, respond, responses
-from tests.parity.launch import run_workers
+from tests.parity.generate_cases import LAYOUTS, NUM_FAMILIES
+from tests.parity.generation_cases import FULL, NEVER, SAMPLINGS, cases, end_ids, hf_greedy, load, prompts, respond, responses
+from tests.parity.launch import ranks
 
 Cell = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def ends() -> dict[str, int]:
-    """An end-of-text id per family and kind of prompts that stops some greedy responses."""
-    kinds = {(name, kind) for name in families.FAMILIES for kind, _ in cases(name)}
-    return {f"{name}/{kind}": frequent(hf_greedy(families.hf_model(name), prompts(kind), None)) for name, kind in sorted(kinds)}
-
-
-@pytest.fixture(scope="module")
-def expected(ends: dict[str, int]) -> dict[str, Cell]:
+def expected() -> dict[str, Cell]:
     """Greedy: Hugging Face. Sampled: one process, whose arithmetic tests/megatron/test_generate.py holds against Hugging Face."""
-    mesh, cells = Mesh.create(Parallel(), seed=1), {}
+    mesh, cells, ends = Mesh.create(Parallel(), seed=1), {}, end_ids()
     for name in families.FAMILIES:
         reference, (chunks, architecture) = families.hf_model(name), load(name, mesh)
         for kind, run in cases(name):
@@ -47,10 +38,10 @@ def expected(ends: dict[str, int]) -> dict[str, Cell]:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("world", [2, 4])
-def test_responses_at_every_layout(world: int, tmp_path: Path, ends: dict[str, int], expected: dict[str, Cell]) -> None:
+def test_responses_at_every_layout(world: int, tmp_path_factory: pytest.TempPathFactory, expected: dict[str, Cell]) -> None:
     checked = sliced = 0
-    for cells in run_workers("generate_worker.py", world, tmp_path, json.dumps(ends)):
-        for key, cell in cells.items():
+    for found in ranks(world, tmp_path_factory)[1]:
+        for key, cell in found["generation"].items():
             want = expected[key.split("/", 1)[1]]
             replica, size = cell["replica"]
             assert cell["same_on_replica"], key
@@ -64,5 +55,5 @@ def test_responses_at_every_layout(world: int, tmp_path: Path, ends: dict[str, i
                 torch.testing.assert_close(torch.tensor(found), torch.tensor(flat), atol=2e-5, rtol=0)
             checked += 1
     ran = list(families.FAMILIES)[: NUM_FAMILIES[world]]
-    assert FULL in ran and checked == world * (1 + len(LAYOUTS[world])) * sum(len(cases(name)) for name in ran)
-    assert sliced == world * (1 + len(LAYOUTS[world])) * 4
+    assert FULL in ran and checked == world * len(LAYOUTS[world]) * sum(len(cases(name)) for name in ran)
+    assert sliced == world * len(LAYOUTS[world]) * 4
