@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import time
@@ -99,11 +100,14 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
                 sink.phase(phase)
 
         timer = PhaseTimer(show)
-        Run(recipe, mesh, assemble(recipe, mesh, timer.phase), sinks, timer, interrupt, directory).run(start_from)
+        parts = assemble(recipe, mesh, timer.phase)
+        gc.freeze()  # mcore collects garbage at every save; what is there to stay need not be walked through each time
+        Run(recipe, mesh, parts, sinks, timer, interrupt, directory).run(start_from)
     finally:
         for sink in sinks:
             sink.close()
         interrupt.restore()
+        gc.unfreeze()
 
 
 def find_checkpoint(recipe: Recipe, directory: Path) -> Path | None:
@@ -193,7 +197,7 @@ class Run:
         progress.skipped = progress.skipped + 1 if result.skipped else 0
         for role, rows in result.skipped.items():
             shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-            messages.append(f"step {progress.step}: {role} not updated, non-finite loss or gradient; rows {shown}")
+            messages.append(f"step {progress.step}: {role} not updated, non-finite score, loss or gradient; rows {shown}")
         for sink in self.sinks:
             for message in messages:
                 sink.alert(progress.step, message)
@@ -211,7 +215,7 @@ class Run:
         run, progress = self.recipe.run, self.progress
         if progress.skipped >= run.max_skipped:
             raise UserError(
-                f"{progress.skipped} steps in a row had a non-finite loss or gradient (step {progress.step}; rows in alerts.jsonl)",
+                f"{progress.skipped} steps in a row had a non-finite score, loss or gradient (step {progress.step}; rows in alerts.jsonl)",
                 where=f"the last good checkpoint is {checkpoint.latest(self.directory / 'checkpoints') or 'none yet'}",
                 fix="lower the learning rate, look at those rows, or use precision.dtype=fp32; then start again, it resumes",
             )

@@ -1,12 +1,14 @@
-"""Ratios measured in one run, the two sides taking turns: python tools/benchmark.py generate|readout [options]
+"""Ratios measured in one run, the two sides taking turns: python tools/benchmark.py generate|readout|update [options]
 
 generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and response length
 readout    memory of log-probs and entropies with a large vocabulary, against log_softmax in fp32: peak, and the largest tensor ever made
+update     seconds of a GIPO iteration over those of PPO with KL: the tiny recipes, whole iterations
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import statistics
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gipo_megatron.assembly import assemble
 from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.readout import token_stats
+from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
 from gipo_megatron.types import Prompts, Sequences
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 TINY = Architecture(8, 256, 688, 8, 4, 32, 4096, 512)
 MIB = 2**20
 
@@ -58,9 +64,23 @@ def ratio(seconds: Mapping[str, list[float]], above: str, below: str) -> tuple[f
     return statistics.median(each), min(each), max(each)
 
 
-def compare_update(ppo_step: Callable[[], object], gipo_step: Callable[[], object], repeats: int) -> tuple[float, float, float]:
-    """GIPO's step time over that of PPO with KL: median, lowest, highest over the rounds."""
-    return ratio(interleave({"ppo": ppo_step, "gipo": gipo_step}, repeats), "gipo", "ppo")
+def run_update(options: argparse.Namespace) -> None:
+    """GIPO's step time over that of PPO with KL: whole iterations of the tiny recipes from random weights, interleaved in one process."""
+    random = ["models.actor.load=random", "models.reward.load=random", "algorithm.critic_warmup=0", "run.dir=runs/benchmark"]
+    recipes = {name: compose([f"recipe=tiny/{name}", *random], RECIPES, world=1) for name in ("ppo_kl", "gipo")}
+    mesh = Mesh.create(recipes["gipo"].parallel)
+    steps = {name: stepper(assemble(recipe, mesh, lambda _: nullcontext()).algorithm.step) for name, recipe in recipes.items()}
+    seconds = interleave(steps, options.repeats)
+    median, lowest, highest = ratio(seconds, "gipo", "ppo_kl")
+    show([["", "s / step"], *([name, f"{statistics.median(times):.3f}"] for name, times in seconds.items())])
+    print(f"gipo / ppo_kl: {median:.3f} ({lowest:.3f} to {highest:.3f}), {options.repeats} rounds")
+    mesh.close()
+
+
+def stepper(step: Callable[[int], object]) -> Callable[[], object]:
+    """`step` called with 0, 1, 2, …"""
+    count = itertools.count()
+    return lambda: step(next(count))
 
 
 def show(rows: Iterable[Iterable[object]]) -> None:
@@ -194,6 +214,8 @@ def main(arguments: list[str]) -> None:
     two = commands.add_parser("readout")
     for name, default in (("--batch", 4), ("--length", 512), ("--vocabulary", 32000)):
         two.add_argument(name, type=int, default=default)
+    three = commands.add_parser("update")
+    three.add_argument("--repeats", type=int, default=15)
     inner = commands.add_parser("measure")
     inner.add_argument("side", choices=("naive", "readout"))
     for name in ("rows", "length", "vocabulary"):
@@ -204,6 +226,8 @@ def main(arguments: list[str]) -> None:
         run_generate(options)
     elif options.command == "readout":
         run_readout(options)
+    elif options.command == "update":
+        run_update(options)
     else:
         measure_readout(options.side, options.rows, options.length, options.vocabulary)
 
