@@ -14,18 +14,27 @@ import pytest
 from tests.parity.generation_cases import end_ids
 
 ROOT = Path(__file__).resolve().parents[2]
-_found: dict[int, tuple[Path, list[dict[str, Any]]]] = {}
+_found: dict[int, tuple[Path, list[dict[str, Any]]] | AssertionError] = {}
 
 
 def ranks(world: int, folders: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """(OUT_DIR, what each of `world` processes found), rank 0 first. Raises AssertionError with the workers' output when one fails."""
     if world not in _found:
-        out = folders.mktemp(f"world{world}")
-        ends = out / "ends.json"
-        ends.write_text(json.dumps(end_ids()))
+        _found[world] = _start(world, folders.mktemp(f"world{world}"))
+    found = _found[world]
+    if isinstance(found, AssertionError):  # every test that needs these ranks fails by it, and none starts them again
+        raise found
+    return found
+
+
+def _start(world: int, out: Path) -> tuple[Path, list[dict[str, Any]]] | AssertionError:
+    ends = out / "ends.json"
+    ends.write_text(json.dumps(end_ids()))
+    try:
         run_workers(Path(__file__).parent / "worker.py", world, str(out), str(ends))
-        _found[world] = out, [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(world)]
-    return _found[world]
+    except AssertionError as error:
+        return error
+    return out, [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(world)]
 
 
 def run_workers(script: Path, num_processes: int, *args: str, timeout: float = 560) -> str:

@@ -68,7 +68,7 @@ def check_token_stats(mesh: Mesh) -> dict[str, Any]:
     ((stats.logprobs * case.weights[0]).sum() + (stats.entropy * case.weights[1]).sum()).backward()
     logprobs, entropy, gradient = plain_token_stats(case, 0.7)
     errors = [(stats.logprobs - logprobs), (stats.entropy - entropy), (part.grad - gradient[:, :, mine])]
-    return {f"token_stats/{n}": float(e.abs().max()) for n, e in zip(("logprobs", "entropy", "gradient"), errors, strict=True)}
+    return {f"token_stats/{n}": float(e.detach().abs().max()) for n, e in zip(("logprobs", "entropy", "gradient"), errors, strict=True)}
 
 
 def check_gradients(mesh: Mesh, layout: str) -> dict[str, Any]:
