@@ -26,9 +26,7 @@ class Alerts:
     response_split: float = 0.8  # groups/response_split (an AUC) above this: groups are "good or bad response", not easy or hard prompt
     kl_above: float | None = 50.0  # kl/mean, nats per response; null: off
     length_drift: float = 2.0  # rollout/length_mean grew or shrank by this factor since the run's first steps
-    repetition: float = (
-        0.5  # share of responses that equal another one (1 - rollout/distinct), or of repeated n-grams (rollout/repetition), above this
-    )
+    repetition: float = 0.5  # share of responses that equal another one (1 - rollout/distinct), above this
     non_finite: bool = True  # any infinity, or NaN in a loss, gradient norm, score or KL
 
     raised: dict[str, int] = field(default_factory=dict, init=False, repr=False, metadata={"state": True})

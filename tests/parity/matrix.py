@@ -25,4 +25,4 @@ GRADIENTS: dict[int, tuple[str, ...]] = {
     2: ("pairs", "selective", "full", "bf16", "bf16_full", "bf16_pairs"),
     4: ("full", "bf16_pairs"),
 }
-BF16_CHECKPOINTS = ("tp2", "pp2_vpp2", "dp2")
+BF16_CHECKPOINTS = ("pp2_vpp2", "dp2")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from gipo_megatron.megatron.checkpoint import _InlineSave
 from gipo_megatron.megatron.heads import GroupHead, take_hidden
 from gipo_megatron.megatron.hf import export_weights, load_hf
 from gipo_megatron.megatron.hf_config import architecture_from_config
@@ -213,7 +214,9 @@ def run(out: Path) -> dict[str, Any]:
             cells |= check_token_stats(mesh)
             trained = trained_group_head(mesh).state_dict()
             with quiet():
-                dist_checkpointing.save(trained_group_head(mesh).sharded_state(), str(stored))
+                dist_checkpointing.save(
+                    trained_group_head(mesh).sharded_state(), str(stored), sharded_strategy=_InlineSave("torch_dist", 1)
+                )
         if layout == "pipeline":
             head = GroupHead(HeadSpec(2, "prompt", detach_trunk=True), 8, mesh, seed=4)
             with quiet():
