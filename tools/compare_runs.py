@@ -1,6 +1,6 @@
 """Compares the metrics of two runs:  python tools/compare_runs.py A B [--assert-equal] [--tolerance X]
 
-Compares metrics.jsonl step by step, but for time/, perf/ and memory/.
+Compares metrics.jsonl step by step, but for time/, perf/, memory/ and rollout/tokens_per_second.
 --assert-equal: bit for bit; with --tolerance X: |a - b| <= X max(|a|, |b|).
 Exit codes: 0 equal (or only asked to show), 1 the runs differ, 2 a mistake in the command or in a run folder.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from gipo_megatron.errors import UserError
 from gipo_megatron.telemetry.runs import Run, load_run
 
-IGNORED = ("time/", "perf/", "memory/")
+IGNORED = ("time/", "perf/", "memory/", "rollout/tokens_per_second")
 ROWS_SHOWN = 15
 
 
