@@ -1,37 +1,38 @@
 #!/usr/bin/env bash
-# SFT -> reward model -> PPO with KL -> GIPO at tiny size, and one report of all four.
-# bash launch/demo.sh [PREFERENCE_DATA]       DEMO_PROCESSES=2 by default; DEMO_DIR=runs/demo
+# SFT -> reward model -> PPO with KL -> GIPO at tiny size, and one report of all four. Run it again and it continues.
+# bash launch/demo.sh [PREFERENCE_DATA]       DEMO_PROCESSES=2, DEMO_DIR=runs/demo (with data: runs/demo_data)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA="${1:-}"
-DIR="${DEMO_DIR:-runs/demo}"
 PROCESSES="${DEMO_PROCESSES:-2}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-if [ -n "$DATA" ] && [ ! -e "$DATA" ]; then
+OVERRIDES=() SFT_MORE=() RM_MORE=() PPO_MORE=()
+if [ -z "$DATA" ]; then
+    DIR="${DEMO_DIR:-runs/demo}"
+    SFT="${DEMO_DIR:-runs/tiny}_sft" RM="${DEMO_DIR:-runs/tiny}_rm" # where the other tiny recipes look for them
+elif [ -e "$DATA" ]; then
+    DIR="${DEMO_DIR:-runs/demo_data}"
+    SFT="$DIR/sft" RM="$DIR/rm"
+    OVERRIDES=("with=data/demo" "data.path=$DATA")
+    # Real text is ten times longer than the planted data: fewer steps keep the demo within coffee time.
+    SFT_MORE=("run.steps=150") RM_MORE=("run.steps=100") PPO_MORE=("run.steps=20" "run.eval_prompts=64")
+else
     echo "no data at $DATA (counted from $PWD)" >&2
     exit 2
 fi
-# Real text is ten times longer than the planted data: fewer steps keep the demo within coffee time.
-OVERRIDES=()
-SFT=() RM=() PPO=()
-if [ -n "$DATA" ]; then
-    OVERRIDES=("with=data/demo" "data.path=$DATA")
-    SFT=("run.steps=150") RM=("run.steps=100") PPO=("run.steps=20" "run.eval_prompts=64")
-fi
 
-stage() { # NAME OVERRIDES...
-    local name="$1"
-    shift
+stage() { # NAME RUN_DIR OVERRIDES...
     echo
-    echo "=== $name ==="
-    torchrun --nproc-per-node "$PROCESSES" launch/train.py "recipe=tiny/$name" "run.dir=$DIR/$name" "${OVERRIDES[@]}" "$@"
+    echo "=== $1 ==="
+    torchrun --nproc-per-node "$PROCESSES" launch/train.py "recipe=tiny/$1" "run.dir=$2" "${OVERRIDES[@]}" "${@:3}"
 }
 
-stage sft "${SFT[@]}"
-stage rm "models.reward.load=$DIR/sft/final" "${RM[@]}"
-stage ppo_kl "models.actor.load=$DIR/sft/final" "models.reward.load=$DIR/rm/final" "${PPO[@]}"
-stage gipo "models.actor.load=$DIR/sft/final" "models.reward.load=$DIR/rm/final" "${PPO[@]}"
+LOADS=("models.actor.load=$SFT/final" "models.reward.load=$RM/final")
+stage sft "$SFT" "${SFT_MORE[@]}"
+stage rm "$RM" "models.reward.load=$SFT/final" "${RM_MORE[@]}"
+stage ppo_kl "$DIR/ppo_kl" "${LOADS[@]}" "${PPO_MORE[@]}"
+stage gipo "$DIR/gipo" "${LOADS[@]}" "${PPO_MORE[@]}"
 
 echo
-python tools/plot.py "$DIR/sft" "$DIR/rm" "$DIR/ppo_kl" "$DIR/gipo" "out=$DIR/figures" "report=$DIR/report.html"
+python tools/plot.py "$SFT" "$RM" "$DIR/ppo_kl" "$DIR/gipo" "out=$DIR/figures" "report=$DIR/report.html"
