@@ -48,7 +48,10 @@ def read_arguments(arguments: list[str]) -> tuple[DataConfig, str, Path | None]:
         else:
             raise UserError(f"what is {argument!r}?", where="command line", fix="give data.KEY=VALUE, tokenizer=…, out=DIR, or planted")
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig()), OmegaConf.from_dotlist(block)))
+        schema = OmegaConf.structured(DataConfig())
+        for frozen in (schema, schema.planted):
+            OmegaConf.set_readonly(frozen, False)  # OmegaConf 2.3 merges nothing into a frozen dataclass
+        config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(block)))
     except OmegaConfBaseException as error:
         raise UserError(
             str(error).splitlines()[0], where="command line", fix=f"keys: {', '.join(DataConfig.__dataclass_fields__)}"

@@ -8,9 +8,10 @@ from gipo_megatron.data.config import DataConfig
 
 
 def test_omegaconf_takes_it_as_a_schema() -> None:
-    merged = OmegaConf.merge(
-        OmegaConf.structured(DataConfig()), {"source": ["a"], "columns": {"prompt": "q"}, "planted": {"hack": False}, "max_length": 64}
-    )
+    schema = OmegaConf.structured(DataConfig())
+    for frozen in (schema, schema.planted):
+        OmegaConf.set_readonly(frozen, False)  # OmegaConf 2.3 merges nothing into a frozen dataclass
+    merged = OmegaConf.merge(schema, {"source": ["a"], "columns": {"prompt": "q"}, "planted": {"hack": False}, "max_length": 64})
     built = OmegaConf.to_object(merged)
     assert isinstance(built, DataConfig)
     assert (built.source, built.columns, built.planted.hack, built.max_length) == (["a"], {"prompt": "q"}, False, 64)
