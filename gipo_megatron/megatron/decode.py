@@ -131,16 +131,20 @@ class Decoder:
         """Right-padded prompts [b, P] into rows first_row … of the cache. Logits of each one's last token, as `step` returns them."""
         rows, width = slice(first_row, first_row + len(tokens)), tokens.shape[1]
         cos, sin = (table[:width, None, None] for table in self.rope)
+        padding = torch.arange(width, device=tokens.device) >= lengths[:, None]
+        bias = torch.zeros(padding.shape, dtype=self.dtype, device=tokens.device).masked_fill_(padding, float("-inf"))[:, None, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
             cache.keys[layer][rows, :, :width] = k
             cache.values[layer][rows, :, :width] = v
+            if q.shape[1] == 1:  # the last layer: only each prompt's last token is asked for
+                return _attend_one(q[:, 0], k, v, bias).flatten(1)[:, None]
             q = q.flatten(2, 3).transpose(1, 2)
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(2)
 
-        hidden = self._pipeline(tokens, cos, sin, attend)
-        return self._logits(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]) if hidden is not None else None
+        hidden = self._pipeline(tokens, cos, sin, attend, lengths - 1)
+        return self._logits(hidden[:, 0]) if hidden is not None else None
 
     def step(self, tokens: Tensor, positions: Tensor, slot: int, cache: Cache) -> Tensor | None:
         """One token [b] a row, at its row's position [b], written to `slot`. Logits [b, V] on the last stage's tensor ranks, else None."""
@@ -152,11 +156,13 @@ class Decoder:
             keys[:, :, slot], values[:, :, slot] = k[:, 0], v[:, 0]
             return _attend_one(q[:, 0], keys[:, :, : slot + 1], values[:, :, : slot + 1], bias).flatten(1)[:, None]
 
-        hidden = self._pipeline(tokens[:, None], cos, sin, attend)
+        hidden = self._pipeline(tokens[:, None], cos, sin, attend, torch.zeros_like(tokens))
         return self._logits(hidden[:, 0]) if hidden is not None else None
 
-    def _pipeline(self, tokens: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor | None:
-        """All layers over all stages and virtual stages; the last stage's hidden state [b, n, H], None elsewhere."""
+    def _pipeline(
+        self, tokens: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor], wanted: Tensor
+    ) -> Tensor | None:
+        """All layers over all stages and virtual stages; the last stage's hidden state [b, 1, H] at `wanted` [b], None elsewhere."""
         index, hidden, last = 0, None, len(self.layers) - 1
         for v, chunk in enumerate(self.layers):
             if self.mesh.is_first_stage and v == 0:
@@ -165,18 +171,27 @@ class Decoder:
                 hidden = torch.empty(*tokens.shape, self.architecture.hidden_size, dtype=self.dtype, device=self.mesh.device)
                 dist.recv(hidden, src=self.previous, group=self.mesh.pipeline_group)
             assert hidden is not None
-            for weights in chunk:
-                hidden = self._layer(weights, hidden, cos, sin, index, attend)
+            ends = self.mesh.is_last_stage and v == last
+            for place, weights in enumerate(chunk, 1):
+                hidden = self._layer(weights, hidden, cos, sin, index, attend, wanted if ends and place == len(chunk) else None)
                 index += 1
-            if self.mesh.is_last_stage and v == last:
+            if ends:
                 return hidden
             if self.mesh.pipeline_size > 1:
                 dist.send(hidden, dst=self.next, group=self.mesh.pipeline_group)
         return None
 
     def _layer(
-        self, w: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, index: int, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+        self,
+        w: LayerWeights,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        index: int,
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+        wanted: Tensor | None,
     ) -> Tensor:
+        """One layer [b, n, H]; with `wanted` [b], keys and values of all tokens, but output [b, 1, H] of those positions alone."""
         width, eps = self.architecture.head_dim, self.architecture.norm_eps
         qkv = _linear(rms_norm(x, w.attention_norm, eps), w.qkv, w.qkv_bias)
         qkv = qkv.view(*x.shape[:2], self.num_groups, -1, width)
@@ -184,7 +199,11 @@ class Decoder:
         if w.q_norm is not None and w.k_norm is not None:
             qk = torch.cat([rms_norm(qk[..., :-1, :], w.q_norm, eps), rms_norm(qk[..., -1:, :], w.k_norm, eps)], dim=-2)
         qk = torch.addcmul(qk * cos, qk.roll(width // 2, -1), sin)
-        attention = attend(index, qk[..., :-1, :], qk[..., -1, :], v)
+        q = qk[..., :-1, :]
+        if wanted is not None and x.shape[1] > 1:
+            rows = torch.arange(len(x), device=x.device)
+            q, x = q[rows, wanted][:, None], x[rows, wanted][:, None]
+        attention = attend(index, q, qk[..., -1, :], v)
         x = x + self._sum(_linear(attention, w.proj))
         gate, up = _linear(rms_norm(x, w.mlp_norm, eps), w.fc1).chunk(2, -1)
         return x + self._sum(_linear(F.silu(gate).mul_(up), w.fc2))
