@@ -1,0 +1,146 @@
+"""Arguments of tiny runs that take a second each, and how to read what they leave."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+VOLATILE = ("time/", "perf/", "memory/", "rollout/tokens_per_second")
+SMALL = [
+    "model.architecture.hidden_size=32",
+    "model.architecture.ffn_hidden_size=64",
+    "model.architecture.head_dim=8",
+    "data.planted.prompts=40",
+    "run.eval_prompts=8",
+    "run.loggers=[]",
+    "run.save_every=0",
+]
+
+
+def sft(directory: Path, *more: str) -> list[str]:
+    return [
+        "recipe=tiny/sft",
+        *SMALL,
+        "batch.minibatch=8",
+        "batch.micro_batch=4",
+        f"run.dir={directory}",
+        "run.steps=3",
+        "models.actor.warmup_steps=1",
+        *more,
+    ]
+
+
+def reward_model(directory: Path, sft_dir: Path, *more: str) -> list[str]:
+    batch = ["batch.minibatch=8", "batch.micro_batch=4", "models.reward.warmup_steps=1"]
+    return ["recipe=tiny/rm", *SMALL, *batch, f"models.reward.load={sft_dir}/final", f"run.dir={directory}", "run.steps=3", *more]
+
+
+def ppo(name: str, directory: Path, base: Path, *more: str) -> list[str]:
+    batch = ["batch.prompts=8", "batch.responses=2", "batch.minibatch=8", "batch.micro_batch=4", "algorithm.critic_warmup=1"]
+    loads = [f"models.actor.load={base}/sft/final", f"models.reward.load={base}/rm/final"]
+    return [f"recipe=tiny/{name}", *SMALL, *batch, *loads, f"run.dir={directory}", "run.steps=3", "run.eval_every=2", *more]
+
+
+def rows(directory: Path) -> list[dict[str, float | None]]:
+    """metrics.jsonl without what no two runs share."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(VOLATILE)} for line in lines]
+
+
+def long_gipo(directory: Path, base: Path, *more: str) -> list[str]:
+    """What `base` has uninterrupted as gipo_long."""
+    return ppo("gipo", directory, base, "run.steps=5", "run.save_every=1", "run.keep=2", *more)
+
+
+def close(a: float | None, b: float | None, tolerance: float) -> bool:
+    if a is None or b is None:
+        return a == b
+    return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONWARNINGS": "ignore"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one case of a worker."""
+
+    printed: str
+    error: str  # UserError's text; empty: it ran
+
+
+def outcomes(cases: list[list[str]], folder: Path, processes: int = 1, timeout: float = 400) -> list[Outcome]:
+    """All cases in one start of `processes` processes, whether they end well or by a message."""
+    file = folder / f"cases_{len(list(folder.glob('cases_*')))}_{processes}.json"
+    file.write_text(json.dumps(cases))
+    command = [*python(processes), str(ROOT / "tests" / "runs" / "worker.py"), str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return [Outcome(**one) for one in json.loads(file.with_suffix(".out.json").read_text())]
+
+
+def run_cases(cases: list[list[str]], folder: Path, processes: int, timeout: float = 400) -> None:
+    """The same, where all must end well."""
+    errors = [one.error for one in outcomes(cases, folder, processes, timeout) if one.error]
+    assert not errors, "\n".join(errors)
+
+
+def python(processes: int) -> list[str]:
+    more = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return [sys.executable, *more]
+
+
+def launch(arguments: list[str], processes: int = 1, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    """launch/train.py as a user starts it, to its end."""
+    command = [*python(processes), "launch/train.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@contextmanager
+def running(arguments: list[str], processes: int = 1) -> Iterator[subprocess.Popen[str]]:
+    """launch/train.py in a session of its own, as in a terminal; killed with all it started when the test is over."""
+    command = [*python(processes), "launch/train.py", *arguments]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(there: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120) -> None:
+    """Poll until `there()`; fails when the process ends before."""
+    end = time.monotonic() + timeout
+    while not there():
+        assert process.poll() is None, f"ended with {process.returncode}: {process.communicate()}"
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.002)
+
+
+def logged(directory: Path, step: int) -> bool:
+    """Whether metrics.jsonl has that step's row."""
+    file = directory / "metrics.jsonl"
+    return file.exists() and f'{{"step": {step}, ' in file.read_text()
+
+
+def same_story(a: Path, b: Path) -> None:
+    """metrics.jsonl (but for time, perf, memory) and samples.jsonl of two runs are equal, bit for bit."""
+    one, other = rows(a), rows(b)
+    assert [r["step"] for r in one] == [r["step"] for r in other]
+    for mine, its in zip(one, other, strict=True):
+        assert mine.keys() == its.keys()
+        assert {k: (mine[k], its[k]) for k in mine if mine[k] != its[k]} == {}
+    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.runs import chain
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """BASE/sft, rm, ppo_kl, gipo (3 steps) and gipo_long (5 steps, a checkpoint each): one process, one start."""
+    folder = tmp_path_factory.mktemp("runs")
+    cases = [
+        chain.sft(folder / "sft"),
+        chain.reward_model(folder / "rm", folder / "sft"),
+        chain.ppo("ppo_kl", folder / "ppo_kl", folder),
+        chain.ppo("gipo", folder / "gipo", folder),
+        chain.long_gipo(folder / "gipo_long", folder),
+    ]
+    chain.run_cases(cases, folder, processes=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two(base: Path) -> Path:
+    """The same GIPO run on two processes: each layout three steps, and resumes at another layout."""
+    layouts = {
+        "dp2": [],
+        "tp2": ["parallel.tensor=2"],
+        "tp2_sp": ["parallel.tensor=2", "parallel.sequence=true"],
+        "pp2": ["parallel.pipeline=2"],
+        "pp2_vpp2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        "tp2_mb2_offload": ["parallel.tensor=2", "batch.micro_batch=2", "models.reference.offload=cpu", "models.critic.offload=cpu"],
+    }
+    cases = [chain.ppo("gipo", base / name, base, *more) for name, more in layouts.items()]
+    cases += [
+        chain.ppo("gipo", base / "dp2_then_tp2", base, "run.steps=2"),
+        chain.ppo("gipo", base / "dp2_then_tp2", base, "run.steps=3", "parallel.tensor=2"),
+        chain.ppo("gipo", base / "tp2_then_pp2", base, "run.steps=2", "parallel.tensor=2"),
+        chain.ppo("gipo", base / "tp2_then_pp2", base, "run.steps=3", "parallel.pipeline=2"),
+        chain.ppo("ppo_kl", base / "ppo_kl_dp2", base),
+    ]
+    chain.run_cases(cases, base, processes=2)
+    return base

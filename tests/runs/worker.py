@@ -1,0 +1,43 @@
+"""Whole runs, one after the other in one world: worker.py CASES.json; a case is the argument list of launch/train.py.
+
+CASES.out.json tells of each case what it printed and, where the user is to mend something, the message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
+
+
+def main() -> None:
+    from gipo_megatron.errors import UserError
+    from gipo_megatron.megatron.mesh import Mesh
+    from gipo_megatron.recipe.compose import compose
+    from gipo_megatron.runner import train_on
+
+    mesh, outcomes, cases = None, [], Path(sys.argv[1])
+    for arguments in json.loads(cases.read_text()):
+        recipe = compose(arguments, RECIPES)
+        mesh = Mesh.create(recipe.parallel, recipe.run.seed)
+        error, printed = "", io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                train_on(mesh, recipe)
+        except UserError as problem:
+            error = str(problem)
+        outcomes.append({"printed": printed.getvalue(), "error": error})
+        if error and mesh.world > 1:
+            sys.exit(error)
+    if mesh is not None:
+        if mesh.is_main:
+            cases.with_suffix(".out.json").write_text(json.dumps(outcomes))
+        mesh.close()
+
+
+if __name__ == "__main__":
+    main()
