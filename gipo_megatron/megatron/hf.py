@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron.hf_config import architecture_from_hf, config_for
+from gipo_megatron.hf_config import architecture_from_hf, config_for
 from gipo_megatron.megatron.layout import EMBEDDING, OUTPUT, SCORE, Placement, placements
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Architecture

@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.hf_config import architecture_from_config
 from gipo_megatron.megatron.hf import export_weights
-from gipo_megatron.megatron.hf_config import architecture_from_config
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks, check_split, generator_for, padded_vocab, rope_frequencies
 from gipo_megatron.specs import Parallel, Precision

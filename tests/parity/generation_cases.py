@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gipo_megatron.hf_config import architecture_from_config
 from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.hf import load_hf
-from gipo_megatron.megatron.hf_config import architecture_from_config
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.specs import Architecture, Precision, Sampling

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from gipo_megatron.hf_config import architecture_from_config
 from gipo_megatron.megatron.checkpoint import _InlineSave
 from gipo_megatron.megatron.heads import GroupHead, take_hidden
 from gipo_megatron.megatron.hf import export_weights, load_hf
-from gipo_megatron.megatron.hf_config import architecture_from_config
 from gipo_megatron.megatron.layout import EMBEDDING, placements
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron.hf_config import architecture_from_config, architecture_from_hf, config_for
+from gipo_megatron.hf_config import architecture_from_config, architecture_from_hf, config_for
 from gipo_megatron.specs import Architecture
 from tests.parity.families import COMMON
 
