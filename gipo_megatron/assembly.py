@@ -11,7 +11,8 @@ from typing import Any
 from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.hub import is_hub_name, reach_hub
 from gipo_megatron.data.planted import gold_reward
-from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from gipo_megatron.data.templates import choose, parting
+from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_facts
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.heldout import HeldOut, evaluate_policy, evaluate_reward_model, evaluate_sft
 from gipo_megatron.megatron import checkpoint
@@ -53,7 +54,9 @@ def assemble(recipe: Recipe, mesh: Mesh, phase: Phase) -> Assembly:
     held_out = load_data(recipe.data, tokenizer, "test", recipe.run.seed, kind)
     roles = RoleBuilder(recipe, mesh, tokenizer)
     build = {"sft": _assemble_sft, "reward_model": _assemble_reward_model, "ppo": _assemble_ppo}[name]
-    return build(recipe, mesh, tokenizer, train, held_out, roles, phase)
+    parts = build(recipe, mesh, tokenizer, train, held_out, roles, phase)
+    parts.notes += roles.notes
+    return parts
 
 
 def find_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -83,17 +86,44 @@ def locate(load: str, where: str) -> str:
 
     patterns = ["*.safetensors", "*.json", "tokenizer*"]
     try:
-        return snapshot_download(load, allow_patterns=patterns, local_files_only=True)  # a cached copy needs no network
+        cached = snapshot_download(load, allow_patterns=patterns, local_files_only=True)  # a cached copy needs no network
+        if any(Path(cached).glob("*.safetensors")):  # a snapshot may hold a tokenizer alone
+            return cached
     except OSError:
-        reach_hub(load, where, fix)
-        return snapshot_download(load, allow_patterns=patterns)
+        pass
+    reach_hub(load, where, fix)
+    return snapshot_download(load, allow_patterns=patterns)
 
 
-def check_tokenizer(load: Path, tokenizer: Tokenizer, where: str) -> None:
-    """UserError when a checkpoint of this project was made with another tokenizer: the ids would mean other text."""
-    if checkpoint.kind(load) == "checkpoint" and checkpoint.read_meta(load).get("tokenizer") != tokenizer.fingerprint:
-        fix = f"model.tokenizer={load / 'tokenizer'}"
-        raise UserError(f"{load} was made with another tokenizer than this recipe's", where=where, fix=fix)
+def check_tokenizer(load: Path, tokenizer: Tokenizer, template: str, where: str) -> list[str]:
+    """Compares what `load` was made with to the recipe's tokenizer and `data.template`; returns what to warn of.
+
+    A checkpoint says it in meta.json (older ones say less), a Hugging Face folder by the tokenizer in it, where it holds one.
+    Raises UserError for another tokenizer, whose ids mean other text, and for another chat template where the recipe uses the tokenizer's.
+    """
+    trained_with = None
+    if checkpoint.kind(load) == "checkpoint":
+        meta, folder = checkpoint.read_meta(load), load / "tokenizer"
+        fingerprint, chat_template, trained_with = meta.get("tokenizer"), meta.get("chat_template"), meta.get("template")
+    else:
+        fingerprint, chat_template = tokenizer_facts(load, tokenizer)
+        folder = load
+    fix = f"model.tokenizer={folder}"
+    if fingerprint not in (None, tokenizer.fingerprint):
+        said = f": {load_tokenizer(str(folder), where).difference(tokenizer)}" if folder.is_dir() else ""
+        raise UserError(f"{load} was made with another tokenizer than this recipe's{said}", where=where, fix=fix)
+    mine = tokenizer.chat_template if choose(template, "messages", tokenizer).name == "chat" else None
+    if mine is not None and chat_template not in (None, mine):
+        raise UserError(
+            f"two chat templates: {load} has {parting(chat_template, mine)}, "
+            f"the recipe's tokenizer ({tokenizer.inner.name_or_path}) has {parting(mine, chat_template)}",
+            where=where,
+            fix=f"{fix}, or write data.template explicitly: hh, plain, chatml, or a jinja template",
+        )
+    if trained_with in (None, template):
+        return []
+    said = f"{load} was trained with data.template {parting(trained_with, template)}, this recipe has {parting(template, trained_with)}"
+    return [f"{said}: other words around the same conversation"]
 
 
 @dataclass
@@ -104,13 +134,14 @@ class RoleBuilder:
     mesh: Mesh
     tokenizer: Tokenizer
     sampler_temperature: float = 1.0
+    notes: list[str] = field(default_factory=list)  # what the roles' checkpoints say that a run should warn of
 
     def _common(self, role: str) -> dict[str, Any]:
         recipe, model = self.recipe, self._model(role)
         load = "random"
         if model.load != load:
             load = locate(model.load, f"models.{role}.load")
-            check_tokenizer(Path(load), self.tokenizer, f"models.{role}.load")
+            self.notes += check_tokenizer(Path(load), self.tokenizer, recipe.data.template, f"models.{role}.load")
         return {
             "mesh": self.mesh,
             "architecture": recipe.model.architecture,

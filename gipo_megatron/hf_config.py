@@ -11,6 +11,16 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.specs import Architecture
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+WHY_NOT = {  # what people ask for first, and what Megatron-Core 0.16 or this project lacks for it
+    "gemma2": "it soft-caps attention logits, which Megatron-Core's attention does not compute",
+    "gemma3_text": "its layers alternate two rotary bases and sliding windows",
+    "mixtral": "mixtures of experts are not built",
+    "qwen2_moe": "mixtures of experts are not built",
+    "qwen3_moe": "mixtures of experts are not built",
+    "phi3": "its fused projections have no table yet",
+}
+ROPE_TYPES = ("default", "linear", "llama3")
+ONE_LABEL = {"num_labels": 1, "id2label": {"0": "SCORE"}, "label2id": {"SCORE": 0}}
 
 
 def architecture_from_hf(folder: str | Path) -> Architecture:
@@ -18,6 +28,8 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
     path = Path(folder) / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"a JSON {type(config).__name__}, not an object")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read config.json: {error}", where=str(path), fix="give the folder of a Hugging Face model") from error
     return architecture_from_config(config, str(path))
@@ -27,15 +39,24 @@ def architecture_from_config(config: Mapping[str, Any], where: str) -> Architect
     """The same, from the parsed file. Raises UserError naming every key that asks for what is not built, or that is missing."""
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"model_type {family!r} is not built", where=where, fix=f"one of {', '.join(FAMILIES)}")
+        reason = f": {WHY_NOT[family]}" if family in WHY_NOT else ""
+        raise UserError(f"model_type {family!r} is not built{reason}", where=where, fix=f"one of {', '.join(FAMILIES)}")
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     missing = [key for key in (*needed, "rms_norm_eps") if key not in config]
     if missing:
         raise UserError(f"config.json lacks {', '.join(missing)}", where=where, fix="take config.json from the model's own repository")
-    refused = [f"{key}: {config[key]}" for key, value in _refused(family).items() if config.get(key, value) != value]
+    if wrong := [f"{key}: {config[key]!r}" for key in needed if not isinstance(config[key], int) or config[key] < 1]:
+        raise UserError(f"no sizes: {', '.join(wrong)}", where=where, fix="take config.json from the model's own repository")
+    refused = [f"{key}: {config[key]}" for key, value in _refused(family).items() if config.get(key, value) not in (value, None)]
+    base, scaling, partial = _rope(config)
+    if config.get("quantization_config"):
+        refused.append(f"quantization_config: {config['quantization_config'].get('quant_method', 'yes')}")
+    if partial != 1.0:
+        refused.append(f"partial_rotary_factor: {partial}")
+    if scaling is not None and scaling.get("rope_type", scaling.get("type")) not in ROPE_TYPES:
+        refused.append(f"rope_type: {scaling.get('rope_type', scaling.get('type'))}")
     if refused:
         raise UserError(f"not built: {', '.join(refused)}", where=where, fix="a model without these")
-    base, scaling = _rope(config)
     heads = config["num_attention_heads"]
     return Architecture(
         num_layers=config["num_hidden_layers"],
@@ -73,25 +94,26 @@ def _max_positions(config: Mapping[str, Any]) -> int:
     return min(config["max_position_embeddings"], window or config["max_position_embeddings"])
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(base, scaling block or None). transformers 5 writes `rope_parameters`; 4 writes `rope_theta` and `rope_scaling`."""
+def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, float]:
+    """(base, scaling block or None, rotated share of a head). transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` beside it."""
     block = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     base = block.pop("rope_theta", config.get("rope_theta", 10000.0))
+    partial = block.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     kind = block.get("rope_type", block.get("type", "default"))
-    return float(base), None if kind == "default" else block
+    return float(base), None if kind == "default" else block, float(partial or 1.0)
 
 
-def config_for(a: Architecture, dtype: str, *, head: str | None = None, tokens: Mapping[str, int] | None = None) -> dict[str, Any]:
+def config_for(a: Architecture, dtype: str, *, head: str | None = None, tokens: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """config.json for an architecture: Qwen2 with QKV bias, Qwen3 with QK-norm, else Llama (Mistral's mathematics is Llama's).
 
-    Raises UserError for both QKV bias and QK-norm, which no family has.
+    tokens: bos_token_id, eos_token_id, pad_token_id. Raises UserError for both QKV bias and QK-norm, which no family has.
     """
     if a.qkv_bias and a.qk_norm:
         raise UserError("no Hugging Face family has both QKV bias and QK-norm", where="architecture", fix="set one of them to false")
     family = "qwen2" if a.qkv_bias else "qwen3" if a.qk_norm else "llama"
     scaling = a.rope_scaling or {"rope_type": "default"}
     config: dict[str, Any] = {
-        "architectures": [FAMILIES[family] + ("ForCausalLM" if head is None else "ForSequenceClassification")],
+        "architectures": [class_name(family, head)],
         "model_type": family,
         "vocab_size": a.vocab_size,
         "hidden_size": a.hidden_size,
@@ -106,13 +128,43 @@ def config_for(a: Architecture, dtype: str, *, head: str | None = None, tokens: 
         "rope_theta": a.rope_base,
         "rope_scaling": a.rope_scaling,
         "rope_parameters": {"rope_theta": a.rope_base, **scaling},
-        "tie_word_embeddings": a.tied_embeddings and head is None,
+        "tie_word_embeddings": a.tied_embeddings,
         "torch_dtype": dtype,
         "dtype": dtype,
         **(tokens or {}),
     }
     if family == "llama":
         config |= {"attention_bias": False, "mlp_bias": False}
-    if head is not None:
-        config |= {"num_labels": 1, "id2label": {"0": "SCORE"}, "label2id": {"SCORE": 0}}
-    return config
+    return config if head is None else config | ONE_LABEL
+
+
+def class_name(family: str, head: str | None) -> str:
+    """LlamaForCausalLM, Qwen3ForSequenceClassification, …"""
+    return FAMILIES[family] + ("ForCausalLM" if head is None else "ForSequenceClassification")
+
+
+def config_like(source: str, dtype: str, *, head: str | None = None, pad_token_id: int | None = None) -> str:
+    """The config.json a model came with, changed only where what is written differs: dtype, class, one label and its padding.
+
+    Nothing differs: the very same text. pad_token_id: what a classifier's reader may pad with; None says that nothing is safe.
+    """
+    config: dict[str, Any] = json.loads(source)
+    changes: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if config.get(key, dtype) != dtype}
+    name = class_name(config["model_type"], head)
+    if config.get("architectures") != [name]:
+        changes["architectures"] = [name]
+    if head is not None and not (is_classifier(config) and num_labels(config) == 1):
+        changes |= ONE_LABEL
+    if head is not None and config.get("pad_token_id") != pad_token_id:
+        changes["pad_token_id"] = pad_token_id
+    return source if not changes else json.dumps(config | changes, indent=2) + "\n"
+
+
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """AutoModelForSequenceClassification, as told by its config.json."""
+    return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
+
+
+def num_labels(config: Mapping[str, Any]) -> int:
+    """transformers counts the names in id2label; without them there are two."""
+    return len(config["id2label"]) if config.get("id2label") else int(config.get("num_labels") or 2)

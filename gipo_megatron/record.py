@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def environment() -> dict[str, Any]:
     """Versions, the commit, the command line, the size of the world."""
     return {
         "command": sys.argv,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "world": int(os.environ.get("WORLD_SIZE", "1")),
@@ -61,7 +61,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """The checkout's commit, with `+changes` when the tree differs; "unknown" outside a checkout."""
     root = Path(__file__).parent.parent
     try:
@@ -87,8 +87,8 @@ def with_interval(values: Mapping[str, float]) -> dict[str, float]:
     return result
 
 
-def announce(recipe: Recipe, world: int, origin: str, train: Dataset, held_out: Dataset) -> None:
-    """What is about to run, before the first step."""
+def announce(recipe: Recipe, world: int, origin: str, train: Dataset, held_out: Dataset, notes: Sequence[str]) -> None:
+    """What is about to run, before the first step; `notes` are warnings that only its weights could give."""
     p = recipe.parallel
     data = world // p.model
     print(
@@ -97,7 +97,7 @@ def announce(recipe: Recipe, world: int, origin: str, train: Dataset, held_out: 
     for split, rows in (("train", train), ("held out", held_out)):
         for line in rows.report:
             print(f"  {split}: {line}")
-    for warning in recipe.warnings:
+    for warning in dict.fromkeys((*recipe.warnings, *notes)):
         print(f"  warning: {warning}")
     sys.stdout.flush()
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from gipo_megatron import record
 from gipo_megatron.assembly import Assembly, assemble, check_tokenizer
+from gipo_megatron.conversion.convert import export_run
+from gipo_megatron.conversion.progress import Progress as ConversionProgress
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
@@ -91,6 +93,8 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
         if start_from is not None and is_complete(recipe, directory, start_from):
             if mesh.is_main:
                 print(f"{recipe.name}: complete already, {start_from}; a larger run.steps continues it", flush=True)
+                if recipe.run.export_hf and not (directory / "hf").exists():
+                    print(f"  its Hugging Face folder: tools/megatron_to_hf.py checkpoint={directory}/final out={directory}/hf", flush=True)
             return
         if mesh.is_main:
             record.check_writable(directory)
@@ -228,11 +232,13 @@ class Run:
         return "complete" if progress.step >= run.steps else ""
 
     def _end(self, ending: str) -> None:
-        """Links, figures, the last line. An interrupted run has no `final`: it is not at its end."""
-        if not self.mesh.is_main:
-            return
+        """Links, figures, the Hugging Face folder, the last line. An interrupted run has no `final`: it is not at its end."""
         last = self.directory / "checkpoints" / f"step_{self.progress.step}"
         done = not ending.startswith("interrupted")
+        if done and self.recipe.run.export_hf:
+            self._export()
+        if not self.mesh.is_main:
+            return
         if done:
             checkpoint.link(self.directory / "final", last)
         for sink in self.sinks:
@@ -242,6 +248,13 @@ class Run:
             record.close_run(self.directory, self.recipe)
         advice = "" if done else "; the same command continues"
         print(f"{self.recipe.name}: {ending} at step {self.progress.step} of {self.recipe.run.steps}; {last}{advice}", flush=True)
+
+    def _export(self) -> None:
+        """RUN/hf: the policy, or the reward model. Collective."""
+        role, engine = next(iter(self.parts.trained.items()))
+        meta = {"step": self.progress.step, **self._about()}
+        shown = ConversionProgress(self.mesh.is_main and "console" in self.recipe.run.loggers)
+        export_run(self.directory / "hf", role, engine, self.parts.tokenizer, meta, shown)
 
     # ----------------------------------------------------------------------------------------- checkpoints
 
@@ -253,11 +266,24 @@ class Run:
                 "algorithm": self.parts.algorithm.state_dict(),
                 "alerts": self.recipe.alerts.state_dict(),
             }
-            meta = {"tokenizer": self.parts.tokenizer.fingerprint, "recipe": self.recipe.name, "parallel": vars(self.recipe.parallel)}
             step, keep = self.progress.step, self.recipe.run.keep
-            path = checkpoint.save(folder, step, self.parts.trained, self.mesh, state, meta, self._extra_files, keep)
+            path = checkpoint.save(folder, step, self.parts.trained, self.mesh, state, self._about(), self._extra_files, keep)
             if best and self.mesh.is_main:
                 checkpoint.link(self.directory / "best", path)
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint says of its origin."""
+        recipe, tokenizer = self.recipe, self.parts.tokenizer
+        return {
+            "tokenizer": tokenizer.fingerprint,
+            "chat_template": tokenizer.chat_template,
+            "template": recipe.data.template,
+            "style": self.parts.train.rows[0].style,
+            "recipe": recipe.name,
+            "hub": recipe.model.hub,
+            "commit": record.commit(),
+            "parallel": vars(recipe.parallel),
+        }
 
     def _extra_files(self, folder: Path) -> None:
         """A checkpoint is complete in itself: the tokenizer and the recipe travel with it."""
@@ -267,7 +293,7 @@ class Run:
     def _resume(self, path: Path | None) -> None:
         fingerprint = self.parts.train.fingerprint
         if path is not None:
-            check_tokenizer(path, self.parts.tokenizer, where="model.tokenizer")
+            self.parts.notes += check_tokenizer(path, self.parts.tokenizer, self.recipe.data.template, where="model.tokenizer")
             state = checkpoint.restore(path, self.parts.trained, self.mesh)
             self.progress.load_state_dict(state["progress"])
             self.parts.algorithm.load_state_dict(state["algorithm"])
@@ -295,4 +321,4 @@ class Run:
         self.sinks += make_sinks(recipe.run.loggers, directory, recipe.run.steps, name=recipe.name, config=record.plain_recipe(recipe))
         for sink in self.sinks:
             sink.resume(step)
-        record.announce(recipe, self.mesh.world, origin, self.parts.train, self.parts.held_out)
+        record.announce(recipe, self.mesh.world, origin, self.parts.train, self.parts.held_out, self.parts.notes)

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.specs import Parallel
+
 torch.set_num_threads(1)
 
 
@@ -36,3 +39,9 @@ def no_global_rng(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     moved = [name for name, state in _states().items() if state != before[name]]
     assert not moved, f"global generator consumed: {', '.join(moved)}; give the draw its own generator, or mark the test global_rng"
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Iterator[Mesh]:
+    """One process without torchrun."""
+    yield Mesh.create(Parallel(), seed=1)

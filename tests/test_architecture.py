@@ -42,8 +42,10 @@ MAY_IMPORT = {
         "specs",
         "errors",
     },
+    "conversion": {"assembly", "record", "megatron", "data", "specs", "hf_config", "errors"},
     "runner": {
         "assembly",
+        "conversion",
         "record",
         "recipe.registry",
         "recipe",

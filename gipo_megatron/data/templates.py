@@ -17,6 +17,16 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# hh() over messages: turns as the prompt has them; a finished last turn as a response, end-of-text included.
+HH = (
+    "{% for message in messages %}{% set text = message['content'] %}"
+    "{% if message['role'] == 'user' %}{{ '\\n\\nHuman: ' + text }}"
+    "{% elif message['role'] == 'assistant' and loop.last and not add_generation_prompt %}"
+    "{{ '\\n\\nAssistant:' + ('' if text[:1].isspace() else ' ') + text + eos_token }}"
+    "{% elif message['role'] == 'assistant' %}{{ '\\n\\nAssistant: ' + text }}"
+    "{% else %}{{ text }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
 NAMES = ("auto", "chat", "hh", "plain", "chatml")
 
 
@@ -121,3 +131,37 @@ def choose(spec: str, style: str, tokenizer: Tokenizer) -> Template:
     if "{{" in spec or "{%" in spec:
         return chat(tokenizer, spec, "jinja")
     raise UserError(f"unknown template {spec!r}", where="data.template", fix=f"use {', '.join(NAMES)}, or a jinja template")
+
+
+def as_chat_template(spec: str, tokenizer: Tokenizer, style: str = "messages") -> str | None:
+    """The jinja text with which transformers' `apply_chat_template` gives the ids an Encoder gives a prompt under `spec`.
+
+    `style`: what the rows were, which decides `auto`. None where no such text exists: plain, or a tokenizer that cuts text after
+    bos otherwise than text alone. Names of special tokens that a message spells out become ids here; under hh training keeps them text.
+    Raises UserError as `choose` does.
+    """
+    name = choose(spec, style, tokenizer).name
+    return _hh_jinja(tokenizer) if name == "hh" else {"plain": None, "chatml": CHATML, "chat": tokenizer.chat_template, "jinja": spec}[name]
+
+
+def _hh_jinja(tokenizer: Tokenizer) -> str | None:
+    """HH with bos in front where the tokenizer writes one: `apply_chat_template` adds none.
+
+    Some tokenizers put a space before a text that begins at once, and none after bos: there the template writes the space.
+    """
+    if not tokenizer.begins_with_bos:
+        return HH
+    trials = ((Turn("user", "a"),), (Turn("system", "a"), Turn("user", "b"), Turn("assistant", "c"), Turn("user", "d")))
+    expected = [[tokenizer.bos_id, *tokenizer.encode(hh("messages").prompt(turns))] for turns in trials]
+    for opening in ("{{ bos_token }}", "{{ bos_token + ' ' }}"):
+        texts = [tokenizer.render(messages(turns), opening + HH, True) for turns in trials]
+        if [tokenizer.encode(text, markup=True) for text in texts] == expected:
+            return opening + HH
+    return None
+
+
+def parting(text: str, other: str, shown: int = 40) -> str:
+    """`text` quoted as far as a line can show it: whole when both are short, else from shortly before it parts from `other`."""
+    same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    start = max(0, same - shown // 2) if max(len(text), len(other)) > shown else 0
+    return ("…" if start else "") + repr(text[start : start + shown]) + ("…" if text[start + shown :] else "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,6 +18,8 @@ from gipo_megatron.data.hub import is_hub_name, reach_hub
 from gipo_megatron.errors import UserError
 
 BYTES = "bytes"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")  # a folder with one of them holds one
+STAND_INS = ("pad", "reserved")  # what the name of a special token that no text uses says, the best first
 
 
 class Tokenizer:
@@ -61,9 +65,76 @@ class Tokenizer:
         ids = [self.bos_id, self.eos_id, self.begins_with_bos]
         return hashlib.sha256(json.dumps([definition, ids], sort_keys=True).encode()).hexdigest()
 
+    def difference(self, other: Tokenizer) -> str:
+        """What makes the fingerprints differ, in words: sizes, the first id that means another text, special tokens, rules."""
+        mine, theirs = ({i: text for text, i in t.inner.get_vocab().items()} for t in (self, other))
+        said = []
+        if self.vocab_size != other.vocab_size:
+            said.append(f"vocabulary {self.vocab_size} and {other.vocab_size}")
+        first = next((i for i in sorted(mine.keys() & theirs.keys()) if mine[i] != theirs[i]), None)
+        if first is not None:
+            said.append(f"id {first} is {mine[first]!r} and {theirs[first]!r}")
+        for name, a, b in (("bos", self.bos_id, other.bos_id), ("eos", self.eos_id, other.eos_id)):
+            if a != b:
+                said.append(
+                    f"{name} is {mine.get(a)!r} and {theirs.get(b)!r}" if a is not None and b is not None else f"only one has {name}"
+                )
+        if self.begins_with_bos != other.begins_with_bos:
+            said.append("only one writes bos in front")
+        return "; ".join(said) or "the same ids, cut from text by other rules (merges, normalizer, pre-tokenizer, added tokens)"
+
+    def scoring_pad(self) -> str | None:
+        """A special token that can stand for padding where a score is read at the last token that is no padding; None: there is none.
+
+        It occurs in no encoded conversation, unless a message in a chat template spells it out: neither bos nor eos, not in the chat
+        template, never cut from text. The tokenizer's own pad token, else unk where every byte has a token, else one named for it.
+        """
+        added = sorted(self.inner.added_tokens_decoder.items())
+        named = [token.content for word in STAND_INS for _, token in added if token.special and word in token.content.lower()]
+        candidates = [self.inner.pad_token, self.inner.unk_token, *named]
+        return next((token for token in candidates if isinstance(token, str) and self._never_encoded(token)), None)
+
+    def _never_encoded(self, token: str) -> bool:
+        number = self.inner.convert_tokens_to_ids(token)
+        variables = [name for name in ("pad_token", "unk_token") if getattr(self.inner, name) == token]
+        if number in (self.bos_id, self.eos_id) or any(word in (self.chat_template or "") for word in (token, *variables)):
+            return False
+        return (token != self.inner.unk_token or self._knows_every_byte()) and number not in self.encode(token)
+
+    def _knows_every_byte(self) -> bool:
+        """Byte fallback (`<0x00>` … `<0xFF>`) or byte-level BPE, with a token for each of the 256: no text is ever unknown."""
+        if not isinstance(self.inner, PreTrainedTokenizerFast):
+            return False
+        definition, vocabulary = json.loads(self.inner.backend_tokenizer.to_str()), self.inner.get_vocab()
+        if definition["model"].get("byte_fallback"):
+            return all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+        rule = definition["pre_tokenizer"] or {"type": ""}
+        rules = rule["pretokenizers"] if rule["type"] == "Sequence" else [rule]
+        return any(part["type"] == "ByteLevel" for part in rules) and all(symbol in vocabulary for symbol in _byte_symbols())
+
+    def with_padding(self, token: str) -> Tokenizer:
+        """A copy whose pad token is `token`, on the right; the ids of texts, and the fingerprint, stay.  AssertionError for a new token."""
+        assert token in self.inner.get_vocab(), f"{token!r} would be a new id"
+        inner = copy.deepcopy(self.inner)
+        inner.pad_token, inner.padding_side = token, "right"
+        return self._beside(inner, self.chat_template)
+
+    def with_chat_template(self, template: str | None) -> Tokenizer:
+        """A copy with that chat template, or with none."""
+        return self._beside(copy.deepcopy(self.inner), template)
+
+    def _beside(self, inner: PreTrainedTokenizerBase, template: str | None) -> Tokenizer:
+        inner.chat_template = template
+        return Tokenizer(inner)
+
     def save(self, folder: Path | str) -> None:
         """Writes tokenizer.json and its configuration; `load_tokenizer(folder)` and transformers read it back."""
         self.inner.save_pretrained(str(folder))
+        file = Path(folder) / "tokenizer_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config["tokenizer_class"] == "TokenizersBackend":  # transformers 5's name for it, which 4 cannot load; both know the older one
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -112,7 +183,7 @@ def _from_pretrained(spec: str, where: str, local: bool) -> PreTrainedTokenizerB
     try:
         inner: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(spec, local_files_only=local)
         return inner
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a tokenizer.model without the package that reads it
         reason = str(error).strip().split("\n")[0]
         fix = (
             "the folder must hold tokenizer.json (or tokenizer.model) and tokenizer_config.json"
@@ -120,6 +191,24 @@ def _from_pretrained(spec: str, where: str, local: bool) -> PreTrainedTokenizerB
             else "check the name, or give a folder"
         )
         raise UserError(f"cannot load a tokenizer from {spec!r}: {reason}", where=where, fix=fix) from error
+
+
+def tokenizer_facts(folder: Path, known: Tokenizer) -> tuple[str | None, str | None]:
+    """Fingerprint and chat template of a Hugging Face folder's tokenizer; None where it holds none."""
+    name = known.inner.name_or_path
+    if name and Path(name).is_dir() and Path(name).samefile(folder):
+        return known.fingerprint, known.chat_template
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return None, None
+    files = [folder / file for file in (*TOKENIZER_FILES, "chat_template.jinja")]
+    return _read_facts(folder, tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()))
+
+
+@functools.cache
+def _read_facts(folder: Path, written: tuple[tuple[int, int], ...]) -> tuple[str, str | None]:
+    """Read once for all roles that start from a folder; `written`: its files' times and sizes, so that a new file is another call."""
+    tokenizer = load_tokenizer(str(folder), str(folder))
+    return tokenizer.fingerprint, tokenizer.chat_template
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str = "") -> None:

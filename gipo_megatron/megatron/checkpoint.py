@@ -3,6 +3,7 @@
 DIR/step_12/meta.json      what is inside: step, per role its architecture and head, and the size of every file
             state.pt       the caller's own state (generators, data position, running moments, …)
             actor/ …       mcore dist_checkpointing: weights, optimizer, learning rate, group head
+            huggingface/   per role, config.json and generation_config.json of the model it came from, word for word
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from gipo_megatron.specs import Architecture
 FORMAT, VERSION = "gipo_megatron", 1
 _STEP = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"step_\d+(\.tmp|\.old)?")
+HF_FILES = ("config.json", "generation_config.json")
 _GROUP_WEIGHTS = ("group_head.weight", "group_head.bias")
 # Whose weights a role may start from, the best first. A trunk from another kind of model comes without its head.
 _SOURCES = {"actor": ("actor",), "reference": ("actor",), "reward": ("reward", "actor"), "critic": ("critic", "reward", "actor")}
@@ -74,32 +76,76 @@ def save(
 
     keep: the newest so many step folders stay, and those that a link in DIR or beside it points to.
     """
-    final, work = directory / f"step_{step}", directory / f"step_{step}.tmp"
-    if mesh.is_main:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        for role in roles:
-            (work / role).mkdir()
-    mesh.barrier()
-    for role, engine in roles.items():
-        _save_role(work / role, engine)
-    if mesh.is_main:
-        about = {role: _describe(engine) for role, engine in roles.items()}
-        torch.save(state, work / "state.pt")
-        if extra_files is not None:
-            extra_files(work)
-        files = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
-        described = {"format": FORMAT, "version": VERSION, "step": step, "roles": about, "files": files, **meta}
-        (work / "meta.json").write_text(json.dumps(described, indent=1))
-        old = directory / f"step_{step}.old"
-        if final.exists():
-            final.rename(old)
-        work.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-        if keep is not None:
-            _prune(directory, keep)
+    final = directory / f"step_{step}"
+    write(final, roles, mesh, state, {"step": step, **meta}, extra_files)
+    if mesh.is_main and keep is not None:
+        _prune(directory, keep)
     mesh.barrier()
     return final
+
+
+def write(
+    final: Path,
+    roles: dict[str, Engine],
+    mesh: Mesh,
+    state: dict[str, Any],
+    meta: dict[str, Any],
+    extra_files: Callable[[Path], None] | None = None,
+) -> None:
+    """One checkpoint as the folder `final`, which appears whole, by one rename. Collective. Raises UserError for a full disk."""
+    work, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
+    try:
+        if mesh.is_main:
+            shutil.rmtree(work, ignore_errors=True)
+            for role, engine in roles.items():
+                (work / role).mkdir(parents=True)
+                _write_hf_files(work / "huggingface" / role, engine.hf_files)
+            work.mkdir(parents=True, exist_ok=True)
+        mesh.barrier()
+        for role, engine in roles.items():
+            _save_role(work / role, engine)
+        if mesh.is_main:
+            torch.save(state, work / "state.pt")
+            if extra_files is not None:
+                extra_files(work)
+            files = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
+            about = {role: describe(engine) for role, engine in roles.items()}
+            described = {"format": FORMAT, "version": VERSION, "roles": about, "files": files, **meta}
+            (work / "meta.json").write_text(json.dumps(described, indent=1))
+            if final.exists():
+                final.rename(old)
+            work.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, torch_checkpoint.CheckpointException) as error:
+        reason = _full_disk(error)
+        if reason is None:
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        raise UserError(f"cannot write the checkpoint: {reason}", where=str(final), fix="make room, then start again") from None
+
+
+def _write_hf_files(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def read_hf_files(folder: Path) -> dict[str, str]:
+    """config.json and generation_config.json of a folder, as far as they are there."""
+    return {name: (folder / name).read_text(encoding="utf-8") for name in HF_FILES if (folder / name).is_file()}
+
+
+def _full_disk(error: BaseException) -> str | None:
+    """The system's words, when a write failed; torch wraps what its writer met, on any rank, in exceptions of its own."""
+    found: list[BaseException] = [error, *(e for e in (error.__cause__, error.__context__) if e is not None)]
+    if isinstance(error, torch_checkpoint.CheckpointException):
+        found += [wrapped[0] for wrapped in error.failures.values()]
+    for one in found:
+        if isinstance(one, OSError) and one.strerror:
+            return one.strerror
+        if "PytorchStreamWriter failed" in str(one) or "unexpected pos" in str(one):  # torch.save onto a full disk
+            return "no space left, or a file size limit"
+    return None
 
 
 def _save_role(folder: Path, engine: Engine) -> None:
@@ -119,11 +165,14 @@ def _sharded_model(engine: Engine) -> dict[str, Any]:
     return {name: chunk.sharded_state_dict(metadata=_metadata()) for name, chunk in zip(names, engine.chunks, strict=True)}
 
 
-def _describe(engine: Engine) -> dict[str, Any]:
+def describe(engine: Engine) -> dict[str, Any]:
+    """What meta.json says of a role."""
     return {
         "architecture": asdict(engine.architecture),
         "head": engine.head,
+        "dtype": engine.precision.dtype,
         "num_groups": engine.group.num_groups if engine.group is not None else None,
+        "group_input": engine.group.input if engine.group is not None else None,
         "trained": engine.optimisation is not None,
     }
 
@@ -244,7 +293,7 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
     for role, engine in roles.items():
         if role not in meta["roles"]:
             raise UserError(f"the checkpoint has no {role!r}; it has {', '.join(meta['roles'])}", where=str(path))
-        _check_architecture(path, meta["roles"][role], engine.architecture)
+        check_architecture(path, meta["roles"][role]["architecture"], engine.architecture)
         if (engine.head, engine.optimisation is not None) != (meta["roles"][role]["head"], meta["roles"][role]["trained"]):
             raise UserError(
                 f"{role!r} was saved with another head or without its optimizer", where=str(path), fix="load its weights instead"
@@ -258,6 +307,7 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
             )
     for role, engine in roles.items():
         _restore_role(path / role, engine)
+        engine.hf_files = read_hf_files(path / "huggingface" / role)
     mesh.barrier()
     return torch.load(path / "state.pt", weights_only=True, map_location="cpu")  # dicts, numbers, strings, tensors: no code can hide in it
 
@@ -296,7 +346,7 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
         wanted = " or ".join(repr(r) for r in _SOURCES[role])
         raise UserError(f"no weights for {role!r}: needs {wanted}, the checkpoint has {', '.join(meta['roles'])}", where=str(path))
     about = meta["roles"][source]
-    _check_architecture(path, about, engine.architecture)
+    check_architecture(path, about["architecture"], engine.architecture)
     same_head = (about["head"] is None) == (engine.head is None)
     with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
         sharded = _sharded_model(engine)
@@ -314,12 +364,14 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
         if head is not None and group:
             head.load_sharded_state({f"group_head.{k}": v for k, v in head.state_dict().items()} | {k: loaded[k] for k in group})
         engine.weights_changed()
+    engine.hf_files = read_hf_files(path / "huggingface" / source)
     return source
 
 
-def _check_architecture(path: Path, about: dict[str, Any], mine: Architecture) -> None:
-    theirs = about["architecture"]
+def check_architecture(path: Path, theirs: dict[str, Any], mine: Architecture) -> None:
+    """Raises UserError naming every number in which saved weights are of another model than the one that is built."""
     different = [(f.name, theirs[f.name], getattr(mine, f.name)) for f in fields(mine) if theirs[f.name] != getattr(mine, f.name)]
     if different:
-        lines = "; ".join(f"{name}: saved {saved}, here {here}" for name, saved, here in different)
-        raise UserError(f"the checkpoint is of another architecture: {lines}", where=str(path), fix="use the model block it was made with")
+        lines = "; ".join(f"{name}: there {saved}, here {here}" for name, saved, here in different)
+        fix = "leave model.architecture out of the recipe: it is read from the weights"
+        raise UserError(f"the weights are of another architecture: {lines}", where=str(path), fix=fix)

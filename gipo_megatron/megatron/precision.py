@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from gipo_megatron.errors import UserError
 from gipo_megatron.specs import Parallel, Precision
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # fp16 only for conversion: recipes refuse it
 FP8_RECIPES = {"delayed": Fp8Recipe.delayed, "tensorwise": Fp8Recipe.tensorwise, "blockwise": Fp8Recipe.blockwise}
 FP8_ROWS = 16  # sequence × batch must divide by this in an FP8 matrix product; a multiple of the length alone always does
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron.checkpoint import kind, load_weights
+from gipo_megatron.hf_config import architecture_from_hf
+from gipo_megatron.megatron.checkpoint import check_architecture, kind, load_weights, read_hf_files
 from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.heads import take_hidden
-from gipo_megatron.megatron.hf import load_hf
+from gipo_megatron.megatron.hf import Seen, ignore, load_group_head, load_hf
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.microbatches import Readout
 from gipo_megatron.megatron.model import initialise_weights
@@ -21,20 +24,37 @@ from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision,
 from gipo_megatron.types import CriticOutput, Output, Prompts, Rollout, Rows, Sequences, TokenStats, Update
 
 
-def load_into(engine: Engine, load: str, role: str) -> str:
+def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
     """Fill a model with weights, told by content: an HF folder, a checkpoint, or "random" (what it was built with).
 
-    Returns what was taken ("random", "huggingface", or the checkpoint's role). Collective. Raises UserError when nothing fits.
+    Returns what was taken ("random", "huggingface", or the checkpoint's role). Collective.
+    Raises UserError when nothing fits, or when config.json describes another model than this one, in whatever number.
     """
     if load == "random":
         return load
     path = Path(load)
     if kind(path) == "checkpoint":
         return load_weights(path, role, engine)
+    check_architecture(path / "config.json", asdict(architecture_from_hf(path)), engine.architecture)
     with engine.residency.use(training=engine.optimisation is not None):
-        load_hf(path, engine.chunks, engine.mesh, engine.architecture, head=engine.head)
+        load_hf(path, engine.chunks, engine.mesh, engine.architecture, head=engine.head, seen=seen)
+        if engine.group_head is not None:
+            load_group_head(path, engine.group_head)
         engine.weights_changed()
+    engine.hf_files = read_hf_files(path)
     return "huggingface"
+
+
+@torch.no_grad()
+def outputs(engine: Engine, ids: Tensor) -> Tensor:
+    """Logits [b, T, V], or a head's [b, T, 1], of whole rows of tokens; for one process that holds the whole model."""
+    assert engine.mesh.world == 1 and len(engine.chunks) == 1, "needs the whole model in one process"
+    with engine.ready():
+        out: Tensor = engine.chunks[0](ids.to(engine.mesh.device), None, None)
+    if engine.head is not None:
+        take_hidden(engine.chunks[0])  # not needed, so not kept
+        return out.cpu()
+    return out[..., : engine.architecture.vocab_size].float().cpu()
 
 
 def language_readout(engine: Engine, temperature: float, entropy: bool) -> Readout:
@@ -143,7 +163,9 @@ class MegatronReference:
         with engine.swapped(engine.snapshot()):
             if load == "random":
                 initialise_weights(engine.chunks, architecture, engine.mesh, seed)
+            actors = engine.hf_files
             source = load_into(engine, load, "reference")
+            engine.hf_files = actors
             self.state = engine.snapshot()
         with engine.residency.use(training=engine.optimisation is not None):
             engine.weights_changed()

@@ -58,6 +58,7 @@ class Engine:
     ) -> None:
         self.mesh, self.architecture, self.precision = mesh, architecture, precision
         self.head, self.group, self.optimisation, self.micro_batch = head, group, optimisation, micro_batch
+        self.hf_files: dict[str, str] = {}  # config.json and the like of the Hugging Face model it came from, word for word
         self.chunks: list[GPTModel] = build_chunks(
             architecture, mesh, precision, recompute=recompute, head=head, seed=seed, initialise=initialise
         )

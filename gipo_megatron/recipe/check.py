@@ -192,8 +192,6 @@ def unread(needs: Needs, algorithm: dict[str, Any], tree: Tree) -> Found:
 def run(run: Run, tree: Tree) -> Found:
     if not run.dir:
         yield Problem("run.dir", "is empty", tree.origin("run.dir"), "run.dir=runs/my_run")
-    if run.export_hf:
-        yield Problem("run.export_hf", "not built yet", tree.origin("run.export_hf"), "run.export_hf=false")
     if run.stop.score_patience is not None and not run.eval_every:
         what = "counts evaluations, and run.eval_every is 0"
         yield Problem("run.stop.score_patience", what, tree.origin("run.stop.score_patience"), "set run.eval_every")
@@ -234,9 +232,13 @@ def loads(models: dict[str, ModelConfig], run: Run, needs: Needs, tree: Tree) ->
 
 
 def _present(load: str, run: Run) -> bool:
-    """`owner/model` may be a hub name, unless it lies where this project's runs lie; anything else but `random` must exist."""
-    may_be_hub = re.fullmatch(r"[\w-]+/[\w.-]+", load) is not None and Path(load).parts[0] != Path(run.dir).parts[0]
-    return load == "random" or may_be_hub or Path(load).exists()
+    """Anything but `random` and what may be a hub name must exist."""
+    return load == "random" or may_be_hub(load, run.dir) or Path(load).exists()
+
+
+def may_be_hub(load: str, run_dir: str) -> bool:
+    """`owner/model`, unless it lies where this project's runs lie."""
+    return re.fullmatch(r"[\w-]+/[\w.-]+", load) is not None and Path(load).parts[:1] != Path(run_dir).parts[:1]
 
 
 def missing_loads(recipe: Recipe) -> list[Problem]:

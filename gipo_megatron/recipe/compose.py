@@ -18,6 +18,8 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from gipo_megatron import algorithms, components
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe import check, registry
+from gipo_megatron.recipe.architecture import KEY as ARCHITECTURE
+from gipo_megatron.recipe.architecture import read_architecture
 from gipo_megatron.recipe.needs import needed, pruned, unneeded
 from gipo_megatron.recipe.problems import Problem, RecipeErrors, suggest
 from gipo_megatron.recipe.schema import Recipe
@@ -184,11 +186,15 @@ def checked(tree: Block, name: str, world: int = 0) -> Recipe:
     """The typed recipe of a merged tree. Raises RecipeErrors with every problem found."""
     problems = load_components(tree)
     completion, conversion = Completion(), Conversion()
-    tree = completion.complete(tree, Recipe)
-    needs = needed(tree)
-    tree = resolve(tree, completion.problems)
+    draft = resolve(Completion().complete(tree, Recipe), [])  # which weights are loaded; its problems come again below
+    needs = needed(draft)
+    reading = read_architecture(tree, draft, needs)
+    problems += reading.problems
+    tree = resolve(completion.complete(reading.tree, Recipe), completion.problems)
     # A model that nothing asks for may stay as its base recipe left it, without weights to load.
-    problems += [p for p in completion.problems if p.known or not unneeded(p.key, needs)]
+    found = [p for p in completion.problems if p.known or not unneeded(p.key, needs)]
+    implied = [p for p in found if reading.settled and not p.known and p.key.startswith(f"{ARCHITECTURE}.")]
+    problems += [p for p in found if p not in implied]
     sections = {f.name: conversion.section(tree, Recipe, f.name) for f in registry.recipe_fields(Recipe)}
     sections["algorithm"] = conversion.component(tree.children["algorithm"], "algorithm", ("algorithm",))
     problems += conversion.problems
@@ -198,8 +204,8 @@ def checked(tree: Block, name: str, world: int = 0) -> Recipe:
     world = world or check.default_world(sections["hardware"], sections["parallel"])
     report = check.cross_check(sections, tree, needs, world)
     problems += report.problems
-    if problems:
-        raise RecipeErrors(name, problems)
+    if problems or implied:
+        raise RecipeErrors(name, problems or implied)
     sections["models"] = {role: sections["models"][role] for role in needs.roles}
     warnings = tuple(map(str, report.warnings))
     return Recipe(**sections, name=name, world=world, trained=needs.trained, warnings=warnings, tree=pruned(tree, needs))

@@ -212,7 +212,8 @@ class Conversion:
                 return Wrong
             return {k: self.instance(child, each, (*key, k)) for k, child in node.children.items()}
         if dataclasses.is_dataclass(hint):
-            return self.instance(node, typing.cast(type, hint), key)
+            block = self.instance(node, typing.cast(type, hint), key)
+            return Wrong if block is None else block
         if isinstance(node, Block):
             self.problems.append(Problem(".".join(key), f"needs {spell(hint)}, not a block of keys", node.origin))
             return Wrong

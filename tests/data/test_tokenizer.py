@@ -1,15 +1,38 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from gipo_megatron.data.tokenizer import byte_tokenizer, check_vocabulary, load_tokenizer
+from gipo_megatron.data.tokenizer import Tokenizer, byte_tokenizer, check_vocabulary, load_tokenizer
 from gipo_megatron.errors import UserError
 from tests.data.fixtures import SHARED, needs_shared_data
 
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 TEXTS = ["", "plain", "  two  spaces\n\nand\tcontrol \x00\x01", "Grüße, 日本語 🙂", "<eos> is text here, <bos> too"]
+
+
+def small_tokenizer(space: str, bytes_too: bool = True, pad: str | None = None, special: Sequence[str] = ()) -> Tokenizer:
+    """Llama-2's shape: unk, bos, eos, bytes, the ASCII characters; then `special`.
+
+    space: "each" piece between special tokens gets one in front (a normalizer), or only the "first" (Metaspace).
+    """
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256) if bytes_too), "▁", *map(chr, range(33, 127))]
+    backend = Backend(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], unk_token="<unk>", byte_fallback=bytes_too))
+    if space == "each":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>", *special)])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    inner = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token=pad)
+    return Tokenizer(inner)
 
 
 def test_bytes_are_the_ids() -> None:
@@ -78,3 +101,107 @@ def test_a_hub_that_is_not_there_says_so_at_once(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match="cannot be reached") as raised:
         load_tokenizer("nobody/nothing", "model.tokenizer")
     assert "folder" in raised.value.fix
+
+
+@pytest.mark.parametrize("space", ["each", "first"])
+def test_unk_pads_where_every_byte_has_a_token(space: str) -> None:
+    assert small_tokenizer(space).scoring_pad() == "<unk>"
+    assert 0 not in small_tokenizer(space).encode("日本 <unk> \x00")  # by hand: unk is id 0
+    assert 0 in small_tokenizer(space, bytes_too=False).encode("日本")
+    assert small_tokenizer(space, bytes_too=False).scoring_pad() is None
+
+
+@pytest.mark.parametrize(
+    ("pad", "special", "template", "expected"),
+    [
+        ("<p>", ("<p>",), None, "<p>"),  # its own
+        ("</s>", ("<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"), None, "<|finetune_right_pad_id|>"),
+        ("</s>", ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>"), None, "<|reserved_special_token_0|>"),
+        ("<s>", ("<|end|>",), None, None),
+        (None, ("[PAD]", "<|reserved_0|>"), "[PAD]" + TEMPLATE, "<|reserved_0|>"),
+        ("<p>", ("<p>",), "{{ pad_token }}" + TEMPLATE, None),
+        ("<unk>", (), None, None),  # text may become unk here
+    ],
+)
+def test_which_token_pads_for_a_score(pad: str | None, special: tuple[str, ...], template: str | None, expected: str | None) -> None:
+    tokenizer = small_tokenizer("each", bytes_too=False, pad=pad, special=special).with_chat_template(template)
+    assert tokenizer.scoring_pad() == expected
+
+
+def test_byte_level_bpe_never_needs_unk() -> None:
+    assert byte_tokenizer().scoring_pad() == "<pad>"
+    inner = byte_tokenizer().inner
+    inner.pad_token, inner.unk_token = "<eos>", "<pad>"
+    assert Tokenizer(inner).scoring_pad() == "<pad>"
+    definition = json.loads(inner.backend_tokenizer.to_str())
+    del definition["model"]["vocab"]["a"]  # now one byte has no token
+    fewer = PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(definition)), eos_token="<eos>", unk_token="<pad>")
+    assert Tokenizer(fewer).scoring_pad() is None
+
+
+def test_padding_changes_no_id_and_is_saved(tmp_path: Path) -> None:
+    before = small_tokenizer("each")
+    after = before.with_padding("<unk>")
+    assert (before.inner.pad_token, before.pad_id, after.pad_id) == (None, 2, 0)
+    after.save(tmp_path)
+    again, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    assert again.fingerprint == after.fingerprint == before.fingerprint
+    assert (theirs.pad_token, theirs.pad_token_id, theirs.padding_side) == ("<unk>", 0, "right")
+    assert theirs(["a", "ab"], padding=True).input_ids == [[1, *before.encode("a"), 0], [1, *before.encode("ab")]]
+    assert [again.encode(text) for text in TEXTS] == [before.encode(text) for text in TEXTS]
+    with pytest.raises(AssertionError, match="new id"):
+        before.with_padding("<p>")
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}\n", None])
+def test_the_chat_template_is_saved_letter_by_letter(tmp_path: Path, template: str | None) -> None:
+    tokenizer = small_tokenizer("each").with_chat_template("{{ 1 }}").with_chat_template(template)
+    assert tokenizer.with_padding("<unk>").chat_template == template
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(str(tmp_path)).chat_template == template
+
+
+def test_transformers_4_knows_the_class_of_a_saved_tokenizer(tmp_path: Path) -> None:
+    byte_tokenizer().save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.global_rng
+def test_a_score_is_read_at_eos_under_our_padding_and_not_under_eos_as_padding() -> None:
+    """What scoring_pad is for: transformers scores a padded row as it scores the row alone."""
+    tokenizer = small_tokenizer("each")
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(config).eval()
+    rows = [[1, *tokenizer.encode("a"), 2], [1, *tokenizer.encode("a longer one"), 2]]
+    model.config.pad_token_id = None
+    with torch.no_grad():
+        alone = [model(torch.tensor([row])).logits.item() for row in rows]
+        scored = {}
+        for pad in (tokenizer.with_padding("<unk>").pad_id, tokenizer.eos_id):
+            model.config.pad_token_id = pad
+            width = max(map(len, rows))
+            batch = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+            scored[pad] = model(batch, attention_mask=mask).logits[:, 0].tolist()
+    assert scored[0] == pytest.approx(alone, abs=1e-6)
+    assert abs(scored[2][0] - alone[0]) > 1e-4
+
+
+def test_the_difference_in_words() -> None:
+    ours, other = small_tokenizer("each"), small_tokenizer("each", special=("<p>",))
+    assert ours.difference(other) == f"vocabulary {ours.vocab_size} and {ours.vocab_size + 1}"
+    assert "by other rules" in ours.difference(small_tokenizer("first"))
+    said = byte_tokenizer().difference(ours)
+    assert "id 0 is 'Ā' and '<unk>'" in said and "bos is '<bos>' and '<s>'" in said and "eos is '<eos>' and '</s>'" in said
+
+
+@needs_shared_data
+@pytest.mark.parametrize(("name", "pad"), [("mistral_v1", "<unk>"), ("hh_bytebpe_4k", "<pad>")])
+def test_scoring_pads_of_the_real_tokenizers(name: str, pad: str) -> None:
+    tokenizer = load_tokenizer(str(SHARED / "tokenizers" / name))
+    assert tokenizer.scoring_pad() == pad
+    assert tokenizer.with_padding(pad).fingerprint == tokenizer.fingerprint

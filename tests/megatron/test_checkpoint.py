@@ -114,7 +114,7 @@ def test_a_group_head_comes_along_when_it_fits(mesh: Mesh, tmp_path: Path) -> No
 
 def test_refusals(folder: Path, mesh: Mesh) -> None:
     deeper = replace(ARCHITECTURE, num_layers=2, norm_eps=1e-6)
-    with pytest.raises(UserError, match="num_layers: saved 4, here 2; norm_eps: saved 1e-05, here 1e-06"):
+    with pytest.raises(UserError, match="num_layers: there 4, here 2; norm_eps: there 1e-05, here 1e-06"):
         MegatronRewardModel(**common(mesh, load=str(folder), architecture=deeper))
     with pytest.raises(UserError, match="no 'critic'; it has actor, reward"):
         checkpoint.restore(folder, {"critic": new_critic(mesh).engine}, mesh)

@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron.hf import architecture_from_hf, export_weights, load_hf, save_hf, table
+from gipo_megatron.hf_config import architecture_from_hf, config_for
+from gipo_megatron.megatron.hf import export_weights, load_hf, save_hf
+from gipo_megatron.megatron.hf_table import table
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.readout import last_token_score
@@ -46,7 +48,9 @@ def test_folder_to_megatron_and_back(name: str, mesh: Mesh, tmp_path: Path) -> N
         logits = chunks[0](ids, None, None)[..., : families.VOCAB]
         expected = reference(ids).logits
         assert float((logits - expected).abs().max()) < 1e-5
-        save_hf(tmp_path / "out", chunks, mesh, architecture, shard_bytes=20_000)
+        (tmp_path / "out").mkdir()
+        save_hf(tmp_path / "out", export_weights(chunks, mesh, architecture), mesh, shard_bytes=20_000)
+        (tmp_path / "out" / "config.json").write_text(json.dumps(config_for(architecture, "float32")))
         assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager").eval()
         assert torch.equal(again(ids).logits, expected)
@@ -83,7 +87,8 @@ def test_a_reward_model_is_a_sequence_classifier(mesh: Mesh, llama: Path, tmp_pa
     ids = torch.where(torch.arange(12) < sequences.lengths[:, None], sequences.tokens.clamp(min=1), 0)  # 0 pads
     with torch.no_grad():
         scores = last_token_score(chunks[0](ids, None, None), sequences)
-    save_hf(tmp_path, chunks, mesh, architecture, head="score", tokens={"pad_token_id": 0})
+    save_hf(tmp_path, export_weights(chunks, mesh, architecture, head="score"), mesh)
+    (tmp_path / "config.json").write_text(json.dumps(config_for(architecture, "float32", head="score", tokens={"pad_token_id": 0})))
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits[:, 0], scores, atol=1e-6, rtol=1e-5)

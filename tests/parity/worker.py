@@ -19,6 +19,7 @@ import torch
 from gipo_megatron.megatron import host
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
+from tests.conversion import families
 from tests.parity import generate_cases, model_cases, train_cases
 from tests.parity.launch import write_result
 from tests.parity.matrix import BF16_CHECKPOINTS, GRADIENTS, LAYOUTS, MICRO_BATCHES
@@ -54,12 +55,13 @@ def checkpoints(world: int, out: Path) -> dict[str, Any]:
     return result
 
 
-def jobs(world: int, out: Path, ends: dict[str, int]) -> dict[str, Callable[[], dict[str, Any]]]:
+def jobs(world: int, out: Path, ends: dict[str, int]) -> dict[str, Callable[[], Any]]:
     every = {
         "training": partial(training, world),
         "checkpoints": partial(checkpoints, world, out),
         "model": partial(model_cases.run, out),
         "generation": partial(generate_cases.run, world, ends),
+        "conversion": lambda: families.layout_checkpoints(out / "conversion", Mesh.create(Parallel())),
     }
     return every if world == 2 else {name: every[name] for name in ("training", "generation")}
 

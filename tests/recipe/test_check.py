@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,8 @@ def test_an_ensemble_loads_its_members(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_elsewhere_warn_in_a_check_and_are_listed_for_the_launcher(tmp_path: Path) -> None:
+    about = {"format": "gipo_megatron", "roles": {"reward": {"architecture": asdict(small(tmp_path).model.architecture)}}}
+    (tmp_path / "meta.json").write_text(json.dumps(about))
     recipe = small(tmp_path, "models.actor.load=runs/nowhere/final", f"models.reward.load={tmp_path}", "models.critic.load=owner/model")
     (warning,) = recipe.warnings
     assert "'runs/nowhere/final' is not on this machine (asked for by actor, reference)" in warning

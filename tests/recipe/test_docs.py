@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from gipo_megatron.hf_config import config_for
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.compose import compose, find_recipe
 from gipo_megatron.recipe.problems import RecipeErrors
 from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.specs import Architecture
 from tests.recipe.helpers import RECIPES
 
 TEXT = (RECIPES.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -56,3 +59,14 @@ def test_every_section_is_described() -> None:
     sections = [f.name for f in (*registry.recipe_fields(Recipe), *registry.component_fields(Recipe))]
     rows = re.findall(r"^\| `(\w+)", TEXT, re.MULTILINE)
     assert sorted(rows) == sorted(sections) and len(rows) == 13
+
+
+def test_a_recipe_without_a_model_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_sft.yaml").write_text(block("yaml", "SFT from a folder"))
+    architecture = Architecture(8, 64, 64, 8, 8, 8, 259, 4096)
+    Path("models/llama").mkdir(parents=True)
+    Path("models/llama/config.json").write_text(json.dumps(config_for(architecture, "bfloat16")))
+    recipe = compose(["recipe=my_sft.yaml", "data.max_length=${model.architecture.max_positions}"], RECIPES)
+    assert recipe.model.architecture == architecture and recipe.data.max_length == 4096
+    assert (recipe.model.tokenizer, recipe.warnings) == ("", ())

@@ -1,0 +1,1 @@
+"""From Hugging Face and back: whole folders, written aside, verified, then given their name."""

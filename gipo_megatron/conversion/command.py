@@ -1,0 +1,48 @@
+"""The command line of the two converters: key=value words, messages on one screen, quiet libraries."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+from gipo_megatron.errors import UserError
+
+BOOLEANS = {"verify": ("true", "false")}
+
+
+def arguments(argv: Sequence[str], required: Sequence[str], optional: Mapping[str, str]) -> dict[str, str]:
+    """key=value words as a dictionary, defaults filled in. Raises UserError for what is none of these keys, or missing."""
+    words = dict(optional)
+    known = ", ".join([*(f"{key}=…" for key in required), *(f"{key}={value}" for key, value in optional.items())])
+    for word in argv:
+        key, equals, value = word.partition("=")
+        if not equals or not value or (key not in required and key not in optional):
+            raise UserError(f"what is {word!r}?", where="command line", fix=known)
+        if key in BOOLEANS and value not in BOOLEANS[key]:
+            raise UserError(f"{key} is true or false, not {value!r}", where="command line")
+        words[key] = value
+    if missing := [key for key in required if key not in words]:
+        raise UserError(f"missing: {', '.join(f'{key}=…' for key in missing)}", where="command line", fix=known)
+    return words
+
+
+def run(main: Callable[[list[str]], None], usage: str | None, argv: list[str]) -> int:
+    """0: done; 2: something the user can mend, printed without a traceback; 130: Ctrl-C."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    try:
+        main(argv)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was left under the final name", file=sys.stderr)
+        return 130
+    return 0

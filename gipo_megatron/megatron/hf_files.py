@@ -1,0 +1,125 @@
+"""Folders of safetensors: what is in them without reading it, one tensor at a time, and written shard by shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gipo_megatron.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 << 30
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names; others are quantised or no weights
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name: shape and dtype at once, the data when asked for."""
+
+    where: str
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    read: Callable[[str], Tensor]
+
+
+def open_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
+    """A Hugging Face folder's tensors, or a state dict's.
+
+    Raises UserError for a missing, damaged or truncated file, an unreadable index, and tensors that the index promises in vain.
+    """
+    if isinstance(source, Mapping):
+        shapes = {name: tuple(t.shape) for name, t in source.items()}
+        dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in source.items()}
+        return Weights("state dict", shapes, dtypes, source.__getitem__)
+    folder = Path(source)
+    files: dict[str, Path] = {}
+    shapes, dtypes = {}, {}
+    promised = _index(folder)
+    for path in _weight_files(folder, promised):
+        for name, shape, dtype in _header(path):
+            files[name], shapes[name], dtypes[name] = path, shape, dtype
+    if lost := [f"{name} ({file})" for name, file in promised.items() if name not in files]:
+        shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+        raise UserError(f"{INDEX} promises tensors that its files do not hold: {shown}", where=str(folder), fix="download the folder again")
+
+    def read(name: str) -> Tensor:
+        with safe_open(files[name], framework="pt") as shard:
+            return shard.get_tensor(name)
+
+    return Weights(str(folder), shapes, dtypes, read)
+
+
+def _header(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """(name, shape, dtype) of a file's tensors. safetensors compares the header with the file's length, so a cut-off file is found here."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+            return [(name, tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype())) for name, s in slices.items()]
+    except (OSError, SafetensorError) as error:
+        size = f"{path.stat().st_size} bytes" if path.is_file() else "not there"
+        raise UserError(f"cannot read {path.name} ({size}): {error}", where=str(path), fix="download or export this file again") from error
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file of a model in several files; empty for one in a single file."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        return weight_map
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {INDEX}: {error!r}", where=str(path), fix="download or export this file again") from error
+
+
+def _weight_files(folder: Path, promised: Mapping[str, str]) -> list[Path]:
+    if promised:
+        return [folder / name for name in sorted(set(promised.values()))]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+    fix = f"give a Hugging Face folder with model.safetensors or {INDEX} (a .bin model: save it again as safetensors)"
+    raise UserError("no safetensors weights here", where=f"{folder} (found: {found})", fix=fix)
+
+
+class Shards:
+    """Collects tensors and writes a file whenever `limit` bytes are together; `close` gives the files transformers' names."""
+
+    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
+        self.folder, self.limit, self.waiting, self.bytes = folder, limit, dict[str, Tensor](), 0
+        self.written: list[tuple[Path, list[str], int]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.waiting and self.bytes + tensor.nbytes > self.limit:
+            self._write()
+        self.waiting[name] = tensor
+        self.bytes += tensor.nbytes
+
+    def _write(self) -> None:
+        path = self.folder / f"model-{len(self.written) + 1:05d}.safetensors.part"
+        try:
+            save_file(self.waiting, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk comes as this, without its errno
+            raise OSError(f"cannot write {path.name}: {error}") from error
+        self.written.append((path, list(self.waiting), self.bytes))
+        self.waiting, self.bytes = {}, 0
+
+    def close(self) -> None:
+        self._write()
+        count = len(self.written)
+        weight_map: dict[str, str] = {}
+        for number, (path, names, _) in enumerate(self.written, 1):
+            final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            path.rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        if count > 1:
+            index: dict[str, Any] = {"metadata": {"total_size": sum(size for _, _, size in self.written)}, "weight_map": weight_map}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

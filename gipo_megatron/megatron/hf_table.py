@@ -1,0 +1,77 @@
+"""One table per model: every Megatron parameter and the Hugging Face tensors it is made of, read in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gipo_megatron.megatron.layout import EMBEDDING, OUTPUT, SCORE
+from gipo_megatron.specs import Architecture
+
+HF_EMBEDDING = "model.embed_tokens.weight"
+HF_OUTPUT = "lm_head.weight"
+HF_SCORE = "score.weight"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron parameter and the Hugging Face tensors it is made of."""
+
+    name: str  # layout-free Megatron name
+    hf: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    kind: str  # copy | gate_up | qkv
+
+    def fuse(self, parts: Sequence[Tensor], a: Architecture) -> Tensor:
+        """qkv: for each key/value group its query heads, its key, its value. gate_up: gate, then up."""
+        if self.kind == "copy":
+            return parts[0]
+        if self.kind == "gate_up":
+            return torch.cat(list(parts))
+        grouped = [part.reshape(a.num_kv_heads, -1, *part.shape[1:]) for part in parts]
+        return torch.cat(grouped, 1).flatten(0, 1)
+
+    def split(self, full: Tensor, a: Architecture) -> tuple[Tensor, ...]:
+        """The inverse of `fuse`; new tensors, not views of a live weight."""
+        if self.kind == "copy":
+            return (full.clone(),)
+        if self.kind == "gate_up":
+            return tuple(part.clone() for part in full.chunk(2))
+        grouped = full.reshape(a.num_kv_heads, -1, *full.shape[1:])
+        sizes = [shape[0] // a.num_kv_heads for shape in self.shapes]
+        return tuple(part.flatten(0, 1).clone() for part in grouped.split(sizes, 1))
+
+
+def table(a: Architecture, head: str | None = None) -> list[Entry]:
+    """All parameters of a model in model order. With a head, `score.weight` [1, H] (AutoModelForSequenceClassification) ends it."""
+    h, f, d = a.hidden_size, a.ffn_hidden_size, a.head_dim
+    q, kv = a.num_heads * d, a.num_kv_heads * d
+    entries = [Entry(EMBEDDING, (HF_EMBEDDING,), ((a.vocab_size, h),), "copy")]
+    for i in range(a.num_layers):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        qkv = tuple(f"{theirs}self_attn.{x}_proj." for x in "qkv")
+        gate_up = tuple(f"{theirs}mlp.{x}_proj.weight" for x in ("gate", "up"))
+        entries.append(Entry(ours + "input_layernorm.weight", (theirs + "input_layernorm.weight",), ((h,),), "copy"))
+        weights = tuple(x + "weight" for x in qkv)
+        entries.append(Entry(ours + "self_attention.linear_qkv.weight", weights, ((q, h), (kv, h), (kv, h)), "qkv"))
+        if a.qkv_bias:
+            biases = tuple(x + "bias" for x in qkv)
+            entries.append(Entry(ours + "self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)), "qkv"))
+        if a.qk_norm:
+            for x in "qk":
+                entries.append(
+                    Entry(f"{ours}self_attention.{x}_layernorm.weight", (f"{theirs}self_attn.{x}_norm.weight",), ((d,),), "copy")
+                )
+        entries.append(Entry(ours + "self_attention.linear_proj.weight", (theirs + "self_attn.o_proj.weight",), ((h, q),), "copy"))
+        entries.append(Entry(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",), ((h,),), "copy"))
+        entries.append(Entry(ours + "mlp.linear_fc1.weight", gate_up, ((f, h), (f, h)), "gate_up"))
+        entries.append(Entry(ours + "mlp.linear_fc2.weight", (theirs + "mlp.down_proj.weight",), ((h, f),), "copy"))
+    entries.append(Entry("decoder.final_layernorm.weight", ("model.norm.weight",), ((h,),), "copy"))
+    if head is not None:
+        entries.append(Entry(SCORE, (HF_SCORE,), ((1, h),), "copy"))
+    elif not a.tied_embeddings:
+        entries.append(Entry(OUTPUT, (HF_OUTPUT,), ((a.vocab_size, h),), "copy"))
+    return entries

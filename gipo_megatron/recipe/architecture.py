@@ -1,0 +1,252 @@
+"""The architecture of the weights to load, read from their config.json or meta.json, so that no recipe retypes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gipo_megatron.data.hub import reach_hub
+from gipo_megatron.errors import UserError
+from gipo_megatron.hf_config import architecture_from_hf
+from gipo_megatron.recipe.check import may_be_hub
+from gipo_megatron.recipe.needs import Needs
+from gipo_megatron.recipe.problems import Problem
+from gipo_megatron.recipe.source import MISSING, Block, Leaf, Node
+from gipo_megatron.specs import Architecture
+
+KEY = "model.architecture"
+FIELDS = tuple(f.name for f in dataclasses.fields(Architecture))
+REQUIRED = frozenset(f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING)
+FORMAT = "gipo_megatron"  # what meta.json says in a checkpoint of this project
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recipe key that names weights."""
+
+    key: str  # models.actor.load
+    load: str  # its value; ??? where it has none yet
+    origin: str  # who wrote it
+    role: str  # whose weights they are; empty for model.hub
+
+
+@dataclass(frozen=True)
+class Found:
+    """What weights say of themselves."""
+
+    source: Source
+    path: str  # the file that says it
+    values: dict[str, Any]  # of Architecture
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What composing takes from the weights."""
+
+    tree: Block  # with model.architecture filled in
+    problems: list[Problem] = field(default_factory=list)
+    settled: bool = False  # why architecture keys are missing has been said, or follows from another problem
+
+
+def read_architecture(tree: Block, draft: Block, needs: Needs) -> Reading:
+    """`tree` with every unwritten key of model.architecture as the weights say it; written ones must agree with them.
+
+    draft: the same tree, completed and resolved, which knows what `load` is.
+    """
+    block = _architecture_block(tree)
+    if block is None:  # something else stands there, which the schema will say
+        return Reading(tree)
+    written = {key: node for key, node in block.children.items() if key in FIELDS and not _is_missing(node)}
+    sources, run_dir = _sources(tree, draft, needs), str(_value(draft, "run.dir"))
+    found, problems = _read_all(sources, run_dir, network=False)
+    if not found and not problems and not written.keys() >= REQUIRED:  # only now is the network worth its seconds
+        sources = _with_hub(sources, draft)
+        found, problems = _read_all(sources, run_dir, network=True)
+    if found:
+        problems += [problem for other in found[1:] if (problem := _disagreement(found[0], other)) is not None]
+        problems += _contradictions(found[0], {key: _leaf(draft, f"{KEY}.{key}") for key in written})
+        values = {key: written.get(key, Leaf(value, found[0].path)) for key, value in found[0].values.items()}
+        return Reading(_replaced(tree, {**block.children, **values}), problems)
+    if not problems and not written and needs.roles and all(source.load != MISSING for source in sources):
+        problems.append(_unsaid(sources))
+    # Where somebody writes an architecture, what is left out has its default; a bare `???` of a base recipe must not hide it.
+    defaulted = set(FIELDS) - REQUIRED - written.keys() if written else set()
+    kept = {key: node for key, node in block.children.items() if key not in defaulted}
+    return Reading(_replaced(tree, kept), problems, settled=not written or bool(problems))
+
+
+# --------------------------------------------------------------------------------------------- in the tree
+
+
+def _is_missing(node: Node | None) -> bool:
+    return node is None or (isinstance(node, Leaf) and node.value == MISSING)
+
+
+def _architecture_block(tree: Block) -> Block | None:
+    """What is written below model.architecture; empty when nothing is, None when it is no block."""
+    model = tree.children.get("model", Block({}, tree.origin))
+    if not isinstance(model, Block):
+        return None
+    node = model.children.get("architecture")
+    if isinstance(node, Block):
+        return node
+    return Block({}, model.origin) if _is_missing(node) else None
+
+
+def _replaced(tree: Block, keys: Mapping[str, Node]) -> Block:
+    model = tree.children.get("model", Block({}, tree.origin))
+    block = _architecture_block(tree)
+    assert isinstance(model, Block) and block is not None
+    model = Block({**model.children, "architecture": Block(keys, block.origin)}, model.origin)
+    return Block({**tree.children, "model": model}, tree.origin)
+
+
+def _leaf(tree: Block, key: str) -> Leaf:
+    node: Node | None = tree
+    for part in key.split("."):
+        node = node.children.get(part) if isinstance(node, Block) else None
+    return node if isinstance(node, Leaf) else Leaf(MISSING, "")
+
+
+def _value(tree: Block, key: str) -> Any:
+    return _leaf(tree, key).value
+
+
+def _sources(tree: Block, draft: Block, needs: Needs) -> list[Source]:
+    """One for each folder that the roles load, named by the role that says the folder itself rather than `${models.actor.load}`."""
+    sources: dict[str, Source] = {}
+    for role in sorted(needs.roles, key=lambda role: "${" in str(_value(tree, f"models.{role}.load"))):
+        leaf = _leaf(draft, f"models.{role}.load")
+        load = leaf.value if isinstance(leaf.value, str) else MISSING
+        sources.setdefault(load, Source(f"models.{role}.load", load, leaf.origin, role))
+    return list(sources.values())
+
+
+def _with_hub(sources: list[Source], draft: Block) -> list[Source]:
+    hub = _leaf(draft, "model.hub")
+    if not hub.value or not isinstance(hub.value, str) or hub.value in [source.load for source in sources]:
+        return sources
+    return [*sources, Source("model.hub", hub.value, hub.origin, "")]
+
+
+# --------------------------------------------------------------------------------------------- on disk, on the hub
+
+
+def _read_all(sources: Sequence[Source], run_dir: str, network: bool) -> tuple[list[Found], list[Problem]]:
+    found: list[Found] = []
+    problems: list[Problem] = []
+    for source in sources:
+        try:
+            said = _read(source, run_dir, network)
+        except UserError as error:
+            problems.append(Problem(source.key, error.what, source.origin, error.fix))
+        else:
+            found += [] if said is None else [said]
+    return found, problems
+
+
+def _read(source: Source, run_dir: str, network: bool) -> Found | None:
+    """None where there is nothing to ask: random weights, a stage that is not trained yet. Raises UserError for what cannot be read."""
+    if source.load in ("random", MISSING):
+        return None
+    folder = Path(source.load)
+    if not folder.exists():
+        return _read_hub(source, network) if may_be_hub(source.load, run_dir) else None
+    meta = folder / "meta.json"
+    if meta.is_file() and (content := _checkpoint_meta(meta)) is not None:
+        return Found(source, str(meta), _of_checkpoint(content, source.role, meta))
+    if (folder / "config.json").is_file():
+        return Found(source, str(folder / "config.json"), _of_folder(folder, str(folder / "config.json")))
+    newest = folder / "final"
+    raise UserError(
+        f"{folder} is neither a checkpoint (meta.json) nor a Hugging Face folder (config.json)",
+        fix=f"{source.key}={newest}" if newest.exists() else "give the folder of one checkpoint, or of one Hugging Face model",
+    )
+
+
+def _checkpoint_meta(path: Path) -> dict[str, Any] | None:
+    """None for another program's meta.json."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable meta.json: {error}", fix="use another checkpoint") from None
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+
+
+def _of_checkpoint(meta: Mapping[str, Any], role: str, path: Path) -> dict[str, Any]:
+    """One recipe made all roles of a checkpoint, so they share their architecture; a critic may start from a checkpoint without one."""
+    try:
+        roles = meta["roles"]
+        return asdict(Architecture(**roles[role if role in roles else next(iter(roles))]["architecture"]))
+    except (KeyError, TypeError, StopIteration) as error:
+        raise UserError(f"{path} describes no architecture that this program knows: {error}", fix="use another checkpoint") from None
+
+
+def _of_folder(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        return asdict(architecture_from_hf(folder))
+    except UserError as error:
+        raise UserError(f"{name}: {error.what}", fix=error.fix) from None
+
+
+def _read_hub(source: Source, network: bool) -> Found | None:
+    """From the local cache, else, with `network`, config.json alone from the hub."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # slow to import
+
+    name = f"{source.load}/config.json (hub)"
+    cached = try_to_load_from_cache(source.load, "config.json")
+    if isinstance(cached, str):
+        return Found(source, name, _of_folder(Path(cached).parent, name))
+    if not network:
+        return None
+    fix = "download the model and load its folder, or add with=model/NAME (recipes/model/), which writes an architecture"
+    reach_hub(source.load, source.key, fix)
+    # Not into the cache: a snapshot there that holds config.json alone would pass for the model itself.
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            hf_hub_download(source.load, "config.json", local_dir=folder)
+        except (OSError, ValueError) as error:  # all that the client raises: no such model, no access, no config.json
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            raise UserError(f"cannot get {name}: {reason}", fix=fix) from None
+        return Found(source, name, _of_folder(Path(folder), name))
+
+
+# --------------------------------------------------------------------------------------------- problems
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal values; transformers wrote `type` for `rope_type` once, and some files have both."""
+    return _scaling(a) == _scaling(b) if isinstance(a, dict) and isinstance(b, dict) else a == b
+
+
+def _scaling(block: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rope_type": block.get("type"), **{key: value for key, value in block.items() if key != "type"}}
+
+
+def _disagreement(first: Found, other: Found) -> Problem | None:
+    keys = [key for key in FIELDS if not _same(first.values[key], other.values[key])]
+    if not keys:
+        return None
+    theirs = ", ".join(f"{key} {other.values[key]} ≠ {first.values[key]}" for key in keys)
+    what = f"another architecture than {first.source.key}'s: {theirs} ({other.path} ≠ {first.path})"
+    return Problem(other.source.key, what, other.source.origin, "all models of a run share one architecture: load weights of one kind")
+
+
+def _contradictions(found: Found, written: Mapping[str, Leaf]) -> list[Problem]:
+    fix = f"remove {KEY} (or the model/ fragment that writes it): it is read from the folder"
+    return [
+        Problem(f"{KEY}.{key}", f"{leaf.value}, but the weights to load have {found.values[key]} ({found.path})", leaf.origin, fix)
+        for key, leaf in written.items()
+        if leaf.value != MISSING and not _same(leaf.value, found.values[key])
+    ]
+
+
+def _unsaid(sources: Sequence[Source]) -> Problem:
+    reasons = [f"{s.key} is random" if s.load == "random" else f"{s.load!r} ({s.key}) is not on this machine" for s in sources]
+    fix = f"add with=model/NAME (recipes/model/), which writes one, or load a Hugging Face folder or a checkpoint: {sources[0].key}=DIR"
+    return Problem(KEY, f"missing: it is not written, and no weights say it: {'; '.join(reasons)}", sources[0].origin, fix)

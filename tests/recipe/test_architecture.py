@@ -1,0 +1,392 @@
+"""model.architecture comes from the weights; what a recipe writes about it must agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from gipo_megatron.hf_config import architecture_from_config
+from gipo_megatron.recipe.compose import Files
+from gipo_megatron.recipe.source import MISSING, Block, leaves, plain
+from gipo_megatron.specs import Architecture
+from tests.recipe.helpers import RECIPES, problems, small
+
+SFT = """\
+defaults: [base/sft, hardware/cpu, data/planted]
+models:
+  actor: {load: LOAD}
+run: {dir: runs/small, steps: 3}
+"""
+PPO = SFT.replace("base/sft", "base/gipo").replace("LOAD}", "LOAD}\n  reward: {load: LOAD}")
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e4,
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+    "tie_word_embeddings": True,
+}
+SAYS = Architecture(3, 48, 64, 6, 2, 8, 259, 96, 5e4, {"type": "linear", "factor": 2.0}, 1e-6, False, False, True)
+BLOCK = "model.architecture."
+
+
+def folder(path: Path, **changes: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    return path
+
+
+def checkpoint(path: Path, *roles: str, **changes: Any) -> Path:
+    path.mkdir(exist_ok=True)
+    about = {"architecture": {**asdict(SAYS), **changes}, "head": None, "num_groups": None, "trained": True}
+    (path / "meta.json").write_text(json.dumps({"format": "gipo_megatron", "version": 1, "roles": dict.fromkeys(roles, about)}))
+    return path
+
+
+def origins(tree: Block) -> set[str]:
+    found = {path[-1]: leaf.origin for path, leaf in leaves(tree) if path[:2] == ("model", "architecture")}
+    assert found.keys() == {f.name for f in fields(Architecture)}
+    return set(found.values())
+
+
+# --------------------------------------------------------------------------------------------- read
+
+
+@pytest.mark.parametrize("text", [SFT, PPO])
+def test_a_folder_says_it_and_is_the_origin(tmp_path: Path, text: str) -> None:
+    hf = folder(tmp_path / "hf")
+    recipe = small(tmp_path, text=text.replace("LOAD", str(hf)))
+    assert recipe.model.architecture == SAYS and not recipe.warnings
+    assert origins(recipe.tree) == {f"{hf}/config.json"}
+    assert f"# {hf}/config.json" in recipe.to_yaml()
+    again = small(tmp_path, text=recipe.to_yaml())
+    assert again.model == recipe.model and plain(again.tree) == plain(recipe.tree)
+
+
+def test_a_checkpoint_says_it(tmp_path: Path) -> None:
+    saved = checkpoint(tmp_path / "final", "actor", "critic")
+    recipe = small(tmp_path, text=PPO.replace("LOAD", str(saved)))  # a reward model may start from an actor
+    assert recipe.model.architecture == SAYS and origins(recipe.tree) == {f"{saved}/meta.json"}
+    assert small(tmp_path, f"models.actor.load={saved}", text=SFT).model.architecture == SAYS
+
+
+def test_another_programs_meta_json_is_no_checkpoint(tmp_path: Path) -> None:
+    hf = folder(tmp_path / "hf")
+    (hf / "meta.json").write_text('{"format": "other"}')
+    assert origins(small(tmp_path, f"models.actor.load={hf}", text=SFT).tree) == {f"{hf}/config.json"}
+
+
+def test_weights_beside_random_ones(tmp_path: Path) -> None:
+    """One role that says it is enough, and what nobody needs is not asked."""
+    hf = folder(tmp_path / "hf")
+    text = PPO.replace("LOAD", "random")
+    assert small(tmp_path, f"models.reward.load={hf}", text=text).model.architecture == SAYS
+    other = SFT.replace("LOAD}", f"{hf}}}\n  reward: {{load: {folder(tmp_path / 'gpt', model_type='gpt2')}}}")
+    assert small(tmp_path, text=other).model.architecture == SAYS
+
+
+def test_other_keys_may_point_at_it(tmp_path: Path) -> None:
+    hf = folder(tmp_path / "hf")
+    words = ["model.hub=x", f"data.path={hf}", "models.actor.load=${data.path}", "data.max_length=${model.architecture.max_positions}"]
+    assert small(tmp_path, *words, text=SFT).data.max_length == 96
+
+
+def test_a_model_block_may_be_absent_or_written_in_part(tmp_path: Path) -> None:
+    hf = folder(tmp_path / "hf")
+    bare = SFT.replace("base/sft, ", "").replace("LOAD", str(hf)) + "algorithm: sft\n"
+    for more in ("", "model: {hub: x}\n", 'model: {architecture: "???"}\n', "model: {architecture: {head_dim: 8}}\n"):
+        assert small(tmp_path, "models.actor.lr=1e-3", text=bare + more).model.architecture == SAYS
+    (found,) = problems(tmp_path, "models.actor.lr=1e-3", text=bare + "model: {architecture: 3}\n")
+    assert found.key == "model.architecture" and "must be a block" in found.what
+
+
+def test_where_nothing_is_loaded_what_is_left_out_has_its_default(tmp_path: Path) -> None:
+    required: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 8, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4}
+    required |= {"vocab_size": 259, "max_positions": 64}
+    words = [f"{BLOCK}{key}={value}" for key, value in required.items()]
+    recipe = small(tmp_path, *words, text=SFT.replace("LOAD", "random"))
+    assert recipe.model.architecture == Architecture(**required) and recipe.model.architecture.rope_base == 10000.0
+    assert origins(recipe.tree) == {"command line", "default"}
+    found = problems(tmp_path, *words[:-1], text=SFT.replace("LOAD", "random"))
+    assert [(p.key, p.what) for p in found] == [(f"{BLOCK}max_positions", "missing")]
+
+
+# --------------------------------------------------------------------------------------------- contradictions
+
+
+def test_every_written_key_is_compared(tmp_path: Path) -> None:
+    hf = folder(tmp_path / "hf")
+    agreeing = {**asdict(SAYS), "rope_scaling": {"rope_type": "linear", "factor": 2}, "rope_base": 50000}
+    other = {key: value + 1 if type(value) in (int, float) else not value for key, value in asdict(SAYS).items()}
+    other["rope_scaling"] = None
+    for key, value in agreeing.items():
+        word = f"{BLOCK}{key}={json.dumps(value)}"
+        assert small(tmp_path, word, f"models.actor.load={hf}", text=SFT).model.architecture.num_layers == 3
+        wrong = f"{BLOCK}{key}={json.dumps(other[key])}"
+        (found,) = [p for p in problems(tmp_path, wrong, f"models.actor.load={hf}", text=SFT) if "weights to load" in p.what]
+        assert found.key == BLOCK + key and found.where == "command line" and "remove model.architecture" in found.fix
+        assert str(other[key]) in found.what and f"{asdict(SAYS)[key]} ({hf}/config.json)" in found.what
+    assert len(agreeing) == len(fields(Architecture)) == 14
+
+
+def test_a_fragment_that_contradicts_names_each_of_its_lines(tmp_path: Path) -> None:
+    hf = folder(tmp_path / "hf", hidden_size=128, intermediate_size=384, num_attention_heads=4, tie_word_embeddings=False)
+    found = problems(tmp_path, "with=model/tiny", f"models.actor.load={hf}", text=SFT)
+    expected = ["num_layers", "max_positions", "rope_base", "rope_scaling", "norm_eps"]
+    assert [p.key for p in found] == [BLOCK + key for key in expected]
+    assert all(p.where.startswith("recipes/model/tiny.yaml:") for p in found)
+
+
+def test_roles_must_agree(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a"), checkpoint(tmp_path / "b", "reward", num_layers=4, norm_eps=1e-5)
+    (found,) = problems(tmp_path, f"models.actor.load={a}", f"models.reward.load={b}", text=PPO)
+    assert found.key == "models.reward.load" and found.where == "command line" and "models.actor.load" in found.what
+    assert f"num_layers 4 ≠ 3, norm_eps 1e-05 ≠ 1e-06 ({b}/meta.json ≠ {a}/config.json)" in found.what
+
+
+# --------------------------------------------------------------------------------------------- nothing to read
+
+
+@pytest.mark.parametrize(
+    ("load", "what"),
+    [
+        ("random", "model.architecture: missing: it is not written, and no weights say it: models.actor.load is random"),
+        (
+            "runs/no/final",
+            "model.architecture: missing: it is not written, and no weights say it: 'runs/no/final' (models.actor.load)",
+        ),
+        ("empty", "models.actor.load: empty is neither a checkpoint (meta.json) nor a Hugging Face folder (config.json)"),
+        ("run", "models.actor.load: run is neither"),
+        ("gpt", "models.actor.load: gpt/config.json: model_type 'gpt2' is not built"),
+        ("torn", "models.actor.load: torn/meta.json: unreadable meta.json"),
+        ("old", "models.actor.load: old/meta.json describes no architecture that this program knows"),
+        ("none", "models.actor.load: none/meta.json describes no architecture that this program knows"),
+    ],
+)
+def test_one_clear_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: str, what: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("run/final").mkdir(parents=True)
+    folder(Path("gpt"), model_type="gpt2")
+    (checkpoint(Path("torn"), "actor") / "meta.json").write_text("{")
+    checkpoint(Path("old"), "actor", width=3)
+    checkpoint(Path("none"))
+    (found,) = problems(tmp_path, text=SFT.replace("LOAD", load))
+    assert what in str(found) and found.where.endswith("small.yaml:3") and found.fix
+    assert load != "run" or found.fix == "models.actor.load=run/final"
+
+
+def test_an_unset_load_is_the_only_problem(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, text=SFT.replace("LOAD", '"???"'))
+    assert (found.key, found.what) == ("models.actor.load", "missing")
+    (found,) = problems(tmp_path, "algorithm.name=stf", text=SFT.replace("LOAD", "random"))
+    assert found.key == "algorithm.name"
+
+
+# --------------------------------------------------------------------------------------------- the hub
+
+
+def test_a_cached_hub_model_is_read_and_compared_without_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache" / "models--owner--small"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    folder(repository / "snapshots" / "abc")
+    recipe = small(tmp_path, text=SFT.replace("LOAD", "owner/small"))
+    assert recipe.model.architecture == SAYS and origins(recipe.tree) == {"owner/small/config.json (hub)"}
+    (found,) = problems(tmp_path, f"{BLOCK}head_dim=16", text=SFT.replace("LOAD", "owner/small"))
+    assert "(owner/small/config.json (hub))" in found.what
+    assert small(tmp_path, "model.hub=owner/small", text=SFT.replace("LOAD", "random")).model.architecture == SAYS
+
+
+def test_an_unreachable_hub_is_one_problem_and_not_asked_where_the_recipe_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for words, key in ((["models.actor.load=owner/none"], "models.actor.load"), (["model.hub=owner/none"], "model.hub")):
+        (found,) = problems(tmp_path, *words, text=SFT.replace("LOAD", "random"))
+        assert found.key == key and "'owner/none' is no local path" in found.what and found.where == "command line"
+    assert small(tmp_path, "with=model/tiny", "models.actor.load=owner/none", text=SFT).model.architecture.num_layers == 4
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """A server with the hub's address of one file: owner/small's config.json."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            body = json.dumps(CONFIG).encode()
+            known = self.path == "/owner/small/resolve/main/config.json"
+            self.send_response(200 if known or self.path == "/" else 404)
+            if known:
+                self.send_header("X-Repo-Commit", "a" * 40)
+                self.send_header("ETag", '"b"')
+            else:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", str(len(body) if known else 0))
+            self.end_headers()
+            if known and self.command == "GET":
+                self.wfile.write(body)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+SHOW = """
+import json, sys
+from pathlib import Path
+from gipo_megatron.errors import UserError
+from gipo_megatron.recipe.compose import compose
+try:
+    compose(["recipe=small.yaml", "models.actor.load=owner/other"], Path(sys.argv[1]))
+except UserError as error:
+    print(str(error).replace(chr(10), " "))
+recipe = compose(["recipe=small.yaml"], Path(sys.argv[1]))
+loaded = [name for name in ("megatron", "transformers") if name in sys.modules]
+print(json.dumps([recipe.to_yaml().count("# owner/small/config.json (hub)"), loaded]))
+"""
+
+
+def test_only_config_json_is_downloaded_and_the_cache_stays_as_it_was(tmp_path: Path, hub: str) -> None:
+    """In a process of its own, since the client reads its address when it is imported. A cached config.json would pass for the model."""
+    (tmp_path / "small.yaml").write_text(SFT.replace("LOAD", "owner/small"))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf")}
+    environment["PYTHONPATH"] = str(RECIPES.parent)
+    command = [sys.executable, "-c", SHOW, str(RECIPES)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    refused, read = done.stdout.splitlines()
+    assert "models.actor.load: cannot get owner/other/config.json (hub): RepositoryNotFoundError: 404" in refused
+    assert json.loads(read) == [len(fields(Architecture)), []]
+    assert not list(tmp_path.rglob("snapshots"))
+
+
+# --------------------------------------------------------------------------------------------- what is shipped
+
+SEVEN_B = {"hidden_act": "silu", "hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "initializer_range": 0.02}
+# The published config.json of recipes/model/NAME's hub name.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "llama2_7b": {
+        **SEVEN_B,
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "num_key_value_heads": 32,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "use_cache": True,
+        "vocab_size": 32000,
+    },
+    "llama3_8b": {
+        **SEVEN_B,
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 128256,
+    },
+    "mistral_7b": {
+        **SEVEN_B,
+        "architectures": ["MistralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 32768,
+    },
+    "qwen2_5_7b": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "initializer_range": 0.02,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 131072,
+        "max_window_layers": 28,
+        "model_type": "qwen2",
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 131072,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_shipped_model_is_its_published_config(name: str) -> None:
+    fragment = plain(Files(RECIPES).own(RECIPES / "model" / f"{name}.yaml"))["model"]
+    assert fragment["hub"].count("/") == 1
+    assert fragment["architecture"] == asdict(architecture_from_config(PUBLISHED[name], name))
+
+
+def test_every_shipped_model_is_compared() -> None:
+    assert {path.stem for path in (RECIPES / "model").glob("*.yaml")} == {*PUBLISHED, "tiny"}
+
+
+def test_base_recipes_write_no_architecture() -> None:
+    names = sorted(path.stem for path in (RECIPES / "base").glob("*.yaml"))
+    for name in names:
+        block = plain(Files(RECIPES).own(RECIPES / "base" / f"{name}.yaml"))["model"]["architecture"]
+        assert block == {f.name: MISSING for f in fields(Architecture)}
+    assert {"gipo", "ppo", "reward_model", "sft"} <= set(names)
