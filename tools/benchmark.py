@@ -1,8 +1,9 @@
-"""Ratios measured in one run, the two sides taking turns: python tools/benchmark.py generate|readout|update [options]
+"""Ratios measured in one run, the two sides taking turns: python tools/benchmark.py generate|readout|update|convert [options]
 
 generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and response length
 readout    memory of log-probs and entropies with a large vocabulary, against log_softmax in fp32: peak, and the largest tensor ever made
 update     seconds of a GIPO iteration over those of PPO with KL: the tiny recipes, whole iterations
+convert    peak memory of the two converters, over the bytes of the model and of one shard
 """
 
 from __future__ import annotations
@@ -216,6 +217,7 @@ def main(arguments: list[str]) -> None:
         two.add_argument(name, type=int, default=default)
     three = commands.add_parser("update")
     three.add_argument("--repeats", type=int, default=15)
+    commands.add_parser("convert")
     inner = commands.add_parser("measure")
     inner.add_argument("side", choices=("naive", "readout"))
     for name in ("rows", "length", "vocabulary"):
@@ -228,6 +230,10 @@ def main(arguments: list[str]) -> None:
         run_readout(options)
     elif options.command == "update":
         run_update(options)
+    elif options.command == "convert":
+        from tools.benchmark_convert import run_convert
+
+        run_convert(show)
     else:
         measure_readout(options.side, options.rows, options.length, options.vocabulary)
 

@@ -21,7 +21,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.hf_config import architecture_from_hf, config_for, config_like, is_classifier, num_labels
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.hf import GROUP_HEAD, Seen, differing, ignore, same_group_head, save_group_head, save_hf
-from gipo_megatron.megatron.hf_files import open_weights
+from gipo_megatron.megatron.hf_files import SHARD_BYTES, open_weights
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import load_into
 from gipo_megatron.megatron.schedule import Engine
@@ -116,7 +116,7 @@ def _write_checkpoint(out: Path, role: str, engine: Engine, hub: str, tokenizer:
 # --------------------------------------------------------------------------------------------- checkpoint -> Hugging Face
 
 
-def to_hf(path: Path, out: Path, mesh: Mesh, *, role: str = "", verify: bool, progress: Progress) -> None:
+def to_hf(path: Path, out: Path, mesh: Mesh, *, role: str = "", verify: bool, progress: Progress, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes one role of a checkpoint as a Hugging Face folder, in a world of one, whatever layout it was trained in.
 
     role: "" is the policy, or the only one there is. Raises UserError (then `out` does not exist), Mismatch (then OUT.mismatch does).
@@ -134,7 +134,7 @@ def to_hf(path: Path, out: Path, mesh: Mesh, *, role: str = "", verify: bool, pr
     with progress.waiting(f"reading {path}"):
         engine = model.engine(mesh, model.dtype, path)
     with staged(out) as work:
-        padding = _write_folder(work, engine, tokenizer, meta, progress)
+        padding = _write_folder(work, engine, tokenizer, meta, progress, shard_bytes)
         checks = _check_written(work, engine, progress)
         release(engine)
         if verify:
@@ -180,13 +180,15 @@ def _others(engine: Engine) -> None:
             pass
 
 
-def _write_folder(work: Path, engine: Engine, tokenizer: Tokenizer | None, meta: dict[str, Any], progress: Progress) -> str | None:
+def _write_folder(
+    work: Path, engine: Engine, tokenizer: Tokenizer | None, meta: dict[str, Any], progress: Progress, shard_bytes: int = SHARD_BYTES
+) -> str | None:
     """Weights, config.json, generation_config.json, tokenizer, group head. Returns what a model with a head may be padded with."""
     if engine.group_head is not None:
         engine.group_head.broadcast()
         save_group_head(work, engine.group_head)
     with progress.tensors("writing", _total(engine)) as seen:
-        save_hf(work, engine.export(), engine.mesh, seen=seen)
+        save_hf(work, engine.export(), engine.mesh, shard_bytes=shard_bytes, seen=seen)
     padding = None
     if tokenizer is not None:
         if "template" in meta:

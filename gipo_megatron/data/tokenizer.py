@@ -134,7 +134,9 @@ class Tokenizer:
         config = json.loads(file.read_text(encoding="utf-8"))
         if config["tokenizer_class"] == "TokenizersBackend":  # transformers 5's name for it, which 4 cannot load; both know the older one
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
-            file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for how_it_was_loaded in ("is_local", "local_files_only"):
+            config.pop(how_it_was_loaded, None)
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def byte_tokenizer() -> Tokenizer:

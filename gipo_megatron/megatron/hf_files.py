@@ -91,17 +91,19 @@ def _weight_files(folder: Path, promised: Mapping[str, str]) -> list[Path]:
 
 
 class Shards:
-    """Collects tensors and writes a file whenever `limit` bytes are together; `close` gives the files transformers' names."""
+    """Collects tensors and writes a file before more than `limit` bytes are in memory; `close` gives the files transformers' names."""
 
     def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
         self.folder, self.limit, self.waiting, self.bytes = folder, limit, dict[str, Tensor](), 0
+        self.largest = 0
         self.written: list[tuple[Path, list[str], int]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if self.waiting and self.bytes + tensor.nbytes > self.limit:
-            self._write()
         self.waiting[name] = tensor
         self.bytes += tensor.nbytes
+        self.largest = max(self.largest, tensor.nbytes)
+        if self.bytes + self.largest > self.limit:  # the next one may be as large, and is made before it comes here
+            self._write()
 
     def _write(self) -> None:
         path = self.folder / f"model-{len(self.written) + 1:05d}.safetensors.part"
@@ -113,7 +115,8 @@ class Shards:
         self.waiting, self.bytes = {}, 0
 
     def close(self) -> None:
-        self._write()
+        if self.waiting:
+            self._write()
         count = len(self.written)
         weight_map: dict[str, str] = {}
         for number, (path, names, _) in enumerate(self.written, 1):

@@ -9,13 +9,17 @@ from tests.runs import chain
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """BASE/sft, rm, ppo_kl, gipo (3 steps) and gipo_long (5 steps, a checkpoint each): one process, one start."""
+    """BASE/sft, rm, ppo_kl, gipo (3 steps) and gipo_long (5 steps, a checkpoint each): one process, one start.
+
+    sft, rm and gipo leave hf/; gipo_from_hf is gipo with its weights from sft/hf and rm/hf.
+    """
     folder = tmp_path_factory.mktemp("runs")
     cases = [
-        chain.sft(folder / "sft"),
-        chain.reward_model(folder / "rm", folder / "sft"),
+        chain.sft(folder / "sft", "run.export_hf=true"),
+        chain.reward_model(folder / "rm", folder / "sft", "run.export_hf=true"),
         chain.ppo("ppo_kl", folder / "ppo_kl", folder),
-        chain.ppo("gipo", folder / "gipo", folder),
+        chain.ppo("gipo", folder / "gipo", folder, "run.export_hf=true"),
+        chain.ppo("gipo", folder / "gipo_from_hf", folder, f"models.actor.load={folder}/sft/hf", f"models.reward.load={folder}/rm/hf"),
         chain.long_gipo(folder / "gipo_long", folder),
     ]
     chain.run_cases(cases, folder, processes=1)
@@ -33,7 +37,7 @@ def two(base: Path) -> Path:
         "pp2_vpp2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
         "tp2_mb2_offload": ["parallel.tensor=2", "batch.micro_batch=2", "models.reference.offload=cpu", "models.critic.offload=cpu"],
     }
-    cases = [chain.ppo("gipo", base / name, base, *more) for name, more in layouts.items()]
+    cases = [chain.ppo("gipo", base / name, base, "run.export_hf=true", *more) for name, more in layouts.items()]
     cases += [
         chain.ppo("gipo", base / "dp2_then_tp2", base, "run.steps=2"),
         chain.ppo("gipo", base / "dp2_then_tp2", base, "run.steps=3", "parallel.tensor=2"),
