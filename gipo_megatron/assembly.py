@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gipo_megatron.algorithms.dpo_reference import LiveReference, PairReference, PrecomputedReference, Split
 from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.hub import is_hub_name, reach_hub
 from gipo_megatron.data.planted import gold_reward
 from gipo_megatron.data.templates import choose, parting
 from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_facts
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.heldout import HeldOut, evaluate_policy, evaluate_reward_model, evaluate_sft
+from gipo_megatron.evaluation.heldout import HeldOut, evaluate_pairs, evaluate_policy, evaluate_reward_model, evaluate_sft
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronReference, MegatronRewardModel
@@ -25,7 +26,7 @@ from gipo_megatron.specs import HeadSpec, Optimisation, Sampling
 from gipo_megatron.types import Metrics, Sequences
 
 Phase = Callable[[str], AbstractContextManager[None]]
-DATA_KIND = {"sft": "sft", "reward_model": "preference", "ppo": "prompt"}
+DATA_KIND = {"sft": "sft", "reward_model": "preference", "dpo": "preference", "ppo": "prompt"}
 
 
 @dataclass
@@ -53,7 +54,7 @@ def assemble(recipe: Recipe, mesh: Mesh, phase: Phase) -> Assembly:
     train = load_data(recipe.data, tokenizer, "train", recipe.run.seed, kind)
     held_out = load_data(recipe.data, tokenizer, "test", recipe.run.seed, kind)
     roles = RoleBuilder(recipe, mesh, tokenizer)
-    build = {"sft": _assemble_sft, "reward_model": _assemble_reward_model, "ppo": _assemble_ppo}[name]
+    build = {"sft": _assemble_sft, "reward_model": _assemble_reward_model, "dpo": _assemble_dpo, "ppo": _assemble_ppo}[name]
     parts = build(recipe, mesh, tokenizer, train, held_out, roles, phase)
     parts.notes += roles.notes
     return parts
@@ -190,6 +191,11 @@ class RoleBuilder:
         swapped = live if self._model("reference").offload == "cpu" else None
         return MegatronReference(**self._common("reference"), temperature=self.sampler_temperature, live=swapped)
 
+    def passing_reference(self) -> Callable[[], MegatronReference]:
+        """A reference to be made later and not kept: with a model of its own, wherever the actor stands by then."""
+        arguments = self._common("reference")  # now: what is wrong with the weights should be said before the run begins
+        return lambda: MegatronReference(**arguments, temperature=self.sampler_temperature)
+
     def critic(self, head: HeadSpec | None, total_steps: int) -> MegatronCritic:
         optimisation = self._optimisation("critic", total_steps)
         return MegatronCritic(**self._common("critic"), recompute=self.recipe.memory.recompute, optimisation=optimisation, head=head)
@@ -229,6 +235,36 @@ def _assemble_reward_model(
         algorithm,
         {"reward": reward.engine},
         lambda: (evaluate_reward_model(reward, rows), []),
+        batch,
+    )
+
+
+def _assemble_dpo(
+    recipe: Recipe, mesh: Mesh, tokenizer: Tokenizer, train: Dataset, held_out: Dataset, roles: RoleBuilder, phase: Phase
+) -> Assembly:
+    dp, batch, steps = mesh.data_parallel, recipe.batch.minibatch, recipe.run.steps
+    actor = roles.actor(steps)
+    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
+    reference: PairReference
+    if recipe.algorithm["precompute"]:
+        one_epoch = -(-len(train) // batch)
+        used = sorted({row for step in range(min(steps, one_epoch)) for row in train.order(step, batch)})
+        splits = {"train": Split(used, train.pairs_at), "held_out": Split(rows.indices if recipe.run.eval_every else [], held_out.pairs_at)}
+        told_by = (recipe.models["reference"].load, recipe.data, tokenizer.fingerprint, train.fingerprint, held_out.fingerprint)
+        reference = PrecomputedReference(roles.passing_reference(), splits, dp, batch, identity=repr(told_by))
+    else:
+        reference = LiveReference(roles.reference(actor))
+    runtime = {"actor": actor, "reference": reference, "phase": phase, "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size)}
+    algorithm = registry.build("algorithm", recipe.algorithm, runtime)
+    return Assembly(
+        recipe,
+        mesh,
+        tokenizer,
+        train,
+        held_out,
+        algorithm,
+        {"actor": actor.engine},
+        lambda: (evaluate_pairs(algorithm.held_out, rows), []),
         batch,
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 Reduce = Callable[[Tensor], Tensor]  # sum over data parallel replicas
 
@@ -82,6 +83,22 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
     """max((V - R)^2, (V_old + clip(V - V_old, +-eps) - R)^2) / 2 per token. [B, T]"""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+
+
+# --------------------------------------------------------------------------------------------- preferences
+
+
+def dpo_loss(log_ratio: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h), h = `log_ratio` of each pair. [B]
+
+    h = log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x).   (Rafailov et al. 2023, eq. 7; with labels wrong eps of the time)
+    """
+    return -(1 - label_smoothing) * logsigmoid(beta * log_ratio) - label_smoothing * logsigmoid(-beta * log_ratio)
+
+
+def ipo_loss(log_ratio: Tensor, tau: float) -> Tensor:
+    """(h - 1 / (2 tau))^2, h = `log_ratio` as in `dpo_loss`: a margin to reach, not to grow for ever. [B]   (Azar et al. 2023, eq. 17)"""
+    return (log_ratio - 1 / (2 * tau)).square()
 
 
 # --------------------------------------------------------------------------------------------- scores

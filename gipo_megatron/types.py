@@ -203,6 +203,7 @@ class Groups:
     high: int  # g_high of the iteration before
     std: float  # raw score units per unit of G
     variance: str = "mass"  # mass | uniform: what R_var is, for both stages
+    observed: Groups | None = None  # what a head learns beside given labels: measured, never used
 
     @property
     def shares(self) -> Tensor:

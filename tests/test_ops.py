@@ -159,3 +159,27 @@ def test_auc_is_sklearns_within_every_cluster() -> None:
         rows = cluster == 5 * k
         assert float(found[k]) == pytest.approx(roc_auc_score(positive[rows].numpy(), x[rows].numpy()), abs=1e-12)
     assert math.isnan(float(found[2]))
+
+
+def test_dpo_loss_by_hand() -> None:
+    """-log sigmoid(x) = log(1 + e^-x), at h = 3, 0, -2; with 10 % of the labels wrong, that share of the other sign's."""
+    h, beta = torch.tensor([3.0, 0.0, -2.0], dtype=torch.float64), 0.5
+    right = [math.log1p(math.exp(-1.5)), math.log(2), math.log1p(math.exp(1.0))]
+    wrong = [math.log1p(math.exp(1.5)), math.log(2), math.log1p(math.exp(-1.0))]
+    assert ops.dpo_loss(h, beta).tolist() == pytest.approx(right)
+    assert ops.dpo_loss(h, beta, 0.1).tolist() == pytest.approx([0.9 * a + 0.1 * b for a, b in zip(right, wrong, strict=True)])
+
+
+def test_smoothed_dpo_is_least_where_the_policy_is_as_sure_as_the_labels() -> None:
+    """sigmoid(beta h) = 1 - eps there: by autograd the slope is 0 at h = log((1 - eps) / eps) / beta, and below 0 for any h without eps."""
+    h = torch.tensor([math.log(0.8 / 0.2) / 0.3], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(ops.dpo_loss(h, 0.3, 0.2).sum(), h)
+    assert float(slope) == pytest.approx(0.0, abs=1e-12)
+    (slope,) = torch.autograd.grad(ops.dpo_loss(h, 0.3).sum(), h)
+    assert float(slope) == pytest.approx(-0.3 * 0.2)
+
+
+def test_ipo_loss_by_hand() -> None:
+    """(h - 1 / (2 * 0.25))^2 = (h - 2)^2"""
+    h = torch.tensor([2.0, 0.0, -1.0, 5.0])
+    assert ops.ipo_loss(h, 0.25).tolist() == [0.0, 4.0, 9.0, 9.0]

@@ -1,9 +1,10 @@
-"""Ratios measured in one run, the two sides taking turns: python tools/benchmark.py generate|readout|update|convert [options]
+"""Ratios measured in one run, the two sides taking turns: python tools/benchmark.py generate|readout|update|convert|gpu [options]
 
 generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and response length
 readout    memory of log-probs and entropies with a large vocabulary, against log_softmax in fp32: peak, and the largest tensor ever made
 update     seconds of a GIPO iteration over those of PPO with KL: the tiny recipes, whole iterations
 convert    peak memory of the two converters, over the bytes of the model and of one shard
+gpu        on a CUDA device: a training step in bf16 and FP8, generation, memory against the planner's (tools/benchmark_gpu.py)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,44 +26,28 @@ import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gipo_megatron.assembly import assemble
+from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.readout import token_stats
 from gipo_megatron.recipe.compose import compose
+from gipo_megatron.recipe.problems import fail
 from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
 from gipo_megatron.types import Prompts, Sequences
+from tools import benchmark_gpu
+from tools.benchmark_common import hugging_face, interleave, ratio, show
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 TINY = Architecture(8, 256, 688, 8, 4, 32, 4096, 512)
 MIB = 2**20
 
-# --------------------------------------------------------------------------------------------- taking turns
-
-
-def interleave(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every side in every round. One unmeasured round first; the order turns each round, so that neither is always second."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    for round_ in range(repeats + 1):
-        for name in names if round_ % 2 else reversed(names):
-            start = time.perf_counter()
-            sides[name]()
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratio(seconds: Mapping[str, list[float]], above: str, below: str) -> tuple[float, float, float]:
-    """Median, lowest and highest of above / below over the rounds."""
-    each = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
-    return statistics.median(each), min(each), max(each)
+# --------------------------------------------------------------------------------------------- update
 
 
 def run_update(options: argparse.Namespace) -> None:
@@ -84,34 +69,7 @@ def stepper(step: Callable[[int], object]) -> Callable[[], object]:
     return lambda: step(next(count))
 
 
-def show(rows: Iterable[Iterable[object]]) -> None:
-    table = [[str(x) for x in row] for row in rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    for row in table:
-        print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))))
-
-
 # --------------------------------------------------------------------------------------------- generate
-
-
-def hugging_face(state: Mapping[str, Tensor], a: Architecture) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=a.vocab_size,
-        hidden_size=a.hidden_size,
-        intermediate_size=a.ffn_hidden_size,
-        num_hidden_layers=a.num_layers,
-        num_attention_heads=a.num_heads,
-        num_key_value_heads=a.num_kv_heads,
-        head_dim=a.head_dim,
-        max_position_embeddings=a.max_positions,
-        rms_norm_eps=a.norm_eps,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    model.load_state_dict(state)
-    return model
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -218,6 +176,7 @@ def main(arguments: list[str]) -> None:
     three = commands.add_parser("update")
     three.add_argument("--repeats", type=int, default=15)
     commands.add_parser("convert")
+    benchmark_gpu.add_options(commands.add_parser("gpu"))
     inner = commands.add_parser("measure")
     inner.add_argument("side", choices=("naive", "readout"))
     for name in ("rows", "length", "vocabulary"):
@@ -234,9 +193,14 @@ def main(arguments: list[str]) -> None:
         from tools.benchmark_convert import run_convert
 
         run_convert(show)
+    elif options.command == "gpu":
+        benchmark_gpu.run_gpu(options)
     else:
         measure_readout(options.side, options.rows, options.length, options.vocabulary)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        fail(error)

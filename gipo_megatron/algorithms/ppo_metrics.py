@@ -65,8 +65,10 @@ def split_metrics(groups: Groups, scores: Scores, rollout: Rollout, sources: tup
     """How the learned split relates to given labels (auc, ami) and to the response itself (response_split).
 
     auc: p_high against "from the source with the highest mean score"; response_split: AUC, within prompts, of p_high against
-    "scored above the prompt's mean" (algorithm.md 5.9), the mean over prompts that have both kinds.
+    "scored above the prompt's mean" (algorithm.md 5.9), the mean over prompts that have both kinds. Where labels are given, all three
+    are of those that the head beside them learns.
     """
+    groups = groups.observed or groups
     high, raw = gather_rows(groups.high_prob, dp).cpu(), gather_rows(scores.raw, dp).cpu()
     prompt = gather_rows(rollout.prompt_id, dp).cpu()
     index = torch.tensor([sources.index(s) for s in rollout.source], device=scores.raw.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -219,7 +219,11 @@ class CriticHead:
 @register("group_classifier", "labelled")
 @dataclass
 class LabelledGroups:
-    """Groups are given: the row's data source. With known easy and hard sources, the oracle."""
+    """Groups are given: the row's data source. With known easy and hard sources, the oracle.
+
+    Beside them a head like critic_head's learns on a detached trunk, for groups/auc, groups/ami and groups/flip_rate alone: how much of
+    what is known it finds when nothing follows from what it finds.
+    """
 
     variance: str = "mass"  # mass | uniform
     groups: dict[str, int] = field(default_factory=dict)  # source -> group 0 … M - 1; {}: every source is a group, in sorted order
@@ -227,9 +231,8 @@ class LabelledGroups:
     dp: DataParallel = from_runtime("dp")
     sources: tuple[str, ...] = from_runtime("sources")
 
-    beta_critic = 0.0
+    beta_critic = 1.0  # of the observing head
     relabel = False
-    head = None
 
     def __post_init__(self) -> None:
         _check_variance(self.variance)
@@ -250,22 +253,34 @@ class LabelledGroups:
                 f"the data's sources use groups {used}", where="group_classifier.groups", fix=f"number them 0 … {len(used) - 1}"
             )
         self._memory = Memory(len(used))
+        self._observer = CriticHead(num_groups=len(used), variance=self.variance, detach_trunk=True, dp=self.dp)
+
+    @property
+    def head(self) -> HeadSpec:
+        return self._observer.head
 
     def assign(self, group_logits: Tensor | None, rollout: Rollout, scores: Scores) -> Groups:
         labels = [self._label[source] for source in rollout.source]
-        return _groups(_one_hot(labels, len(self._memory.means), scores.raw), self._memory, scores, self.variance, self.dp)
+        given = _groups(_one_hot(labels, len(self._memory.means), scores.raw), self._memory, scores, self.variance, self.dp)
+        return replace(given, observed=self._observer.assign(group_logits, rollout, scores))
 
     def coefficients(self, groups: Groups) -> Tensor:
-        return torch.zeros_like(groups.probs)
+        assert groups.observed is not None
+        return self._observer.coefficients(groups.observed)
 
     def observe(self, groups: Groups, scores: Scores, probe_logits: Tensor | None) -> Metrics:
-        return _observe(groups, scores, probe_logits, self._memory, self.dp)
+        assert groups.observed is not None
+        learned = self._observer.observe(groups.observed, scores, probe_logits)
+        given = _observe(groups, scores, None, self._memory, self.dp)
+        return {**given, "groups/flip_rate": learned["groups/flip_rate"]}
 
     def state_dict(self) -> dict[str, Any]:
-        return self._memory.state_dict()
+        return {**self._memory.state_dict(), "observer": self._observer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._memory.load_state_dict(state)
+        own = dict(state)
+        self._observer.load_state_dict(own.pop("observer"))
+        self._memory.load_state_dict(own)
 
 
 @final

@@ -154,7 +154,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, split: str, seed: int, k
         examples = planted_examples(config.planted, split, kind)
         tally.kept = len(examples)
     else:
-        parts = open_parts(config.path, list(config.source), split)
+        parts = open_parts(config.path, list(config.source), split, config.format)
         examples = [example for part in parts for example in _read(part, config, split, kind, encoder, tally)]
     if not examples:
         raise UserError(f"no {split} rows left of {tally.read}", where=config.path, fix="; ".join(tally.lines()[1:]))

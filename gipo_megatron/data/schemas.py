@@ -1,4 +1,4 @@
-"""Rows of a file to Examples: standard and conversational columns (TRL's), HH transcripts, OpenAI's comparisons."""
+"""Rows of a file to Examples: standard and conversational columns (TRL's), HH transcripts, OpenAI's posts and comparisons."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from gipo_megatron.data import tldr
 from gipo_megatron.data.config import COLUMNS
 from gipo_megatron.data.examples import BadRow, Example, Tally, Turn
 from gipo_megatron.errors import UserError
@@ -32,16 +33,14 @@ class Schema:
         for ours in columns:
             if ours not in COLUMNS:
                 raise UserError(f"data.columns: {ours!r} is none of our names", where="data.columns", fix="use " + ", ".join(COLUMNS))
-        found = list(dict.fromkeys(name for row in head for name in row))
         self.format, self.columns = format, columns
-        self.comparisons = format == "preference" and "chosen" not in columns and {"info", "summaries", "choice"} <= set(found)
+        self._standard, found = tldr.recognise(format, columns, head)
         self._name = {ours: columns.get(ours, ours) for ours in COLUMNS}
-        if "response" not in columns and "response" not in found and "completion" in found:
-            self._name["response"] = "completion"  # TRL's name for it
-        self._used = {*self._name.values(), "info", "summaries", "choice"}
+        if not {"response"} & {*columns, *found}:
+            self._name["response"] = _response_column(head)
+        self._used = set(self._name.values())
         self.has = {ours for ours in COLUMNS if self._name[ours] in found}
-        if not self.comparisons:
-            self._require(found, where)
+        self._require(found, where)
         self.transcripts = "prompt" not in self.has and any(is_transcript(row.get(self._name["chosen"])) for row in head)
 
     def _require(self, found: list[str], where: str) -> None:
@@ -56,12 +55,8 @@ class Schema:
 
     def read(self, row: dict[str, Any], source: str, tally: Tally, where: str) -> Example:
         """The row as an Example. Raises BadRow(reason)."""
-        if self.comparisons:
-            style, prompt, responses = _comparison(row)
-        elif self.format == "preference":
-            style, prompt, responses = self._preference(row)
-        else:
-            style, prompt, responses = self._single(row)
+        row = self._standard(row)
+        style, prompt, responses = self._preference(row) if self.format == "preference" else self._single(row)
         responses = tuple(_without_end_mark(text, tally, where) for text in responses)
         _check(prompt, responses)
         if "source" in self.columns:
@@ -101,6 +96,13 @@ class Schema:
         if not isinstance(value, str | list) or value == []:
             raise BadRow(f"no value for {ours}")
         return value
+
+
+def _response_column(head: Sequence[dict[str, Any]]) -> str:
+    """Others' names for `response`: TRL's completion, and label where that is text (TL;DR's posts)."""
+    if any("completion" in row for row in head):
+        return "completion"
+    return "label" if any(isinstance(row.get("label"), str) for row in head) else "response"
 
 
 def is_transcript(text: Any) -> bool:
@@ -170,16 +172,6 @@ def _reply(turn: Turn) -> str:
     if turn.role != "assistant":
         raise BadRow("the last turn is not the assistant's")
     return turn.text
-
-
-def _comparison(row: dict[str, Any]) -> tuple[str, tuple[Turn, ...], tuple[str, ...]]:
-    """OpenAI's summarize-from-feedback comparisons; the prompt as in its posts."""
-    try:
-        info, texts, choice = row["info"], [summary["text"] for summary in row["summaries"]], row["choice"]
-        prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
-        return "text", (Turn("text", prompt),), (texts[choice], texts[1 - choice])
-    except (KeyError, TypeError, IndexError) as error:
-        raise BadRow("a comparison without info, two summaries and a choice") from error
 
 
 def _without_end_mark(text: str, tally: Tally, where: str) -> str:

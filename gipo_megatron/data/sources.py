@@ -6,7 +6,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -15,6 +15,7 @@ import datasets
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
+from gipo_megatron.data import tldr
 from gipo_megatron.data.hub import is_hub_name, offline, reach_hub
 from gipo_megatron.errors import UserError
 
@@ -32,9 +33,10 @@ class Part:
     split: bool  # these are the split's rows already; False: all rows, to be split by a hash
 
 
-def open_parts(path: str, names: list[str], split: str) -> list[Part]:
-    """One part a source, sorted by name; split = train | test | all.
+def open_parts(path: str, names: list[str], split: str, format: str) -> list[Part]:
+    """One part a source, sorted by name; split = train | test | all; format = data.format.
 
+    Without names, every source is read; of OpenAI's layout, which keeps `comparisons` and `posts` apart, the one that serves the format.
     Raises UserError: nothing at `path`, an unknown source name, no data files, the hub not reached.
     """
     if not path:
@@ -45,22 +47,35 @@ def open_parts(path: str, names: list[str], split: str) -> list[Part]:
             raise UserError(f"{root.name}: not a kind of file this can read", where=path, fix=f"use {' '.join(SUFFIXES)} (also .gz)")
         return [Part(root.name.split(".")[0], read_files([root]), split=False)]
     if root.is_dir():
-        return _folder_parts(root, names, split)
+        return _folder_parts(root, names, split, format)
     if not is_hub_name(path) or _suffix(root) in SUFFIXES:
         raise UserError(f"nothing at {path!r}", where="data.path", fix="give an existing file or folder, or a hub name (owner/name)")
-    return _hub_parts(path, names, split)
+    return _hub_parts(path, names, split, format)
 
 
-def _folder_parts(root: Path, names: list[str], split: str) -> list[Part]:
+def _folder_parts(root: Path, names: list[str], split: str, format: str) -> list[Part]:
     folders = {folder.name: folder for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name != "data" and data_files(folder)}
     if data_files(root):
         folders[root.resolve().name] = root
     if not folders:
         raise UserError(f"no data files in {root}", where="data.path", fix=f"files must end in {' '.join(SUFFIXES)} (also .gz)")
+    names = names or _parts_for(format, folders)
     unknown = [name for name in names if name not in folders]
     if unknown:
         raise UserError(f"no source {', '.join(unknown)} in {root}", where="data.source", fix=f"there are {', '.join(sorted(folders))}")
     return [_folder_part(name, folders[name], split) for name in sorted(names or folders)]
+
+
+def _parts_for(format: str, available: Collection[str]) -> list[str]:
+    """What to read where the user named no source: the part that serves the format; []: all. Raises UserError when it is not there."""
+    part = tldr.part_for(format, available)
+    if part is not None and part not in available:
+        raise UserError(
+            f"data.format {format} reads OpenAI's {part}; there are only {', '.join(sorted(available))}",
+            where="data.path",
+            fix="data.format=preference reads comparisons for every stage",
+        )
+    return [part] if part is not None else []
 
 
 def _folder_part(name: str, folder: Path, split: str) -> Part:
@@ -171,12 +186,13 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 # --------------------------------------------------------------------------------------------- the hub
 
 
-def _hub_parts(name: str, sources: list[str], split: str) -> list[Part]:
+def _hub_parts(name: str, sources: list[str], split: str, format: str) -> list[Part]:
     fix = "download it once and give the folder: data.path=FOLDER (with train*.jsonl, test*.parquet, … or one sub-folder a source)"
     if not offline():
         reach_hub(name, "data.path", fix)
     try:
         configurations = datasets.get_dataset_config_names(name)
+        sources = sources or _parts_for(format, configurations)
         loaded = {
             source: datasets.load_dataset(name, source) if source in configurations else datasets.load_dataset(name, data_dir=source)
             for source in sorted(sources)

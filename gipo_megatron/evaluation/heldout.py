@@ -14,7 +14,7 @@ from gipo_megatron.components.protocols import Reward
 from gipo_megatron.data.batching import Dataset
 from gipo_megatron.roles import Actor, DataParallel, Reference, RewardModel
 from gipo_megatron.specs import Sampling
-from gipo_megatron.types import Metric, Metrics, merge_metrics
+from gipo_megatron.types import Metric, Metrics, Pairs, merge_metrics
 
 
 @dataclass
@@ -29,11 +29,15 @@ class HeldOut:
     rows: int
     batch: int
 
+    @property
+    def indices(self) -> list[int]:
+        count = min(self.rows, len(self.data))
+        return [i * len(self.data) // count for i in range(count)]
+
     def pieces(self, at: Callable[..., Any]) -> Iterator[tuple[Any, Tensor]]:
         """(rows of this replica, float weights [b]: 0 for padding)."""
-        count = min(self.rows, len(self.data))
-        indices = [i * len(self.data) // count for i in range(count)]
-        for start in range(0, count, self.batch):
+        indices = self.indices
+        for start in range(0, len(indices), self.batch):
             piece, valid = at(indices[start : start + self.batch], self.dp.rank, self.dp.size)
             yield piece, valid.double()
 
@@ -49,14 +53,24 @@ def evaluate_sft(actor: Actor, held_out: HeldOut) -> Metrics:
 
 
 def evaluate_reward_model(reward: RewardModel, held_out: HeldOut) -> Metrics:
-    """eval/{loss, accuracy, margin, pairs}: Bradley-Terry on held-back pairs; eval/accuracy/<source> too."""
+    """`evaluate_pairs` by Bradley-Terry on the scores."""
+
+    def judge(batch: Pairs) -> tuple[Tensor, Tensor]:
+        chosen, rejected = reward.score(batch).chunk(2)
+        return -torch.nn.functional.logsigmoid(chosen - rejected), chosen - rejected
+
+    return evaluate_pairs(judge, held_out)
+
+
+def evaluate_pairs(judge: Callable[[Pairs], tuple[Tensor, Tensor]], held_out: HeldOut) -> Metrics:
+    """eval/{loss, accuracy, margin, pairs} of held-back pairs, and eval/accuracy/<source>; judge: pairs -> loss [b], margin [b]."""
     metrics: Metrics = {}
     for batch, valid in held_out.pieces(held_out.data.pairs_at):
-        chosen, rejected = reward.score(batch).chunk(2)
-        margin, weights = chosen - rejected, valid.to(chosen.device)
+        loss, margin = judge(batch)
+        weights = valid.to(margin.device)
         right = (margin > 0).double()
         new = {
-            "eval/loss": Metric.mean(-torch.nn.functional.logsigmoid(margin), weights),
+            "eval/loss": Metric.mean(loss, weights),
             "eval/accuracy": Metric.mean(right, weights),
             "eval/margin": Metric.mean(margin, weights),
             "eval/pairs": Metric.sum(weights),

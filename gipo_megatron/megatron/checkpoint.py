@@ -30,6 +30,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.pipeline import quiet
+from gipo_megatron.megatron.precision import EXTRA_STATE, keep_scaling, stored_only
 from gipo_megatron.megatron.schedule import Engine
 from gipo_megatron.specs import Architecture
 
@@ -160,9 +161,14 @@ def _save_role(folder: Path, engine: Engine) -> None:
         dist_checkpointing.save({**sharded, **common}, str(folder), sharded_strategy=_InlineSave("torch_dist", 1))
 
 
-def _sharded_model(engine: Engine) -> dict[str, Any]:
-    names = ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
-    return {name: chunk.sharded_state_dict(metadata=_metadata()) for name, chunk in zip(names, engine.chunks, strict=True)}
+def _sharded_model(engine: Engine, folder: Path | None = None) -> dict[str, Any]:
+    """FP8 scaling state is among it where it is of use; and, with a checkpoint's `folder`, only where that has it."""
+    parts = [keep_scaling(chunk.sharded_state_dict(metadata=_metadata()), engine.precision) for chunk in engine.chunks]
+    return {name: part if folder is None else stored_only(part, folder) for name, part in zip(_names(engine), parts, strict=True)}
+
+
+def _names(engine: Engine) -> list[str]:
+    return ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
 
 
 def describe(engine: Engine) -> dict[str, Any]:
@@ -314,7 +320,7 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
 
 def _restore_role(folder: Path, engine: Engine) -> None:
     with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
-        sharded = _sharded_model(engine)
+        sharded = _sharded_model(engine, folder)
         wanted = dict(sharded)
         if engine.optimisation is not None:
             wanted["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_metadata())
@@ -330,8 +336,9 @@ def _restore_role(folder: Path, engine: Engine) -> None:
 
 
 def _load_model(engine: Engine, loaded: dict[str, Any]) -> None:
-    for name, chunk in zip(_sharded_model(engine), engine.chunks, strict=True):
-        chunk.load_state_dict(loaded[name])
+    for name, chunk in zip(_names(engine), engine.chunks, strict=True):
+        missing = chunk.load_state_dict(loaded[name], strict=False).missing_keys
+        assert all(key.endswith(EXTRA_STATE) for key in missing), f"not loaded: {missing}"
 
 
 def load_weights(path: Path, role: str, engine: Engine) -> str:
@@ -349,7 +356,7 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
     check_architecture(path, about["architecture"], engine.architecture)
     same_head = (about["head"] is None) == (engine.head is None)
     with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
-        sharded = _sharded_model(engine)
+        sharded = _sharded_model(engine, path / source)
         if not same_head:
             for part in sharded.values():
                 for key in [k for k in part if k.startswith("output_layer.")]:

@@ -92,6 +92,7 @@ def padded_vocab(architecture: Architecture, tensor: int) -> int:
 def transformer_config(architecture: Architecture, parallel: Parallel, precision: Precision, recompute: str = "none") -> TransformerConfig:
     """mcore's configuration. Raises UserError for an unknown recompute or what `precision.check` refuses."""
     number_formats.check(precision)
+    number_formats.check_widths(precision, architecture, parallel)
     if recompute not in RECOMPUTE:
         raise UserError(f"unknown recompute {recompute!r}", where="recompute", fix=f"one of {', '.join(RECOMPUTE)}")
     cuda = torch.cuda.is_available()

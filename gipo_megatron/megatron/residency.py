@@ -95,6 +95,14 @@ class Residency:
         Residency._awake.discard(self)
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What makes one model another in the same modules, on the host."""
+
+    weights: list[Tensor]
+    scaling: dict[str, Tensor]  # FP8 scaling state (precision.Scaling); empty without delayed scaling
+
+
 @torch.no_grad()
 def host_copies(live: list[Tensor]) -> list[Tensor]:
     """Clones on the host, pinned where there is a device to copy back to."""

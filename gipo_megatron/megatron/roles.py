@@ -19,6 +19,7 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.microbatches import Readout
 from gipo_megatron.megatron.model import initialise_weights
 from gipo_megatron.megatron.readout import critic_output, last_token_score, token_stats
+from gipo_megatron.megatron.residency import Snapshot
 from gipo_megatron.megatron.schedule import Engine, Part
 from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision, Sampling
 from gipo_megatron.types import CriticOutput, Output, Prompts, Rollout, Rows, Sequences, TokenStats, Update
@@ -143,24 +144,22 @@ class MegatronReference:
         live: MegatronActor | None = None,
     ) -> None:
         self.temperature = temperature
-        self.state: list[Tensor] | None = None
+        self.state: Snapshot | None = None
         if offload == "cpu" and live is not None:
             self.engine = live.engine
-            self.loaded_from = self._copy(load, seed, architecture, precision)
+            self.loaded_from = self._copy(load, seed, architecture)
             return
         self.engine = Engine(
             mesh, architecture, precision, micro_batch=micro_batch, seed=seed, offload=offload, initialise=load == "random"
         )
         self.loaded_from = load_into(self.engine, load, "reference")
 
-    def _copy(self, load: str, seed: int, architecture: Architecture, precision: Precision) -> str:
+    def _copy(self, load: str, seed: int, architecture: Architecture) -> str:
         engine = self.engine
         if architecture != engine.architecture:
             raise UserError("the reference is of another architecture than the actor", where="models.reference", fix="offload: none")
-        if precision.fp8 == "delayed":
-            why = "delayed FP8 scaling keeps state outside the weights, which a swapped reference would mix with the actor's"
-            raise UserError(why, where="models.reference.offload", fix="precision.fp8: tensorwise or blockwise, or offload: none")
         with engine.swapped(engine.snapshot()):
+            engine.scaling.write({})  # what is loaded brings its own, or has none
             if load == "random":
                 initialise_weights(engine.chunks, architecture, engine.mesh, seed)
             actors = engine.hf_files

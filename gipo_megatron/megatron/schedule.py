@@ -26,8 +26,8 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.microbatches import MicroBatch, Readout, gather, plan, rebuild, tensors, widen
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.optimizer import LearningRate, build_optimizer, clipped_step, gradient_norm, mark_shards, wrap
-from gipo_megatron.megatron.precision import length_multiple
-from gipo_megatron.megatron.residency import Residency, Shelf, host_copies, swapped
+from gipo_megatron.megatron.precision import Scaling, length_multiple
+from gipo_megatron.megatron.residency import Residency, Shelf, Snapshot, host_copies, swapped
 from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision
 from gipo_megatron.types import BatchLoss, CriticOutput, Metric, Metrics, Output, Rows, TokenStats, Update, merge_metrics
 
@@ -72,6 +72,7 @@ class Engine:
             config = self.chunks[0].config
             config.finalize_model_grads_func = finalize_model_grads
             config.no_sync_func = [w.no_sync for w in self._wrapped] if len(self._wrapped) > 1 else self._wrapped[0].no_sync
+        self.scaling = Scaling(self.chunks, precision, trained=optimisation is not None)
         shelves = (Shelf(self._gradients, keep=False), Shelf(self._optimizer_tensors)) if optimisation is not None else ()
         self.residency = Residency(offload, Shelf(self._weights), shelves)
 
@@ -80,7 +81,7 @@ class Engine:
     def forward(self, batch: Rows, readout: Readout) -> Output:
         """What `readout` says of every sequence of `batch`, in their order, on every rank of the replica. No gradient."""
         slots = self._plan(batch)
-        with self.ready():
+        with self.ready(), self.scaling.inference():
             outputs = pipeline.run(self._wrapped, slots, partial(_answer, readout), forward_only=True)
             whole = gather(slots, outputs, len(batch)) if outputs else None
             return self._from_last_stage(whole)
@@ -221,15 +222,15 @@ class Engine:
             self._mode(train=False)
             yield
 
-    def snapshot(self) -> list[Tensor]:
-        """This rank's weights, on the host: what `swapped` takes."""
+    def snapshot(self) -> Snapshot:
+        """This rank's weights and FP8 scaling state, on the host: what `swapped` takes."""
         with self.residency.use():
-            return host_copies(self._weights())
+            return Snapshot(host_copies(self._weights()), self.scaling.read())
 
     @contextmanager
-    def swapped(self, other: list[Tensor]) -> Iterator[None]:
-        """Another model's weights (a `snapshot` of the same layout) in this model's place; its own come back, bit for bit."""
-        with self.residency.use(), swapped(self._weights(), other):
+    def swapped(self, other: Snapshot) -> Iterator[None]:
+        """Another model (a `snapshot` of the same layout) in this model's place; its own comes back, bit for bit."""
+        with self.residency.use(), swapped(self._weights(), other.weights), self.scaling.swapped(other.scaling):
             yield
 
     def weights_changed(self) -> None:

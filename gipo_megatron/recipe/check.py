@@ -138,6 +138,12 @@ def lengths(model: ModelSpec, data: DataConfig, tree: Tree) -> Found:
         yield Problem("data.max_response", what, tree.origin("data.max_response"))
 
 
+def planted(data: DataConfig, tree: Tree) -> Found:
+    """Generated data come from no file."""
+    if data.format == "planted" and data.path:
+        yield Problem("data.path", "not read: data.format is planted", tree.origin("data.path"), "with=data/demo")
+
+
 def vocabulary(model: ModelSpec, tree: Tree) -> Found:
     """The built-in tokenizer has 256 bytes and three marks."""
     if model.tokenizer == "bytes" and model.architecture.vocab_size < BYTE_VOCABULARY:
@@ -259,5 +265,5 @@ def group_prices(algorithm: dict[str, Any], tree: Tree) -> Found:
 
 
 BYTE_VOCABULARY = 259
-PROBLEMS: tuple[Callable[..., Found], ...] = (roles, layout, architecture, lengths, vocabulary, batch, precision, unread, run)
+PROBLEMS: tuple[Callable[..., Found], ...] = (roles, layout, architecture, lengths, planted, vocabulary, batch, precision, unread, run)
 WARNINGS: tuple[Callable[..., Found], ...] = (unused_models, truncated_sampling, loads, group_prices)

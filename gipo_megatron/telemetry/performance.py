@@ -21,13 +21,18 @@ def num_parameters(a: Architecture) -> int:
     return a.num_layers * layer + a.hidden_size + embeddings
 
 
+def flops(a: Architecture, tokens: float, passes: float) -> float:
+    """2 · parameters · tokens · passes: a forward pass counts once, a training pass three times. Attention's own products are left out."""
+    return 2 * num_parameters(a) * tokens * passes
+
+
 def performance(
     values: Mapping[str, float], architecture: Architecture, tokens: float, passes: int, sequences: int, world: int
 ) -> dict[str, float]:
     """perf/tokens_per_second (prompt + response tokens, per device), perf/mfu where the device's peak is known,
     rollout/tokens_per_second (response tokens, all devices).
 
-    mfu = 2 · parameters · tokens · passes / (seconds · world · peak): attention's own products are left out, so it is a lower bound.
+    mfu = flops / (seconds · world · peak): a lower bound, as `flops` is.
     """
     seconds = values["time/step_seconds"]
     result = {"perf/tokens_per_second": tokens / seconds / world}
@@ -35,7 +40,7 @@ def performance(
         result["rollout/tokens_per_second"] = values["rollout/length_mean"] * sequences / values["time/rollout"]
     peak = _peak()
     if peak is not None:
-        result["perf/mfu"] = 2 * num_parameters(architecture) * tokens * passes / (seconds * world * peak)
+        result["perf/mfu"] = flops(architecture, tokens, passes) / (seconds * world * peak)
     return result
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
+from gipo_megatron.algorithms.ppo_metrics import split_metrics
 from gipo_megatron.components.groups import CriticHead, LabelledGroups, Memory, NoGroups, RandomGroups
 from gipo_megatron.errors import UserError
 from gipo_megatron.roles import SingleReplica
@@ -115,7 +117,7 @@ def test_metrics_are_in_raw_units() -> None:
     classifier = LabelledGroups(dp=DP, sources=("easy", "hard"))
     returns = torch.tensor([0.5, 1.5, -2.0], dtype=torch.float64)
     scores = Scores(raw=returns * 2 + 7, shaped=returns, returns=returns, parts={}, std=2.0)
-    groups = classifier.assign(None, rollout_of(["easy", "easy", "hard"]), scores)
+    groups = classifier.assign(torch.zeros(3, 2), rollout_of(["easy", "easy", "hard"]), scores)
     found = values(classifier.observe(groups, scores, None))
     assert found == {
         "gap": 6.0,
@@ -151,8 +153,32 @@ def test_none_is_one_group_of_certainty() -> None:
 
 def test_labelled_groups_may_be_mapped() -> None:
     classifier = LabelledGroups(groups={"a": 1, "b": 0, "c": 1}, dp=DP, sources=("a", "b", "c"))
-    groups = classifier.assign(None, rollout_of(["a", "b", "c"]), scores_of(torch.zeros(3)))
+    groups = classifier.assign(torch.zeros(3, 2), rollout_of(["a", "b", "c"]), scores_of(torch.zeros(3)))
     assert groups.probs.argmax(1).tolist() == [1, 0, 1]
+
+
+def test_a_head_learns_beside_given_labels() -> None:
+    """It is critic_head's in all but its effect: given labels are used, learned ones are measured against them."""
+    oracle, alone = LabelledGroups(dp=DP, sources=("easy", "hard")), CriticHead(detach_trunk=True, dp=DP)
+    rollout = rollout_of(["easy", "easy", "hard", "hard"])
+    scores = scores_of(torch.tensor([2.0, 1.0, -1.0, 0.0], dtype=torch.float64))
+    logits = logits_of([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]])  # hard labels 0 0 1 0
+    groups, learned = oracle.assign(logits, rollout, scores), alone.assign(logits, rollout, scores)
+    assert groups.probs.tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]] and oracle.head == alone.head
+    assert torch.equal(oracle.coefficients(groups), alone.coefficients(learned))
+
+    found = values(split_metrics(groups, scores, rollout, ("easy", "hard"), DP))
+    assert found["ami"] == pytest.approx(adjusted_mutual_info_score([0, 0, 1, 1], [0, 0, 1, 0]))
+    assert found["auc"] == 0.75  # p_high of easy 0.9, 0.6 against 0.2, 0.7 of hard: three of four pairs in order
+
+    mine = oracle.observe(groups, scores, logits)
+    alone.observe(learned, scores, logits)
+    assert math.isnan(mine["groups/flip_rate"].result())
+    assert oracle.state_dict()["means"] == [1.5, -0.5]
+    assert oracle.state_dict()["observer"] == alone.state_dict()
+    resumed = LabelledGroups(dp=DP, sources=("easy", "hard"))
+    resumed.load_state_dict(oracle.state_dict())
+    assert resumed.state_dict() == oracle.state_dict()
 
 
 @pytest.mark.parametrize(

@@ -185,11 +185,20 @@ def test_every_hh_prompt_is_a_prefix_under_sentencepiece() -> None:
 
 
 @needs_shared_data
-def test_tldr_posts_and_comparisons() -> None:
+@pytest.mark.parametrize(
+    ("format", "kind", "split", "rows"),  # rows of the files, none of them bad
+    [
+        ("sft", "sft", "train", 1557),
+        ("sft", "prompt", "test", 184),
+        ("preference", "preference", "train", 788),
+        ("preference", "preference", "test", 115),
+    ],
+)
+def test_one_tldr_folder_serves_every_stage(format: str, kind: str, split: str, rows: int) -> None:
     tokenizer = load_tokenizer(str(SHARED / "tokenizers" / "hh_bytebpe_4k"))
-    posts = DataConfig(format="sft", path=str(SHARED / "tldr"), source=["posts"], columns={"response": "label"})
-    comparisons = DataConfig(path=str(SHARED / "tldr"), source=["comparisons"])
-    sizes = [len(load_data(posts, tokenizer, "test", 0, "sft")), len(load_data(comparisons, tokenizer, "test", 0, "preference"))]
-    assert sizes == [184, 115]
-    prompts = [example.prompt[0].text for example in load_data(comparisons, tokenizer, "test", 0, "prompt").rows]
-    assert all(text.startswith("SUBREDDIT: r/") and text.endswith("\n\nTL;DR:") for text in prompts)
+    data = load_data(DataConfig(format=format, path=str(SHARED / "tldr")), tokenizer, split, 0, kind)
+    assert len(data) == rows
+    assert all(row.prompt[0].text.startswith("SUBREDDIT: r/") and row.prompt[0].text.endswith("\n\nTL;DR:") for row in data.rows)
+    assert all(text.startswith(" ") and not text.startswith("  ") for row in data.rows for text in row.responses)
+    labelled = DataConfig(format=format, path=str(SHARED / "tldr"), columns={"source": "subreddit"})
+    assert {"relationships", "AskReddit", "tifu"} < set(load_data(labelled, tokenizer, split, 0, kind).sources)

@@ -136,15 +136,6 @@ def test_a_response_of_several_turns() -> None:
         read("preference", {"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [BAD]})
 
 
-def test_openai_comparisons() -> None:
-    row = {"info": {"subreddit": "r", "title": "t", "post": "p"}, "summaries": [{"text": " one"}, {"text": " two"}], "choice": 1}
-    example = read("preference", row)
-    assert example.prompt[0].text == "SUBREDDIT: r/r\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"
-    assert example.responses == (" two", " one")
-    with pytest.raises(BadRow, match="a comparison without"):
-        Schema("preference", {}, [row], "here").read({**row, "choice": None}, "s", Tally(), "here")
-
-
 def test_a_literal_end_mark_is_removed_and_counted() -> None:
     row = {"prompt": "p", "response": " summary<|endoftext|>\n"}
     tally = Tally()

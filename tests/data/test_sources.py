@@ -16,8 +16,8 @@ from tests.data.fixtures import write_rows
 ROWS = [{"prompt": "a\u2028b", "chosen": "x", "rejected": "y"}, {"prompt": "c", "chosen": "z", "rejected": 'w, "q"\nline'}]
 
 
-def rows_of(path: Path, names: list[str] | None = None, split: str = "all") -> dict[str, list[dict[str, Any]]]:
-    return {part.source: [row for _, row in part.rows] for part in open_parts(str(path), names or [], split)}
+def rows_of(path: Path, names: list[str] | None = None, split: str = "all", format: str = "prompt") -> dict[str, list[dict[str, Any]]]:
+    return {part.source: [row for _, row in part.rows] for part in open_parts(str(path), names or [], split, format)}
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
@@ -84,10 +84,10 @@ def test_nothing_there_and_nothing_in_it(tmp_path: Path) -> None:
     cases = {"": "data.path is empty", str(tmp_path): "no data files", str(tmp_path / "x"): "nothing at", "missing.jsonl": "nothing at"}
     for path, said in cases.items():
         with pytest.raises(UserError, match=said):
-            open_parts(path, [], "train")
+            open_parts(path, [], "train", "prompt")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="not a kind of file"):
-        open_parts(str(tmp_path / "notes.txt"), [], "train")
+        open_parts(str(tmp_path / "notes.txt"), [], "train", "prompt")
 
 
 def test_folders_are_sources_and_their_files_splits(tmp_path: Path) -> None:
@@ -101,18 +101,18 @@ def test_folders_are_sources_and_their_files_splits(tmp_path: Path) -> None:
     assert texts("train", ["one", "two"]) == {"one": ["one train"], "two": ["two train-00000-of-00001"]}
     assert texts("test", ["two", "one"]) == {"one": ["one test"], "two": ["two validation"]}
     assert sorted(texts("all", [])) == ["four", "one", "three", "two"]
-    own = {part.source: part.split for part in open_parts(str(tmp_path), [], "train")}
+    own = {part.source: part.split for part in open_parts(str(tmp_path), [], "train", "prompt")}
     assert own == {"four": False, "one": True, "three": False, "two": True}
     with pytest.raises(UserError, match="no source five") as raised:
-        open_parts(str(tmp_path), ["five"], "train")
+        open_parts(str(tmp_path), ["five"], "train", "prompt")
     assert "four, one, three, two" in raised.value.fix
 
 
 def test_only_test_files_are_no_training_data(tmp_path: Path) -> None:
     write_rows(tmp_path / "test.jsonl", [{"prompt": "x"}])
-    assert len(open_parts(str(tmp_path), [], "test")) == 1
+    assert len(open_parts(str(tmp_path), [], "test", "prompt")) == 1
     with pytest.raises(UserError, match="no train file"):
-        open_parts(str(tmp_path), [], "train")
+        open_parts(str(tmp_path), [], "train", "prompt")
 
 
 def test_a_hub_that_is_not_there_says_how_to_give_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_a_hub_that_is_not_there_says_how_to_give_a_folder(monkeypatch: pytest.M
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
     with pytest.raises(UserError, match="cannot be reached") as raised:
-        open_parts("nobody/nothing", [], "train")
+        open_parts("nobody/nothing", [], "train", "prompt")
     assert "data.path=FOLDER" in raised.value.fix
 
 
@@ -147,8 +147,40 @@ def test_a_hub_source_is_a_configuration_or_a_folder(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the local cache: nobody is asked whether the hub is there
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["one"])
     monkeypatch.setattr(datasets, "load_dataset", load)
-    read = {part.source: [row["prompt"] for _, row in part.rows] for part in open_parts("o/set", ["two", "one"], "train")}
+    read = {part.source: [row["prompt"] for _, row in part.rows] for part in open_parts("o/set", ["two", "one"], "train", "prompt")}
     assert read == {"one": ["o/set one None"], "two": ["o/set None two"]}
-    assert [part.source for part in open_parts("o/set", [], "train")] == ["set"]
+    assert [part.source for part in open_parts("o/set", [], "train", "prompt")] == ["set"]
     with pytest.raises(UserError, match="cannot load 'o/set' from the hub: no such folder"):
-        open_parts("o/set", ["gone"], "train")
+        open_parts("o/set", ["gone"], "train", "prompt")
+
+
+def openai_layout(folder: Path) -> Path:
+    for name in ("comparisons", "posts"):
+        write_rows(folder / name / "train.jsonl", [{"prompt": name}])
+    return folder
+
+
+@pytest.mark.parametrize(("format", "read"), [("preference", "comparisons"), ("sft", "posts"), ("prompt", "posts")])
+def test_openai_keeps_posts_and_comparisons_apart(tmp_path: Path, format: str, read: str) -> None:
+    """One data.path serves every stage: data.format says which of the two is read; a name given by the user wins."""
+    folder = openai_layout(tmp_path)
+    assert list(rows_of(folder, format=format)) == [read]
+    assert list(rows_of(folder, ["posts", "comparisons"], format=format)) == ["comparisons", "posts"]
+
+
+def test_openai_comparisons_without_posts(tmp_path: Path) -> None:
+    write_rows(tmp_path / "comparisons" / "train.jsonl", [{"prompt": "x"}])
+    with pytest.raises(UserError, match=r"data\.format sft reads OpenAI's posts; there are only comparisons") as raised:
+        rows_of(tmp_path, format="sft")
+    assert "data.format=preference" in raised.value.fix
+
+
+def test_openai_configurations_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As openai/summarize_from_feedback names them, by hand."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["axis", "comparisons"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration: {"train": [{"prompt": configuration}]})
+    parts = open_parts("openai/summarize_from_feedback", [], "train", "preference")
+    assert [(part.source, [row["prompt"] for _, row in part.rows]) for part in parts] == [("comparisons", ["comparisons"])]
+    with pytest.raises(UserError, match="there are only axis, comparisons"):
+        open_parts("openai/summarize_from_feedback", [], "train", "sft")

@@ -15,6 +15,7 @@ from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
 from tests.parity import plain_ppo
+from tests.parity.dpo_cases import VARIANTS as DPO_VARIANTS
 from tests.parity.launch import ranks
 from tests.parity.matrix import BF16_CHECKPOINTS, GRADIENTS, LAYOUTS, MICRO_BATCHES
 from tests.parity.roles import digest
@@ -66,6 +67,19 @@ def test_ppo_gradients(worlds: dict[int, list[dict[str, Any]]], world: int) -> N
                 assert len(errors) == (39 if first_of_two_stages(world, layout, rank) else TENSORS[kind]), cell
                 worst = max(errors, key=lambda name: errors[name])
                 assert errors[worst] <= 1e-5, f"rank {rank} {cell}: {worst} {errors[worst]:.2e}"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_dpo_loss_and_gradients(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+    """The real page, with a live and with a precomputed reference, against plain torch over two Hugging Face models."""
+    expected = {f"{layout}/{variant}/{size}" for layout in LAYOUTS[world] for variant in DPO_VARIANTS for size in MICRO_BATCHES[world]}
+    assert len(expected) == {1: 18, 2: 90, 4: 18}[world]
+    for rank, found in enumerate(worlds[world]):
+        assert found["dpo"].keys() == expected
+        for cell, errors in found["dpo"].items():
+            assert len(errors) == 1 + TENSORS["actor"], cell
+            worst = max(errors, key=lambda name: errors[name])
+            assert errors[worst] <= 1e-5, f"rank {rank} {cell}: {worst} {errors[worst]:.2e}"
 
 
 @pytest.mark.parametrize("world", WORLDS)

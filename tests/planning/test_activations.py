@@ -1,0 +1,109 @@
+"""What a layer keeps, against what autograd really saves; passes in flight, against a simulated schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.model import build_chunks
+from gipo_megatron.planning.activations import Slot, cached_rows, cached_token, generation, in_flight, layer_kept
+from gipo_megatron.specs import Architecture, Parallel, Precision
+
+LENGTH = 64
+BF16, FP32 = 2, 4
+
+
+def architecture(layers: int, kv_heads: int, qk_norm: bool = False) -> Architecture:
+    return Architecture(
+        num_layers=layers,
+        hidden_size=128,
+        ffn_hidden_size=384,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        head_dim=32,
+        vocab_size=259,
+        max_positions=128,
+        qk_norm=qk_norm,
+    )
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    yield Mesh.create(Parallel())
+
+
+def saved(mesh: Mesh, a: Architecture, sequences: int, recompute: str) -> int:
+    """Bytes of the storages that the backward pass of one forward pass needs, weights left out."""
+    (chunk,) = build_chunks(a, mesh, Precision("bf16"), recompute=recompute)
+    chunk.train()
+    weights = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in weights and t.dtype.is_floating_point:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = chunk(torch.zeros(sequences, LENGTH, dtype=torch.long), None, None)
+    assert out.requires_grad
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.global_rng
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(("kv_heads", "sequences"), [(2, 1), (4, 3)])
+def test_a_layer_keeps_what_autograd_saves(mesh: Mesh, recompute: str, kv_heads: int, sequences: int) -> None:
+    """The difference between two layers and one. A CPU's RMSNorm and SwiGLU are composed of parts, and keep these parts:
+    two fp32 tensors instead of the norm's input, twice; silu(gate) and up + 0."""
+    per_layer = saved(mesh, architecture(2, kv_heads), sequences, recompute) - saved(mesh, architecture(1, kv_heads), sequences, recompute)
+    a, tokens = architecture(2, kv_heads), sequences * LENGTH
+    norms = 0 if recompute == "full" else 2 * tokens * a.hidden_size * (2 * FP32 - BF16)
+    swiglu = 2 * tokens * a.ffn_hidden_size * BF16 if recompute == "none" else 0
+    assert per_layer == layer_kept(Slot(a, Parallel(), BF16, sequences, LENGTH), recompute) + norms + swiglu
+
+
+def test_tensor_and_sequence_parallel_divide() -> None:
+    """Llama-2 7B, one sequence of 2048, tensor 4, by hand: norms 4 · 16 MiB / 4, attention 5 · 16 / 4 + 16 / 4, feed-forward 3 · 43 / 4."""
+    a = Architecture(32, 4096, 11008, 32, 32, 128, 32000, 4096)
+    mib = 2**20
+    rope, statistics = 4 * 2048 * 128 * 2, 2 * 2048 * 4
+    whole = layer_kept(Slot(a, Parallel(tensor=4), BF16, 1, 2048), "none")
+    shared = layer_kept(Slot(a, Parallel(tensor=4, sequence=True), BF16, 1, 2048), "none")
+    split = (6 * 16 + 3 * 43) * mib // 4 + 2048 * 32 * 4 // 4
+    assert whole == 4 * 16 * mib + split + rope + statistics
+    assert shared == 16 * mib + split + rope + statistics // 4
+    assert layer_kept(Slot(a, Parallel(tensor=4, sequence=True), BF16, 1, 2048), "full") == 4 * mib
+
+
+def most_in_flight(stages: int, stage: int, slots: int) -> int:
+    """1F1B, slot by slot: warm-up, then a forward and a backward in turn."""
+    warm_up = min(stages - stage - 1, slots)
+    order = ["F"] * warm_up + ["F", "B"] * (slots - warm_up) + ["B"] * warm_up
+    counts = [order[: i + 1].count("F") - order[: i + 1].count("B") for i in range(len(order))]
+    return max(counts)
+
+
+def test_passes_in_flight() -> None:
+    checked = 0
+    for stages in (1, 2, 4, 8):
+        for stage in range(stages):
+            for slots in (1, 3, 8, 20):
+                assert in_flight(Parallel(pipeline=stages), stage, slots) == most_in_flight(stages, stage, slots)
+                checked += 1
+    assert checked == 60
+    interleaved = Parallel(pipeline=4, virtual_pipeline=2)  # Narayanan et al. 2021: 2 (p - 1 - r) + (v - 1) p warm-up passes, and one
+    assert [in_flight(interleaved, stage, 16) for stage in range(4)] == [11, 9, 7, 5]
+    assert in_flight(interleaved, 0, 4) == 8
+
+
+def test_generation_fills_at_most_its_cache() -> None:
+    """Llama-2 7B, tensor 4: 32 layers · 2 · 8 heads · 128 · 2 bytes = 128 KiB a token, so 16 rows of 2048 tokens in 4 GiB."""
+    slot = Slot(Architecture(32, 4096, 11008, 32, 32, 128, 32000, 4096), Parallel(tensor=4, sequence=True), BF16, 4, 2048)
+    assert cached_token(slot) == 128 * 1024
+    assert (cached_rows(slot, 128, 2048), cached_rows(slot, 5, 2048)) == (16, 5)
+    assert generation(slot, 128, 2048, 512, 0).cache == 16 * 2047 * 128 * 1024

@@ -1,0 +1,72 @@
+"""The planner's Device against residency.Residency: the same calls leave the same bytes on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
+from gipo_megatron.megatron.shard import Shard
+from gipo_megatron.planning.memory import Device, State, budget
+from gipo_megatron.specs import Parallel, Precision
+from tests.parity.planning_cases import state_bytes
+from tests.parity.roles import common, mine, parts_of
+from tests.parity.tiny import weighted
+
+OFFLOADED = {"actor": "cpu", "critic": "cpu", "reward": "none"}
+
+
+def shard(role: Any) -> Shard:
+    with role.engine.residency.use(training=True):
+        weights, gradients, optimizer = state_bytes(role.engine)
+    return Shard(0, 0, (4,), 0, weights, gradients, optimizer)
+
+
+@pytest.mark.global_rng
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_same_calls_leave_the_same_bytes(dtype: str) -> None:
+    mesh = Mesh.create(Parallel())
+    arguments = common(mesh, precision=Precision(dtype))
+    frozen = {key: value for key, value in arguments.items() if key != "optimisation"}
+    actor = MegatronActor(**arguments, offload="cpu", eos_id=1, pad_id=0, decode=str)
+    critic = MegatronCritic(**arguments, offload="cpu")
+    roles: dict[str, Any] = {"actor": actor, "critic": critic, "reward": MegatronRewardModel(**frozen)}
+    recipe: Any = SimpleNamespace(models={name: SimpleNamespace(offload=offload) for name, offload in OFFLOADED.items()})
+    device = Device(recipe, {name: shard(role) for name, role in roles.items()})
+    device.present = {name: State() if OFFLOADED[name] == "cpu" else device.whole(name) for name in roles}
+    device.use("critic", trains=True)  # the last that `shard` looked at of those that move
+
+    rows = mine(mesh, weighted())
+    calls: list[tuple[str, bool, Callable[[], Any]]] = [
+        ("actor", False, lambda: actor.logprobs(rows)),
+        ("reward", False, lambda: roles["reward"].score(rows)),
+        ("critic", False, lambda: critic.evaluate(rows)),
+        ("critic", True, lambda: critic.update(*parts_of("critic", mesh))),
+        ("critic", False, lambda: critic.evaluate(rows)),
+        ("actor", True, lambda: actor.update(*parts_of("actor", mesh))),
+        ("actor", False, lambda: actor.logprobs(rows)),
+        ("critic", False, lambda: critic.evaluate(rows)),
+    ]
+    for name, trains, call in calls * 2:
+        device.use(name, trains)
+        call()
+        real = [sum(column) for column in zip(*(state_bytes(role.engine) for role in roles.values()), strict=True)]
+        assert [device.state.weights, device.state.gradients, device.state.optimizer] == real, (name, trains)
+
+
+def test_bytes_moved_by_hand() -> None:
+    """Weights 2, gradients 4, optimizer 12: gradients come back as zeros, everything else is copied, and only what is there leaves."""
+    recipe: Any = SimpleNamespace(models={name: SimpleNamespace(offload="cpu") for name in ("actor", "critic")})
+    one = Shard(0, 0, (1,), 0, 2, 4, 12)
+    device = Device(recipe, {"actor": one, "critic": one}, {"actor": State(), "critic": State()})
+    moved = [device.use(*call) for call in (("actor", True), ("actor", False), ("critic", False), ("critic", True), ("actor", False))]
+    assert moved == [14, 0, 14 + 2, 12, 14 + 2]
+    assert device.state == State(2, 0, 0)
+
+
+def test_budget() -> None:
+    assert budget(80) == 74 * 2**30, "5 % of 80 GiB, and 2 GiB, stay free"

@@ -1,0 +1,134 @@
+"""Plans of real recipes: parameter totals against Hugging Face, layouts, phases, verdicts, and what is printed."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gipo_megatron.hf_config import config_for
+from gipo_megatron.recipe.compose import compose
+from gipo_megatron.specs import Architecture
+from tests.parity.planning_cases import RECIPES
+from tests.planning.conftest import PLANS, TIED
+
+GIB = 2**30
+
+
+def hf_parameters(architecture: Architecture) -> int:
+    """As transformers counts them; a tied output layer is the embedding."""
+    config = config_for(architecture, "bfloat16")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.global_rng
+@pytest.mark.parametrize("name", ["hh_sft", "hh_gipo", "qwen", "70b", "tiny"])
+def test_parameter_totals_are_hugging_faces(plans: dict[str, Any], name: str) -> None:
+    architecture = compose(PLANS[name], RECIPES).model.architecture
+    whole = hf_parameters(architecture)
+    found = plans[name]["parameters"]
+    assert found["actor"] == whole
+    if "critic" in found:  # a row of hidden_size weights in the output layer's place
+        headless = whole - architecture.vocab_size * architecture.hidden_size + architecture.hidden_size
+        assert found == {"actor": whole, "reference": whole, "critic": headless, "reward": headless}
+
+
+@pytest.mark.global_rng
+def test_tied_embeddings_and_padding_count_once_over_all_stages(plans: dict[str, Any]) -> None:
+    """Eight layers on four stages: the last stage holds a second copy of the embedding, and 1001 rows are padded to 1024."""
+    stages = [plans[f"tied/{stage}"]["reference"] for stage in range(4)]
+    assert sum(stage["parameters"] for stage in stages) == hf_parameters(TIED)
+    assert [stage["chunk_layers"] for stage in stages] == [[2]] * 4
+    assert stages[3]["weights"] - stages[0]["weights"] == 2 * TIED.hidden_size, "the copy, and the final norm"
+
+
+def test_groups_of_512_ranks(plans: dict[str, Any]) -> None:
+    groups = plans["70b"]["groups"]
+    assert {kind: (len(g), len(g[0])) for kind, g in groups.items()} == {"tensor": (64, 8), "pipeline": (64, 8), "data": (64, 8)}
+    assert groups["tensor"][1] == list(range(8, 16))
+    assert groups["data"][0] == list(range(0, 64, 8))
+    assert groups["pipeline"][0] == list(range(0, 512, 64))
+    for kind in groups.values():
+        assert sorted(rank for group in kind for rank in group) == list(range(512))
+
+
+def test_state_of_7b_on_eight_gpus(plans: dict[str, Any]) -> None:
+    """Tensor 4, data 2, bf16: 2 + 4 bytes a parameter on each tensor rank, and 12 / 2 of fp32 masters and moments."""
+    state, _, _ = plans["hh_sft"]["phases"]["actor update"]
+    assert state == pytest.approx(6_738_415_616 / 4 * (2 + 4 + 12 / 2), rel=1e-3)
+    state, _, _ = plans["hh_gipo"]["phases"]["rollout"]
+    assert state == pytest.approx((6_738_415_616 + 6_607_347_712) / 4 * (2 + 4 + 12 / 2 + 2), rel=1e-3)
+    assert plans["hh_gipo"]["fits"] is True
+
+
+def test_phases_are_the_algorithms(plans: dict[str, Any]) -> None:
+    ppo = [
+        "rollout",
+        "reward scores",
+        "actor log-probs",
+        "reference log-probs",
+        "critic values",
+        "critic update",
+        "actor update",
+        "group probe",
+    ]
+    assert list(plans["hh_gipo"]["phases"])[1:] == ppo
+    assert list(plans["hh_rm"]["phases"]) == ["set-up: reward", "reward update"]
+    assert list(plans["hh_dpo"]["phases"])[-1] == "actor update"
+    assert list(plans["hh_dpo_live"]["phases"])[-2:] == ["reference log-probs", "actor update"]
+    weights = 6_738_415_616 / 4 * 2
+    more = plans["hh_dpo_live"]["phases"]["actor update"][0] - plans["hh_dpo"]["phases"]["actor update"][0]
+    assert more == pytest.approx(weights, rel=1e-3), "a live reference stays, a precomputed one is gone"
+
+
+def test_offload_leaves_one_model_and_moves_the_others(plans: dict[str, Any]) -> None:
+    phases = plans["hh_gipo_offload"]["phases"]
+    lm, scalar = 6_738_415_616 / 4, 6_607_347_712 / 4
+    assert phases["actor update"][0] == pytest.approx(lm * 12, rel=1e-3)
+    assert phases["reference log-probs"][0] == pytest.approx(lm * 4, rel=1e-3), "the reference's weights, and the actor's beside them"
+    assert phases["reward scores"][0] == pytest.approx(scalar * 2, rel=1e-3)
+    # the critic (weights and optimizer: 8 bytes a parameter) leaves, the actor comes with all but gradients
+    assert phases["actor update"][2] == pytest.approx(scalar * 8 + lm * 8, rel=1e-3)
+
+
+def test_flops_are_the_algorithms_passes(plans: dict[str, Any]) -> None:
+    """StepResult.passes: 5 + 6 epochs for PPO (ppo.py), 3 for the others, 4 for DPO with a live reference."""
+    size = 2 * 6_738_415_616
+    for name, passes in (("hh_gipo", 11), ("hh_sft", 3), ("hh_rm", 3), ("hh_dpo", 3), ("hh_dpo_live", 4)):
+        assert plans[name]["flops"] == pytest.approx(size * plans[name]["tokens"] * passes, rel=1e-9), name
+    assert plans["hh_gipo"]["tokens"] == 64 * 4 * 2048
+    assert plans["hh_rm"]["tokens"] == 64 * 2 * 2048
+
+
+def test_a_plan_that_does_not_fit_names_a_change_that_does(plans: dict[str, Any]) -> None:
+    tight = plans["tight"]
+    assert tight["fits"] is False and tight["peak"] > tight["limit"]
+    assert tight["limit"] == int(40 * GIB * 0.95) - 2 * GIB
+    words, peak = tight["change"]
+    assert words == ["parallel.tensor=8", "parallel.sequence=true"] and peak <= tight["limit"]
+    assert plans["hopeless"]["fits"] is False and plans["hopeless"]["change"] is None
+    assert plans["tiny"]["fits"] is None
+
+
+def test_a_tensor_group_over_nodes_is_said(plans: dict[str, Any]) -> None:
+    (warning,) = plans["spanning"]["warnings"]
+    assert "parallel.tensor=8 stays inside a node" in warning
+    assert plans["hh_gipo"]["warnings"] == []
+
+
+def test_what_is_printed(plans: dict[str, Any]) -> None:
+    texts = {name: text for name, text in plans.items() if name.startswith("text/")}
+    assert len(texts) == 5
+    for name, text in texts.items():
+        assert max(map(len, text.splitlines())) <= 100, name
+        assert text.count("verdict: ") == 1, name
+    assert "  tensor   64 of 8 ranks, inside a node: 0-7, 8-15, 16-23, …" in texts["text/70b"]
+    assert "256 sequences an optimizer step = 8 replicas × 32 micro-batches of 1" in texts["text/70b"]
+    assert "cheapest change: parallel.tensor=8 parallel.sequence=true" in texts["text/tight"]
+    assert "verdict: none, hardware.gpu_memory_gib is 0 (a CPU)" in texts["text/tiny"]
+    assert prod((256, 4, 2048)) == plans["70b"]["tokens"]

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gipo_megatron.capabilities import Apex, Capabilities, Gpu
+from gipo_megatron.recipe.compose import compose, load_components
+from gipo_megatron.recipe.source import Block
+from tools import doctor
+
+load_components(Block({}, "tests"))  # here, since a package that the components import may draw from a global generator
+H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.2)
+NODE = Capabilities(
+    "3.12.3",
+    "2.11.0+cu130",
+    cuda="13.0",
+    nccl="2.28.9",
+    gpus=(H100,) * 8,
+    megatron="0.16.1",
+    transformer_engine="2.11.0",
+    wandb="0.19",
+)
+LAPTOP = Capabilities("3.11.9", "2.13.0+cpu", megatron="0.16.1")
+TINY = ["recipe=tiny/sft"]
+BIG = ["recipe=hh_sft", "models.actor.load=random"]
+
+
+@pytest.mark.parametrize(
+    ("words", "change", "expected"),
+    [
+        (BIG, {}, []),
+        ([*BIG, "with=hardware/h100x8_fp8"], {}, []),
+        ([*BIG, "with=hardware/h100x8_fp8", "world=64", "batch.minibatch=128"], {}, []),
+        (BIG, {"gpus": (H100,) * 4}, ["it is for 8 GPUs, 8 a machine; here are 4"]),
+        (BIG, {"gpus": (replace(H100, memory_gib=39.4),) * 8}, ["it is for GPUs of 80 GiB; the smallest here has 39"]),
+        (BIG, {"gpus": (replace(H100, name="V100", compute=(7, 0)),) * 8}, ["precision.dtype bf16 needs compute capability 8.0"]),
+        (BIG, {"nccl": None}, ["torch has no NCCL"]),
+        (BIG, {"megatron": None}, ["megatron-core is not installed"]),
+        (
+            [*BIG, "with=hardware/h100x8_fp8"],
+            {"transformer_engine": None},
+            ["precision.fp8 is 'tensorwise', but Transformer Engine is not"],
+        ),
+        ([*BIG, "run.loggers=[wandb]"], {"wandb": None}, ["run.loggers names wandb"]),
+        (["recipe=hh_sft", "models.actor.load=runs/nowhere/final"], {}, ["models.actor.load: 'runs/nowhere/final' is not on this machine"]),
+        (TINY, {}, []),
+    ],
+)
+def test_what_keeps_a_recipe_from_running(words: list[str], change: dict, expected: list[str]) -> None:
+    found = doctor.obstacles(compose(words, doctor.RECIPES), replace(NODE, **change))
+    assert len(found) == len(expected)
+    assert all(reason.startswith(start) for reason, start in zip(found, expected, strict=True)), found
+
+
+def test_a_machine_without_gpus_runs_what_is_for_cpus() -> None:
+    assert doctor.obstacles(compose(TINY, doctor.RECIPES), LAPTOP) == []
+    both = doctor.obstacles(compose([*BIG, "with=hardware/h100x8_fp8"], doctor.RECIPES), LAPTOP)
+    assert len(both) == 2 and "here are 0" in both[0] and "no CUDA device" in both[1]
+
+
+def test_missing_parts_are_told_with_their_cost() -> None:
+    complete, bare = ({part: (found, costs) for part, found, costs in doctor.rows(here)} for here in (NODE, LAPTOP))
+    assert complete["GPU"] == ("8 × NVIDIA H100 80GB HBM3 (9.0, 79 GiB)", "")
+    assert complete["FP8 blockwise"] == ("can run", "") and bare["FP8 blockwise"] == ("-", "no CUDA device")
+    missing = {part for part, (found, costs) in bare.items() if found == "-" and costs}
+    assert missing == {
+        *("CUDA (torch's)", "GPU", "NCCL", "transformer-engine", "apex (NVIDIA's)", "wandb", "vllm"),
+        *("FP8 delayed", "FP8 tensorwise", "FP8 blockwise"),
+    }
+    assert bare["megatron-core"] == ("0.16.1", "")
+
+
+def test_the_other_apex_is_named() -> None:
+    for nvidia in (True, False):
+        rows = {part: (found, costs) for part, found, costs in doctor.rows(replace(NODE, apex=Apex("0.9.10.dev0", nvidia)))}
+        assert rows["apex (NVIDIA's)"] == (
+            "0.9.10.dev0",
+            "" if nvidia else "another package of that name, of no use here: pip uninstall apex",
+        )
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, str(Path(doctor.__file__)), *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=200, check=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_exit_codes(tmp_path: Path) -> None:
+    done = run(tmp_path, *BIG)
+    assert done.returncode == 2 and "hh_sft: cannot run here\n  - it is for 8 GPUs, 8 a machine; here are 0\n" in done.stdout
+    assert done.stderr == "" and len(done.stdout.splitlines()) < 24
+    done = run(tmp_path, "recipe=tiny/sft", "run.sed=1")
+    assert done.returncode == 2 and "did you mean 'seed'?" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_tiny_runs_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(TINY) == 0
+    assert capsys.readouterr().out.endswith("tiny/sft: can run here\n")
