@@ -34,7 +34,7 @@ def test_fp8_fields_are_accepted_by_the_transformer_config(name: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        (Precision("fp16"), "unknown precision 'fp16'"),
+        (Precision("int8"), "unknown precision 'int8'"),
         (Precision("bf16", "mxfp8"), "unknown FP8 recipe 'mxfp8'"),
         (Precision("fp32", "delayed"), "FP8 needs bf16"),
     ],
