@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from gipo_megatron.data.tokenizer import load_tokenizer
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
-from gipo_megatron.specs import Architecture, HeadSpec, Precision, Sampling
+from gipo_megatron.specs import Architecture, HeadSpec, Parallel, Precision, Sampling
 from gipo_megatron.types import Prompts, Sequences
 from tests.conversion import families
 from tests.runs import chain
@@ -25,6 +26,12 @@ from tests.runs import chain
 pytestmark = [pytest.mark.multiprocess, pytest.mark.global_rng]
 SILENT = Progress(shown=False)
 FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    """Of this file alone: runs in this process have ended the session's."""
+    yield Mesh.create(Parallel(), seed=1)
 
 
 def architecture(run: Path, role: str) -> Architecture:
