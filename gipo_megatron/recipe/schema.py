@@ -47,7 +47,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Batch:
-    """In sequences (in pairs for a reward model). micro_batch is per replica; the others count the whole step, all replicas together."""
+    """In sequences (in pairs for a reward model and DPO). micro_batch is per replica; the others count the whole step, all replicas together."""
 
     prompts: Count = 64  # prompts an iteration
     responses: Count = 4  # responses a prompt
@@ -64,7 +64,7 @@ class Stop:
 @dataclass(frozen=True)
 class Run:
     dir: str  # where everything of this run is written
-    steps: Count  # iterations; for SFT and reward models, optimizer steps
+    steps: Count  # iterations; for SFT, reward models and DPO, optimizer steps
     seed: NotNegative = 0
     save_every: NotNegative = 100  # iterations between checkpoints; 0: only at the end
     keep: Count = 2  # newest checkpoints that stay; `best` and `final` stay anyway

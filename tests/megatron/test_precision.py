@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gipo_megatron.capabilities import Capabilities, Gpu
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron import precision
+from gipo_megatron.megatron import checkpoint, precision
 from gipo_megatron.megatron.checkpoint import _InlineSave
 from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.heads import ScalarHead
@@ -300,3 +300,32 @@ def test_scaling_state_in_checkpoints(mesh: Mesh, tmp_path: Path) -> None:
             assert story(module) == (112.0, [0, 4, 0])
     with quiet():
         assert dist_checkpointing.load(dict(plain), str(tmp_path / "with")).keys() == weights
+
+
+@pytest.mark.global_rng
+def test_scaling_state_through_whole_checkpoints(mesh: Mesh, tmp_path: Path) -> None:
+    """Saved and restored, as a whole and as weights alone, between delayed scaling and none."""
+
+    def make(fp8: str) -> tuple[Engine, FakeLinear]:
+        engine = new_actor(mesh, micro_batch=4).engine
+        fake = fake_fp8(engine)
+        for layer in engine.chunks[0].decoder.layers[1:]:
+            layer.fake = FakeLinear()
+        engine.precision = Precision("fp32", fp8)
+        return engine, fake
+
+    (first, scaled), fresh, trained = make("delayed"), (1.0, [0, 0, 0]), (112.0, [0, 4, 0])
+    scaled.run(True, 4.0)
+    path = checkpoint.save(tmp_path, 1, {"actor": first}, mesh, {}, {})
+    for precision_of_reader, expected in (("delayed", trained), ("tensorwise", fresh)):
+        engine, fake = make(precision_of_reader)
+        checkpoint.restore(path, {"actor": engine}, mesh)
+        assert story(fake) == expected
+    other, fake = make("delayed")
+    checkpoint.load_weights(path, "actor", other)
+    assert story(fake) == trained
+    plain = checkpoint.save(tmp_path, 2, {"actor": engine}, mesh, {}, {})  # saved under tensorwise: none in it
+    other, fake = make("delayed")
+    checkpoint.restore(plain, {"actor": other}, mesh)
+    checkpoint.load_weights(plain, "actor", other)
+    assert story(fake) == fresh

@@ -105,7 +105,7 @@ def test_weights_beside_random_ones(tmp_path: Path) -> None:
 
 def test_other_keys_may_point_at_it(tmp_path: Path) -> None:
     hf = folder(tmp_path / "hf")
-    words = ["model.hub=x", f"data.path={hf}", "models.actor.load=${data.path}", "data.max_length=${model.architecture.max_positions}"]
+    words = [f"model.hub={hf}", "models.actor.load=${model.hub}", "data.max_length=${model.architecture.max_positions}"]
     assert small(tmp_path, *words, text=SFT).data.max_length == 96
 
 
@@ -307,20 +307,31 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_cache": True,
         "vocab_size": 32000,
     },
-    "llama3_8b": {
-        **SEVEN_B,
+    "llama3_1_8b": {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": 128000,
         "eos_token_id": 128001,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
         "intermediate_size": 14336,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
         "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
         "num_key_value_heads": 8,
         "pretraining_tp": 1,
         "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
         "rope_theta": 500000.0,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
@@ -370,6 +381,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "vocab_size": 152064,
     },
+}
+
+
+PUBLISHED["llama3_1_70b"] = PUBLISHED["llama3_1_8b"] | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
 }
 
 
