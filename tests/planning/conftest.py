@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,12 @@ PLANS = {
     "spanning": ["recipe=hh_gipo", "world=16", "parallel.tensor=16"],
     "tiny": ["recipe=tiny/gipo"],
 }
+DOCUMENT = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def documented() -> dict[str, str]:
+    """Command line of tools/plan.py -> what docs/scaling.md shows of its answer."""
+    return dict(re.findall(r"```\n\$ python tools/plan\.py ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL))
 
 
 def layout_cases() -> dict[str, dict[str, Any]]:
@@ -85,5 +92,6 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         **{f"tied/{stage}": {**tied, "rank": 4 * stage} for stage in range(4)},
         **{name: {"plan": argv} for name, argv in PLANS.items()},
         **{f"text/{name}": {"text": PLANS[name]} for name in ("hh_gipo", "70b", "tight", "tiny", "hh_dpo")},
+        **{f"document/{words}": {"text": words.split()} for words in documented()},
     }
     return evaluate(cases, tmp_path_factory.mktemp("plans"))

@@ -67,6 +67,17 @@ def test_a_layer_keeps_what_autograd_saves(mesh: Mesh, recompute: str, kv_heads:
     assert per_layer == layer_kept(Slot(a, Parallel(), BF16, sequences, LENGTH), recompute) + norms + swiglu
 
 
+@pytest.mark.global_rng
+def test_norms_on_queries_and_keys(mesh: Mesh) -> None:
+    """Again a CPU keeps two fp32 tensors of each norm; a GPU its input, which for the keys is there anyway."""
+    plain, normed = (
+        saved(mesh, architecture(2, 2, norm), 2, "none") - saved(mesh, architecture(1, 2, norm), 2, "none") for norm in (False, True)
+    )
+    slots = [Slot(architecture(2, 2, norm), Parallel(), BF16, 2, LENGTH) for norm in (False, True)]
+    query, key = slots[0].query, slots[0].key
+    assert layer_kept(slots[1], "none") - layer_kept(slots[0], "none") == normed - plain - 2 * FP32 // BF16 * (query + key) + query
+
+
 def test_tensor_and_sequence_parallel_divide() -> None:
     """Llama-2 7B, one sequence of 2048, tensor 4, by hand: norms 4 · 16 MiB / 4, attention 5 · 16 / 4 + 16 / 4, feed-forward 3 · 43 / 4."""
     a = Architecture(32, 4096, 11008, 32, 32, 128, 32000, 4096)

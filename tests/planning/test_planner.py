@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import prod
 from typing import Any
 
@@ -13,7 +14,7 @@ from gipo_megatron.hf_config import config_for
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Architecture
 from tests.parity.planning_cases import RECIPES
-from tests.planning.conftest import PLANS, TIED
+from tests.planning.conftest import PLANS, TIED, documented
 
 GIB = 2**30
 
@@ -132,3 +133,15 @@ def test_what_is_printed(plans: dict[str, Any]) -> None:
     assert "cheapest change: parallel.tensor=8 parallel.sequence=true" in texts["text/tight"]
     assert "verdict: none, hardware.gpu_memory_gib is 0 (a CPU)" in texts["text/tiny"]
     assert prod((256, 4, 2048)) == plans["70b"]["tokens"]
+
+
+def test_the_document_shows_what_is_printed(plans: dict[str, Any]) -> None:
+    """docs/scaling.md: whole sections, with … for those left out."""
+    checked = 0
+    for words, shown in documented().items():
+        printed = plans[f"document/{words}"].rstrip("\n").split("\n\n")
+        sections = re.sub(r"^…$", "", shown, flags=re.MULTILINE).strip("\n")
+        for section in re.split(r"\n\n+", sections):
+            assert section in printed, f"{words}\n{section}"
+            checked += 1
+    assert len(documented()) == 8 and checked > 20
