@@ -89,6 +89,12 @@ class Residency:
         finally:
             self._users -= 1
 
+    @staticmethod
+    def make_room() -> None:
+        """Idle offloaded models go to the host, before another one is built."""
+        for other in [r for r in Residency._awake if not r._users]:
+            other._park()
+
     def _park(self) -> None:
         for shelf in (self.weights, *self.training):  # fp32 master weights are the weights themselves: parked, and restored, with them
             shelf.park()

@@ -56,6 +56,7 @@ class Engine:
         offload: str = "none",
         initialise: bool = True,
     ) -> None:
+        Residency.make_room()
         self.mesh, self.architecture, self.precision = mesh, architecture, precision
         self.head, self.group, self.optimisation, self.micro_batch = head, group, optimisation, micro_batch
         self.hf_files: dict[str, str] = {}  # config.json and the like of the Hugging Face model it came from, word for word

@@ -118,6 +118,9 @@ class Device:
 
     def build(self, role: str) -> Phase:
         """Made whole; mcore copies the weights of a trained model into one buffer, then the first copy goes."""
+        for other in self.present:
+            if self.offloaded(other):
+                self.present[other] = State()
         whole = self.whole(role)
         self.present[role] = whole
         first_copy = whole.weights if role in self.recipe.trained else 0
@@ -211,8 +214,8 @@ class Calls:
             found = training(self.slot, recompute, shard.chunk_layers, shard.stage, batch.slots, head, moments)
             if self.recipe.precision.fp8 == "none":
                 return found
-            # Transformer Engine, whose Adam is fused, keeps an FP8 copy of each layer's weights from the forward to the backward pass
-            return replace(found, activations=found.activations + shard.weights // DTYPES["bf16"].itemsize, step=0)
+            # Transformer Engine, whose Adam is fused, keeps FP8 copies of each layer's weights, by rows and by columns, until backward
+            return replace(found, activations=found.activations + shard.weights, step=0)
 
         return self._phase(name, role, work, trains=True)
 

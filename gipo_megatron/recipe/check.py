@@ -6,6 +6,7 @@ Each check names the sections it needs; it is skipped while one of them is wrong
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -166,6 +167,7 @@ def batch(batch: Batch, parallel: Parallel, world: int, needs: Needs, tree: Tree
             f"{batch.minibatch} does not divide by data {replicas} × micro_batch {batch.micro_batch} = {replicas * batch.micro_batch} "
             f"(data {replicas} = world {world} / (tensor {parallel.tensor} × pipeline {parallel.pipeline}))",
             tree.origin("batch.minibatch"),
+            _fitting(batch, parallel, replicas, needs.rollout),
         )
         return
     slots = batch.minibatch // (replicas * batch.micro_batch)
@@ -174,7 +176,22 @@ def batch(batch: Batch, parallel: Parallel, world: int, needs: Needs, tree: Tree
             f"minibatch {batch.minibatch} / (data {replicas} × micro_batch {batch.micro_batch}) = {slots} micro-batches do not divide by "
             f"pipeline {parallel.pipeline}, as virtual_pipeline {parallel.virtual_pipeline} needs"
         )
-        yield Problem("batch.micro_batch", what, tree.origin("batch.micro_batch"))
+        yield Problem("batch.micro_batch", what, tree.origin("batch.micro_batch"), _fitting(batch, parallel, replicas, needs.rollout))
+
+
+def _fitting(batch: Batch, parallel: Parallel, replicas: int, rollout: bool) -> str:
+    """The largest micro_batch that divides; else the next larger minibatch, and the prompts that fill it."""
+    group = replicas * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
+    for size in range(batch.micro_batch - 1, 0, -1):
+        if batch.minibatch % (group * size) == 0:
+            return f"batch.micro_batch={size}"
+    unit = group * batch.micro_batch
+    minibatch = -(-batch.minibatch // unit) * unit
+    words = f"batch.minibatch={minibatch}"
+    if rollout and batch.prompts * batch.responses % minibatch:
+        share = minibatch // math.gcd(minibatch, batch.responses)
+        words += f" batch.prompts={-(-batch.prompts // share) * share}"
+    return words
 
 
 def precision(precision: Precision, hardware: Hardware, tree: Tree) -> Found:

@@ -47,7 +47,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Batch:
-    """In sequences (in pairs for a reward model and DPO). micro_batch is per replica; the others count the whole step, all replicas together."""
+    """In sequences (in pairs for a reward model and DPO). micro_batch is per replica; the others count all replicas together."""
 
     prompts: Count = 64  # prompts an iteration
     responses: Count = 4  # responses a prompt

@@ -111,7 +111,8 @@ def test_a_plan_that_does_not_fit_names_a_change_that_does(plans: dict[str, Any]
     assert tight["fits"] is False and tight["peak"] > tight["limit"]
     assert tight["limit"] == int(40 * GIB * 0.95) - 2 * GIB
     words, peak = tight["change"]
-    assert words == ["parallel.tensor=8", "parallel.sequence=true"] and peak <= tight["limit"]
+    roles = ("actor", "reference", "critic", "reward")
+    assert words == [f"models.{role}.offload=cpu" for role in roles] and peak <= tight["limit"]
     assert plans["hopeless"]["fits"] is False and plans["hopeless"]["change"] is None
     assert plans["tiny"]["fits"] is None
 
@@ -130,7 +131,7 @@ def test_what_is_printed(plans: dict[str, Any]) -> None:
         assert text.count("verdict: ") == 1, name
     assert "  tensor   64 of 8 ranks, inside a node: 0-7, 8-15, 16-23, …" in texts["text/70b"]
     assert "256 sequences an optimizer step = 8 replicas × 32 micro-batches of 1" in texts["text/70b"]
-    assert "cheapest change: parallel.tensor=8 parallel.sequence=true" in texts["text/tight"]
+    assert "cheapest change: models.actor.offload=cpu models.reference.offload=cpu" in texts["text/tight"]
     assert "verdict: none, hardware.gpu_memory_gib is 0 (a CPU)" in texts["text/tiny"]
     assert prod((256, 4, 2048)) == plans["70b"]["tokens"]
 
