@@ -10,6 +10,7 @@ import pytest
 
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.compose import Files, compose, load_components, parse_arguments, recipe_names
+from gipo_megatron.recipe.evaluation import compose_evaluation, is_evaluation
 from gipo_megatron.recipe.schema import TRAINING_KEYS, Recipe
 from gipo_megatron.recipe.source import DEFAULT, MISSING, Block, leaves, plain
 from gipo_megatron.recipe.validate import Completion
@@ -17,7 +18,8 @@ from tests import golden
 from tools.recipe import differences
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-NAMES = recipe_names(RECIPES)
+EVALUATIONS = [name for name in recipe_names(RECIPES) if is_evaluation(name)]
+NAMES = [name for name in recipe_names(RECIPES) if name not in EVALUATIONS]
 BASES = ("base/dpo", "base/gipo", "base/ppo", "base/reward_model", "base/sft")
 load_components(Block({}, "tests"))  # here, since a package that the components import may draw from a global generator
 
@@ -120,9 +122,18 @@ def test_golden_expansions() -> None:
     assert sum(line.startswith("[") for line in now) == len(NAMES) + len(BASES)
 
 
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations_compose_and_check(name: str) -> None:
+    recipe = compose_evaluation([f"recipe={name}"], RECIPES)
+    assert all("is not on this machine" in warning for warning in recipe.warnings)
+    assert recipe.world == (1 if name.startswith("tiny/") else 8)
+
+
 def test_run_folders_are_distinct() -> None:
     folders = [compose([f"recipe={name}"], RECIPES).run.dir for name in NAMES]
-    assert len(set(folders)) == len(NAMES) == 43
+    assert len(NAMES) == 43
+    folders += [compose_evaluation([f"recipe={name}"], RECIPES).run.dir for name in EVALUATIONS]
+    assert len(set(folders)) == len(NAMES) + len(EVALUATIONS)
 
 
 # What a fragment needs beside it to fit hh_gipo.

@@ -1,6 +1,7 @@
 """A table, figures and a report of run folders:  python tools/plot.py RUN_DIR… [out=DIR] [report=PATH]
 
-Figures go to `out`; without it into the run's own figures/ folder, or ./figures for several runs.
+Figures (PNG, SVG and PDF, reward against √KL among them) go to `out`; without it into the run's own figures/ folder, or
+./figures for several runs.
 Exit codes: 0 done, 2 a mistake in the command or in a run folder.
 """
 
@@ -56,8 +57,7 @@ def main(arguments: list[str]) -> int:
         runs, out, report = parse(arguments)
         print_table([summary(load_run(run)) for run in runs])
         if report is not None:
-            print(f"report: {write_report(runs, report, figures_to=out)}, figures in {out}")
-            return 0
+            print(f"report: {write_report(runs, report)}")
         written, missing = write_figures(runs, out)
         print(f"{len(written)} files in {out}: {', '.join(sorted({p.stem for p in written}))}")
         for name, why in missing.items():

@@ -15,6 +15,7 @@ from typing import Any
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.compose import compose, find_recipe, recipe_names
+from gipo_megatron.recipe.evaluation import EvaluationRecipe, compose_evaluation, is_evaluation
 from gipo_megatron.recipe.problems import fail
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import Block, Node, dump_value, plain
@@ -22,11 +23,24 @@ from gipo_megatron.recipe.source import Block, Node, dump_value, plain
 ROOT = Path(__file__).resolve().parent.parent / "recipes"
 
 
-def summary(recipe: Recipe) -> str:
+def composed(name: str, settings: Sequence[str]) -> Recipe | EvaluationRecipe:
+    """Of launch/train.py, or of launch/evaluate.py where its name says so."""
+    make = compose_evaluation if is_evaluation(name) else compose
+    return make([f"recipe={name}", *settings], ROOT)
+
+
+def summary(recipe: Recipe | EvaluationRecipe) -> str:
     """`ok hh_gipo: 8 processes = tensor 4 × pipeline 1 × data 2; …`"""
-    parallel, batch = recipe.parallel, recipe.batch
+    parallel = recipe.parallel
     shares = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {recipe.data_parallel}"
     world = f"{recipe.world} process{'es' if recipe.world > 1 else ''} = {shares}"
+    if isinstance(recipe, EvaluationRecipe):
+        pairs = f"{recipe.subject} against {', '.join(recipe.opponents)}"
+        prompts = sum(task.prompts for task in recipe.tasks)
+        return (
+            f"ok {recipe.name}: evaluation; {world}; {pairs}; {len(recipe.tasks)} tasks, at most {prompts} prompts; {recipe.judge['name']}"
+        )
+    batch = recipe.batch
     slots = batch.minibatch // (recipe.data_parallel * batch.micro_batch)
     step = f"minibatch {batch.minibatch} = data {recipe.data_parallel} × {slots} micro-batches of {batch.micro_batch}"
     if "critic" in recipe.trained:
@@ -41,7 +55,7 @@ def check(names: Sequence[str], settings: Sequence[str]) -> None:
     names = names or recipe_names(ROOT)
     for name in names:
         try:
-            recipe = compose([f"recipe={name}", *settings], ROOT)
+            recipe = composed(name, settings)
         except UserError as error:
             failed.append(error)
             continue
@@ -97,11 +111,11 @@ def main(argv: Sequence[str]) -> None:
         case ("list", 0):
             show_list()
         case ("show", 1):
-            print(compose([f"recipe={names[0]}", *settings], ROOT).to_yaml(), end="")
+            print(composed(names[0], settings).to_yaml(), end="")
         case ("check", _):
             check(names, settings)
         case ("diff", 2):
-            a, b = (compose([f"recipe={name}", *settings], ROOT) for name in names)
+            a, b = (composed(name, settings) for name in names)
             for key, one, other in differences(a.tree, b.tree):
                 print(f"{key}: {one} → {other}")
         case _:

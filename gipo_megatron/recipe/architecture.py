@@ -14,7 +14,6 @@ from gipo_megatron.data.hub import reach_hub
 from gipo_megatron.errors import UserError
 from gipo_megatron.hf_config import architecture_from_hf
 from gipo_megatron.recipe.check import may_be_hub
-from gipo_megatron.recipe.needs import Needs
 from gipo_megatron.recipe.problems import Problem
 from gipo_megatron.recipe.source import MISSING, Block, Leaf, Node
 from gipo_megatron.specs import Architecture
@@ -53,16 +52,16 @@ class Reading:
     settled: bool = False  # why architecture keys are missing has been said, or follows from another problem
 
 
-def read_architecture(tree: Block, draft: Block, needs: Needs) -> Reading:
+def read_architecture(tree: Block, draft: Block, loads: Mapping[str, str]) -> Reading:
     """`tree` with every unwritten key of model.architecture as the weights say it; written ones must agree with them.
 
-    draft: the same tree, completed and resolved, which knows what `load` is.
+    draft: the same tree, completed and resolved, which knows what `load` is.  loads: {key that names weights: role they are of}.
     """
     block = _architecture_block(tree)
     if block is None:  # something else stands there, which the schema will say
         return Reading(tree)
     written = {key: node for key, node in block.children.items() if key in FIELDS and not _is_missing(node)}
-    sources, run_dir = _sources(tree, draft, needs), str(_value(draft, "run.dir"))
+    sources, run_dir = _sources(tree, draft, loads), str(_value(draft, "run.dir"))
     found, problems = _read_all(sources, run_dir, network=False)
     if not found and not problems and not written.keys() >= REQUIRED:  # only now is the network worth its seconds
         sources = _with_hub(sources, draft)
@@ -72,7 +71,7 @@ def read_architecture(tree: Block, draft: Block, needs: Needs) -> Reading:
         problems += _contradictions(found[0], {key: _leaf(draft, f"{KEY}.{key}") for key in written})
         values = {key: written.get(key, Leaf(value, found[0].path)) for key, value in found[0].values.items()}
         return Reading(_replaced(tree, {**block.children, **values}), problems)
-    if not problems and not written and needs.roles and all(source.load != MISSING for source in sources):
+    if not problems and not written and loads and all(source.load != MISSING for source in sources):
         problems.append(_unsaid(sources))
     # Where somebody writes an architecture, what is left out has its default; a bare `???` of a base recipe must not hide it.
     defaulted = set(FIELDS) - REQUIRED - written.keys() if written else set()
@@ -117,13 +116,13 @@ def _value(tree: Block, key: str) -> Any:
     return _leaf(tree, key).value
 
 
-def _sources(tree: Block, draft: Block, needs: Needs) -> list[Source]:
-    """One for each folder that the roles load, named by the role that says the folder itself rather than `${models.actor.load}`."""
+def _sources(tree: Block, draft: Block, loads: Mapping[str, str]) -> list[Source]:
+    """One for each folder that is loaded, named by the key that says the folder itself rather than `${models.actor.load}`."""
     sources: dict[str, Source] = {}
-    for role in sorted(needs.roles, key=lambda role: "${" in str(_value(tree, f"models.{role}.load"))):
-        leaf = _leaf(draft, f"models.{role}.load")
+    for key in sorted(loads, key=lambda key: "${" in str(_value(tree, key))):
+        leaf = _leaf(draft, key)
         load = leaf.value if isinstance(leaf.value, str) else MISSING
-        sources.setdefault(load, Source(f"models.{role}.load", load, leaf.origin, role))
+        sources.setdefault(load, Source(key, load, leaf.origin, loads[key]))
     return list(sources.values())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from gipo_megatron.recipe.problems import Problem, suggest
 from gipo_megatron.recipe.schema import ROLES, TRAINING_KEYS, Batch, Hardware, ModelConfig, ModelSpec, Recipe, Run
 from gipo_megatron.recipe.source import DEFAULT, Block, Node
 from gipo_megatron.specs import Parallel, Precision
+
+Found = Iterator[Problem]
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,18 @@ def cross_check(sections: dict[str, Any], tree: Block, needs: Needs, world: int)
     available = {**sections, "needs": needs, "world": world, "tree": Tree(tree)}
     if sections["models"] is not None and None in sections["models"].values():
         available["models"] = None
-    report = Report()
-    for target, checks in ((report.problems, PROBLEMS), (report.warnings, WARNINGS)):
-        for check in checks:
-            arguments = {name: available[name] for name in inspect.signature(check).parameters}
-            if all(value is not None for value in arguments.values()):
-                target.extend(check(**arguments))
-    return report
+    return Report(list(applied(PROBLEMS, available)), list(applied(WARNINGS, available)))
+
+
+def applied(checks: Sequence[Callable[..., Found]], available: Mapping[str, Any]) -> Found:
+    """What the checks find whose sections (their parameters, by name) are sound, not None."""
+    for check in checks:
+        arguments = {name: available[name] for name in inspect.signature(check).parameters}
+        if all(value is not None for value in arguments.values()):
+            yield from check(**arguments)
 
 
 # --------------------------------------------------------------------------------------------- problems
-
-Found = Iterator[Problem]
 
 
 def roles(models: dict[str, ModelConfig], needs: Needs, tree: Tree) -> Found:

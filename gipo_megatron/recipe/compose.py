@@ -169,6 +169,14 @@ def compose(argv: Sequence[str], root: Path, world: int | None = None) -> Recipe
     The number of processes is `world=` on the command line, else `world`, else WORLD_SIZE, else the recipe's hardware.gpus,
     else as few as its parallel sizes allow. Raises RecipeErrors with every problem found.
     """
+    return checked(*merged(argv, root, world))
+
+
+def merged(argv: Sequence[str], root: Path, world: int | None = None) -> tuple[Block, str, int]:
+    """What a command line describes, not yet checked: the tree, the recipe's name, the number of processes (0: not said).
+
+    Raises RecipeErrors with every file and word that cannot be read.
+    """
     arguments = parse_arguments(argv)
     files = Files(root)
     tree = Block({}, arguments.recipe)
@@ -178,8 +186,7 @@ def compose(argv: Sequence[str], root: Path, world: int | None = None) -> Recipe
     tree = merge(tree, arguments.overrides)
     if files.problems:
         raise RecipeErrors(arguments.recipe, files.problems)
-    processes = arguments.world or world or int(os.environ.get("WORLD_SIZE", "0"))
-    return checked(tree, arguments.recipe, processes)
+    return tree, arguments.recipe, arguments.world or world or int(os.environ.get("WORLD_SIZE", "0"))
 
 
 def checked(tree: Block, name: str, world: int = 0) -> Recipe:
@@ -188,7 +195,7 @@ def checked(tree: Block, name: str, world: int = 0) -> Recipe:
     completion, conversion = Completion(), Conversion()
     draft = resolve(Completion().complete(tree, Recipe), [])  # which weights are loaded; its problems come again below
     needs = needed(draft)
-    reading = read_architecture(tree, draft, needs)
+    reading = read_architecture(tree, draft, {f"models.{role}.load": role for role in needs.roles})
     problems += reading.problems
     tree = resolve(completion.complete(reading.tree, Recipe), completion.problems)
     # A model that nothing asks for may stay as its base recipe left it, without weights to load.

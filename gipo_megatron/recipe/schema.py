@@ -95,7 +95,7 @@ class Hardware:
     gpu_memory_gib: NotNegative = 0
 
 
-def _composed() -> Any:
+def composed() -> Any:
     """A field that composition fills in, not the user."""
     return field(metadata={"composed": True}, repr=False)
 
@@ -118,11 +118,11 @@ class Recipe:
     hardware: Hardware = field(default_factory=Hardware)
     plugins: list[str] = field(default_factory=list)
 
-    name: str = _composed()
-    world: int = _composed()  # processes the checks were made for
-    trained: tuple[str, ...] = _composed()  # roles the algorithm updates; the other models only answer
-    warnings: tuple[str, ...] = _composed()
-    tree: Block = _composed()  # every value with its origin
+    name: str = composed()
+    world: int = composed()  # processes the checks were made for
+    trained: tuple[str, ...] = composed()  # roles the algorithm updates; the other models only answer
+    warnings: tuple[str, ...] = composed()
+    tree: Block = composed()  # every value with its origin
 
     @property
     def data_parallel(self) -> int:

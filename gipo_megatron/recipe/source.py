@@ -14,6 +14,7 @@ from gipo_megatron.recipe.registry import SLOTS
 
 DEFAULT = "default"  # origin of a value that nobody wrote
 MISSING = "???"  # a value that a child must give
+COMPONENTS = ("algorithm", "judge")  # sections that are components themselves
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,12 @@ def _tree(loader: _Loader, node: yaml.Node, file: str, path: KeyPath, line_numbe
 
 
 def is_slot(path: KeyPath) -> bool:
-    """Whether a component sits at `path`: `algorithm` itself, and slots below it."""
-    return bool(path) and path[0] == "algorithm" and path[-1] in SLOTS
+    """Whether a component sits at `path`: `algorithm` or `judge` itself, and slots below it."""
+    return bool(path) and path[0] in COMPONENTS and path[-1] in SLOTS
 
 
 def merge(base: Block, child: Block, path: KeyPath = ()) -> Block:
-    """Both; the child wins. Below `algorithm`, a child that changes a block's `name` replaces the whole block."""
+    """Both; the child wins. In a component, a child that changes a block's `name` replaces the whole block."""
     merged = dict(base.children)
     for key, node in child.children.items():
         old = merged.get(key)
@@ -133,7 +134,7 @@ def merge(base: Block, child: Block, path: KeyPath = ()) -> Block:
 
 def _renamed(old: Block, new: Block, path: KeyPath) -> bool:
     before, after = old.children.get("name"), new.children.get("name")
-    if path[0] != "algorithm" or not isinstance(after, Leaf):
+    if path[0] not in COMPONENTS or not isinstance(after, Leaf):
         return False
     return not isinstance(before, Leaf) or before.value != after.value
 

@@ -37,6 +37,22 @@ def _blocks_of(hint: Any) -> type | None:
     return None
 
 
+def _listed(hint: Any) -> type | None:
+    """T for list[T] where T is a dataclass."""
+    if typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+        return typing.cast(type, typing.get_args(hint)[0])
+    return None
+
+
+def _items(node: Node, path: KeyPath) -> list[tuple[KeyPath, Block | None]]:
+    """(path, block) of each item of a list of blocks, `tasks[0]` and on; None for what is no block. A list has one origin."""
+    values = node.value if isinstance(node, Leaf) and isinstance(node.value, list) else []
+    blocks = [
+        Block({k: Leaf(v, node.origin) for k, v in value.items()}, node.origin) if isinstance(value, dict) else None for value in values
+    ]
+    return [((*path[:-1], f"{path[-1]}[{i}]"), block) for i, block in enumerate(blocks)]
+
+
 def _is_dict(hint: Any) -> bool:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return any(typing.get_origin(option) is dict or option is dict for option in options)
@@ -104,7 +120,18 @@ class Completion:
                     Problem(key, "missing", parent if node is None else node.origin, f"set it in the recipe, or {key}=…", known=False)
                 )
             return Leaf(default, DEFAULT if node is None else node.origin)
-        return node
+        item = _listed(hint)
+        return node if item is None or not isinstance(node, Leaf) else self._list(node, item, path)
+
+    def _list(self, node: Leaf, cls: type, path: KeyPath) -> Leaf:
+        """A list of blocks, each completed; of another kind, Conversion says so."""
+        items = _items(node, path)
+        if not items:
+            return node
+        completed = [
+            value if block is None else plain(self.complete(block, cls, at)) for (at, block), value in zip(items, node.value, strict=True)
+        ]
+        return Leaf(completed, node.origin)
 
     def _unknown(self, node: Node, path: KeyPath, known: list[str], slot: str) -> None:
         key = ".".join(path)
@@ -219,6 +246,8 @@ class Conversion:
             return Wrong
         if node.value == MISSING:
             return Wrong
+        if (item := _listed(hint)) and isinstance(node.value, list):
+            return self._list(node, item, key)
         try:
             value = convert(node.value, hint)
             refuse(value, [RANGES[cls][name]] if cls in RANGES and name in RANGES[cls] else [])
@@ -226,6 +255,14 @@ class Conversion:
         except Wrong as wrong:
             self.problems.append(Problem(".".join(key), str(wrong), node.origin))
             return Wrong
+
+    def _list(self, node: Leaf, cls: type, path: KeyPath) -> Any:
+        values = []
+        for at, block in _items(node, path):
+            if block is None:
+                self.problems.append(Problem(".".join(at), "needs a block of keys", node.origin))
+            values.append(None if block is None else self.instance(block, cls, at))
+        return Wrong if None in values else values
 
 
 def _written(node: Block) -> str:
@@ -292,6 +329,8 @@ def spell(hint: Any) -> str:
         return f"a list of {spell(arguments[0])}"
     if origin is dict or hint is dict:
         return "a block of keys"
+    if dataclasses.is_dataclass(hint):
+        return "blocks of keys"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return names[hint] if hint in names else str(hint)
 

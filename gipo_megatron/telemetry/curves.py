@@ -1,13 +1,15 @@
-"""Figures of metrics over the steps. Each function takes the systems to compare and returns a figure, or why there is none."""
+"""Figures of metrics over the steps, and of one against another. Each takes the systems to compare and returns a figure, or why not."""
 
 from __future__ import annotations
+
+import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gipo_megatron.telemetry.runs import Group, in_bins
-from gipo_megatron.telemetry.style import MAX_SMALL, NEUTRAL, Drawn, colour, dash, panels, shared_legend, visible
+from gipo_megatron.telemetry.runs import Group, Run, in_bins
+from gipo_megatron.telemetry.style import MAX_SMALL, NEUTRAL, Drawn, colour, dash, marker, panels, shared_legend, visible
 
 MAX_SOURCES = 8
 
@@ -18,8 +20,8 @@ def _line(axis: Axes, group: Group, index: int, metric: str, label: str, linesty
     if not steps:
         return
     x, y = in_bins(steps, mean)
-    marker = "o" if len(steps) <= 12 else None
-    axis.plot(x, y, color=colour(index), linestyle=linestyle or dash(index), marker=marker, label=visible(label))
+    point = "o" if len(steps) <= 12 else None
+    axis.plot(x, y, color=colour(index), linestyle=linestyle or dash(index), marker=point, label=visible(label))
     if len(group.runs) > 1:
         axis.fill_between(x, in_bins(steps, low)[1], in_bins(steps, high)[1], color=colour(index), alpha=0.18, linewidth=0)
 
@@ -68,6 +70,51 @@ def reward(groups: list[Group]) -> Drawn:
 
 def kl(groups: list[Group]) -> Drawn:
     return _panel_lines(groups, {"kl/mean": "KL to the reference (nats per response)", "kl/coef_mean": "mean KL coefficient"})
+
+
+FRONTIERS = (  # KL, reward, title: what a nat of distance from the reference buys
+    ("eval/kl", "eval/score", "score, held-out prompts"),
+    ("eval/kl", "eval/gold", "gold reward, held-out prompts"),
+    ("kl/mean", "reward/score_mean", "score, training prompts"),
+)
+
+
+def frontier(groups: list[Group]) -> Drawn:
+    """Reward against √KL (Gao et al. 2023) over training: held-out figures, and the training prompts' only where no run has any.
+
+    A system is the mean of its seeds, its end filled; its seeds are thin lines of their own. A sampled KL below 0 is 0.
+    """
+    paths = {title: [[_pairs(run, x, y) for run in group.runs] for group in groups] for x, y, title in FRONTIERS}
+    have = [title for _, _, title in FRONTIERS if any(seed for group in paths[title] for seed in group)]
+    have = [title for title in have if "held-out" in title] or have
+    if not have:
+        return "no eval/kl with eval/score, no kl/mean with reward/score_mean"
+    figure, axes = panels(have)
+    for axis, title in zip(axes, have, strict=True):
+        for i, (group, seeds) in enumerate(zip(groups, paths[title], strict=True)):
+            _path(axis, i, group.label, [seed for seed in seeds if seed])
+        axis.set_xlabel("√KL to the reference (√nats)")
+    axes[0].set_ylabel("reward")
+    shared_legend(figure, axes, at_least=1 if len(groups) > 1 else 2)
+    return figure
+
+
+def _pairs(run: Run, kl: str, reward: str) -> dict[int, tuple[float, float]]:
+    """step -> (√KL, reward), where both are there."""
+    distances, rewards = (dict(zip(*run.series(metric), strict=True)) for metric in (kl, reward))
+    return {step: (max(distances[step], 0.0) ** 0.5, rewards[step]) for step in distances if step in rewards}
+
+
+def _path(axis: Axes, index: int, label: str, seeds: list[dict[int, tuple[float, float]]]) -> None:
+    steps = sorted(set.intersection(*(set(seed) for seed in seeds))) if seeds else []
+    if not steps:
+        return
+    x, y = (in_bins(steps, [math.fsum(seed[step][k] for seed in seeds) / len(seeds) for step in steps], 30)[1] for k in (0, 1))
+    axis.plot(x, y, marker=marker(index), markerfacecolor="white", color=colour(index), linestyle=dash(index), label=visible(label))
+    axis.plot(x[-1:], y[-1:], marker=marker(index), markersize=6, color=colour(index))
+    for seed in seeds if len(seeds) > 1 else []:
+        path = [in_bins(steps, [seed[step][k] for step in steps], 30)[1] for k in (0, 1)]
+        axis.plot(*path, linewidth=0.7, alpha=0.45, color=colour(index), linestyle=dash(index))
 
 
 def rollout(groups: list[Group]) -> Drawn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from gipo_megatron.telemetry import curves, distributions
 from gipo_megatron.telemetry.runs import Group, Run, group_by_seed, load_run
 from gipo_megatron.telemetry.style import Drawn, style
 
+FORMATS = ("png", "svg", "pdf")
 FIGURES: dict[str, Callable[[list[Group]], Drawn]] = {
     "reward": curves.reward,
     "reward_distribution": distributions.reward_distribution,
@@ -30,18 +31,21 @@ FIGURES: dict[str, Callable[[list[Group]], Drawn]] = {
 }
 
 
+PAPER: dict[str, Callable[[list[Group]], Drawn]] = {"frontier": curves.frontier}  # files beside the others, not on a run's page
+
+
 @dataclass(frozen=True)
 class Figures:
     drawn: dict[str, Figure]
     missing: dict[str, str]  # name -> what the runs lack
 
 
-def draw(runs: Sequence[Run]) -> Figures:
-    """All figures; runs that differ only in their seed are one line with a band."""
+def draw(runs: Sequence[Run], figures: Mapping[str, Callable[[list[Group]], Drawn]] = FIGURES) -> Figures:
+    """All of `figures`; runs that differ only in their seed are one line with a band."""
     groups = group_by_seed(runs)
     drawn: dict[str, Figure] = {}
     missing: dict[str, str] = {}
-    for name, make in FIGURES.items():
+    for name, make in figures.items():
         with style():
             figure = make(groups)
         if isinstance(figure, Figure):
@@ -51,20 +55,23 @@ def draw(runs: Sequence[Run]) -> Figures:
     return Figures(drawn, missing)
 
 
-def write_figures(
-    run_dirs: Sequence[str | Path], out: str | Path, formats: Sequence[str] = ("png", "svg")
-) -> tuple[list[Path], dict[str, str]]:
+def write_figures(run_dirs: Sequence[str | Path], out: str | Path, formats: Sequence[str] = FORMATS) -> tuple[list[Path], dict[str, str]]:
     """Draws into `out`; returns the files written and {figure: why it was not drawn}. Raises UserError as load_run does."""
-    figures = draw([load_run(d) for d in run_dirs])
+    figures = draw([load_run(d) for d in run_dirs], {**FIGURES, **PAPER})
+    return save(figures.drawn, out, formats), figures.missing
+
+
+def save(figures: Mapping[str, Figure], out: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """One file per figure and format, `out`/<name>.<format>."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, figure in figures.drawn.items():
+    for name, figure in figures.items():
         for kind in formats:
             path = folder / f"{name}.{kind}"
             path.write_bytes(rendered(figure, kind))
             written.append(path)
-    return written, figures.missing
+    return written
 
 
 def rendered(figure: Figure, kind: str) -> bytes:

@@ -12,8 +12,11 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito (2008), without yellow; told apart by line style as well once they repeat
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
-PANEL = (3.0, 2.3)  # inches
+COLUMN, PAGE = 3.3, 6.75  # inches: a figure of one panel is one column of a paper wide, any other the text of both columns
+SMALLEST = 7  # points: no text in a figure is smaller, printed at that width
+HEIGHTS = (2.3, 2.3, 2.0)  # inches, of a panel beside none, one or two others
 NEUTRAL = "#666666"
 MAX_SMALL = 6  # systems with a panel of their own
 
@@ -21,9 +24,11 @@ Drawn = Figure | str  # a figure, or why there is none
 
 RC: dict[str, Any] = {
     "font.size": 8,
-    "axes.titlesize": 8.5,
+    "axes.titlesize": 8,
     "axes.titlelocation": "left",
     "axes.labelsize": 8,
+    "xtick.labelsize": SMALLEST,
+    "ytick.labelsize": SMALLEST,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -34,7 +39,7 @@ RC: dict[str, Any] = {
     "lines.linewidth": 1.4,
     "lines.markersize": 4,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 7.5,
     "text.parse_math": False,  # a dollar in a run's name is a dollar
     "svg.fonttype": "none",
     "svg.hashsalt": "gipo_megatron",  # the same data gives the same file
@@ -57,12 +62,18 @@ def dash(index: int) -> str:
     return DASHES[index // len(COLOURS) % len(DASHES)]
 
 
-def panels(titles: list[str], columns: int = 2, *, sharex: bool = False, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """One figure with a titled panel each, at most `columns` beside each other."""
+def marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]
+
+
+def panels(
+    titles: list[str], columns: int = 2, *, sharex: bool = False, sharey: bool = False, height: float | None = None
+) -> tuple[Figure, list[Axes]]:
+    """One figure with a titled panel each, at most `columns` beside each other. height: inches of a panel, where not as usual."""
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
-    width = PANEL[0] * columns if columns > 1 else PANEL[0] * 1.35
-    figure = Figure(figsize=(width, PANEL[1] * rows + 0.35), layout="constrained")
+    height = HEIGHTS[min(columns, 3) - 1] if height is None else height
+    figure = Figure(figsize=(COLUMN if columns == 1 else PAGE, height * rows + 0.35), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
     for spare in axes[len(titles) :]:
         spare.remove()

@@ -1,4 +1,4 @@
-"""Whole runs, one after the other in one world: worker.py CASES.json; a case is the argument list of launch/train.py.
+"""Whole runs, one after the other in one world: worker.py CASES.json; a case is the argument list of launch/train.py or launch/evaluate.py.
 
 CASES.out.json tells of each case what it printed and, where the user is to mend something, the message.
 """
@@ -18,16 +18,22 @@ def main() -> None:
     from gipo_megatron.errors import UserError
     from gipo_megatron.megatron.mesh import Mesh
     from gipo_megatron.recipe.compose import compose
+    from gipo_megatron.recipe.evaluation import EvaluationRecipe, compose_evaluation, is_evaluation
     from gipo_megatron.runner import train_on
 
     mesh, outcomes, cases = None, [], Path(sys.argv[1])
     for arguments in json.loads(cases.read_text()):
-        recipe = compose(arguments, RECIPES)
-        mesh = Mesh.create(recipe.parallel, recipe.run.seed)
+        recipe = compose_evaluation(arguments, RECIPES) if is_evaluation(arguments[0]) else compose(arguments, RECIPES)
+        mesh = Mesh.create(recipe.parallel, 0 if isinstance(recipe, EvaluationRecipe) else recipe.run.seed)
         error, printed = "", io.StringIO()
         try:
             with contextlib.redirect_stdout(printed):
-                train_on(mesh, recipe)
+                if isinstance(recipe, EvaluationRecipe):
+                    from gipo_megatron.evaluator import evaluate_on  # seconds, which training need not wait
+
+                    evaluate_on(mesh, recipe)
+                else:
+                    train_on(mesh, recipe)
         except UserError as problem:
             error = str(problem)
         outcomes.append({"printed": printed.getvalue(), "error": error})

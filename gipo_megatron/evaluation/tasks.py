@@ -1,0 +1,195 @@
+"""Tasks: the prompts that policies are compared on, held out or out of domain, as the policies are given them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from gipo_megatron.data.batching import HEAD_ROWS, _held_out
+from gipo_megatron.data.config import DataConfig
+from gipo_megatron.data.encoding import Encoder
+from gipo_megatron.data.examples import BadRow, Example, Tally, Turn
+from gipo_megatron.data.hub import is_hub_name
+from gipo_megatron.data.schemas import END_MARK, Schema
+from gipo_megatron.data.sources import Part, open_parts
+from gipo_megatron.data.templates import choose
+from gipo_megatron.data.tokenizer import Tokenizer
+from gipo_megatron.errors import UserError
+from gipo_megatron.evaluation.nouns import TaskPrompt
+
+PAIRS = (("chosen", "rejected"), ("info", "summaries", "choice"))  # preference rows: HH's and TRL's, OpenAI's comparisons
+QUESTIONS = ("prompt", "question", "instruction", "turns", "goal", "messages", "article")  # columns that hold a prompt, the first one wins
+POST = ("subreddit", "title", "post")  # OpenAI's TL;DR posts
+REFERENCES = ("response", "completion", "label", "summary", "reference", "answer", "output", "highlights")
+POST_PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # of OpenAI's code, as is the next
+ARTICLE_PROMPT = "Article:\n\n{article}\n\nTL;DR:"
+SPEAKERS = {"system": "System: ", "user": "Human: ", "assistant": "Assistant: ", "text": ""}
+TOO_LONG = "longer than max_length - max_response tokens: turns would be lost from the front"
+
+
+@dataclass
+class Task:
+    """One set of prompts, and what answers to them are judged for. (An entry of the recipe's `tasks:`; its defaults live here.)"""
+
+    name: str
+    kind: str  # helpful | harmless | summary
+    data: str  # a path under data_root, an absolute path, or a hub name
+    prompts: int  # how many of its test split, evenly spread over it; all where there are fewer
+    template: str = "auto"  # auto | chat | hh | plain | chatml | a jinja chat template
+    source: list[str] = field(default_factory=list)  # sub-folders (hub: configurations) to read; [] = all
+    max_length: int = 1024  # tokens of prompt + response
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """`ids`: the tokens of each prompt_id, exactly as training encodes them. `lines`: rows kept and dropped, by reason."""
+
+    prompts: list[TaskPrompt]
+    ids: dict[str, list[int]]
+    lines: list[str]
+
+
+def load_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: int) -> list[TaskPrompt]:
+    """The prompts of read_task()."""
+    return read_task(task, data_root, tokenizer, max_response).prompts
+
+
+def read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: int) -> LoadedTask:
+    """`task.prompts` prompts of the test split, evenly spread over its usable rows.
+
+    A single file is read whole. A folder or hub set without a test split gives the rows that training holds back by default.
+    Raises UserError: nothing there, unreadable (file and line), no column with a prompt (names those found), no prompt left.
+    """
+    try:
+        return _read_task(task, data_root, tokenizer, max_response)
+    except UserError as error:
+        where = f"tasks, {task.name}" + (f": {error.where}" if error.where else "")
+        raise UserError(error.what, where=where, fix=error.fix) from error
+
+
+def _read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: int) -> LoadedTask:
+    config = DataConfig(format="prompt", template=task.template, max_length=task.max_length, max_response=max_response)
+    encoder, tally, notes = Encoder(config, tokenizer), Tally(), []
+    found: dict[str, tuple[TaskPrompt, list[int]]] = {}
+    path = _locate(task.data, data_root)
+    whole = Path(path).is_file()
+    for part in open_parts(path, list(task.source), "test"):
+        if not part.split:
+            rows = "all rows are used" if whole else f"the rows held back by a hash are used ({config.held_out:g} of them)"
+            notes.append(f"{part.source} has no test split: {rows}; held out only if no model was trained on them")
+        for where, example, reference in _examples(part, tally, not (part.split or whole), config.held_out):
+            try:
+                prompt, ids = _prompt(task, example, reference, encoder, tally.read)
+                if prompt.prompt_id in found:
+                    raise BadRow("prompt seen before")
+            except BadRow as reason:
+                tally.drop(str(reason), where)
+                continue
+            tally.kept += 1
+            found[prompt.prompt_id] = prompt, ids
+    if not found:
+        raise UserError(f"no prompts left of {tally.read} rows", where=path, fix="; ".join(tally.lines()[1:]))
+    usable = list(found.values())
+    count = min(task.prompts, len(usable))
+    chosen = [usable[i * len(usable) // count] for i in range(count)]
+    lines = [f"{count} of {len(usable)} prompts", *tally.lines(), *notes]
+    return LoadedTask([prompt for prompt, _ in chosen], {prompt.prompt_id: ids for prompt, ids in chosen}, lines)
+
+
+def _locate(data: str, data_root: str) -> str:
+    """An absolute path, else a path under data_root, else a hub name."""
+    local = Path(data_root).expanduser() / Path(data).expanduser()
+    return data if is_hub_name(data) and not local.exists() and not local.suffix else str(local)
+
+
+def _examples(part: Part, tally: Tally, only_held_out: bool, share: float) -> Iterator[tuple[str, Example, str]]:
+    """(place, example, reference answer or "") of every clean row."""
+    rows = iter(part.rows)
+    head = list(islice(rows, HEAD_ROWS))
+    reader = _Reader([row for _, row in head], part.source)
+    for where, row in chain(head, rows):
+        try:
+            example, reference = reader.read(row, tally, where)
+        except BadRow as reason:
+            tally.drop(str(reason), where)
+            continue
+        if not only_held_out or _held_out(example, share):
+            yield where, example, reference
+
+
+class _Reader:
+    """How the rows of one source hold prompts and reference answers, settled once by the columns of its first rows.
+
+    Raises UserError when no column is known to hold a prompt.
+    """
+
+    def __init__(self, head: Sequence[dict[str, Any]], source: str) -> None:
+        found = list(dict.fromkeys(name for row in head for name, value in row.items() if value is not None))
+        self.source = source
+        self.pairs = any({*columns} <= {*found} for columns in PAIRS)
+        self.post = {*POST} <= {*found} and "prompt" not in found
+        self.column = next((name for name in QUESTIONS if name in found), "")
+        if not (self.pairs or self.post or self.column):
+            needs = f"one of {', '.join(QUESTIONS)}, or {' + '.join(POST)}, or {' + '.join(PAIRS[0])}"
+            raise UserError(f"no column that holds prompts; found: {', '.join(found)}", where=source, fix=f"name the column {needs}")
+        self.schema = Schema("preference", {}, head, source) if self.pairs else Schema("prompt", {}, [{"prompt": ""}], source)
+
+    def read(self, row: dict[str, Any], tally: Tally, where: str) -> tuple[Example, str]:
+        """Raises BadRow."""
+        if self.pairs:
+            example = self.schema.read(row, self.source, tally, where)
+            return example, example.responses[0]
+        value: Any = self._post(row) if self.post else self._question(row)
+        reference = _reference(row)
+        if self.column == "messages" and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
+            value, reference = value[:-1], str(value[-1].get("content", ""))
+        return self.schema.read({"prompt": value}, self.source, tally, where), reference
+
+    def _post(self, row: dict[str, Any]) -> str:
+        if not all(isinstance(row.get(name), str) for name in POST):
+            raise BadRow("not a Reddit post")
+        return POST_PROMPT.format(**{name: row[name] for name in POST})
+
+    def _question(self, row: dict[str, Any]) -> Any:
+        value = row.get(self.column)
+        if isinstance(value, list) and value and isinstance(value[0], str):
+            value = value[0]  # the turns of a benchmark: only the first can be asked without an answer to it
+        if not isinstance(value, str | list) or not value:
+            raise BadRow(f"no value for {self.column}")
+        if self.column == "article":
+            return ARTICLE_PROMPT.format(article=value)
+        more = row.get("input") if self.column == "instruction" else None
+        return f"{value}\n\n{more}" if isinstance(value, str) and isinstance(more, str) and more.strip() else value
+
+
+def _reference(row: dict[str, Any]) -> str:
+    """The data's own answer, or ""."""
+    for name in REFERENCES:
+        value = row.get(name)
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, str) and value.strip():
+            return value.strip().removesuffix(END_MARK)
+    return ""
+
+
+def _prompt(task: Task, example: Example, reference: str, encoder: Encoder, row: int) -> tuple[TaskPrompt, list[int]]:
+    """Raises BadRow for what the template refuses and for what does not fit whole."""
+    encoder.check(example)
+    ids, text = encoder.prompt(example, row)
+    if text != choose(task.template, example.style, encoder.tokenizer).prompt(example.prompt):
+        raise BadRow(TOO_LONG)
+    prompt_id = hashlib.sha256(f"{task.name}\0{text}".encode()).hexdigest()[:16]
+    return TaskPrompt(task.name, task.kind, prompt_id, text, _question(example.prompt), example.source, reference.strip()), ids
+
+
+def _question(turns: Sequence[Turn]) -> str:
+    """What people read: a lone turn as it is, several with their speakers."""
+    spoken = [turn for turn in turns if turn.text.strip()]
+    if len(spoken) == 1:
+        return spoken[0].text.strip()
+    return "\n\n".join(SPEAKERS[turn.role] + turn.text.strip() for turn in spoken)

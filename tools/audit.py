@@ -1,0 +1,127 @@
+"""What group classifiers learnt:  python tools/audit.py RUN_DIR… [out=DIR]
+
+A RUN_DIR is a training run with a group classifier, or an evaluation with models.critic (then each policy is audited).
+Writes audit.json and audit.html to `out`; without it into the run's own folder, or ./audit for several runs.
+Exit codes: 0 done (alarms are printed), 2 a mistake in the command or in a run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.evaluation.audit import Audit, audit_responses, audit_run
+from gipo_megatron.evaluation.audit_page import audit_document, facts, signed
+from gipo_megatron.evaluation.nouns import Response, TaskPrompt
+from gipo_megatron.evaluation.results import write_text
+from gipo_megatron.telemetry.runs import load_run
+
+Noun = TypeVar("Noun", TaskPrompt, Response)
+
+
+def parse(arguments: list[str]) -> tuple[list[str], Path]:
+    """Run folders, out. Raises UserError."""
+    runs, out = [], None
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "out" and value:
+            out = Path(value)
+        elif argument.startswith("-") or (equals and not Path(argument).exists()):
+            raise UserError(f"unknown option {argument!r}", fix="the option is out=DIR")
+        else:
+            runs.append(argument)
+    if not runs:
+        raise UserError("no run folder given", fix="python tools/audit.py RUN_DIR… [out=DIR]")
+    return runs, out or (Path(runs[0]) if len(runs) == 1 else Path("audit"))
+
+
+def audits_of(folder: Path) -> list[Audit]:
+    """Of a training run; or of each policy of an evaluation that has p_high. Raises UserError."""
+    if not (folder / "prompts.jsonl").is_file():
+        return [audit_run(load_run(folder))]
+    prompts = _read(folder / "prompts.jsonl", TaskPrompt)
+    answers = [_read(path, Response) for path in sorted((folder / "responses").glob("*.jsonl"))]
+    audits = [audit_responses(prompts, rows) for rows in answers if any("p_high" in r.figures for r in rows)]
+    if not audits:
+        raise UserError("no response with p_high", where=str(folder / "responses"), fix="evaluate with models.critic")
+    return audits
+
+
+def _read(path: Path, kind: Callable[..., Noun]) -> list[Noun]:
+    """The rows, each prompt once. The head line with the store's key and a last line cut short (an evaluation is writing) stay out."""
+    found: dict[tuple[str, str], Noun] = {}
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else {"key": ""}
+            if set(row) != {"key"}:
+                found.setdefault((row["task"], row["prompt_id"]), kind(**row))
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise UserError("unreadable line", where=f"{path}:{number}", fix="remove the line, and evaluate again") from None
+    return list(found.values())
+
+
+def print_table(audits: list[Audit]) -> None:
+    """Correlations (Spearman) of p_high, AUC by source, entropy: a column per audit."""
+    table = Table("", *(escape(audit.name) for audit in audits), box=SIMPLE)
+    quantities = dict.fromkeys(a.quantity for audit in audits for a in audit.associations)
+    sources = dict.fromkeys(label.name for audit in audits for label in audit.sources)
+    columns = [_cells(audit) for audit in audits]
+    for row in (
+        "responses",
+        "high group",
+        "entropy",
+        *(f"Spearman: {q}" for q in quantities),
+        *(f"AUC: {s}" for s in sources),
+        "AMI: source",
+    ):
+        table.add_row(escape(row), *(escape(cells[row]) if row in cells else "–" for cells in columns))
+    console = Console()
+    console.width = max(console.width, 120)  # a redirected output has no width of its own
+    console.print(table)
+
+
+def _cells(audit: Audit) -> dict[str, str]:
+    return {
+        "responses": str(audit.rows),
+        "high group": f"{100 * audit.share_high:.0f} %",
+        "entropy": f"{audit.entropy.mean:.3f}",
+        **{f"Spearman: {a.quantity}": signed(a.spearman) for a in audit.associations},
+        **{f"AUC: {label.name}": "–" if label.auc is None else f"{label.auc:.2f}" for label in audit.sources},
+        "AMI: source": "–" if audit.source_ami is None else f"{audit.source_ami:.2f}",
+    }
+
+
+def main(arguments: list[str]) -> int:
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    try:
+        runs, out = parse(arguments)
+        audits = [audit for run in runs for audit in audits_of(Path(run))]
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print_table(audits)
+    for audit in audits:
+        print(f"{audit.name}: {facts(audit)}")
+        for alarm in audit.alarms:
+            print(f"  ALARM {alarm}")
+    write_text(out / "audit.json", json.dumps([audit.as_json() for audit in audits], indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(out / "audit.html", audit_document(audits))
+    print(f"written: {out / 'audit.json'}, {out / 'audit.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
