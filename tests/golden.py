@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gipo_megatron.recipe.compose import Files, compose, find_recipe, load_components, recipe_names
+from gipo_megatron.recipe.evaluation import EvaluationRecipe, compose_evaluation, is_evaluation
 from gipo_megatron.recipe.needs import needed, pruned
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import Block, dump_value, leaves, plain
@@ -32,8 +33,11 @@ def parent_of(name: str) -> str:
 def values(name: str) -> dict[str, str]:
     """key.path -> its value as YAML, expanded; of a base recipe with ??? and ${…} as they stand."""
     if name.startswith("base/"):
-        complete = Completion().complete(Files(RECIPES).load(find_recipe(name, RECIPES)), Recipe)
-        tree = pruned(complete, needed(complete))
+        written = Files(RECIPES).load(find_recipe(name, RECIPES))
+        complete = Completion().complete(written, EvaluationRecipe if is_evaluation(name) else Recipe)
+        tree = complete if is_evaluation(name) else pruned(complete, needed(complete))
+    elif is_evaluation(name):
+        tree = compose_evaluation([f"recipe={name}"], RECIPES).tree
     else:
         tree = compose([f"recipe={name}"], RECIPES).tree
     return {".".join(path): dump_value(leaf.value) for path, leaf in leaves(tree)}

@@ -67,7 +67,7 @@ def test_the_fragments_are_these() -> None:
     models = {f"model/{name}" for name in ("llama2_7b", "llama3_1_8b", "mistral_7b", "qwen2_5_7b", "llama3_1_70b", "tiny")}
     hardware = {f"hardware/{name}" for name in ("cpu", "h100x1", "h100x8", "h100x8_fp8", "h100x64", "h100x512")}
     data = {f"data/{name}" for name in ("demo", "hh", "hh_harmless", "hh_helpful", "jsonl", "planted", "tldr", "tldr_posts")}
-    assert fragments == {*BASES, *models, *hardware, *data}
+    assert fragments == {*BASES, "base/evaluate", *EVALUATIONS, *models, *hardware, *data}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,7 +119,7 @@ def test_golden_expansions() -> None:
     now, kept = golden.text().splitlines(), golden.FILE.read_text(encoding="utf-8").splitlines()
     different = list(difflib.unified_diff(kept, now, "kept", "now", lineterm="", n=2))
     assert not different, "\n".join([*different, "", "if this is meant: python -m tests.golden"])
-    assert sum(line.startswith("[") for line in now) == len(NAMES) + len(BASES)
+    assert sum(line.startswith("[") for line in now) == len(NAMES) + len(BASES) + len(EVALUATIONS) + 1
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
