@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from gipo_megatron.evaluation.heldout import wilson_interval
 from gipo_megatron.evaluation.report_page import PAGE
 from gipo_megatron.telemetry.console import duration
-from gipo_megatron.telemetry.figures import draw, rendered
+from gipo_megatron.telemetry.figures import draw, rendered, save
 from gipo_megatron.telemetry.runs import Run, load_run
 
 SAMPLES = 4  # rows shown of a run's first and of its last sampled step
@@ -24,8 +24,10 @@ SAMPLE_COLUMNS = ("source", "score", "p_high", "weight", "kl", "length")
 CAPTIONS = {
     "reward": "Reward model's score on training and held-out prompts; gold reward where the data knows it. "
     "A score that rises while gold falls is reward hacking.",
-    "reward_distribution": "Scores of sampled responses in the first and the last fifth of the steps; lines mark the means.",
+    "reward_distribution": "Scores of sampled responses in the first and the last fifth of the steps; lines mark the means. "
+    "Skew and kurtosis (excess) are 0 for a Gaussian; CVaR₁₀ is the mean of the lowest tenth.",
     "kl": "Distance from the reference policy, and what a nat of it costs.",
+    "frontier": "Reward against the root of the KL to the reference, over training: what distance from the reference buys.",
     "group_returns": "Mean return of the high-scoring (easy) and the low-scoring (hard) group, and the gap. "
     "A gap that closes because the high group falls is levelling down.",
     "sources": "Mean score by data source.",
@@ -67,7 +69,7 @@ def write_report(
     table: Sequence[Mapping[str, object]] = (),
     figures_to: str | Path | None = None,
 ) -> Path:
-    """Writes the page to `out`, and the figures as PNG and SVG to the folder `figures_to`.
+    """Writes the page to `out`, and the figures as PNG, SVG and PDF to the folder `figures_to`.
 
     `table`: rows of the caller's own summary (column -> value); without it one is made from the runs.
 
@@ -81,9 +83,7 @@ def write_report(
     for name, figure in figures.drawn.items():
         png = rendered(figure, "png")
         if figures_to is not None:
-            Path(figures_to).mkdir(parents=True, exist_ok=True)
-            Path(figures_to, f"{name}.png").write_bytes(png)
-            Path(figures_to, f"{name}.svg").write_bytes(rendered(figure, "svg"))
+            save({name: figure}, figures_to)
         width = round(figure.get_figwidth() * 105)
         images.append((name.replace("_", " "), base64.b64encode(png).decode(), CAPTIONS[name], width))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

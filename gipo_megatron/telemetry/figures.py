@@ -19,6 +19,7 @@ FIGURES: dict[str, Callable[[list[Group]], Drawn]] = {
     "reward": curves.reward,
     "reward_distribution": distributions.reward_distribution,
     "kl": curves.kl,
+    "frontier": curves.frontier,
     "group_returns": curves.group_returns,
     "sources": curves.sources,
     "gold_by_source": curves.gold_by_source,
@@ -29,9 +30,6 @@ FIGURES: dict[str, Callable[[list[Group]], Drawn]] = {
     "accuracy": curves.accuracy,
     "rollout": curves.rollout,
 }
-
-
-PAPER: dict[str, Callable[[list[Group]], Drawn]] = {"frontier": curves.frontier}  # files beside the others, not on a run's page
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def draw(runs: Sequence[Run], figures: Mapping[str, Callable[[list[Group]], Draw
 
 def write_figures(run_dirs: Sequence[str | Path], out: str | Path, formats: Sequence[str] = FORMATS) -> tuple[list[Path], dict[str, str]]:
     """Draws into `out`; returns the files written and {figure: why it was not drawn}. Raises UserError as load_run does."""
-    figures = draw([load_run(d) for d in run_dirs], {**FIGURES, **PAPER})
+    figures = draw([load_run(d) for d in run_dirs])
     return save(figures.drawn, out, formats), figures.missing
 
 

@@ -54,7 +54,7 @@ def test_nothing_is_fetched(report) -> None:
     page, text = report
     assert not {"script", "link", "iframe", "object", "form", "b", "i", "collapsed"} & set(page.tags)
     images = [value for _, key, value in page.attributes if key == "src"]
-    assert len(images) == 10  # all figures but accuracy and gold by source
+    assert len(images) == 11  # all figures but accuracy and gold by source
     for image in images:
         head, _, body = image.partition(",")
         assert head == "data:image/png;base64" and base64.b64decode(body)[:4] == b"\x89PNG"
@@ -95,7 +95,7 @@ def test_key_figures(tmp_path: Path) -> None:
 def test_the_callers_table(tmp_path: Path) -> None:
     rows = [{"stage": "SFT", "time": "0:04"}, {"stage": "RM <b>", "key figure": 0.8}]
     out = write_report([sft_run(tmp_path / "sft")], tmp_path / "r.html", table=rows, figures_to=tmp_path / "figures")
-    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["loss.png", "loss.svg"]
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["loss.pdf", "loss.png", "loss.svg"]
     page = Page(out.read_text(encoding="utf-8"))
     words = " ".join(page.text.split())
     assert "stage time key figure" in words.replace("stagetimekey", "stage time key") and "RM <b>" in words

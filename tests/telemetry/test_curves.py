@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gipo_megatron.telemetry.curves import MAX_SOURCES
-from gipo_megatron.telemetry.figures import FIGURES, PAPER, draw
+from gipo_megatron.telemetry.figures import FIGURES, draw
 from gipo_megatron.telemetry.runs import load_run
 from tests.telemetry.synthetic import ppo_run, sft_run, write_rows
 
@@ -62,7 +62,7 @@ def with_kl(folder: Path, kl: dict[int, float | None]) -> Path:
 
 def test_frontier_is_held_out_reward_against_the_root_of_kl(tmp_path: Path) -> None:
     run = load_run(with_kl(ppo_run(tmp_path / "gipo", steps=40), {10: 4.0, 20: 9.0, 30: None, 40: -0.01}))
-    figure = draw([run], PAPER).drawn["frontier"]
+    figure = draw([run]).drawn["frontier"]
     score, gold = figure.axes
     steps, scores = run.series("eval/score")
     assert steps == [10, 20, 30, 40]
@@ -78,7 +78,7 @@ def test_frontier_of_seeds_is_their_mean_and_themselves(tmp_path: Path) -> None:
     dirs = [with_kl(ppo_run(tmp_path / f"gipo_seed{s}", seed=s), {10: 1.0 + 3 * s, 20: 9.0}) for s in range(2)]
     dirs.append(with_kl(ppo_run(tmp_path / "ppo", beta=0.0), {10: 1.0}))
     runs = [load_run(d) for d in dirs]
-    figure = draw(runs, PAPER).drawn["frontier"]
+    figure = draw(runs).drawn["frontier"]
     lines = figure.axes[0].lines
     assert len(lines) == 4 + 2 and legend(figure) == ["gipo (2 seeds)", "ppo"]
     scores = [run.series("eval/score")[1][:2] for run in runs]
@@ -90,7 +90,7 @@ def test_frontier_of_seeds_is_their_mean_and_themselves(tmp_path: Path) -> None:
 
 def test_frontier_of_training_prompts_only_without_held_out_ones(tmp_path: Path) -> None:
     run = load_run(ppo_run(tmp_path / "gipo", steps=12))
-    (axis,) = draw([run], PAPER).drawn["frontier"].axes
+    (axis,) = draw([run]).drawn["frontier"].axes
     assert axis.get_title(loc="left") == "score, training prompts"
     assert list(axis.lines[0].get_xdata()) == [math.sqrt(kl) for kl in run.series("kl/mean")[1]]
-    assert "no eval/kl" in draw([load_run(sft_run(tmp_path / "sft"))], PAPER).missing["frontier"]
+    assert "no eval/kl" in draw([load_run(sft_run(tmp_path / "sft"))]).missing["frontier"]

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.text import Text
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.telemetry.figures import FIGURES, PAPER, draw, rendered, write_figures
+from gipo_megatron.telemetry.figures import FIGURES, draw, rendered, write_figures
 from gipo_megatron.telemetry.runs import load_run
 from gipo_megatron.telemetry.style import COLUMN, PAGE, SMALLEST, style
 from tests.telemetry.synthetic import ppo_run, sft_run, write_rows
@@ -59,7 +59,7 @@ def test_files_are_reproducible_and_nothing_global_changes(tmp_path: Path) -> No
 
 def test_written_files_are_those_drawn(tmp_path: Path) -> None:
     written, missing = write_figures([sft_run(tmp_path / "sft")], tmp_path / "out")
-    assert [p.name for p in written] == ["loss.png", "loss.svg", "loss.pdf"] and len(missing) == len(FIGURES) + len(PAPER) - 1
+    assert [p.name for p in written] == ["loss.png", "loss.svg", "loss.pdf"] and len(missing) == len(FIGURES) - 1
     assert [p.read_bytes()[:4] for p in written] == [b"\x89PNG", b"<?xm", b"%PDF"]
 
 
@@ -68,7 +68,7 @@ def test_every_word_is_readable_in_a_column(tmp_path: Path) -> None:
     dirs = [ppo_run(tmp_path / f"{name}_seed{s}", seed=s, beta=beta) for name, beta in (("gipo", 0.3), ("ppo", 0.0)) for s in range(2)]
     sizes = []
     for runs in (dirs[:1], dirs):
-        for figure in draw([load_run(d) for d in runs], {**FIGURES, **PAPER}).drawn.values():
+        for figure in draw([load_run(d) for d in runs], FIGURES).drawn.values():
             assert figure.get_figwidth() == (COLUMN if len(figure.axes) == 1 else PAGE) and PAGE <= 2 * COLUMN + 0.2
             with style():
                 figure.draw_without_rendering()
