@@ -136,16 +136,22 @@ def conclude(recipe: EvaluationRecipe, prompts: Sequence[TaskPrompt]) -> None:
             return
         duels = duels_from_ratings(recipe.subject, recipe.opponents, prompts, responses, judge.read(directory / ANNOTATION))
     else:
+        assert store is not None
         ask(judge, comparisons(recipe, prompts, responses), store, shown)
         duels = duels_from_verdicts(recipe.subject, recipe.opponents, prompts, responses, store.read())
     write(recipe, prompts, responses, duels, judge)
     shown.line(f"{recipe.name}: complete; {directory / 'report.html'}, {directory / 'table.md'}")
 
 
-def _judge_and_verdicts(recipe: EvaluationRecipe) -> tuple[Judge, VerdictStore]:
-    """The judge, and what it said so far. UserError where another judge said it, or of another subject: verdicts of two do not mix."""
+def _judge_and_verdicts(recipe: EvaluationRecipe) -> tuple[Judge, VerdictStore | None]:
+    """The judge, and what it said so far (None of people: their ratings are files of their own).
+
+    UserError where another judge said it, or of another subject: verdicts of two do not mix.
+    """
     directory = Path(recipe.run.dir)
     judge: Judge = registry.build("judge", recipe.judge, {"directory": directory})
+    if isinstance(judge, HumanJudge):
+        return judge, None
     about = judge.about()
     said = {key: value for key, value in recipe.judge.items() if key not in TRANSPORT} | {"subject": recipe.subject}
     said |= {"prompts": about["prompts"]} if "prompts" in about else {}
