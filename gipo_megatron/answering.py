@@ -162,7 +162,8 @@ def _group_head(path: Path) -> tuple[HeadSpec, tuple[float, ...]]:
     if "group_classifier" not in state.get("algorithm", {}):
         raise UserError(f"{path} does not say which group is the high one", where=where, fix=fix)
     memory = Memory(about["num_groups"])
-    memory.load_state_dict(state["algorithm"]["group_classifier"])
+    saved = state["algorithm"]["group_classifier"]
+    memory.load_state_dict(saved["observer"] if "observer" in saved else saved)  # with given labels, the head is the one beside them
     return HeadSpec(about["num_groups"], about["group_input"], detach_trunk=True), tuple(memory.ranks())
 
 

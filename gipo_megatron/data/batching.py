@@ -171,7 +171,7 @@ def _read(part: Part, config: DataConfig, split: str, kind: str, encoder: Encode
     for where, row in chain(head, rows):
         try:
             example = schema.read(row, part.source, tally, where)
-            if not part.split and split != "all" and _held_out(example, config.held_out) != (split == "test"):
+            if not part.split and split != "all" and is_held_out(example, config.held_out) != (split == "test"):
                 continue
             encoder.check(example)
             _once((example.prompt, example.responses), "duplicate row", seen)
@@ -191,7 +191,7 @@ def _once(key: object, reason: str, seen: set[object]) -> None:
     seen.add(key)
 
 
-def _held_out(example: Example, share: float) -> bool:
+def is_held_out(example: Example, share: float) -> bool:
     """By the first turn, so that conversations which begin alike stay on one side."""
     digest = hashlib.sha256(example.prompt[0].text.strip().encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64

@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from gipo_megatron.data.batching import HEAD_ROWS, _held_out
+from gipo_megatron.data.batching import HEAD_ROWS, is_held_out
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import BadRow, Example, Tally, Turn
@@ -17,16 +17,15 @@ from gipo_megatron.data.hub import is_hub_name
 from gipo_megatron.data.schemas import END_MARK, Schema
 from gipo_megatron.data.sources import Part, open_parts
 from gipo_megatron.data.templates import choose
+from gipo_megatron.data.tldr import POST, PROMPT
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.nouns import TaskPrompt
 
 PAIRS = (("chosen", "rejected"), ("info", "summaries", "choice"))  # preference rows: HH's and TRL's, OpenAI's comparisons
 QUESTIONS = ("prompt", "question", "instruction", "turns", "goal", "messages", "article")  # columns that hold a prompt, the first one wins
-POST = ("subreddit", "title", "post")  # OpenAI's TL;DR posts
 REFERENCES = ("response", "completion", "label", "summary", "reference", "answer", "output", "highlights")
-POST_PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # of OpenAI's code, as is the next
-ARTICLE_PROMPT = "Article:\n\n{article}\n\nTL;DR:"
+ARTICLE_PROMPT = "Article:\n\n{article}\n\nTL;DR:"  # of OpenAI's code, as is tldr.PROMPT
 SPEAKERS = {"system": "System: ", "user": "Human: ", "assistant": "Assistant: ", "text": ""}
 TOO_LONG = "longer than max_length - max_response tokens: turns would be lost from the front"
 
@@ -77,7 +76,7 @@ def _read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: i
     found: dict[str, tuple[TaskPrompt, list[int]]] = {}
     path = _locate(task.data, data_root)
     whole = Path(path).is_file()
-    for part in open_parts(path, list(task.source), "test"):
+    for part in open_parts(path, list(task.source), "test", "prompt"):
         if not part.split:
             rows = "all rows are used" if whole else f"the rows held back by a hash are used ({config.held_out:g} of them)"
             notes.append(f"{part.source} has no test split: {rows}; held out only if no model was trained on them")
@@ -117,7 +116,7 @@ def _examples(part: Part, tally: Tally, only_held_out: bool, share: float) -> It
         except BadRow as reason:
             tally.drop(str(reason), where)
             continue
-        if not only_held_out or _held_out(example, share):
+        if not only_held_out or is_held_out(example, share):
             yield where, example, reference
 
 
@@ -152,7 +151,7 @@ class _Reader:
     def _post(self, row: dict[str, Any]) -> str:
         if not all(isinstance(row.get(name), str) for name in POST):
             raise BadRow("not a Reddit post")
-        return POST_PROMPT.format(**{name: row[name] for name in POST})
+        return PROMPT.format(**{name: row[name] for name in POST})
 
     def _question(self, row: dict[str, Any]) -> Any:
         value = row.get(self.column)
