@@ -163,7 +163,7 @@ def _group_head(path: Path) -> tuple[HeadSpec, tuple[float, ...]]:
         raise UserError(f"{path} does not say which group is the high one", where=where, fix=fix)
     memory = Memory(about["num_groups"])
     saved = state["algorithm"]["group_classifier"]
-    memory.load_state_dict(saved["observer"] if "observer" in saved else saved)  # with given labels, the head is the one beside them
+    memory.load_state_dict(saved.get("observer", saved))  # with given labels, the head is the one beside them
     return HeadSpec(about["num_groups"], about["group_input"], detach_trunk=True), tuple(memory.ranks())
 
 

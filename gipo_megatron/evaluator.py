@@ -210,6 +210,7 @@ def write(recipe: EvaluationRecipe, prompts: Sequence[TaskPrompt], responses: Re
     write_text(directory / "table.md", markdown_table(results))
     write_text(directory / "table.tex", latex_table(results))
     drawn = write_evaluation_figures(results, responses, directory / "figures")
-    write_comparison(directory, results, prompts, responses, duels, {path.stem: path for path in drawn if path.suffix == ".png"})
-    if "critic" in recipe.models:
-        write_text(directory / "audit.html", audit_document([audit_responses(prompts, responses[recipe.subject])]))
+    audits = [audit_responses(prompts, responses[recipe.subject])] if "critic" in recipe.models else []
+    write_comparison(directory, results, prompts, responses, duels, {path.stem: path for path in drawn if path.suffix == ".png"}, audits)
+    if audits:
+        write_text(directory / "audit.html", audit_document(audits))

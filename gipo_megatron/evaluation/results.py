@@ -14,6 +14,8 @@ from gipo_megatron.evaluation.statistics import compare, policy_figures
 
 Presentation = tuple[str, str, str, bool]  # task, opponent, prompt_id, subject_first
 
+RESERVED = ("subject", "judge", "bootstrap", "policies")  # names in results.json that no task may have
+
 
 def duels_from_verdicts(
     subject: str,
@@ -84,8 +86,12 @@ def build_results(
 
 
 def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
-    """All or nothing. Raises ValueError for a number that JSON does not know (NaN, infinity)."""
-    write_text(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    """{task: {opponent: cell}, subject, judge, bootstrap, policies}: the tasks stand at the top, beside RESERVED. All or nothing.
+
+    Raises ValueError for a number that JSON does not know (NaN, infinity).
+    """
+    beside = {name: results[name] for name in RESERVED}
+    write_text(path, json.dumps({**results["tasks"], **beside}, indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from gipo_megatron.evaluation import judges
 from gipo_megatron.evaluation.nouns import KINDS
+from gipo_megatron.evaluation.results import RESERVED
 from gipo_megatron.evaluation.tasks import Task
 from gipo_megatron.recipe import check, registry
 from gipo_megatron.recipe.architecture import KEY as ARCHITECTURE
@@ -197,6 +198,8 @@ def tasks(tasks: Sequence[Task], tree: Tree) -> Found:
     for name, count in Counter(task.name for task in tasks).items():
         if count > 1:
             yield Problem("tasks", f"{count} tasks are called {name!r}", where, "give each its own name")
+        if name in RESERVED:
+            yield Problem("tasks", f"a task cannot be called {name!r}: results.json has that name for something else", where)
         if not _FILE_NAME.fullmatch(name):
             yield Problem("tasks", f"{name!r}: a task's name is made of letters, digits, _ - .", where)
 

@@ -67,10 +67,11 @@ def test_results(evaluation: dict, tmp_path: Path) -> None:
     assert row["n"] == 20 and row["score"] == pytest.approx(0.95) and row["kl"] == 0.5 and row["finished"] == 0.8
     path = tmp_path / "deep/results.json"
     write_results(path, evaluation)
-    assert json.loads(path.read_text()) == evaluation and [p.name for p in path.parent.iterdir()] == ["results.json"]
+    written = {**evaluation["tasks"], **{name: value for name, value in evaluation.items() if name != "tasks"}}  # tasks at the top
+    assert json.loads(path.read_text()) == written and [p.name for p in path.parent.iterdir()] == ["results.json"]
     with pytest.raises(ValueError):
-        write_results(path, {"x": float("nan")})
-    assert json.loads(path.read_text()) == evaluation
+        write_results(path, evaluation | {"judge": {"x": float("nan")}})
+    assert json.loads(path.read_text()) == written
 
 
 def small() -> dict:

@@ -126,10 +126,10 @@ def test_a_full_run(done: tuple[Path, Any, Any]) -> None:
         assert set(found) == {prompt["prompt_id"] for prompt in prompts}
         assert all(set(row["figures"]) == {"score", "kl", "p_high"} and 0 <= row["figures"]["p_high"] <= 1 for row in found.values())
     results = json.loads((folder / "results.json").read_text())
-    assert results["subject"] == "gipo" and set(results["tasks"]) == {"short", "posts"}
+    assert results["subject"] == "gipo" and set(results) == {"short", "posts", "subject", "judge", "bootstrap", "policies"}
     for task, count in (("short", PROMPTS), ("posts", 3)):
-        assert set(results["tasks"][task]) == {"sft", "other"}
-        for cell in results["tasks"][task].values():
+        assert set(results[task]) == {"sft", "other"}
+        for cell in results[task].values():
             assert cell["win"] + cell["tie"] + cell["lose"] == cell["n"] == count and cell["failed"] == cell["flipped"] == 0
     assert len(lines(folder / "verdicts.jsonl")) == 2 * 2 * (PROMPTS + 3)
     names = {path.name for path in folder.iterdir()}
@@ -188,7 +188,7 @@ def test_a_killed_evaluation_repeats_nothing(done: tuple[Path, dict[str, bytes],
     assert all(after[name].startswith(content) for name, content in before.items())
     assert after["responses/gipo.jsonl"] == before["responses/gipo.jsonl"]
     assert 1 < before["responses/sft.jsonl"].count(b"\n") < after["responses/sft.jsonl"].count(b"\n") == 1 + PROMPTS + 3
-    results = [json.loads((base / name / "results.json").read_text())["tasks"] for name in ("e_killed", "e_dp2")]
+    results = [json.loads((base / name / "results.json").read_text()) for name in ("e_killed", "e_dp2")]
     assert results[0] == results[1]
 
 
