@@ -21,6 +21,7 @@ from gipo_megatron.evaluation.audit_page import audit_document
 from gipo_megatron.evaluation.comparison_report import write_comparison
 from gipo_megatron.evaluation.evaluation_figures import write_evaluation_figures
 from gipo_megatron.evaluation.judges.human import HumanJudge, duels_from_ratings
+from gipo_megatron.evaluation.judges.openai import OpenAIJudge
 from gipo_megatron.evaluation.nouns import FAILED, TIE, Comparison, Duel, Judge, Response, TaskPrompt, Verdict
 from gipo_megatron.evaluation.progress import Counter
 from gipo_megatron.evaluation.results import build_results, duels_from_verdicts, write_results, write_text
@@ -77,12 +78,14 @@ def answer_on(mesh: Mesh, recipe: EvaluationRecipe) -> list[TaskPrompt]:
         record.check_writable(directory)
         directory.mkdir(parents=True, exist_ok=True)
         check_origin(directory, origin(recipe, weights, tokenizer))
-        _judge_and_verdicts(recipe)  # verdicts of another judge are refused now, not after hours
+        judge, _ = _judge_and_verdicts(recipe)  # verdicts of another judge are refused now, not after hours
         write_text(directory / "recipe.yaml", recipe.to_yaml())
         write_text(directory / "environment.json", json.dumps(record.environment(), indent=1))
         write_prompts(directory / "prompts.jsonl", prompts)
         _announce(recipe, tasks, notes)
         stores = {name: _store(directory, name) for name in recipe.policies}
+        if isinstance(judge, OpenAIJudge) and any(len(store.done) < len(prompts) for store in stores.values()):
+            judge.secret()  # a key that is not there is missed now, too
     done = _from_main(mesh, {name: store.done for name, store in stores.items()})
     left = {name: [p for p in prompts if p.prompt_id not in done[name]] for name in recipe.policies}
     measures = answering.measures() if any(left.values()) else None

@@ -73,7 +73,7 @@ class OpenAIJudge:
         fresh, uses, lost = set(missing), Counter(keys), dict[str, str]()
         done(sum(count for key, count in uses.items() if key not in fresh))
         if missing:
-            secret = self._secret()
+            secret = self.secret()
             asyncio.run(_Round(self, secret, lambda key: done(uses[key]), lost).ask_all(missing))
         verdicts = []
         for key in keys:
@@ -114,7 +114,7 @@ class OpenAIJudge:
             said = f"(no verdict; finish_reason {answer.finish or 'not given'}) {said}"
         return Verdict(choice or FAILED, said, answer.prompt_tokens, answer.completion_tokens, cached)
 
-    def _secret(self) -> str:
+    def secret(self) -> str:
         """The key, read where it is needed and kept by no object that is shown."""
         if not self.api_key_env:
             return ""
