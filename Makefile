@@ -22,7 +22,7 @@ demo: $(STAMP)
 
 # Whole runs beside everything else: most of a test's time is spent on one core.
 test: $(STAMP)
-	@$(VENV)/bin/python -m pytest -q tests/runs > .test_runs.log 2>&1 & runs=$$!; \
+	@$(VENV)/bin/python -m pytest -q tests/runs > .test_runs.log 2>&1 & runs=$$!; trap "kill $$runs" INT TERM; \
 	$(VENV)/bin/python -m pytest -q --ignore=tests/runs tests; rest=$$?; \
 	wait $$runs; whole=$$?; echo "tests/runs:"; cat .test_runs.log; exit $$((rest + whole))
 
