@@ -7,6 +7,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -52,12 +53,15 @@ class Browser:
         while not any(event["method"] == method for event in self.events):
             self.events.append(self._receive())
 
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+    def send(self, method: str, **parameters: Any) -> None:
         self._count += 1
         message = {"id": self._count, "method": method, "params": parameters}
         if self._session and not method.startswith(("Target.", "Browser.")):
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self.send(method, **parameters)
         while True:
             answer = self._receive()
             if answer.get("id") == self._count:
@@ -135,12 +139,12 @@ def browser(folder: Path) -> Iterator[Browser]:
     try:
         page = Browser(from_read, to_write)
         yield page
-        page.call("Browser.close")
+        page.send("Browser.close")  # it may be gone before it answers
     finally:
         try:
             process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         os.close(to_write)
         os.close(from_read)

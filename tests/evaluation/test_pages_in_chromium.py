@@ -69,11 +69,7 @@ def test_a_rater_finishes_by_keyboard(chromium: Browser, tmp_path: Path) -> None
     assert chromium.value("document.getElementById('title').textContent") == "Pair 5"
     chromium.press("0")  # a tie instead
     wanted[items[4]["id"]] = TIE
-    reloads = 0
-    while reloads == 0 or (chromium.value(count) != "6 of 10" and reloads < 20):  # the browser writes behind, in milliseconds
-        time.sleep(0.2 * reloads)
-        chromium.reload()
-        reloads += 1
+    chromium.reload()
     assert chromium.value(count) == "6 of 10" and chromium.value("document.getElementById('title').textContent") == "Pair 6"
     chromium.press("ArrowRight")
     chromium.press("ArrowRight")  # no further than what is rated
@@ -93,6 +89,11 @@ def test_a_rater_finishes_by_keyboard(chromium: Browser, tmp_path: Path) -> None
     assert json.loads(file.read_text()) == json.loads(chromium.value("document.getElementById('text').value"))
     ratings = import_ratings([file], tmp_path / "key.json")
     assert {pair: votes["ann"] for pair, votes in ratings.votes.items()} == wanted and len(wanted) == 10
-    assert chromium.errors == [] and chromium.requests == [page.as_uri()] * (1 + reloads)
+    assert chromium.errors == [] and chromium.requests == [page.as_uri()] * 2
+    for _ in range(5):  # Chromium gives about one load in a hundred of a file an empty store
+        chromium.open(page)
+        if chromium.value(count) != "0 of 10":
+            break
+    assert chromium.value(count) == "10 of 10"  # another tab has it, too
     chromium.open(other)
     assert chromium.value(count) == "0 of 10"  # one rater's state is not another's

@@ -127,12 +127,14 @@ def running(arguments: list[str], processes: int = 1) -> Iterator[subprocess.Pop
         process.communicate()
 
 
-def wait_for(there: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120) -> None:
-    """Poll until `there()`; fails when the process ends before."""
+def wait_for(there: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 300) -> None:
+    """Poll until `there()`; fails with what the process, leader of its session, said when it ends before or takes too long."""
     end = time.monotonic() + timeout
     while not there():
         assert process.poll() is None, f"ended with {process.returncode}: {process.communicate()}"
-        assert time.monotonic() < end, "waited too long"
+        if time.monotonic() > end:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"waited {timeout:.0f} s: {process.communicate()}")
         time.sleep(0.002)
 
 

@@ -38,18 +38,29 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const at = id => document.getElementById(id);
 const key = "annotation " + data.study + " " + data.rater;
 const KEYS = {"1": "left", "2": "right", "0": "tie"};
-let state = {at: 0, ratings: {}};
+let state = {at: 0, ratings: {}, turn: 0};
 let keeps = true;
 
-try {
-  const kept = JSON.parse(localStorage.getItem(key));
-  if (kept !== null && typeof kept.at === "number" && typeof kept.ratings === "object" && kept.ratings !== null) state = kept;
-  localStorage.setItem(key + " probe", "");  // never the state itself: nothing is overwritten before there is something to keep
-} catch (error) { keeps = false; }
+// Two places: the browser's store outlives the tab; the tab's own history entry is there after every reload, also where the store is not.
+// (Chromium now and then gives a file:// page an empty store of its own for one load.) The later of the two counts.
+function take(kept) {
+  if (kept === null || kept.key !== key || typeof kept.at !== "number" || typeof kept.ratings !== "object" || kept.ratings === null) return;
+  if (kept.turn > state.turn) state = kept;
+}
 
 function keep() {
+  state.turn += 1;
+  state.key = key;
+  try { history.replaceState(state, ""); } catch (error) { /* browsers allow a hundred in half a minute */ }
   try { localStorage.setItem(key, JSON.stringify(state)); } catch (error) { keeps = false; }
 }
+
+take(history.state);
+try {
+  localStorage.setItem(key + " probe", "");  // never the state itself: nothing is overwritten before there is something to keep
+  take(JSON.parse(localStorage.getItem(key)));
+} catch (error) { keeps = false; }
+if (state.turn > 0) keep();
 
 function rated() { return data.items.filter(item => item.id in state.ratings).length; }
 
@@ -102,7 +113,7 @@ function download() {
   link.href = URL.createObjectURL(new Blob([exported()], {type: "application/json"}));
   link.download = "ratings_" + data.rater + ".json";
   link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }
 
 document.addEventListener("keydown", event => {
