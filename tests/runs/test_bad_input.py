@@ -42,7 +42,7 @@ def refused(launcher: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
-    def start(arguments: list[str], seconds: float = 60) -> str:
+    def start(arguments: list[str], seconds: float = 200) -> str:
         begun = time.monotonic()
         with pytest.raises(SystemExit) as left:
             launcher.main(arguments)
@@ -202,7 +202,7 @@ def test_a_reward_model_is_no_actor(refused: Refuse, base: Path, tmp_path: Path)
 
 def test_one_start_alone(tmp_path: Path) -> None:
     """End to end, in one process of its own: a typo costs no start of Megatron."""
-    done = chain.launch(chain.sft(tmp_path / "run", "run.stepz=3"), timeout=60)
+    done = chain.launch(chain.sft(tmp_path / "run", "run.stepz=3"), timeout=200)
     assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "run").exists()
     assert "run.stepz: unknown key" in done.stderr and "Traceback" not in done.stderr
 

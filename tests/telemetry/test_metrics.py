@@ -19,7 +19,7 @@ class Replicas:
     def __init__(self, size: int) -> None:
         self.size = size
         self.calls: list[str] = []
-        self._barrier = threading.Barrier(size, timeout=10)
+        self._barrier = threading.Barrier(size, timeout=60)
         self._slots: list[Tensor] = [torch.zeros(0)] * size
 
     def meet(self, rank: int, x: Tensor, combine: Callable[[Tensor], Tensor], name: str) -> Tensor:
