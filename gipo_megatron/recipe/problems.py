@@ -56,10 +56,10 @@ def suggest(word: str, options: Iterable[str]) -> str:
     return f"known here: {shown}" if known else ""
 
 
-def fail(error: UserError, patience: float = 10.0) -> NoReturn:
+def fail(error: UserError, patience: float = 30.0) -> NoReturn:
     """Print `error` once and leave with exit code 2; under torchrun rank 0 prints and every rank exits 2.
 
-    torchrun ends all ranks as soon as one is gone, so the others give rank 0 up to `patience` seconds to be the first.
+    torchrun ends all ranks as soon as one is gone, so the others give rank 0 up to `patience` seconds to be the first, and to be gone.
     Who is still there then knows what rank 0, busy or waiting, does not, and says it.
     """
     rank = int(os.environ.get("RANK", "0"))
