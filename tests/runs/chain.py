@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,12 +113,16 @@ def launch(arguments: list[str], processes: int = 1, timeout: float = 200) -> su
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def running(arguments: list[str], processes: int = 1) -> AbstractContextManager[subprocess.Popen[str]]:
+    """launch/train.py, as `session` starts it."""
+    return session([*python(processes), "launch/train.py", *arguments], environment())
+
+
 @contextmanager
-def running(arguments: list[str], processes: int = 1) -> Iterator[subprocess.Popen[str]]:
-    """launch/train.py in a session of its own, as in a terminal; killed with all it started when the test is over."""
-    command = [*python(processes), "launch/train.py", *arguments]
+def session(command: list[str], env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """`command` in a session of its own, as in a terminal; killed with all it started when the test is over."""
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     try:
         yield process
     finally:

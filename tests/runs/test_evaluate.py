@@ -6,8 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -83,15 +81,9 @@ def tree(directory: Path) -> dict[str, bytes]:
 def kill_after_a_batch(arguments: list[str], directory: Path) -> dict[str, bytes]:
     """launch/evaluate.py, killed in the midst of its second policy; what it had written, with a torn last line."""
     command = [*chain.python(1), "launch/evaluate.py", *arguments]
-    pipe, file = subprocess.PIPE, directory / "responses" / "sft.jsonl"
-    process = subprocess.Popen(
-        command, cwd=chain.ROOT, env=chain.environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
-    try:
+    file = directory / "responses" / "sft.jsonl"
+    with chain.session(command, chain.environment()) as process:
         chain.wait_for(lambda: file.exists() and file.read_bytes().count(b"\n") >= 2, process)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
     assert not (directory / "results.json").exists()
     before = tree(directory)
     with file.open("ab") as torn:

@@ -32,28 +32,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**chain.environment(), "PYTHON": sys.executable, "HEAD": "localhost", "NPROC_PER_NODE": "1", **more}
 
 
-def node(settings: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(["bash", str(SCRIPT), *settings], env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-
-
 @pytest.mark.multiprocess
 def test_two_nodes_and_a_worker_that_dies(tmp_path: Path) -> None:
     """Both torchruns start their workers again, which continue at the newest checkpoint: every step is logged once."""
     directory = tmp_path / "run"
     settings = chain.sft(directory, "run.steps=40", "run.save_every=1", "run.keep=1", "run.eval_every=0", "parallel.pipeline=2")
     env = environment(NNODES="2", PORT=str(free_port()), RUN_ID="test", MAX_RESTARTS="3")
-    nodes = [node(settings, env) for _ in range(2)]
-    try:
-        chain.wait_for(lambda: chain.logged(directory, 3), nodes[0])
-        workers = psutil.Process(nodes[0].pid).children(recursive=True)
+    command = ["bash", str(SCRIPT), *settings]
+    with chain.session(command, env) as first, chain.session(command, env) as second:
+        nodes = (first, second)
+        chain.wait_for(lambda: chain.logged(directory, 3), first)
+        workers = psutil.Process(first.pid).children(recursive=True)
         next(p for p in workers if "launch/train.py" in p.cmdline()).kill()
         said = [process.communicate(timeout=400) for process in nodes]
-    finally:
-        for process in nodes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
     assert [process.returncode for process in nodes] == [0, 0], said
     assert all("2 processes = tensor 1 × pipeline 2 × data 1" in out for out, _ in said)  # the check, on either node
     printed = "".join(out for out, _ in said)
