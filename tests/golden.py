@@ -15,6 +15,7 @@ from gipo_megatron.recipe.needs import needed, pruned
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import Block, dump_value, leaves, plain
 from gipo_megatron.recipe.validate import Completion
+from tests.smollm import beside_the_model
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 FILE = Path(__file__).resolve().parent / "golden_recipes.txt"
@@ -57,7 +58,9 @@ def sections() -> Iterator[tuple[str, list[str]]]:
 
 
 def text() -> str:
-    return HEADER + "".join(f"\n[{heading}]\n" + "".join(f"{line}\n" for line in lines) for heading, lines in sections())
+    with beside_the_model():
+        found = list(sections())
+    return HEADER + "".join(f"\n[{heading}]\n" + "".join(f"{line}\n" for line in lines) for heading, lines in found)
 
 
 if __name__ == "__main__":

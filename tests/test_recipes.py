@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from gipo_megatron.recipe.schema import TRAINING_KEYS, Recipe
 from gipo_megatron.recipe.source import DEFAULT, MISSING, Block, leaves, plain
 from gipo_megatron.recipe.validate import Completion
 from tests import golden
+from tests.smollm import HOME, beside_the_model
 from tools.recipe import differences
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -51,20 +53,29 @@ DELIBERATE = {
 DATA = ("hh", "hh_harmless", "hh_helpful", "tldr")
 ALGORITHMS = ("sft", "rm", "ppo", "ppo_kl", "dpo", "gipo")
 ABLATIONS = ("cvar", "gipo_paper", "group_dro", "kl_only", "oracle_groups", "random_groups", "return_variance", "variance_only")
+SMOLLM = ("dpo", "gipo", "ppo_kl", "rm", "rm_gold", "sft")
 TINY = ("dpo", "gipo", "ppo", "ppo_kl", "rm", "sft", "tldr_gipo", "tldr_rm", "tldr_sft")
 WORLDS = {"hh_gipo_70b": 512}  # processes a recipe is written for, where they are not one node's eight
 
 
+@pytest.fixture(autouse=True, scope="module")
+def beside() -> Iterator[None]:
+    """recipes/smollm write no architecture: it is their model's."""
+    with beside_the_model():
+        yield
+
+
 def test_the_recipes_are_these() -> None:
     table = {f"{data}_{algorithm}" for data in DATA for algorithm in ALGORITHMS}
-    others = {"hh_gipo_paper", "hh_gipo_70b", *(f"ablation/{name}" for name in ABLATIONS), *(f"tiny/{name}" for name in TINY)}
+    folders = {"ablation": ABLATIONS, "smollm": SMOLLM, "tiny": TINY}
+    others = {"hh_gipo_paper", "hh_gipo_70b", *(f"{folder}/{name}" for folder, names in folders.items() for name in names)}
     assert set(NAMES) == table | others
-    assert (len(table), len(others), len(NAMES)) == (24, 19, 43)
+    assert (len(table), len(others), len(NAMES)) == (24, 25, 49)
 
 
 def test_the_fragments_are_these() -> None:
     fragments = {name for name in recipe_names(RECIPES, fragments=True) if name not in NAMES}
-    models = {f"model/{name}" for name in ("llama2_7b", "llama3_1_8b", "mistral_7b", "qwen2_5_7b", "llama3_1_70b", "tiny")}
+    models = {f"model/{name}" for name in ("llama2_7b", "llama3_1_8b", "mistral_7b", "qwen2_5_7b", "llama3_1_70b", "tiny", "from_weights")}
     hardware = {f"hardware/{name}" for name in ("cpu", "h100x1", "h100x8", "h100x8_fp8", "h100x64", "h100x512")}
     data = {f"data/{name}" for name in ("demo", "hh", "hh_harmless", "hh_helpful", "jsonl", "planted", "tldr", "tldr_posts")}
     assert fragments == {*BASES, "base/evaluate", *EVALUATIONS, *models, *hardware, *data}
@@ -74,7 +85,7 @@ def test_the_fragments_are_these() -> None:
 def test_composes_and_checks(name: str) -> None:
     recipe = compose([f"recipe={name}"], RECIPES)
     assert all("is not on this machine" in warning for warning in recipe.warnings)
-    assert recipe.world == (1 if name.startswith("tiny/") else WORLDS.get(name, 8))
+    assert recipe.world == (1 if name.startswith(("tiny/", "smollm/")) else WORLDS.get(name, 8))
 
 
 def test_every_weight_comes_from_a_recipe() -> None:
@@ -131,13 +142,14 @@ def test_evaluations_compose_and_check(name: str) -> None:
 
 def test_run_folders_are_distinct() -> None:
     folders = [compose([f"recipe={name}"], RECIPES).run.dir for name in NAMES]
-    assert len(NAMES) == 43
+    assert len(NAMES) == 49
     folders += [compose_evaluation([f"recipe={name}"], RECIPES).run.dir for name in EVALUATIONS]
     assert len(set(folders)) == len(NAMES) + len(EVALUATIONS)
 
 
 # What a fragment needs beside it to fit hh_gipo.
 BESIDE = {
+    "model/from_weights": [f"models.actor.load={HOME}", "parallel={tensor: 1, sequence: false}"],
     "model/tiny": ["parallel.tensor=2", "data.max_length=512", "data.max_response=128"],
     "hardware/h100x512": ["batch.micro_batch=1"],
     "data/jsonl": ["data.path=x"],
@@ -150,7 +162,7 @@ def test_every_fragment_fits_a_recipe() -> None:
         recipe = compose(["recipe=hh_gipo", f"with={fragment}", *BESIDE.get(fragment, [])], RECIPES)
         if fragment.startswith("data/") and not fragment.startswith("data/hh") and recipe.data.format != "planted":
             assert recipe.data.source == []  # none of the data before it stays behind
-    assert len(fragments) == 20
+    assert len(fragments) == 21
 
 
 def test_models_split_over_machines() -> None:

@@ -15,13 +15,14 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.hf_config import architecture_from_hf
 from gipo_megatron.recipe.check import may_be_hub
 from gipo_megatron.recipe.problems import Problem
-from gipo_megatron.recipe.source import MISSING, Block, Leaf, Node
+from gipo_megatron.recipe.source import COMMAND_LINE, MISSING, Block, Leaf, Node
 from gipo_megatron.specs import Architecture
 
 KEY = "model.architecture"
 FIELDS = tuple(f.name for f in dataclasses.fields(Architecture))
 REQUIRED = frozenset(f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING)
 FORMAT = "gipo_megatron"  # what meta.json says in a checkpoint of this project
+FROM_WEIGHTS = "model/from_weights"  # the fragment that takes a written architecture back
 
 
 @dataclass(frozen=True)
@@ -237,15 +238,26 @@ def _disagreement(first: Found, other: Found) -> Problem | None:
 
 
 def _contradictions(found: Found, written: Mapping[str, Leaf]) -> list[Problem]:
-    fix = f"remove {KEY} (or the model/ fragment that writes it): it is read from the folder"
-    return [
-        Problem(f"{KEY}.{key}", f"{leaf.value}, but the weights to load have {found.values[key]} ({found.path})", leaf.origin, fix)
-        for key, leaf in written.items()
-        if leaf.value != MISSING and not _same(leaf.value, found.values[key])
-    ]
+    """One problem for each file that writes another architecture (or the command line), whatever the number of keys."""
+    places: dict[str, list[str]] = {}
+    for key, leaf in written.items():
+        if leaf.value != MISSING and not _same(leaf.value, found.values[key]):
+            places.setdefault(leaf.origin.rsplit(":", 1)[0], []).append(key)
+    return [_contradiction(found, place, {key: written[key] for key in keys}) for place, keys in places.items()]
+
+
+def _contradiction(found: Found, place: str, wrong: Mapping[str, Leaf]) -> Problem:
+    theirs = ", ".join(f"{key} {leaf.value} ≠ {found.values[key]}" for key, leaf in wrong.items())
+    first = next(iter(wrong.values())).origin
+    if place == COMMAND_LINE:
+        fix = "remove it: the architecture is read from the weights"
+    else:
+        fix = f"add with={FROM_WEIGHTS}: the architecture is then read from the weights"
+    return Problem(KEY, f"another than that of the weights to load: {theirs} ({place} ≠ {found.path})", first, fix)
 
 
 def _unsaid(sources: Sequence[Source]) -> Problem:
     reasons = [f"{s.key} is random" if s.load == "random" else f"{s.load!r} ({s.key}) is not on this machine" for s in sources]
     fix = f"add with=model/NAME (recipes/model/), which writes one, or load a Hugging Face folder or a checkpoint: {sources[0].key}=DIR"
-    return Problem(KEY, f"missing: it is not written, and no weights say it: {'; '.join(reasons)}", sources[0].origin, fix)
+    what = f"missing: it is not written, and no weights say it: {'; '.join(reasons)}"
+    return Problem(KEY, what, sources[0].origin, fix, known=False)

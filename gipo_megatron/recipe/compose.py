@@ -23,10 +23,21 @@ from gipo_megatron.recipe.architecture import read_architecture
 from gipo_megatron.recipe.needs import needed, pruned, unneeded
 from gipo_megatron.recipe.problems import Problem, RecipeErrors, suggest
 from gipo_megatron.recipe.schema import Recipe
-from gipo_megatron.recipe.source import MISSING, Block, KeyPath, Leaf, Node, leaves, merge, parse_value, parse_yaml, plain
+from gipo_megatron.recipe.source import (
+    COMMAND_LINE,
+    MISSING,
+    Block,
+    KeyPath,
+    Leaf,
+    Node,
+    leaves,
+    merge,
+    parse_value,
+    parse_yaml,
+    plain,
+)
 from gipo_megatron.recipe.validate import Completion, Conversion
 
-COMMAND_LINE = "command line"
 FRAGMENTS = ("base", "model", "hardware", "data")  # folders of recipes/ that are parts of recipes, not recipes
 
 

@@ -35,7 +35,7 @@ TRAINING_KEYS = ("lr", "schedule", "warmup_steps", "weight_decay", "clip_grad")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    hub: str = ""  # the model's name on the Hugging Face hub
+    hub: str = ""  # the model's name on the Hugging Face hub, or its folder
     tokenizer: str = ""  # "": beside the weights; bytes: built in; or a folder or hub name
     architecture: Architecture
 

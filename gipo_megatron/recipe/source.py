@@ -13,6 +13,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.registry import SLOTS
 
 DEFAULT = "default"  # origin of a value that nobody wrote
+COMMAND_LINE = "command line"  # origin of what is written there
 MISSING = "???"  # a value that a child must give
 COMPONENTS = ("algorithm", "judge")  # sections that are components themselves
 

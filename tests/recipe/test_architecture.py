@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from gipo_megatron.hf_config import architecture_from_config
-from gipo_megatron.recipe.compose import Files
-from gipo_megatron.recipe.source import MISSING, Block, leaves, plain
+from gipo_megatron.hf_config import architecture_from_hf
+from gipo_megatron.recipe.compose import compose
+from gipo_megatron.recipe.problems import RecipeErrors
+from gipo_megatron.recipe.schema import ModelSpec
+from gipo_megatron.recipe.source import Block, leaves, plain
 from gipo_megatron.specs import Architecture
 from tests.recipe.helpers import RECIPES, problems, small
 
@@ -142,17 +144,53 @@ def test_every_written_key_is_compared(tmp_path: Path) -> None:
         assert small(tmp_path, word, f"models.actor.load={hf}", text=SFT).model.architecture.num_layers == 3
         wrong = f"{BLOCK}{key}={json.dumps(other[key])}"
         (found,) = [p for p in problems(tmp_path, wrong, f"models.actor.load={hf}", text=SFT) if "weights to load" in p.what]
-        assert found.key == BLOCK + key and found.where == "command line" and "remove model.architecture" in found.fix
-        assert str(other[key]) in found.what and f"{asdict(SAYS)[key]} ({hf}/config.json)" in found.what
+        assert (found.key, found.where) == ("model.architecture", "command line") and found.fix.startswith("remove it")
+        assert f": {key} {other[key]} ≠ {asdict(SAYS)[key]} (command line ≠ {hf}/config.json)" in found.what
     assert len(agreeing) == len(fields(Architecture)) == 14
 
 
-def test_a_fragment_that_contradicts_names_each_of_its_lines(tmp_path: Path) -> None:
+def test_a_fragment_that_contradicts_is_one_problem_with_one_fix(tmp_path: Path) -> None:
     hf = folder(tmp_path / "hf", hidden_size=128, intermediate_size=384, num_attention_heads=4, tie_word_embeddings=False)
-    found = problems(tmp_path, "with=model/tiny", f"models.actor.load={hf}", text=SFT)
-    expected = ["num_layers", "max_positions", "rope_base", "rope_scaling", "norm_eps"]
-    assert [p.key for p in found] == [BLOCK + key for key in expected]
-    assert all(p.where.startswith("recipes/model/tiny.yaml:") for p in found)
+    words = [f"models.actor.load={hf}", "model.tokenizer=bytes"]
+    (found,) = problems(tmp_path, "with=model/tiny", *words, text=SFT)
+    assert (found.key, found.where) == ("model.architecture", "recipes/model/tiny.yaml:6")
+    expected = "num_layers 4 ≠ 3, max_positions 1024 ≠ 96, rope_base 10000.0 ≠ 50000.0, "
+    expected += "rope_scaling None ≠ {'type': 'linear', 'factor': 2.0}, norm_eps 1e-05 ≠ 1e-06"
+    assert found.what.endswith(f"{expected} (recipes/model/tiny.yaml ≠ {hf}/config.json)")
+    assert "with=model/from_weights" in found.fix
+    again = small(tmp_path, "with=model/tiny,model/from_weights", *words, text=SFT)
+    assert again.model.architecture == architecture_from_hf(hf) and origins(again.tree) == {f"{hf}/config.json"}
+
+
+def test_each_place_that_contradicts_is_a_problem(tmp_path: Path) -> None:
+    hf = folder(tmp_path / "hf")
+    text = SFT.replace("LOAD", str(hf)) + "model: {architecture: {num_layers: 5, head_dim: 10}}\n"
+    found = problems(tmp_path, f"{BLOCK}vocab_size=300", text=text)
+    assert [(p.where.rsplit("/", 1)[-1], p.what.split(": ")[1].split(" (")[0]) for p in found] == [
+        ("small.yaml:5", "num_layers 5 ≠ 3, head_dim 10 ≠ 8"),
+        ("command line", "vocab_size 300 ≠ 259"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["hh_sft", "hh_gipo", "tiny/sft", "ablation/cvar"])
+def test_a_recipes_own_model_gives_way_to_the_weights(tmp_path: Path, name: str) -> None:
+    """Architecture, tokenizer and hub name of a shipped recipe, all replaced by one fragment."""
+    hf = folder(tmp_path / "hf", max_position_embeddings=4096)
+    loads = [f"models.actor.load={hf}", *([] if name.endswith("sft") else [f"models.reward.load={hf}"])]
+    with pytest.raises(RecipeErrors) as caught:
+        compose([f"recipe={name}", *loads], RECIPES)
+    (found,) = [p for p in caught.value.problems if p.key == "model.architecture"]
+    assert found.where.startswith("recipes/model/") and "with=model/from_weights" in found.fix
+    recipe = compose([f"recipe={name}", "with=model/from_weights,hardware/cpu", *loads], RECIPES)
+    assert recipe.model == ModelSpec(architecture=architecture_from_hf(hf)) and not recipe.warnings
+
+
+def test_a_recipes_own_model_needs_weights_in_its_place(tmp_path: Path) -> None:
+    """Its hub name is gone, too, so that nothing claims to come from there."""
+    with pytest.raises(RecipeErrors, match="1 problem") as caught:
+        compose(["recipe=hh_sft", "with=model/from_weights"], RECIPES)
+    (found,) = caught.value.problems
+    assert found.key == "models.actor.load" and "neither a checkpoint" in found.what
 
 
 def test_roles_must_agree(tmp_path: Path) -> None:
@@ -215,7 +253,7 @@ def test_a_cached_hub_model_is_read_and_compared_without_the_network(tmp_path: P
     recipe = small(tmp_path, text=SFT.replace("LOAD", "owner/small"))
     assert recipe.model.architecture == SAYS and origins(recipe.tree) == {"owner/small/config.json (hub)"}
     (found,) = problems(tmp_path, f"{BLOCK}head_dim=16", text=SFT.replace("LOAD", "owner/small"))
-    assert "(owner/small/config.json (hub))" in found.what
+    assert "(command line ≠ owner/small/config.json (hub))" in found.what
     assert small(tmp_path, "model.hub=owner/small", text=SFT.replace("LOAD", "random")).model.architecture == SAYS
 
 
@@ -283,129 +321,3 @@ def test_only_config_json_is_downloaded_and_the_cache_stays_as_it_was(tmp_path: 
     assert "models.actor.load: cannot get owner/other/config.json (hub): RepositoryNotFoundError: 404" in refused
     assert json.loads(read) == [len(fields(Architecture)), []]
     assert not list(tmp_path.rglob("snapshots"))
-
-
-# --------------------------------------------------------------------------------------------- what is shipped
-
-SEVEN_B = {"hidden_act": "silu", "hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "initializer_range": 0.02}
-# The published config.json of recipes/model/NAME's hub name.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "llama2_7b": {
-        **SEVEN_B,
-        "architectures": ["LlamaForCausalLM"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 4096,
-        "model_type": "llama",
-        "num_key_value_heads": 32,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "use_cache": True,
-        "vocab_size": 32000,
-    },
-    "llama3_1_8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "vocab_size": 128256,
-    },
-    "mistral_7b": {
-        **SEVEN_B,
-        "architectures": ["MistralForCausalLM"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 32768,
-        "model_type": "mistral",
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 1000000.0,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "vocab_size": 32768,
-    },
-    "qwen2_5_7b": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151643,
-        "hidden_act": "silu",
-        "hidden_size": 3584,
-        "initializer_range": 0.02,
-        "intermediate_size": 18944,
-        "max_position_embeddings": 131072,
-        "max_window_layers": 28,
-        "model_type": "qwen2",
-        "num_attention_heads": 28,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "sliding_window": 131072,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "use_mrope": False,
-        "use_sliding_window": False,
-        "vocab_size": 152064,
-    },
-}
-
-
-PUBLISHED["llama3_1_70b"] = PUBLISHED["llama3_1_8b"] | {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_hidden_layers": 80,
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_shipped_model_is_its_published_config(name: str) -> None:
-    fragment = plain(Files(RECIPES).own(RECIPES / "model" / f"{name}.yaml"))["model"]
-    assert fragment["hub"].count("/") == 1
-    assert fragment["architecture"] == asdict(architecture_from_config(PUBLISHED[name], name))
-
-
-def test_every_shipped_model_is_compared() -> None:
-    assert {path.stem for path in (RECIPES / "model").glob("*.yaml")} == {*PUBLISHED, "tiny"}
-
-
-def test_base_recipes_write_no_architecture() -> None:
-    names = sorted(path.stem for path in (RECIPES / "base").glob("*.yaml"))
-    for name in names:
-        block = plain(Files(RECIPES).own(RECIPES / "base" / f"{name}.yaml"))["model"]["architecture"]
-        assert block == {f.name: MISSING for f in fields(Architecture)}
-    assert {"gipo", "ppo", "reward_model", "sft"} <= set(names)

@@ -10,6 +10,7 @@ import pytest
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.compose import load_components, recipe_names
 from gipo_megatron.recipe.source import Block
+from tests.smollm import beside_the_model
 from tools import recipe as tool
 
 TOOL = Path(tool.__file__)
@@ -43,9 +44,25 @@ def test_a_sound_recipe_is_exit_code_0_from_any_folder(tmp_path: Path) -> None:
 
 
 def test_check_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    tool.main(["check"])
+    with beside_the_model():
+        tool.main(["check"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ok ")]
     assert len(lines) == len(recipe_names(tool.ROOT)) >= 18
+
+
+def test_check_of_everything_passes_over_a_model_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tool.main(["check"])
+    lines = capsys.readouterr().out.splitlines()
+    smollm = [name for name in recipe_names(tool.ROOT) if name.startswith("smollm/")]
+    assert [line for line in lines if line.startswith("-- ")] == [
+        f"-- {name}: not checked, no weights to read the architecture from" for name in smollm
+    ]
+    assert sum(line.startswith("ok ") for line in lines) == len(recipe_names(tool.ROOT)) - len(smollm) == len(recipe_names(tool.ROOT)) - 6
+    with pytest.raises(UserError, match=r"'\./runs/smollm2' \(models\.actor\.load\) is not on this machine"):
+        tool.main(["check", "smollm/sft"])
 
 
 def test_check_goes_on_after_a_bad_recipe(capsys: pytest.CaptureFixture[str]) -> None:
