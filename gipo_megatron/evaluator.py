@@ -42,7 +42,7 @@ Responses = dict[str, list[Response]]
 
 def evaluate(recipe: EvaluationRecipe) -> None:
     """The whole evaluation a recipe describes. Collective until all prompts are answered. Raises UserError for what the user can mend."""
-    mesh = Mesh.create(recipe.parallel)
+    mesh = Mesh.create(recipe.parallel, deterministic=recipe.precision.deterministic)
     try:
         prompts = answer_on(mesh, recipe)
     except UserError as error:

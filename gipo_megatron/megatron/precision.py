@@ -101,6 +101,8 @@ def config_fields(precision: Precision) -> dict[str, Any]:
     """Fields of TransformerConfig: one dtype for weights, activations and messages between stages; FP8 is e4m3 forward, e5m2 gradients."""
     dtype = torch_dtype(precision)
     fields: dict[str, Any] = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype is torch.bfloat16}
+    if precision.deterministic and torch.cuda.is_available():  # on the CPU it would only change the order of the embedding's sums
+        fields["deterministic_mode"] = True
     if precision.fp8 != "none":
         fields |= {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[precision.fp8]}
         # FP8 copies of the weights are made anew in each micro-batch: none to go stale in a swap, none left behind by a parked model
