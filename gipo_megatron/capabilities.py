@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import platform
 import re
+import subprocess
+import sys
+import traceback
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -141,6 +144,58 @@ def check_fp8(recipe: str, here: Capabilities) -> None:
         install = "; pip install 'gipo-megatron[gpu]' brings Transformer Engine" if "Transformer Engine" in obstacle else ""
         fix = f"set precision.fp8 to {instead}, or run on a Hopper-class GPU{install}"
         raise UserError(f"precision.fp8 is {recipe!r}, but {obstacle}", where="precision.fp8", fix=fix)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a package does not import, and whether Megatron-Core fails with it (it goes on after ModuleNotFoundError alone)."""
+
+    reason: str
+    stops_megatron: bool
+
+
+# What Megatron-Core imports of it (extensions/transformer_engine.py). Exit codes: 3 a ModuleNotFoundError, 4 another error.
+_TE_TRIAL = """
+import sys
+try:
+    import transformer_engine
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, fp8_autocast
+except Exception as error:
+    print(type(error).__name__ + ":", " ".join(str(error).split()))
+    sys.exit(3 if isinstance(error, ModuleNotFoundError) else 4)
+"""
+
+
+def transformer_engine_failure() -> Failure | None:
+    """Why Transformer Engine does not import; None when it does, or is not there. In another process: a bad build may end this one."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    done = subprocess.run([sys.executable, "-c", _TE_TRIAL], capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode == 0:
+        return None
+    said = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    return Failure(said[-1] if said else f"exit code {done.returncode}", stops_megatron=done.returncode != 3)
+
+
+def broken_transformer_engine(reason: str) -> UserError:
+    """For a Transformer Engine that is there and does not import; `reason` is the error's type and text."""
+    return UserError(
+        f"Transformer Engine is installed, but does not import: {reason}",
+        where="the Python environment",
+        fix="pip install 'gipo-megatron[gpu]' brings all its parts; or remove it (pip uninstall transformer-engine "
+        "transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13): without it all but FP8 runs",
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """ "ImportError: no such file": type and text, line breaks as spaces."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def raised_inside(package: str, error: BaseException) -> bool:
+    """Whether `error` comes out of `package`: code of it is among the calls that led to the error."""
+    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name == package or name.startswith(f"{package}.") for name in names)
 
 
 def _dotted(parts: tuple[int, ...]) -> str:

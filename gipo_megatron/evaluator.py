@@ -15,6 +15,7 @@ import torch.distributed as dist
 from gipo_megatron import record
 from gipo_megatron.answering import Answering, check_origin, find_weights, origin, shared_tokenizer
 from gipo_megatron.data.tokenizer import check_vocabulary
+from gipo_megatron.environment import line as environment_line
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.audit_page import audit_document
@@ -41,7 +42,7 @@ Responses = dict[str, list[Response]]
 
 def evaluate(recipe: EvaluationRecipe) -> None:
     """The whole evaluation a recipe describes. Collective until all prompts are answered. Raises UserError for what the user can mend."""
-    mesh = Mesh.create(recipe.parallel)
+    mesh = Mesh.create(recipe.parallel, deterministic=recipe.precision.deterministic)
     try:
         prompts = answer_on(mesh, recipe)
     except UserError as error:
@@ -118,6 +119,7 @@ def _announce(recipe: EvaluationRecipe, tasks: Mapping[str, LoadedTask], notes: 
     p = recipe.parallel
     shares = f"{recipe.world} processes = tensor {p.tensor} × pipeline {p.pipeline} × data {recipe.data_parallel}"
     print(f"{recipe.name}: {recipe.subject} against {', '.join(recipe.opponents)}; {shares}; writes to {recipe.run.dir}")
+    print(f"  {environment_line()}")
     for name, task in tasks.items():
         print("".join(f"  {name}: {line}\n" for line in task.lines), end="")
     for warning in dict.fromkeys((*recipe.warnings, *notes)):

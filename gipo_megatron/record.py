@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.data.batching import Dataset
+from gipo_megatron.environment import line as environment_line
+from gipo_megatron.environment import variables
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.heldout import wilson_interval
 from gipo_megatron.evaluation.report import write_report
@@ -50,7 +52,7 @@ def open_run(recipe: Recipe, directory: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, the commit, the command line, the size of the world."""
+    """Versions, the commit, the command line, the size of the world, the variables that CUDA and its libraries read."""
     return {
         "command": sys.argv,
         "commit": commit(),
@@ -58,6 +60,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "world": int(os.environ.get("WORLD_SIZE", "1")),
         "packages": {name: _version(name) for name in PACKAGES},
+        "variables": variables(),
     }
 
 
@@ -94,6 +97,7 @@ def announce(recipe: Recipe, world: int, origin: str, train: Dataset, held_out: 
     print(
         f"{recipe.name}: {origin}; {world} processes = tensor {p.tensor} × pipeline {p.pipeline} × data {data}; writes to {recipe.run.dir}"
     )
+    print(f"  {environment_line()}")
     for split, rows in (("train", train), ("held out", held_out)):
         for line in rows.report:
             print(f"  {split}: {line}")

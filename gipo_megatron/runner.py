@@ -69,7 +69,7 @@ class Progress:
 
 def train(recipe: Recipe) -> None:
     """The whole run a recipe describes. Collective: every rank calls it. Raises UserError for what the user can mend."""
-    mesh = Mesh.create(recipe.parallel, recipe.run.seed)
+    mesh = Mesh.create(recipe.parallel, recipe.run.seed, recipe.precision.deterministic)
     try:
         train_on(mesh, recipe)
     except UserError as error:

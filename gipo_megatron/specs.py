@@ -44,6 +44,7 @@ class Parallel:
 class Precision:
     dtype: str = "bf16"  # fp32 | bf16
     fp8: str = "none"  # none | delayed | tensorwise | blockwise (Transformer Engine's recipes)
+    deterministic: bool = False  # the same bits in every run on the same GPUs; a CPU gives them anyway
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,10 @@ import os
 import sys
 from pathlib import Path
 
+from gipo_megatron import environment
+
+environment.set_defaults()  # before torch is imported, below
+
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.evaluation import compose_evaluation, missing_weights
 from gipo_megatron.recipe.problems import RecipeErrors, fail

@@ -12,6 +12,10 @@ import os
 import sys
 from pathlib import Path
 
+from gipo_megatron import environment
+
+environment.set_defaults()  # before torch is imported, below
+
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.check import missing_loads
 from gipo_megatron.recipe.compose import compose

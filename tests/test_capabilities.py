@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from gipo_megatron import capabilities
 from gipo_megatron.capabilities import Apex, Capabilities, Gpu
 from gipo_megatron.errors import UserError
+from tests import broken_transformer_engine
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.6)
 L4 = Gpu("NVIDIA L4", (8, 9), 22.5)
@@ -78,6 +80,44 @@ def test_whose_apex(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     importlib.invalidate_caches()
     assert "apex" not in sys.modules
     assert capabilities.find_apex() == Apex("unknown", nvidia=folder == "multi_tensor_apply")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "stops_megatron"),
+    [
+        (broken_transformer_engine.ASSERTION, "AssertionError: Could not find `transformer-engine` PyPI package.", True),
+        (broken_transformer_engine.IMPORT, "ImportError: libcudnn.so.9: cannot open shared object file", True),
+        (broken_transformer_engine.MODULE, "ModuleNotFoundError: No module named 'pydantic', framework any", False),
+        ("", "ModuleNotFoundError: No module named 'transformer_engine.pytorch'", False),
+        ("import os; os._exit(77)", "exit code 77", True),  # as a build for another torch may end
+    ],
+)
+def test_why_transformer_engine_does_not_import(
+    code: str, reason: str, stops_megatron: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = broken_transformer_engine.install(tmp_path, code)
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    monkeypatch.delenv("NVTE_FRAMEWORK", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    assert capabilities.transformer_engine_failure() == capabilities.Failure(reason, stops_megatron)
+
+
+def test_no_transformer_engine_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert capabilities.transformer_engine_failure() is None
+
+
+def test_whose_error_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("broken_a", "broken_ab"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(f"import {package}.part")
+        (tmp_path / package / "part.py").write_text("assert False")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    with pytest.raises(AssertionError) as found:
+        importlib.import_module("broken_ab")
+    assert capabilities.raised_inside("broken_ab", found.value) and not capabilities.raised_inside("broken_a", found.value)
 
 
 def test_this_machine() -> None:

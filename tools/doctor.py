@@ -6,13 +6,21 @@ python tools/doctor.py recipe=NAME [with=FRAGMENT,…] [key=value …]  and a ve
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gipo_megatron.capabilities import BF16_COMPUTE, FP8_NEEDS, Capabilities, check_fp8, fp8_obstacle, probe
+from gipo_megatron import environment
+from gipo_megatron.capabilities import (
+    BF16_COMPUTE,
+    FP8_NEEDS,
+    Capabilities,
+    broken_transformer_engine,
+    check_fp8,
+    fp8_obstacle,
+    probe,
+    transformer_engine_failure,
+)
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.check import missing_loads
 from gipo_megatron.recipe.compose import compose
@@ -57,15 +65,6 @@ def show(table: Sequence[tuple[str, str, str]]) -> None:
         print(f"{part:<{first}}  {found:<{second}}  {costs}".rstrip())
 
 
-def broken_transformer_engine() -> str:
-    """The last line of what importing it says; "" when it is not there, or imports. In another process: a bad build may end this one."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return ""
-    command = [sys.executable, "-c", "import transformer_engine.pytorch"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-
-
 def obstacles(recipe: Recipe, here: Capabilities) -> list[str]:
     """Why `recipe` cannot run on this machine, or on several like it; empty: it can."""
     found = [] if here.megatron is not None else ["megatron-core is not installed"]
@@ -102,14 +101,17 @@ def main(argv: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         print(__doc__)
         return 0
-    here = probe()
+    environment.set_defaults()  # as a run would start
+    here, failure = probe(), transformer_engine_failure()
     show(rows(here))
-    if broken := broken_transformer_engine():
-        print(f"Transformer Engine is there, but does not import: {broken}")
+    if failure is not None:
+        print(broken_transformer_engine(failure.reason))
     if not argv:
         return 0
     recipe = compose(list(argv), RECIPES)
-    reasons = obstacles(recipe, here) + ([f"Transformer Engine does not import: {broken}"] if broken and here.gpus else [])
+    reasons = obstacles(recipe, here)
+    if failure is not None and (here.gpus or failure.stops_megatron):  # without GPUs no layer is Transformer Engine's
+        reasons.append(broken_transformer_engine(failure.reason).what)
     machines = -(-recipe.world // NODE) if recipe.hardware.gpus else 1
     print(
         f"\n{recipe.name}: {'cannot run' if reasons else 'can run'} {'here' if machines == 1 else f'on {machines} machines like this one'}"

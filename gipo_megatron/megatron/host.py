@@ -1,4 +1,4 @@
-"""What lets Megatron-Core run on a machine without CUDA: the only redirections of torch.cuda in this project.
+"""What lets Megatron-Core run on a machine without CUDA: the only redirections of torch.cuda in this project. Also torch's own switches.
 
 Megatron asks for "the current CUDA device" in many places and for CUDA's generator in a few. `install` answers those calls for the
 whole process; `host_mode` also rewrites literal `device="cuda"` arguments and is only held around schedules, optimizer and checkpoint
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
+from gipo_megatron import environment
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # optional accelerator packages that are not there
     import megatron.core.optimizer as mcore_optimizer
@@ -27,7 +29,6 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
     (r"`load_state_dict` is deprecated and will be removed in future versions", FutureWarning),  # torch.distributed.checkpoint's
     (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
-    (r"When using (async grad allreduce|sequence parallelism) it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS", UserWarning),
     (r"If you are using transformer_engine as the transformer implementation, the core_attn", UserWarning),  # recompute: selective
 )
 
@@ -47,6 +48,8 @@ def install() -> None:
         return
     _installed = True
     silence()
+    # cuDNN's attention plans every exact shape anew, 50 ms and more; torch 2.11 prefers it on Hopper, and no two of our batches are alike.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
         mcore_optimizer.Adam = distrib_optimizer.Adam = HostAdam
         mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
@@ -57,9 +60,25 @@ def install() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: cpu
     cuda.synchronize = lambda device=None: None
+    cuda.current_stream = lambda device=None: None  # mcore 0.19's DDP calls it
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.default_generator.get_state()
     mcore_random._set_cuda_rng_state = _set_host_rng_state
+
+
+def make_deterministic() -> None:
+    """From here on only algorithms that give the same bits every time. Before CUDA is used; without CUDA nothing changes.
+
+    Not `warn_only`: torch's flash and memory-efficient attention take their deterministic backward pass only where any other
+    operation would be an error. The float cumsum of sampling has a deterministic kernel (pytorch pull request 140887).
+    """
+    if not torch.cuda.is_available():
+        return
+    environment.set_deterministic()
+    torch.use_deterministic_algorithms(True)
+    # In this mode torch also fills new memory with NaN, to expose reads of it: one more pass over all that is allocated.
+    switches: Any = torch.utils.deterministic
+    switches.fill_uninitialized_memory = False
 
 
 def _set_host_rng_state(new_state: Tensor, device: int = -1, graph_safe: bool = False) -> None:
@@ -119,9 +138,12 @@ class HostAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,  # mcore 0.19 passes it
     ) -> None:
         if not adam_w_mode:
             raise ValueError("HostAdam only decays weights decoupled from the gradient (adam_w_mode=True)")
+        if capturable:
+            raise ValueError("HostAdam counts its steps on the host: it cannot be part of a CUDA graph (capturable=False)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -140,13 +162,43 @@ class HostAdam(torch.optim.Optimizer):
         grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
         first = [self.state[p]["exp_avg"] for p in params]
         second = [self.state[p]["exp_avg_sq"] for p in params]
-        (beta1, beta2), lr, step = group["betas"], group["lr"], group["step"]
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        denominator = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominator, (1 - beta2**step) ** 0.5)
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(params, first, denominator, -lr / (1 - beta1**step))
+        adam_for(params[0].device)(group, params, grads, first, second)
+
+
+def adam_for(device: torch.device) -> Callable[..., None]:
+    """The implementation of HostAdam's formula: (group, parameters, gradients, first moments, second moments), all in place."""
+    return _fused if device.type == "cuda" else _foreach
+
+
+def _fused(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], first: list[Tensor], second: list[Tensor]) -> None:
+    """One kernel: 28 bytes of memory traffic a parameter against 72, and no temporaries. It reads the step count and leaves it."""
+    (beta1, beta2), step = group["betas"], torch.full((), group["step"], dtype=torch.float32, device=params[0].device)
+    torch._fused_adamw_(
+        params,
+        grads,
+        first,
+        second,
+        [],
+        [step] * len(params),
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _foreach(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], first: list[Tensor], second: list[Tensor]) -> None:
+    """Seven passes over all parameters at once, one temporary a parameter."""
+    (beta1, beta2), lr, step = group["betas"], group["lr"], group["step"]
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    torch._foreach_lerp_(first, grads, 1 - beta1)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+    denominator = torch._foreach_sqrt(second)
+    torch._foreach_div_(denominator, (1 - beta2**step) ** 0.5)
+    torch._foreach_add_(denominator, group["eps"])
+    torch._foreach_addcdiv_(params, first, denominator, -lr / (1 - beta1**step))

@@ -63,13 +63,15 @@ class Mesh:
     last_stage_rank: int  # global rank of this rank's pipeline's last stage
 
     @staticmethod
-    def create(parallel: Parallel, seed: int = 0) -> Mesh:
+    def create(parallel: Parallel, seed: int = 0, deterministic: bool = False) -> Mesh:
         """Start torch.distributed if need be (torchrun's environment, or one plain process), then mcore's groups and seeds.
 
-        May be called again in the same world with other sizes: the groups are made anew.
-        Raises UserError when the world does not factor.
+        May be called again in the same world with other sizes: the groups are made anew. `deterministic` (host.make_deterministic)
+        holds for the rest of the process. Raises UserError when the world does not factor.
         """
         host.install()
+        if deterministic:
+            host.make_deterministic()
         device = _device()
         world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         check_factors(parallel, world)
@@ -172,11 +174,13 @@ def _device() -> torch.device:
 
 
 def _start(device: torch.device) -> None:
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    """On CUDA bound to this rank's device: NCCL connects here, not in the first collective, and a barrier need not guess the device."""
+    cuda = device.type == "cuda"
+    backend, bound = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, device_id=bound)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
 
 
 def _store() -> dist.Store:

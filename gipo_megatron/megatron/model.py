@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.enums import AttnMaskType
@@ -24,11 +25,6 @@ from gipo_megatron.megatron.heads import ScalarHead
 from gipo_megatron.megatron.layout import EMBEDDING, OUTPUT, SCORE, placements
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Architecture, Parallel, Precision
-
-if number_formats.transformer_engine_usable():
-    from megatron.core.extensions.transformer_engine import TENorm
-else:
-    TENorm = None
 
 INIT_STD = 0.02
 VOCAB_MULTIPLE = 64
@@ -154,18 +150,24 @@ def _chunk(architecture: Architecture, mesh: Mesh, config: TransformerConfig, he
 
 
 def _block_spec(config: TransformerConfig, virtual: int | None) -> TransformerBlockSubmodules:
-    if TENorm is not None:
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    """bf16 layers are Transformer Engine's where it can be used. fp32 ones never: it multiplies fp32 matrices in TF32, with 10 bits."""
+    if config.bf16 and number_formats.transformer_engine_usable():
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
     else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-        parts = layer.submodules
-        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-        attention = parts.self_attention.submodules
-        attention.core_attention = CausalAttention
-        if config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=RMSNorm, params={"shard": False})
-    norm = RMSNorm if TENorm is None else TENorm
+        layer, norm = _local_layer(config), RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=virtual), layer_norm=norm)
+
+
+def _local_layer(config: TransformerConfig) -> ModuleSpec:
+    """mcore's own layer with the norm and the attention that stand below."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=RMSNorm, params={"shard": False})
+    return layer
 
 
 class RMSNorm(nn.Module):

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.enums import Fp8Recipe
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from torch import Tensor, nn
 from torch.distributed import checkpoint as torch_checkpoint
 
@@ -43,8 +44,16 @@ ScalingState = dict[str, Tensor]  # "chunk.module" -> the bytes that Transformer
 
 
 def transformer_engine_usable() -> bool:
-    """Transformer Engine is importable and there is a CUDA device to run it on."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    """Transformer Engine is installed and there is a CUDA device to run it on.
+
+    Raises UserError where it is installed there and does not import: Megatron-Core would build its layers from mocks.
+    """
+    if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
+        return False
+    if not HAVE_TE:
+        failure = capabilities.transformer_engine_failure()
+        raise capabilities.broken_transformer_engine(failure.reason if failure else "Megatron-Core could not import it")
+    return True
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:
@@ -55,8 +64,13 @@ def torch_dtype(precision: Precision) -> torch.dtype:
 
 
 def check(precision: Precision, here: capabilities.Capabilities | None = None) -> None:
-    """Raises UserError for an unknown name, for FP8 without bf16, and for FP8 that this machine (`here`: another) cannot run."""
+    """Raises UserError for an unknown name, for FP8 without bf16, and for FP8 that this machine (`here`: another) cannot run.
+
+    On this machine also for a Transformer Engine that does not import, where layers in bf16 would be made of it.
+    """
     torch_dtype(precision)
+    if here is None and precision.dtype == "bf16":
+        transformer_engine_usable()
     if precision.fp8 == "none":
         return
     if precision.fp8 not in FP8_RECIPES:
@@ -87,6 +101,8 @@ def config_fields(precision: Precision) -> dict[str, Any]:
     """Fields of TransformerConfig: one dtype for weights, activations and messages between stages; FP8 is e4m3 forward, e5m2 gradients."""
     dtype = torch_dtype(precision)
     fields: dict[str, Any] = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype is torch.bfloat16}
+    if precision.deterministic and torch.cuda.is_available():  # on the CPU it would only change the order of the embedding's sums
+        fields["deterministic_mode"] = True
     if precision.fp8 != "none":
         fields |= {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[precision.fp8]}
         # FP8 copies of the weights are made anew in each micro-batch: none to go stale in a swap, none left behind by a parked model

@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.megatron import host
+from gipo_megatron.megatron import mesh as mesh_module
 from gipo_megatron.megatron.mesh import Mesh, check_factors
 from gipo_megatron.specs import Parallel
 
@@ -36,6 +39,32 @@ def test_one_plain_process(mesh: Mesh) -> None:
 def test_the_world_must_fit_before_anything_is_built(mesh: Mesh) -> None:
     with pytest.raises(UserError, match="world 1"):
         Mesh.create(Parallel(tensor=2))
+
+
+@pytest.mark.parametrize("launched", [False, True])
+@pytest.mark.parametrize("name", ["cpu", "cuda:3"])
+def test_the_process_group_is_bound_to_the_gpu(name: str, launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[tuple, dict[str, Any]]] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **named: calls.append((args, named)))
+    if launched:
+        monkeypatch.setenv("WORLD_SIZE", "8")
+    else:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+    device = torch.device(name)
+    mesh_module._start(device)
+    ((backend,), named) = calls.pop()
+    expected = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    assert (backend, named.pop("device_id")) == expected and not calls
+    assert named.keys() == (set() if launched else {"store", "rank", "world_size"})
+
+
+def test_determinism_is_chosen_when_the_world_starts(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr(host, "make_deterministic", lambda: chosen.append(True))
+    Mesh.create(Parallel(), seed=1)
+    assert chosen == []
+    Mesh.create(Parallel(), seed=1, deterministic=True)
+    assert chosen == [True]
 
 
 @pytest.mark.multiprocess

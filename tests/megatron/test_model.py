@@ -1,19 +1,33 @@
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.hf_config import architecture_from_config
+from gipo_megatron.megatron import model, precision
 from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.model import build_chunks, check_split, generator_for, padded_vocab, rope_frequencies
+from gipo_megatron.megatron.model import (
+    CausalAttention,
+    RMSNorm,
+    build_chunks,
+    check_split,
+    generator_for,
+    padded_vocab,
+    rope_frequencies,
+    transformer_config,
+)
 from gipo_megatron.specs import Parallel, Precision
 from tests.parity import families
 from tests.parity.tiny import ARCHITECTURE
@@ -114,6 +128,46 @@ def test_generators_depend_on_seed_and_name_only() -> None:
     draws = {(s, n): float(torch.rand(1, generator=generator_for(s, n))) for s in (0, 1) for n in ("a", "b")}
     assert len(set(draws.values())) == 4
     assert draws[0, "a"] == float(torch.rand(1, generator=generator_for(0, "a")))
+
+
+@pytest.mark.parametrize(("dtype", "usable", "theirs"), [("bf16", True, True), ("bf16", False, False), ("fp32", True, False)])
+def test_whose_layers(mesh: Mesh, dtype: str, usable: bool, theirs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's in bf16 alone: it multiplies fp32 matrices in TF32. The final norm goes with the layers."""
+    config = transformer_config(replace(ARCHITECTURE, qk_norm=True), Parallel(), Precision(dtype))
+    layer = ModuleSpec(module=object)
+    monkeypatch.setattr(precision, "transformer_engine_usable", lambda: usable)
+    monkeypatch.setattr(model, "get_gpt_layer_with_transformer_engine_spec", lambda **named: layer)
+    block = model._block_spec(config, None)
+    assert len(block.layer_specs) == 4
+    assert block.layer_norm is (TENorm if theirs else RMSNorm)
+    assert all((found is layer) == theirs for found in block.layer_specs)
+    if not theirs:
+        parts = block.layer_specs[0].submodules
+        attention = parts.self_attention.submodules
+        assert parts.input_layernorm is parts.pre_mlp_layernorm is attention.q_layernorm.module is RMSNorm
+        assert attention.core_attention is CausalAttention
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_attention_returns_the_strides_of_a_contiguous_tensor(mesh: Mesh, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever order SDPA's [b, heads, s, d] lies in memory, d last. With b = 1 its stride is free, and torch 2.11 would multiply a
+    tensor [s, 1, h] with an uncommon one by a weight as s products of one row each (pytorch issue 186148).
+    """
+    shape = (1, 4, 6, 8)
+    _, heads, s, d = shape
+    strides = [0, 0, 0, 1]
+    for i, axis in enumerate(order):
+        strides[axis] = d * math.prod(shape[other] for other in order[i + 1 :])
+    checked = 0
+    for strides[0] in (1, d, heads * d, s * heads * d):
+        out = torch.arange(float(s * heads * d)).as_strided(shape, strides)
+        monkeypatch.setattr(model.F, "scaled_dot_product_attention", lambda *args, out=out, **named: out)
+        x = torch.zeros(s, 1, heads, d)
+        found = CausalAttention(transformer_config(ARCHITECTURE, Parallel(), FP32), 1, AttnMaskType.causal, "self")(x, x, x, None)
+        assert found.stride() == (heads * d, heads * d, 1)
+        assert all(torch.equal(found[i, 0, j * d : (j + 1) * d], out[0, j, i]) for i in range(s) for j in range(heads))
+        checked += 1
+    assert checked == 4
 
 
 @pytest.mark.multiprocess

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +32,7 @@ from gipo_megatron.megatron.residency import Snapshot
 from gipo_megatron.megatron.schedule import Engine
 from gipo_megatron.specs import Parallel, Precision, Sampling
 from gipo_megatron.types import Prompts
+from tests import broken_transformer_engine
 from tests.parity.roles import new_actor
 from tests.parity.tiny import ARCHITECTURE, language_loss, pretraining, sequences
 
@@ -42,6 +46,15 @@ from tests.parity.tiny import ARCHITECTURE, language_loss, pretraining, sequence
 )
 def test_dtype_fields(recipe: Precision, expected: dict) -> None:
     assert precision.config_fields(recipe) == expected
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_determinism_is_a_switch_of_megatrons_on_cuda_alone(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the key changes no number, so it changes no field."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    plain, fields = (precision.config_fields(Precision("bf16", deterministic=on)) for on in (False, True))
+    assert fields == (plain | {"deterministic_mode": True} if cuda else plain)
+    assert TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=2, **fields).deterministic_mode == cuda
 
 
 @pytest.mark.parametrize("name", ["delayed", "tensorwise", "blockwise"])
@@ -81,6 +94,61 @@ def test_what_the_machine_cannot_do_is_a_user_error() -> None:
 def test_fp8_without_a_gpu(mesh: Mesh) -> None:
     with pytest.raises(UserError, match="no CUDA device"):
         transformer_config(ARCHITECTURE, Parallel(), Precision("bf16", "blockwise"))
+
+
+# ------------------------------------------------------------------------------------------------- Transformer Engine
+
+
+@pytest.mark.parametrize(("cuda", "there", "usable"), [(True, True, True), (False, True, False), (True, False, False)])
+def test_transformer_engine_is_usable(cuda: bool, there: bool, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if there else None)
+    monkeypatch.setattr(precision, "HAVE_TE", there)
+    assert precision.transformer_engine_usable() is usable
+
+
+BROKEN = """
+import torch
+from gipo_megatron.megatron import precision
+from gipo_megatron.specs import Precision
+precision.check(Precision("bf16"))  # without CUDA its layers are not Transformer Engine's
+torch.cuda.is_available = lambda: True
+precision.check(Precision("fp32"))
+try:
+    precision.check(Precision("bf16"))
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_package_that_transformer_engine_lacks_is_told_where_it_would_be_used(tmp_path: Path) -> None:
+    """Megatron-Core goes on with mocks in its place. The error shows, too, that it is imported for PyTorch alone."""
+    environment = broken_transformer_engine.install(tmp_path, broken_transformer_engine.MODULE)
+    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, env=environment, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    what, where, fix = done.stdout.splitlines()
+    reason = "ModuleNotFoundError: No module named 'pydantic', framework pytorch"
+    assert what == f"UserError Transformer Engine is installed, but does not import: {reason}"
+    assert "Python environment" in where and "pip install 'gipo-megatron[gpu]'" in fix and "pip uninstall transformer-engine " in fix
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("ASSERTION", "AssertionError: Could not find `transformer-engine` PyPI package."),
+        ("IMPORT", "ImportError: libcudnn.so.9: cannot open shared object file"),
+    ],
+)
+def test_another_error_in_transformer_engine_ends_no_run_with_a_traceback(tmp_path: Path, kind: str, reason: str) -> None:
+    """It comes through Megatron-Core, which expects ModuleNotFoundError alone (tensor_parallel/random.py)."""
+    environment = broken_transformer_engine.install(tmp_path, getattr(broken_transformer_engine, kind))
+    launcher = broken_transformer_engine.ROOT / "launch" / "train.py"
+    command = [sys.executable, str(launcher), "recipe=tiny/sft", f"run.dir={tmp_path}/run"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"does not import: {reason}\n" in done.stderr
+    assert "pip install 'gipo-megatron[gpu]'" in done.stderr and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

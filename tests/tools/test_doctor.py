@@ -12,6 +12,7 @@ import torch
 from gipo_megatron.capabilities import Apex, Capabilities, Gpu
 from gipo_megatron.recipe.compose import compose, load_components
 from gipo_megatron.recipe.source import Block
+from tests import broken_transformer_engine
 from tools import doctor
 
 load_components(Block({}, "tests"))  # here, since a package that the components import may draw from a global generator
@@ -85,10 +86,10 @@ def test_the_other_apex_is_named() -> None:
         )
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+def run(folder: Path, *words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, str(Path(doctor.__file__)), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=200, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment or own, timeout=200, check=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -98,6 +99,20 @@ def test_exit_codes(tmp_path: Path) -> None:
     assert done.stderr == "" and len(done.stdout.splitlines()) < 24
     done = run(tmp_path, "recipe=tiny/sft", "run.sed=1")
     assert done.returncode == 2 and "did you mean 'seed'?" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("kind", ["ASSERTION", "MODULE"])
+def test_a_broken_transformer_engine_is_told_in_the_words_of_a_run(tmp_path: Path, kind: str) -> None:
+    """Without a GPU a package that it lacks costs nothing; any other error keeps Megatron-Core from being imported."""
+    environment = broken_transformer_engine.install(tmp_path, getattr(broken_transformer_engine, kind))
+    done = run(tmp_path, *TINY, environment=environment)
+    stops = kind == "ASSERTION"
+    reason = "AssertionError: Could not find" if stops else "ModuleNotFoundError: No module named 'pydantic', framework pytorch"
+    told = f"Transformer Engine is installed, but does not import: {reason}"
+    assert done.stdout.count(told) == (2 if stops else 1) and "fix:   pip install 'gipo-megatron[gpu]'" in done.stdout
+    assert done.returncode == (2 if stops else 0)
+    assert (f"tiny/sft: cannot run here\n  - {told}" if stops else "tiny/sft: can run here\n") in done.stdout
 
 
 def test_tiny_runs_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
