@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gipo_megatron.megatron import host
 from gipo_megatron.megatron.mesh import Mesh
@@ -16,6 +14,7 @@ from gipo_megatron.megatron.optimizer import LearningRate, clipped_step, gradien
 from gipo_megatron.specs import Optimisation, Precision
 from tests.parity.roles import new_actor
 from tests.parity.tiny import hf_model, hf_token_stats, language_loss, pretraining, relative_errors
+from tests.watch import Reads
 
 
 def rates(optimisation: Optimisation, num: int) -> list[float]:
@@ -78,16 +77,6 @@ def test_three_steps_are_adamw(mesh: Mesh) -> None:
     theirs = {name: p.detach() - start[name] for name, p in model.named_parameters()}
     errors = relative_errors(moved, theirs)
     assert len(errors) == 39 and max(errors.values()) < 1e-3, errors  # Adam's first steps are signs: rounding where g is near 0
-
-
-class Reads(TorchDispatchMode):
-    """Counts how often a value of a tensor is read by Python: on a GPU each read waits for all work before it."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.global_rng
