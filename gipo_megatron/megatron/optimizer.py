@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -63,10 +64,14 @@ class LearningRate:
 
 
 def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
-    """mcore's DDP around each chunk: flat fp32 gradient buffers, *summed* over the replicas, sharded by the distributed optimizer."""
+    """mcore's DDP around each chunk: flat fp32 gradient buffers, *summed* over the replicas, sharded by the distributed optimizer.
+
+    With several replicas a bucket's sum starts as soon as the last micro-batch has its gradients, while the backward pass goes on.
+    """
     config = chunks[0].config
     config.calculate_per_token_loss = True  # DDP then sums; nothing but our own count divides
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False)
+    replicas = parallel_state.get_data_parallel_world_size()
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=replicas > 1)
     with host.host_mode():
         # only the first chunk buckets, as in Megatron-LM: later chunks' reductions overlap with other work anyway
         return [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
