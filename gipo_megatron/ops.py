@@ -41,7 +41,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     """Generalised advantage estimation; the state after the last response token is worth 0, also when truncated. All [B, T].
 
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1},   return_t = A_t + V_t.   (Schulman et al. 2016)
+
+    The loop over T runs on the host: on an accelerator each of its 8 T small operations would be a kernel launch.
     """
+    device = values.device
+    rewards, values, mask = rewards.cpu(), values.cpu(), mask.cpu()
     m = mask.to(values.dtype)
     values, rewards = values * m, rewards * m
     advantages = torch.zeros_like(values)
@@ -52,7 +56,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         next_advantage = m[:, t] * (delta + gamma * lam * next_advantage)
         next_value = values[:, t]
         advantages[:, t] = next_advantage
-    return advantages, advantages + values
+    return advantages.to(device), (advantages + values).to(device)
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:

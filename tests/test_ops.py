@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gipo_megatron import ops
 
@@ -72,6 +75,37 @@ def test_gae_is_the_double_sum(gamma: float, lam: float) -> None:
     assert checked == int(mask.sum())
     assert (advantages[~mask] == 0).all()
     assert (returns[~mask] == 0).all()
+
+
+class Accelerator(TorchFunctionMode):
+    """Meta tensors stand for those of an accelerator: `.cpu()` gives their contents, and what else is done to them is listed."""
+
+    def __init__(self, contents: list[Tensor]) -> None:
+        super().__init__()
+        self.there = [torch.empty_like(x, device="meta") for x in contents]
+        self.contents = {id(t): x for t, x in zip(self.there, contents, strict=True)}
+        self.back: list[Tensor] = []
+        self.operations: list[str] = []
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if func is Tensor.cpu and id(args[0]) in self.contents:
+            return self.contents[id(args[0])]
+        if func is Tensor.to and args[1] == torch.device("meta"):
+            self.back.append(args[0])
+        elif any(id(x) in self.contents for x in args) and name != "__get__":  # attributes are free
+            self.operations.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_gae_computes_on_the_host() -> None:
+    """An accelerator sees three copies and no arithmetic, and the results are those of the host, bit by bit."""
+    rewards, values, mask = noise(2, 5, 7).float(), noise(3, 5, 7).float(), ragged_mask()
+    expected = ops.gae(rewards, values, mask, 0.97, 0.9)
+    with Accelerator([rewards, values, mask]) as accelerator:
+        advantages, returns = ops.gae(*accelerator.there, 0.97, 0.9)
+    assert accelerator.operations == [] and advantages.is_meta and returns.is_meta
+    assert len(accelerator.back) == 2 and all(torch.equal(a, b) for a, b in zip(accelerator.back, expected, strict=True))
 
 
 def test_kl_estimators_have_the_right_mean() -> None:

@@ -35,7 +35,7 @@ from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.megatron.readout import token_stats
+from gipo_megatron.megatron.readout import response_positions, token_stats
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.recipe.problems import fail
 from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
@@ -139,7 +139,7 @@ def measure_readout(side: str, rows: int, length: int, vocabulary: int) -> None:
         if side == "naive":
             logprobs, entropy = naive_stats(logits, sequences)
         else:
-            stats = token_stats(logits, sequences, vocab_size=vocabulary, mesh=mesh, entropy=True)
+            stats = token_stats(logits, sequences, response_positions(mask), vocab_size=vocabulary, mesh=mesh, entropy=True)
             assert stats.entropy is not None
             logprobs, entropy = stats.logprobs, stats.entropy
         (logprobs.sum() + 0.01 * entropy.sum()).backward()

@@ -109,12 +109,6 @@ class Decoder:
         ranks, place = dist.get_process_group_ranks(mesh.pipeline_group), mesh.pipeline_rank
         self.previous, self.next = ranks[place - 1], ranks[(place + 1) % len(ranks)]
 
-    @property
-    def slot_bytes(self) -> int:
-        """Of one cached token on the rank that holds most layers."""
-        layers = -(-self.architecture.num_layers // self.mesh.pipeline_size)
-        return 2 * layers * self.num_groups * self.architecture.head_dim * self.dtype.itemsize
-
     def allocate(self, rows: int, slots: int, lengths: Tensor, width: int) -> Cache:
         """An empty cache; `width` is the prompts' padded length, `lengths` [rows] their true ones."""
         shape = (rows, self.num_groups, slots, self.architecture.head_dim)

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.decode import Cache, Decoder
 from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.room import PREFILL_TOKENS, Need, Room, find_room
 from gipo_megatron.megatron.sampling import check_sampling, pick, uniforms
 from gipo_megatron.specs import Architecture, Sampling
 from gipo_megatron.types import Prompts, Rollout
 
-CACHE_BYTES = 4 * 2**30
-PREFILL_TOKENS = 8192  # of one prefill block; bounds its activations
 DROP_SHARE = 8  # finished rows leave the cache when they are one in this many: a copy of the cache costs about one step
 
 
@@ -35,14 +34,14 @@ def generate(
     pad_id: int,
     decode: Callable[[list[int]], str],
     *,
-    cache_bytes: int = CACHE_BYTES,
+    room: Room | None = None,
 ) -> Rollout:
     """Draw one response per row of `prompts` [B, P]; a collective call of the replica's ranks, which all return the same Rollout.
 
     A row's tokens depend on its prompt, the weights and (seed, step, sample_id) only: not on the layout, nor on the rows beside it, nor on
-    `cache_bytes` (of KV cache per rank; the batch runs in slices that fit). generation_logprobs are under softmax(logits / temperature),
-    before truncation and penalty. Raises UserError for sampling keys out of range, for sequences beyond the model's positions, and for
-    logits that are not finite.
+    `room` (the batch runs in slices that fit into it; by default into the memory that is free). generation_logprobs are under
+    softmax(logits / temperature), before truncation and penalty.
+    Raises UserError for sampling keys out of range, for sequences beyond the model's positions, and for logits that are not finite.
     """
     check_sampling(sampling)
     prompts = prompts.to(mesh.device)
@@ -52,9 +51,12 @@ def generate(
     counts = torch.zeros(len(prompts), dtype=torch.long, device=mesh.device)
     logprobs = torch.zeros(size, device=mesh.device)
     if len(prompts):
+        longest = int(prompts.lengths.max())
         with torch.inference_mode():
-            loop = _Loop(Decoder(chunks, architecture, mesh, int(prompts.lengths.max()) + sampling.max_response), sampling, eos_id)
-            for rows in _slices(prompts.lengths, sampling.max_response, loop.decoder.slot_bytes, cache_bytes):
+            loop = _Loop(Decoder(chunks, architecture, mesh, longest + sampling.max_response), sampling, eos_id)
+            need = Need(architecture, mesh.parallel, loop.decoder.dtype.itemsize)
+            room = find_room(mesh, need, longest, sampling) if room is None else room
+            for rows in _slices(prompts.lengths, sampling.max_response, need.token, room):
                 responses[rows], counts[rows], logprobs[rows] = loop.respond(prompts.select(rows))
     return _assemble(prompts, responses, counts, logprobs, eos_id, pad_id, decode)
 
@@ -155,12 +157,11 @@ def _check_lengths(prompts: Prompts, sampling: Sampling, architecture: Architect
         )
 
 
-def _slices(lengths: Tensor, max_response: int, slot_bytes: int, cache_bytes: int) -> Iterator[Tensor]:
-    """Row indices, longest prompts first, in slices whose caches fit into `cache_bytes` (one row at least)."""
+def _slices(lengths: Tensor, max_response: int, token_bytes: int, room: Room) -> Iterator[Tensor]:
+    """Row indices, longest prompts first, in slices that fit into `room` (one row at least)."""
     order, start = lengths.argsort(descending=True, stable=True), 0
     while start < len(order):
-        slots = int(lengths[order[start]]) + max_response
-        stop = start + max(1, cache_bytes // (slots * slot_bytes))
+        stop = start + room.rows(int(lengths[order[start]]) + max_response, token_bytes)
         yield order[start:stop]
         start = stop
 

@@ -5,21 +5,26 @@
 
 A micro-batch keeps its rows whole ([b, T] as the caller knows them); only what the model reads is trimmed, and what the
 model answers is padded back to T. So a loss never sees the trimming.
+
+All sizes are found on the host, before the batch goes to the device: no later step waits there to learn one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gipo_megatron.megatron.readout import response_positions
 from gipo_megatron.types import BatchLoss, CriticOutput, Output, Rows, Sequences, TokenStats
 
-Readout = Callable[[Tensor, Sequences], Output]  # (what the last stage's chunk returned, the sequences it read) -> Output
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -27,16 +32,33 @@ class MicroBatch:
     """One pipeline slot."""
 
     rows: Rows
-    index: Tensor  # int64 [b], positions of `rows` in their batch
+    index: Tensor  # int64 [b] on the host, places of `rows` in their batch
     sequences: Sequences  # trimmed
+    positions: Tensor  # int64 [n], readout.response_positions of the trimmed mask
     width: int  # T of the rows
     loss: BatchLoss | None = None
     counts: dict[str, float] | None = None  # global units of this part's batch
     idle: bool = False  # fills a pipeline; counts for nothing
 
 
-def plan(batch: Rows, micro_batch: int, *, length_multiple: int = 1, slot_multiple: int = 1) -> list[MicroBatch]:
-    """Micro-batches of at most `micro_batch` rows, longest first.
+Readout = Callable[[Tensor, MicroBatch], Output]  # (what the last stage's chunk returned, the slot that it read) -> Output
+
+
+def padded_length(longest: int, length_multiple: int, device: torch.device) -> int:
+    """`longest` rounded up to `length_multiple`; on a GPU also to 64 tokens, and above 512 to 128.
+
+    Each new shape costs a GPU time (plans of fused attention, compiled kernels, blocks of the allocator), so there are few of them. The
+    width may go beyond the model's positions: RoPE is computed for any width, and no real token looks at the padding behind it.
+    """
+    if device.type != "cpu":
+        length_multiple = math.lcm(length_multiple, 64 if longest <= 512 else 128)
+    return -(-longest // length_multiple) * length_multiple
+
+
+def plan(
+    batch: Rows, micro_batch: int, device: torch.device = HOST, *, length_multiple: int = 1, slot_multiple: int = 1
+) -> list[MicroBatch]:
+    """Micro-batches of at most `micro_batch` rows on `device`, longest first.
 
     length_multiple: widths are rounded up to it (sequence parallelism).  slot_multiple: their number is a multiple of it
     (interleaved pipelines); rows are spread thinner first, then idle slots repeat one row.
@@ -45,22 +67,34 @@ def plan(batch: Rows, micro_batch: int, *, length_multiple: int = 1, slot_multip
     num_rows = len(batch)
     if num_rows == 0:
         raise ValueError("a batch without rows: every replica needs at least one")
-    lengths = batch.sequences.lengths.view(-1, num_rows).amax(0).cpu()
-    order = torch.sort(lengths, descending=True, stable=True).indices
+    sequences = batch.sequences
+    lengths, masks = sequences.lengths.cpu().view(-1, num_rows).amax(0), sequences.mask.cpu().unflatten(0, (-1, num_rows))
+    lengths, order = torch.sort(lengths, descending=True, stable=True)
     num_slots = -(-num_rows // micro_batch)
     num_slots = -(-num_slots // slot_multiple) * slot_multiple
-    filled = [part for part in torch.tensor_split(order, min(num_slots, num_rows)) if len(part)]
-    slots = [_slot(batch, index, length_multiple) for index in filled]
-    return slots + [replace(_slot(batch, order[-1:], length_multiple), idle=True)] * (num_slots - len(slots))
+    sizes = [len(part) for part in torch.tensor_split(order, min(num_slots, num_rows))]
+    num_idle = num_slots - len(sizes)
+    cuts = [*pairwise(accumulate(sizes, initial=0)), *[(num_rows - 1, num_rows)] * num_idle]
+
+    longest = lengths.tolist()
+    widths = [padded_length(longest[start], length_multiple, device) for start, _ in cuts]
+    found = [
+        response_positions(resize(masks[:, order[start:stop]].flatten(0, 1), width))
+        for (start, stop), width in zip(cuts, widths, strict=True)
+    ]
+    positions = torch.cat(found).to(device).split([len(x) for x in found])
+    ordered = batch.to(device).select(order)  # so that the slots are views of it
+    slots = [
+        _slot(ordered.block(start, stop), order[start:stop], where, width)
+        for (start, stop), where, width in zip(cuts, positions, widths, strict=True)
+    ]
+    return [replace(slot, idle=i >= num_slots - num_idle) for i, slot in enumerate(slots)]
 
 
-def _slot(batch: Rows, index: Tensor, length_multiple: int) -> MicroBatch:
-    rows = batch.select(index)
-    sequences = rows.sequences
-    longest = int(sequences.lengths.max())
-    width = -(-longest // length_multiple) * length_multiple
-    trimmed = replace(sequences, tokens=resize(sequences.tokens, width), mask=resize(sequences.mask, width))
-    return MicroBatch(rows, index, trimmed, sequences.tokens.shape[1])
+def _slot(rows: Rows, index: Tensor, positions: Tensor, width: int) -> MicroBatch:
+    whole = rows.sequences
+    trimmed = replace(whole, tokens=resize(whole.tokens, width), mask=resize(whole.mask, width))
+    return MicroBatch(rows, index, trimmed, positions, whole.tokens.shape[1])
 
 
 def resize(x: Tensor, width: int) -> Tensor:
@@ -94,17 +128,15 @@ def rebuild(kind: type, parts: list[Any]) -> Output:
     return output
 
 
-def gather(slots: list[MicroBatch], outputs: list[Output], num_rows: int) -> Output:
+def gather(slots: list[MicroBatch], outputs: list[Output]) -> Output:
     """Outputs of all slots, in the order of the batch's sequences."""
     kind = next(k for k in (TokenStats, CriticOutput, Tensor) if isinstance(outputs[0], k))
     columns = list(zip(*(tensors(o) for o in outputs), strict=True))
-    return rebuild(kind, [None if column[0] is None else _scatter(slots, list(column), num_rows) for column in columns])
+    return rebuild(kind, [None if column[0] is None else _in_order(slots, list(column)) for column in columns])
 
 
-def _scatter(slots: list[MicroBatch], parts: list[Tensor], num_rows: int) -> Tensor:
+def _in_order(slots: list[MicroBatch], parts: list[Tensor]) -> Tensor:
     halves = len(parts[0]) // len(slots[0].index)  # a pair's sequences: all chosen, then all rejected
-    out = parts[0].new_zeros(halves, num_rows, *parts[0].shape[1:])
-    for slot, part in zip(slots, parts, strict=True):
-        if not slot.idle:
-            out[:, slot.index.to(out.device)] = part.view(halves, len(slot.index), *part.shape[1:])
-    return out.flatten(0, 1)
+    busy = [(slot.index, part.unflatten(0, (halves, -1))) for slot, part in zip(slots, parts, strict=True) if not slot.idle]
+    place = torch.cat([index for index, _ in busy]).argsort()
+    return torch.cat([part for _, part in busy], 1)[:, place.to(parts[0].device)].flatten(0, 1)

@@ -20,27 +20,46 @@ from gipo_megatron.megatron.heads import GroupHead
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.types import CriticOutput, Sequences, TokenStats
 
-CHUNK_BYTES = 8 << 20  # of one fp32 copy of a row chunk's logits
+# Of one fp32 copy of a row chunk's logits: on a CPU a chunk stays in its caches; on a GPU small chunks would cost more time in
+# kernel launches (about 50 a chunk) than in arithmetic.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+
+
+def chunk_bytes(device: torch.device) -> int:
+    return CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+
+
+def response_positions(mask: Tensor) -> Tensor:
+    """int64 [n], the places of the masked tokens in the flattened mask [b, T]; for a mask on the host, where this waits for nothing."""
+    assert not bool(mask[:, 0].any()), "the first token is inside the mask, but nothing predicts it"
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def token_stats(
-    logits: Tensor, sequences: Sequences, *, vocab_size: int, mesh: Mesh, temperature: float = 1.0, entropy: bool = False
+    logits: Tensor,
+    sequences: Sequences,
+    positions: Tensor,
+    *,
+    vocab_size: int,
+    mesh: Mesh,
+    temperature: float = 1.0,
+    entropy: bool = False,
 ) -> TokenStats:
     """Log-probs (and entropies, in nats) of softmax(logits / temperature) for the tokens inside the mask; zero elsewhere.
 
     `logits` [b, T, V' / tensor] is this rank's share of the padded vocabulary and is not changed; columns from vocab_size on do not exist.
-    Both results are fp32 [b, T], the same on every rank of the tensor group, and carry gradients. Nothing of the size of the logits is
-    made in fp32 (row chunks of 8 MiB), and only masked positions are read. A collective's cost: two small all-reduces per row chunk.
+    `positions` are the `response_positions` of the mask, on the logits' device: no value is read back from it.
+    Both results are fp32 [b, T], the same on every rank of the tensor group, and carry gradients; an entropy that the loss does not
+    use costs nothing in the backward pass. Nothing of the size of the logits is made in fp32 (row chunks of CHUNK_BYTES), and only masked
+    positions are read. A collective's cost: two small all-reduces per row chunk.
     """
     assert temperature > 0, "log-probs are taken at the sampling temperature, which is not 0 in training"
     mask = sequences.mask
     assert mask.shape == logits.shape[:2], f"mask {tuple(mask.shape)} and logits {tuple(logits.shape)}"
-    assert not bool(mask[:, 0].any()), "the first token is inside the mask, but nothing predicts it"
-    position = mask.flatten().nonzero().squeeze(1)
     shard = _Shard(vocab_size, logits.shape[2], mesh)
-    read = position - 1  # the shift: flat position t-1 is in the same row, because t > 0
-    logprobs, entropies = _TokenStats.apply(logits, read, sequences.tokens.flatten()[position], shard, 1.0 / temperature, entropy)
-    return TokenStats(_place(logprobs, position, mask), _place(entropies, position, mask) if entropy else None)
+    read = positions - 1  # the shift: flat position t-1 is in the same row, because t > 0
+    logprobs, entropies = _TokenStats.apply(logits, read, sequences.tokens.flatten()[positions], shard, 1.0 / temperature, entropy)
+    return TokenStats(_place(logprobs, positions, mask), _place(entropies, positions, mask) if entropy else None)
 
 
 def critic_output(raw: Tensor, hidden: Tensor, sequences: Sequences, group_head: GroupHead | None) -> CriticOutput:
@@ -76,8 +95,8 @@ class _Shard:
             dist.all_reduce(x, op=op, group=self.group)
         return x
 
-    def rows_per_chunk(self) -> int:
-        return max(1, CHUNK_BYTES // (4 * self.columns))
+    def rows_per_chunk(self, device: torch.device) -> int:
+        return max(1, chunk_bytes(device) // (4 * self.columns))
 
     def targets(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(column of each token, clamped into this shard; whether it is in this shard)"""
@@ -89,6 +108,7 @@ class _TokenStats(torch.autograd.Function):
     """With x = logits / T over the real columns, z = Σ exp x:  logp = x_y - log z,  H = log z - Σ p x.
 
     ∂logp/∂x = onehot_y - p;  ∂H/∂x = -p (log p + H).  The backward pass has no collective: it keeps the logits and two numbers a row.
+    The gradient of an output that the loss does not use is None there.
     """
 
     @staticmethod
@@ -97,7 +117,7 @@ class _TokenStats(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         flat = logits.reshape(-1, shard.columns)
         logprobs, entropies, log_z = (torch.empty(len(rows), dtype=torch.float32, device=logits.device) for _ in range(3))
-        step = shard.rows_per_chunk()
+        step = shard.rows_per_chunk(logits.device)
         for start in range(0, len(rows), step):
             cut = slice(start, start + step)
             x = flat[rows[cut]].float().mul_(scale)
@@ -116,19 +136,23 @@ class _TokenStats(torch.autograd.Function):
             logprobs[cut] = sums[2] - log_sum
             entropies[cut] = log_sum - sums[1] / sums[0]
             log_z[cut] = top + log_sum
+            del x, weight  # or the next chunk's would lie beside them
         ctx.save_for_backward(logits, rows, tokens, log_z, entropies)
-        ctx.shard, ctx.scale, ctx.entropy = shard, scale, entropy
+        ctx.shard, ctx.scale = shard, scale
+        ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, rows, tokens, log_z, entropies = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(log_z)
         shard: _Shard = ctx.shard
         flat = logits.reshape(-1, shard.columns)
         grad = torch.zeros_like(flat)
-        step = shard.rows_per_chunk()
+        step = shard.rows_per_chunk(logits.device)
         for start in range(0, len(rows), step):
             cut = slice(start, start + step)
             logp = flat[rows[cut]].float().mul_(ctx.scale).sub_(log_z[cut, None])
@@ -136,10 +160,12 @@ class _TokenStats(torch.autograd.Function):
             p = logp.exp()
             p[:, shard.width :] = 0.0
             factor = -grad_logprobs[cut, None].float()
-            if ctx.entropy:
-                factor = factor - grad_entropies[cut, None] * (logp + entropies[cut, None])
+            if grad_entropies is not None:
+                factor = logp.add_(entropies[cut, None]).mul_(grad_entropies[cut, None]).neg_().add_(factor)
             g = p.mul_(factor)
+            del logp, factor
             column, inside = shard.targets(tokens[cut])
             g.scatter_add_(1, column[:, None], torch.where(inside, grad_logprobs[cut].float(), 0.0)[:, None])
             grad[rows[cut]] = g.mul_(ctx.scale).to(grad.dtype)
+            del p, g
         return grad.view(logits.shape), None, None, None, None, None

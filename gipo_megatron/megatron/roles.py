@@ -16,13 +16,13 @@ from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.heads import take_hidden
 from gipo_megatron.megatron.hf import Seen, ignore, load_group_head, load_hf
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.microbatches import Readout
+from gipo_megatron.megatron.microbatches import MicroBatch, Readout
 from gipo_megatron.megatron.model import initialise_weights
 from gipo_megatron.megatron.readout import critic_output, last_token_score, token_stats
 from gipo_megatron.megatron.residency import Snapshot
 from gipo_megatron.megatron.schedule import Engine, Part
 from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision, Sampling
-from gipo_megatron.types import CriticOutput, Output, Prompts, Rollout, Rows, Sequences, TokenStats, Update
+from gipo_megatron.types import CriticOutput, Output, Prompts, Rollout, Rows, TokenStats, Update
 
 
 def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
@@ -61,9 +61,16 @@ def outputs(engine: Engine, ids: Tensor) -> Tensor:
 def language_readout(engine: Engine, temperature: float, entropy: bool) -> Readout:
     """Log-probs (and entropy) of the response tokens at `temperature`."""
 
-    def read(logits: Tensor, sequences: Sequences) -> Output:
-        vocabulary = engine.architecture.vocab_size
-        return token_stats(logits, sequences, vocab_size=vocabulary, mesh=engine.mesh, temperature=temperature, entropy=entropy)
+    def read(logits: Tensor, slot: MicroBatch) -> Output:
+        return token_stats(
+            logits,
+            slot.sequences,
+            slot.positions,
+            vocab_size=engine.architecture.vocab_size,
+            mesh=engine.mesh,
+            temperature=temperature,
+            entropy=entropy,
+        )
 
     return read
 
@@ -112,9 +119,9 @@ class MegatronActor:
         assert isinstance(stats, TokenStats)
         return stats
 
-    def readout(self, logits: Tensor, sequences: Sequences) -> Output:
-        """What the losses see; the entropy comes with the log-probs' own collectives."""
-        return language_readout(self.engine, self.temperature, entropy=True)(logits, sequences)
+    def readout(self, logits: Tensor, slot: MicroBatch) -> Output:
+        """What the losses see. The entropy comes with the log-probs' own collectives, and has a gradient where a loss uses it."""
+        return language_readout(self.engine, self.temperature, entropy=True)(logits, slot)
 
     def update(self, *parts: Part) -> Update:
         return self.engine.update(parts, self.readout)
@@ -213,8 +220,8 @@ class MegatronCritic:
         )
         self.loaded_from = load_into(self.engine, load, "critic")
 
-    def readout(self, raw: Tensor, sequences: Sequences) -> Output:
-        return critic_output(raw, take_hidden(self.engine.chunks[-1]), sequences, self.engine.group_head)
+    def readout(self, raw: Tensor, slot: MicroBatch) -> Output:
+        return critic_output(raw, take_hidden(self.engine.chunks[-1]), slot.sequences, self.engine.group_head)
 
     def evaluate(self, batch: Rows) -> CriticOutput:
         output = self.engine.forward(batch, self.readout)
@@ -255,9 +262,9 @@ class MegatronRewardModel:
         )
         self.loaded_from = load_into(self.engine, load, "reward")
 
-    def readout(self, raw: Tensor, sequences: Sequences) -> Output:
+    def readout(self, raw: Tensor, slot: MicroBatch) -> Output:
         take_hidden(self.engine.chunks[-1])  # not needed, so not kept
-        return last_token_score(raw, sequences)
+        return last_token_score(raw, slot.sequences)
 
     def score(self, batch: Rows) -> Tensor:
         scores = self.engine.forward(batch, self.readout)

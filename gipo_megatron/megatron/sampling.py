@@ -81,6 +81,12 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, peak[:, 0] + total.log().to(logits.dtype)
 
 
+def pick_bytes(sampling: Sampling) -> int:
+    """Bytes that `pick` needs at most for each logit of a row: fp32, its exponential and a sum in fp64; a sort and its sums beside them."""
+    truncated = sampling.top_p < 1 or sampling.top_k > 0
+    return 64 if truncated or sampling.repetition_penalty != 1 else 16
+
+
 def pick(logits: Tensor, sampling: Sampling, uniform: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
     """Tokens [b] (-1 where the logits are not finite) and their log-probs [b].
 

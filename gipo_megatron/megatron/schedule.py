@@ -84,7 +84,7 @@ class Engine:
         slots = self._plan(batch)
         with self.ready(), self.scaling.inference():
             outputs = pipeline.run(self._wrapped, slots, partial(_answer, readout), forward_only=True)
-            whole = gather(slots, outputs, len(batch)) if outputs else None
+            whole = gather(slots, outputs) if outputs else None
             return self._from_last_stage(whole)
 
     def _from_last_stage(self, output: Output | None) -> Output:
@@ -140,15 +140,14 @@ class Engine:
             self.group_head.zero_grad()
         self._mode(train=True)
         results = pipeline.run(self._wrapped, slots, partial(self._loss, readout), forward_only=False)
+        totals: list[Tensor] = []
         metrics: Metrics = {}
-        bad: list[int] = []
         for total, slot, new in results:
-            if slot.idle:
-                continue
-            metrics = merge_metrics(metrics, new)
-            if not isfinite(float(total)):
-                bad += slot.rows.row_ids.tolist()
-        return self._share([(_to(metrics, "cpu"), bad)])
+            totals.append(total)
+            metrics = metrics if slot.idle else merge_metrics(metrics, new)
+        sums, metrics = _to_host(totals, metrics)
+        slots = [slot for (_, slot, _), x in zip(results, sums, strict=True) if not slot.idle and not isfinite(x)]
+        return self._share([(metrics, [i for slot in slots for i in slot.rows.row_ids.tolist()])])
 
     def _slots(self, parts: Sequence[Part]) -> list[MicroBatch]:
         slots = []
@@ -192,7 +191,7 @@ class Engine:
         mesh = self.mesh
         slots = mesh.pipeline_size if mesh.parallel.virtual_pipeline > 1 else 1
         widths = length_multiple(self.precision, mesh.parallel)
-        return plan(rows.to(mesh.device), self.micro_batch, length_multiple=widths, slot_multiple=slots)
+        return plan(rows, self.micro_batch, mesh.device, length_multiple=widths, slot_multiple=slots)
 
     def _mode(self, *, train: bool) -> None:
         for chunk in self.chunks:
@@ -262,11 +261,17 @@ class Engine:
 
 
 def _answer(readout: Readout, slot: MicroBatch, raw: Tensor) -> Output:
-    return widen(readout(raw, slot.sequences), slot.width)
+    return widen(readout(raw, slot), slot.width)
 
 
-def _to(metrics: Metrics, device: str) -> Metrics:
-    return {name: Metric(m.kind, m.parts.to(device)) for name, m in metrics.items()}
+def _to_host(totals: list[Tensor], metrics: Metrics) -> tuple[list[float], Metrics]:
+    """The slots' totals and the merged metrics, in one copy from the device: each copy of its own would wait for it."""
+    if not totals:
+        return [], metrics
+    device = totals[0].device
+    parts = [torch.stack(totals).double(), *(m.parts.to(device) for m in metrics.values())]
+    sums, *own = torch.cat(parts).cpu().split([len(part) for part in parts])
+    return sums.tolist(), {name: Metric(m.kind, x) for (name, m), x in zip(metrics.items(), own, strict=True)}
 
 
 def _exact(value: float) -> Metric:

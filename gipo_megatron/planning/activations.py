@@ -16,13 +16,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gipo_megatron.megatron.generate import CACHE_BYTES, PREFILL_TOKENS
+import torch
+
 from gipo_megatron.megatron.model import padded_vocab
-from gipo_megatron.megatron.readout import CHUNK_BYTES
-from gipo_megatron.specs import Architecture, Parallel
+from gipo_megatron.megatron.readout import chunk_bytes
+from gipo_megatron.megatron.room import PREFILL_TOKENS, Need
+from gipo_megatron.specs import Architecture, Parallel, Sampling
 
 FP32 = 4
-READOUT_COPIES = 4  # fp32 row chunks that readout.token_stats holds at once
+READOUT_COPIES = 3  # fp32 row chunks that readout.token_stats holds at once: two, and one in the model's dtype
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Slot:
     itemsize: int  # of the model's dtype
     sequences: int
     length: int  # padded
+    device: torch.device = torch.device("cuda")  # what the plan is for
 
     @property
     def tokens(self) -> int:
@@ -111,6 +114,7 @@ class Pass:
     layer: int = 0  # at work in one layer
     logits: int = 0  # logits, or a head's fp32 input, with their gradients
     cache: int = 0  # keys and values of generation
+    rows: int = 0  # sequences of a replica that generate at once
     step: int = 0  # Adam's denominators in the optimizer step (none with Transformer Engine's fused Adam)
 
     @property
@@ -125,7 +129,8 @@ def _output(slot: Slot, head: bool, weight_gradient: bool) -> int:
         return ends + slot.residual // slot.itemsize * FP32 * (2 if weight_gradient else 1)
     a = slot.architecture
     gradient = padded_vocab(a, slot.parallel.tensor) // slot.parallel.tensor * a.hidden_size * slot.itemsize if weight_gradient else 0
-    return ends + 2 * slot.logits + gradient + READOUT_COPIES * min(CHUNK_BYTES, slot.logits // slot.itemsize * FP32)
+    chunk = min(chunk_bytes(slot.device), slot.logits // slot.itemsize * FP32)
+    return ends + 2 * slot.logits + gradient + READOUT_COPIES * chunk
 
 
 def training(slot: Slot, recompute: str, chunk_layers: tuple[int, ...], stage: int, slots: int, head: bool, moments: int) -> Pass:
@@ -147,26 +152,16 @@ def forward(slot: Slot, stage: int, head: bool) -> Pass:
     return Pass(layer=layer, logits=_output(slot, head, weight_gradient=False) if stage == slot.parallel.pipeline - 1 else 0)
 
 
-def cached_token(slot: Slot) -> int:
-    """Bytes of one token's keys and values on one rank."""
-    return 2 * -(-slot.architecture.num_layers // slot.parallel.pipeline) * slot.key // slot.tokens
+def need_of(slot: Slot) -> Need:
+    """What generation takes, of the model that `slot` is of."""
+    return Need(slot.architecture, slot.parallel, slot.itemsize)
 
 
-def cached_rows(slot: Slot, rows: int, length: int) -> int:
-    """Of a replica's `rows`, how many generate at once (generate.CACHE_BYTES)."""
-    return min(rows, max(1, CACHE_BYTES // (length * cached_token(slot))))
-
-
-def generation(slot: Slot, rows: int, max_length: int, max_response: int, stage: int) -> Pass:
-    """Prefill of the longest prompts, then decoding up to `max_response` tokens, in slices of the batch whose caches fit."""
-    together = cached_rows(slot, rows, max_length)
-    cache = together * (max_length - 1) * cached_token(slot)
-    prompt = max(1, max_length - max_response)
-    block = slot.tokens and max(1, min(together, PREFILL_TOKENS // prompt)) * prompt
-    scale = block / slot.tokens
-    attention = 3 * slot.query + 6 * (slot.query + slot.key)  # projection, and RoPE on queries and keys with its temporaries
-    layer = int(scale * (3 * slot.hidden + max(attention, 3 * slot.feed)))
-    logits = 0
-    if stage == slot.parallel.pipeline - 1:  # gathered and joined, then fp32, its exponentials, and their sums in fp64
-        logits = together * slot.architecture.vocab_size * (2 * slot.itemsize + 2 * FP32 + 8)
-    return Pass(layer=layer, logits=logits, cache=cache)
+def generation(slot: Slot, rows: int, max_length: int, sampling: Sampling, stage: int) -> Pass:
+    """Prefill of the longest prompts, then decoding, of `rows` sequences at once."""
+    need, prompt = need_of(slot), max(1, max_length - sampling.max_response)
+    cache = rows * (max_length - 1) * need.token
+    leaving = cache // (2 * need.layers)  # a tensor of the cache is there twice while finished rows leave it
+    layer = max(need.prefill(max(1, min(rows, PREFILL_TOKENS // prompt)) * prompt), leaving)
+    logits = rows * need.logits(sampling) if stage == slot.parallel.pipeline - 1 else 0
+    return Pass(layer=layer, logits=logits, cache=cache, rows=rows)

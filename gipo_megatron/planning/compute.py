@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gipo_megatron.planning.activations import cached_rows, cached_token
+from gipo_megatron.planning.activations import need_of
 from gipo_megatron.planning.arithmetic import BatchPlan, batch_plan
-from gipo_megatron.planning.memory import Footprint, slot_of
+from gipo_megatron.planning.memory import Footprint, Phase, slot_of
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.telemetry.performance import PEAK_FLOPS, flops
 
@@ -81,7 +81,7 @@ def timing(recipe: Recipe, footprint: Footprint, gpus_per_node: int) -> Timing:
         if phase.name.startswith(("set-up", "group probe")) or "once" in phase.name:
             continue
         if phase.name == "rollout":
-            works.append(_rollout(recipe, footprint, batch, gpu))
+            works.append(_rollout(recipe, footprint, phase, batch, gpu))
         elif phase.name.endswith("update"):
             works.append(_update(recipe, footprint, batch, gpu, role, gpus_per_node))
         else:
@@ -116,16 +116,15 @@ def _update(recipe: Recipe, footprint: Footprint, batch: BatchPlan, gpu: Gpu, ro
     return Work(work.name, work.flops, work.recomputed, work.seconds + batch.updates * exchange)
 
 
-def _rollout(recipe: Recipe, footprint: Footprint, batch: BatchPlan, gpu: Gpu) -> Work:
+def _rollout(recipe: Recipe, footprint: Footprint, phase: Phase, batch: BatchPlan, gpu: Gpu) -> Work:
     """Prefill at the assumed share of the peak; each decoded token reads the weights and half-full caches, or waits for launches."""
-    parallel, slot, shard = recipe.parallel, slot_of(recipe), footprint.roles["actor"]
+    parallel, shard = recipe.parallel, footprint.roles["actor"]
     prompts = batch.rows * (batch.max_length - batch.max_response)
     prefill = _matrix(recipe, gpu, "rollout", 1, 0.0, prompts, 1)
-    rows = cached_rows(slot, batch.rows_per_replica, batch.max_length)
-    slices = -(-batch.rows_per_replica // rows)
-    cache = rows * (batch.max_length - batch.max_response / 2) * cached_token(slot)
-    reading = (shard.weights + cache) / gpu.bandwidth
     launching = shard.layers * (DECODE_KERNELS * LAUNCH_SECONDS + (2 * REDUCE_SECONDS if parallel.tensor > 1 else 0.0))
-    seconds = slices * batch.max_response * parallel.pipeline * max(reading, launching)
+    row = (batch.max_length - batch.max_response / 2) * need_of(slot_of(recipe)).token
+    whole, rest = divmod(batch.rows_per_replica, phase.work.rows)
+    slices = [phase.work.rows] * whole + [rest] * bool(rest)
+    step = sum(max((shard.weights + rows * row) / gpu.bandwidth, launching) for rows in slices)
     decode = flops(recipe.model.architecture, batch.rows * batch.max_response, 1)
-    return Work("rollout", prefill.flops + decode, 0.0, prefill.seconds + seconds)
+    return Work("rollout", prefill.flops + decode, 0.0, prefill.seconds + batch.max_response * parallel.pipeline * step)

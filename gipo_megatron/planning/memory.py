@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
+from gipo_megatron.megatron.microbatches import padded_length
 from gipo_megatron.megatron.precision import DTYPES, length_multiple
+from gipo_megatron.megatron.room import FRAGMENTATION, HOST_ROOM, Room, room_in
 from gipo_megatron.megatron.shard import Shard
-from gipo_megatron.planning.activations import Pass, Slot, forward, generation, training
+from gipo_megatron.planning.activations import Pass, Slot, forward, generation, need_of, training
 from gipo_megatron.planning.arithmetic import batch_plan
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.specs import Sampling
 
 GIB = 2**30
 CONTEXT_BYTES = 2 * GIB  # CUDA context, kernels, NCCL's buffers
-FRAGMENTATION = 0.05  # of the GPU's memory: what the caching allocator cannot hand out
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,18 @@ class Device:
         return phase
 
 
-def footprint(recipe: Recipe, roles: dict[str, Shard]) -> Footprint:
-    """The phases of one iteration on the rank whose shards these are, set-up first; each phase at its most."""
+def footprints(recipe: Recipe, stages: Sequence[dict[str, Shard]]) -> tuple[Footprint, ...]:
+    """One rank of each of these pipeline stages. All generate as many rows at once as the one with the least room."""
+    alone = [footprint(recipe, roles) for roles in stages]
+    rows = [phase.work.rows for found in alone for phase in found.phases if phase.work.rows]
+    return tuple(footprint(recipe, roles, min(rows)) for roles in stages) if rows else tuple(alone)
+
+
+def footprint(recipe: Recipe, roles: dict[str, Shard], together: int | None = None) -> Footprint:
+    """The phases of one iteration on the rank whose shards these are, set-up first; each phase at its most.
+
+    together: rows that generate at once, where other ranks of the replica have less room than this one.
+    """
     device = Device(recipe, roles)
     order = [role for role in ("actor", "critic", *(r for r in roles if r.startswith("reward")), "reference") if role in roles]
     phases: list[Phase] = []
@@ -148,7 +162,7 @@ def footprint(recipe: Recipe, roles: dict[str, Shard]) -> Footprint:
     set_up = max(phases, key=lambda phase: phase.peak)
     once = [phase for phase in phases if "once" in phase.name]
     for _ in range(2):  # the second time round is like all others
-        iteration = _iteration(recipe, Calls(recipe, roles, device))
+        iteration = _iteration(recipe, Calls(recipe, roles, device, together))
     host = sum(s.weights + s.optimizer for role, s in roles.items() if device.offloaded(role))
     any_role = next(iter(roles.values()))
     named = [set_up] if set_up not in once else []
@@ -180,6 +194,7 @@ class Calls:
     recipe: Recipe
     shards: Mapping[str, Shard]
     device: Device
+    together: int | None = None
 
     @property
     def slot(self) -> Slot:
@@ -190,9 +205,22 @@ class Calls:
         return Phase(name, self.device.state, work(self.shards[role]), moved)
 
     def generate(self, name: str, role: str) -> Phase:
-        batch = batch_plan(self.recipe)
-        size = (batch.rows_per_replica, batch.max_length, batch.max_response)
-        return self._phase(name, role, lambda shard: generation(self.slot, *size, shard.stage))
+        batch, block, slot = batch_plan(self.recipe), self.recipe.algorithm["rollout"], self.slot
+        sampling = Sampling(batch.max_response, top_k=block["top_k"], top_p=block["top_p"])
+
+        def work(shard: Shard) -> Pass:
+            room = self._room(batch.max_length - batch.max_response, sampling)
+            fit = min(batch.rows_per_replica, room.rows(batch.max_length, need_of(slot).token))
+            return generation(slot, self.together or fit, batch.max_length, sampling, shard.stage)
+
+        return self._phase(name, role, work)
+
+    def _room(self, prompt: int, sampling: Sampling) -> Room:
+        """What is left for rows beside the state that is on the device now."""
+        total = self.recipe.hardware.gpu_memory_gib * GIB
+        if not total:
+            return HOST_ROOM
+        return room_in(total - CONTEXT_BYTES - self.device.state.total, total, need_of(self.slot), prompt, sampling)
 
     def forward(self, name: str, role: str) -> Phase:
         return self._phase(name, role, lambda shard: forward(self.slot, shard.stage, head_of(role) is not None))
@@ -223,6 +251,7 @@ class Calls:
 def slot_of(recipe: Recipe) -> Slot:
     """The largest micro-batch that the recipe allows."""
     batch, widths = batch_plan(recipe), length_multiple(recipe.precision, recipe.parallel)
-    length = -(-batch.max_length // widths) * widths
+    device = torch.device("cuda" if recipe.hardware.gpu_memory_gib else "cpu")
+    length = padded_length(batch.max_length, widths, device)
     itemsize = DTYPES[recipe.precision.dtype].itemsize
-    return Slot(recipe.model.architecture, recipe.parallel, itemsize, batch.micro_batch * batch.sequences_per_row, length)
+    return Slot(recipe.model.architecture, recipe.parallel, itemsize, batch.micro_batch * batch.sequences_per_row, length, device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from gipo_megatron.megatron.shard import Shard, build, groups, pretend
 from gipo_megatron.planning.arithmetic import BatchPlan, batch_plan
 from gipo_megatron.planning.compute import Timing, timing
-from gipo_megatron.planning.memory import Footprint, budget, footprint, head_of
+from gipo_megatron.planning.memory import Footprint, budget, footprints, head_of
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.specs import Architecture, Parallel, Precision
 
@@ -58,15 +58,15 @@ class Planner:
             middle = found[min(1, stages - 1)][role].parameters * max(0, stages - 2)
             ends = [found[stage][role].parameters for stage in {0, stages - 1}]
             parameters[role] = sum(ends) + middle
-        footprints = tuple(footprint(recipe, roles) for roles in found.values())
+        looked_at = footprints(recipe, list(found.values()))
         per_node = min(recipe.hardware.gpus or NODE, NODE)
-        heaviest = max(footprints, key=lambda candidate: candidate.worst.peak)
+        heaviest = max(looked_at, key=lambda candidate: candidate.worst.peak)
         return Plan(
             recipe=recipe,
             groups=groups(recipe.parallel, recipe.world),
             gpus_per_node=per_node,
             parameters=parameters,
-            footprints=footprints,
+            footprints=looked_at,
             batch=batch_plan(recipe),
             time=timing(recipe, heaviest, per_node) if recipe.hardware.gpu_memory_gib else None,
         )

@@ -104,10 +104,11 @@ def _phases(plan: Plan) -> list[str]:
         mark = " *" if phase is found.worst else ""
         rows.append([phase.name + mark, *(_size(n, unit) for n in (*numbers, phase.peak, phase.moved))])
     shown = [i for i in range(len(rows[0])) if any(row[i] != "-" for row in rows[1:])]
+    generated = max(phase.work.rows for phase in found.phases)
     copies = ", FP8 copies of the weights" if plan.recipe.precision.fp8 != "none" else ""
     meanings = {
         "kept": f"kept: activations for the backward pass (recompute: {plan.recipe.memory.recompute}){copies}",
-        "KV": "KV: keys and values of generation",
+        "KV": f"KV: keys and values of {generated} of a replica's {plan.batch.rows_per_replica} sequences, as many as fit at once",
         "layer": "layer: at work in one layer",
         "logits": "logits: of one micro-batch with their gradients; never beside layer, the larger counts",
         "Adam": "Adam: temporaries of its step, when the activations are gone; none with Transformer Engine",

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from gipo_megatron.megatron.decode import Decoder, layer_weights, rms_norm
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.specs import Architecture, Precision
+from gipo_megatron.megatron.room import Need
+from gipo_megatron.specs import Architecture, Parallel, Precision
 from tests.parity import families
 from tests.parity.tiny import ARCHITECTURE
 
@@ -129,5 +130,5 @@ def test_cache_bytes(mesh: Mesh) -> None:
     decoder = Decoder(model(ARCHITECTURE, mesh), ARCHITECTURE, mesh, 8)
     cache = decoder.allocate(3, 10, torch.tensor([4, 4, 4]), 4)
     held = sum(x.nbytes for x in cache.keys + cache.values)
-    assert held == 3 * 10 * decoder.slot_bytes == 3 * 10 * 2 * 4 * 2 * 8 * 4
+    assert held == 3 * 10 * Need(ARCHITECTURE, Parallel(), 4).token == 3 * 10 * 2 * 4 * 2 * 8 * 4
     assert cache.bias is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gipo_megatron.megatron.microbatches import gather, plan, resize, widen
+from gipo_megatron.megatron.microbatches import gather, padded_length, plan, resize, widen
 from gipo_megatron.types import CriticOutput, TokenStats
 from tests.parity.tiny import RAGGED, pairs, weighted
 
@@ -27,6 +27,45 @@ def test_widths_are_rounded_up() -> None:
 
 
 @pytest.mark.parametrize(
+    ("device", "longest", "multiple", "width"),
+    [
+        ("cpu", 1001, 1, 1001),
+        ("cpu", 1001, 4, 1004),
+        ("cuda", 1, 1, 64),
+        ("cuda", 64, 1, 64),
+        ("cuda", 449, 1, 512),
+        ("cuda", 512, 1, 512),
+        ("cuda", 513, 1, 640),
+        ("cuda", 1001, 1, 1024),
+        ("cuda", 2048, 64, 2048),  # FP8's 16 tokens on each of four ranks
+        ("cuda", 700, 48, 768),  # on each of three: 384 divides by 48 and by 128
+        ("cuda", 100, 3, 192),
+    ],
+)
+def test_widths_on_a_gpu_are_few(device: str, longest: int, multiple: int, width: int) -> None:
+    assert padded_length(longest, multiple, torch.device(device)) == width
+
+
+def test_sizes_are_found_on_the_host() -> None:
+    """The meta device stands for a GPU: its tensors have no values, so planning that read one back would fail. Idle slots included."""
+    slots = plan(weighted().block(0, 5), 2, torch.device("meta"), slot_multiple=4)
+    assert [slot.sequences.tokens.shape for slot in slots] == [(2, 64), (1, 64), (1, 64), (1, 64)]
+    assert all(slot.positions.is_meta and slot.rows.inner.tokens.is_meta for slot in slots)
+    here = plan(weighted().block(0, 5), 2, slot_multiple=4)
+    assert [len(slot.positions) for slot in slots] == [len(slot.positions) for slot in here] == [9 + 14, 5, 2, 3]
+    outputs = [torch.empty(len(slot.index), device="meta") for slot in slots]
+    assert gather(slots, list(outputs)).shape == (5,)
+
+
+def test_positions_are_of_the_trimmed_mask() -> None:
+    for batch in (weighted(), pairs()):
+        slots = plan(batch, 3, length_multiple=4, slot_multiple=3)
+        assert len(slots) == 3
+        for slot in slots:
+            assert torch.equal(slot.positions, slot.sequences.mask.flatten().nonzero()[:, 0])
+
+
+@pytest.mark.parametrize(
     ("rows", "micro_batch", "sizes", "idle"), [(8, 3, [2, 2, 2, 2], 0), (3, 4, [2, 1], 0), (1, 4, [1, 1], 1), (5, 1, [1] * 6, 1)]
 )
 def test_slots_are_a_multiple_for_interleaved_pipelines(rows: int, micro_batch: int, sizes: list[int], idle: int) -> None:
@@ -39,7 +78,7 @@ def test_slots_are_a_multiple_for_interleaved_pipelines(rows: int, micro_batch: 
 def test_gather_undoes_the_order() -> None:
     slots = plan(weighted(), 3, slot_multiple=4)
     outputs = [widen(TokenStats(slot.sequences.tokens.float() * slot.sequences.mask, None), slot.width) for slot in slots]
-    whole = gather(slots, outputs, 8)
+    whole = gather(slots, outputs)
     rows = weighted().inner
     assert isinstance(whole, TokenStats) and whole.entropy is None
     assert torch.equal(whole.logprobs, rows.tokens.float() * rows.mask)
@@ -48,7 +87,7 @@ def test_gather_undoes_the_order() -> None:
 def test_gather_of_values_and_group_logits() -> None:
     slots = plan(weighted().block(0, 5), 2, slot_multiple=4)  # 3 slots of rows become 4
     outputs = [widen(CriticOutput(slot.sequences.tokens.float(), slot.sequences.lengths[:, None].float()), slot.width) for slot in slots]
-    whole = gather(slots, outputs, 5)
+    whole = gather(slots, outputs)
     assert isinstance(whole, CriticOutput) and whole.group_logits is not None
     assert whole.values.shape == (5, 19) and whole.group_logits[:, 0].tolist() == LENGTHS[:5]
 
@@ -60,7 +99,7 @@ def test_pairs_stay_together() -> None:
     for slot in slots:
         chosen, rejected = slot.sequences.ids.chunk(2)
         assert torch.equal(chosen, rejected)
-    scores = gather(slots, [slot.sequences.lengths.float() for slot in slots], len(both))
+    scores = gather(slots, [slot.sequences.lengths.float() for slot in slots])
     assert torch.equal(scores, both.sequences.lengths.float())
 
 

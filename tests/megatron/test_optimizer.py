@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+from gipo_megatron.megatron import host
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.optimizer import LearningRate
-from gipo_megatron.specs import Optimisation
+from gipo_megatron.megatron.optimizer import LearningRate, clipped_step, gradient_norm
+from gipo_megatron.specs import Optimisation, Precision
 from tests.parity.roles import new_actor
 from tests.parity.tiny import hf_model, hf_token_stats, language_loss, pretraining, relative_errors
+from tests.watch import Reads
 
 
 def rates(optimisation: Optimisation, num: int) -> list[float]:
@@ -72,3 +77,29 @@ def test_three_steps_are_adamw(mesh: Mesh) -> None:
     theirs = {name: p.detach() - start[name] for name, p in model.named_parameters()}
     errors = relative_errors(moved, theirs)
     assert len(errors) == 39 and max(errors.values()) < 1e-3, errors  # Adam's first steps are signs: rounding where g is near 0
+
+
+@pytest.mark.global_rng
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_norm_and_clip_are_mcores_bit_by_bit(mesh: Mesh, dtype: str) -> None:
+    """The norm with one value read, though the model has 39 parameters; the clip with none."""
+    optimisation = Optimisation(lr=0.0)
+    actor = new_actor(mesh, precision=Precision(dtype), optimisation=optimisation)
+    actor.engine.backward([(pretraining(), language_loss)], actor.readout)
+    optimizer = actor.engine.optimizer
+    with Reads() as reads:
+        norm = gradient_norm(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    assert reads.count == 1 < len(parameters)
+    before = [p.grad.clone() for p in parameters]
+    with host.host_mode():
+        assert norm == optimizer.get_grad_norm()
+        clip_grad_by_total_norm_fp32(parameters, norm / 2, norm)
+    theirs = [p.grad.clone() for p in parameters]
+    for p, grad in zip(parameters, before, strict=True):
+        p.grad.copy_(grad)
+    with Reads() as reads:
+        clipped_step(optimizer, norm, replace(optimisation, clip_grad=norm / 2), lr=0.0)
+    assert reads.count == 0
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(parameters, theirs, strict=True))
+    assert not all(map(torch.equal, before, theirs))

@@ -5,21 +5,28 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gipo_megatron.megatron import readout
 from gipo_megatron.megatron.heads import GroupHead
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.readout import critic_output, last_token_score, token_stats
+from gipo_megatron.megatron.readout import critic_output, last_token_score, response_positions
+from gipo_megatron.planning.activations import READOUT_COPIES
 from gipo_megatron.specs import HeadSpec
-from gipo_megatron.types import Sequences
+from gipo_megatron.types import Sequences, TokenStats
 from tests.parity.readout_reference import ReadoutCase, plain_token_stats
+from tests.watch import LiveBytes
+
+
+def token_stats(logits: Tensor, sequences: Sequences, **arguments: Any) -> TokenStats:
+    return readout.token_stats(logits, sequences, response_positions(sequences.mask), **arguments)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4096, 8 << 20])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_against_float64_autograd(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, temperature: float) -> None:
-    monkeypatch.setattr(readout, "CHUNK_BYTES", chunk_bytes)  # 1 row, 4 rows, all rows at a time
+    monkeypatch.setitem(readout.CHUNK_BYTES, "cpu", chunk_bytes)  # 1 row, 4 rows, all rows at a time
     case = ReadoutCase.make()
     logits = case.logits.clone().requires_grad_()
     stats = token_stats(logits, case.sequences, vocab_size=case.vocab, mesh=mesh, temperature=temperature, entropy=True)
@@ -71,7 +78,60 @@ def test_a_first_token_inside_the_mask_is_refused(mesh: Mesh) -> None:
     mask = case.sequences.mask.clone()
     mask[0, 0] = True
     with pytest.raises(AssertionError, match="nothing predicts it"):
-        token_stats(case.logits, replace(case.sequences, mask=mask), vocab_size=case.vocab, mesh=mesh)
+        response_positions(mask)
+
+
+def test_nothing_is_read_back_from_the_device(mesh: Mesh) -> None:
+    """Meta tensors have no values: code that reads one fails here, and on a GPU it would wait."""
+    case = ReadoutCase.make()
+    places = response_positions(case.sequences.mask)
+    there = case.sequences.to("meta")
+    logits = torch.empty(case.logits.shape, device="meta", requires_grad=True)
+    stats = readout.token_stats(logits, there, places.to("meta"), vocab_size=case.vocab, mesh=mesh, entropy=True)
+    assert stats.entropy is not None and stats.logprobs.shape == stats.entropy.shape == case.sequences.mask.shape
+    (stats.logprobs.sum() + stats.entropy.sum()).backward()
+    assert logits.grad is not None and logits.grad.is_meta
+    raw = torch.empty(*case.logits.shape[:2], 1, device="meta")
+    assert critic_output(raw, raw.transpose(0, 1), there, None).values.is_meta and last_token_score(raw, there).is_meta
+
+
+@pytest.mark.parametrize(
+    ("device", "vocabulary", "rows"), [("cpu", 32000, 65), ("cpu", 128256, 16), ("cuda", 32000, 4194), ("cuda", 128256, 1046)]
+)
+def test_rows_of_a_chunk(mesh: Mesh, device: str, vocabulary: int, rows: int) -> None:
+    """8 MiB, or 512 MiB, over 4 bytes a column."""
+    assert readout._Shard(vocabulary, vocabulary, mesh).rows_per_chunk(torch.device(device)) == rows
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that put out a matrix as wide as the vocabulary."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.names = columns, []  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.shape[-1:] == (self.columns,):
+            self.names.append(str(func))
+        return out
+
+
+def test_an_entropy_outside_the_loss_costs_nothing_in_the_backward_pass(mesh: Mesh) -> None:
+    case = ReadoutCase.make()
+    seen = {}
+    for name, entropy in (("none", False), ("reported", True), ("used", True)):
+        logits = case.logits.clone().requires_grad_()
+        stats = token_stats(logits, case.sequences, vocab_size=case.vocab, mesh=mesh, entropy=entropy)
+        total = stats.logprobs.sum()
+        if name == "used":
+            assert stats.entropy is not None
+            total = total + 0.01 * stats.entropy.sum()
+        with Operations(case.logits.shape[-1]) as watch:
+            total.backward()
+        seen[name] = watch.names, logits.grad
+    assert len(seen["none"][0]) > 3 and seen["none"][0] == seen["reported"][0] != seen["used"][0]
+    assert torch.equal(seen["none"][1], seen["reported"][1]) and not torch.equal(seen["none"][1], seen["used"][1])
 
 
 class LargestFp32(TorchDispatchMode):
@@ -100,7 +160,28 @@ def test_nothing_of_the_size_of_the_logits_is_made_in_fp32(mesh: Mesh) -> None:
         stats = token_stats(logits, sequences, vocab_size=32000, mesh=mesh, entropy=True)
         assert stats.entropy is not None
         (stats.logprobs.sum() + stats.entropy.sum()).backward()
-    assert 0 < watch.elements <= readout.CHUNK_BYTES // 4
+    assert 0 < watch.elements <= readout.CHUNK_BYTES["cpu"] // 4
+
+
+def test_three_chunks_are_held_at_once(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner's figure (activations.READOUT_COPIES), forward and backward; beside them the gradient in the logits' dtype."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 257, 4096, generator=g).bfloat16().requires_grad_()
+    mask = torch.ones(1, 257, dtype=torch.bool)
+    mask[:, 0] = False
+    chunk = 64 * 4096 * 4
+    monkeypatch.setitem(readout.CHUNK_BYTES, "cpu", chunk)
+    tokens = torch.randint(0, 4000, (1, 257), generator=g)
+    sequences = Sequences(tokens, mask, torch.ones(1).long(), torch.tensor([257]), torch.arange(1))
+    with LiveBytes() as forward:
+        stats = token_stats(logits, sequences, vocab_size=4000, mesh=mesh, entropy=True)
+    assert stats.entropy is not None
+    total = (stats.logprobs + stats.entropy).sum()
+    with LiveBytes() as backward:
+        total.backward()
+    small = 0.1 * chunk  # a few numbers a row
+    assert 2 * chunk < forward.peak < READOUT_COPIES * chunk + small
+    assert 2 * chunk < backward.peak - logits.nbytes < READOUT_COPIES * chunk + small
 
 
 @pytest.mark.multiprocess

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gipo_megatron.megatron import schedule
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.types import Loss, Metric, Sequences, TokenStats
-from tests.parity.roles import digest, new_actor
-from tests.parity.tiny import RAGGED, language_loss, ppo_loss, pretraining, weighted
+from tests.parity.roles import digest, new_actor, new_critic
+from tests.parity.tiny import ARCHITECTURE, RAGGED, language_loss, ppo_loss, pretraining, weighted
+from tests.watch import Reads
 
 pytestmark = pytest.mark.global_rng
 
@@ -63,3 +65,29 @@ def test_a_constant_loss_is_a_step_of_nothing(mesh: Mesh) -> None:
 def test_no_rows_is_an_error(mesh: Mesh) -> None:
     with pytest.raises(ValueError, match="without rows"):
         new_actor(mesh).update((pretraining().block(0, 0), language_loss))
+
+
+def test_values_are_read_once_an_update_not_once_a_micro_batch(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the plan, which is made on the host: whether there were tokens (mcore), the gradient's norm, whether to skip."""
+    rows, counts = weighted(), []
+    for micro_batch in (8, 1):
+        actor = new_actor(mesh, micro_batch=micro_batch)
+        slots = actor.engine._slots([(rows, ppo_loss)])
+        monkeypatch.setattr(actor.engine, "_slots", lambda parts, slots=slots: slots)
+        with Reads() as reads:
+            actor.update((rows, ppo_loss))
+        counts.append((len(slots), reads.count))
+    assert counts == [(1, 3), (8, 3)]
+
+
+def test_padding_beyond_the_models_positions_changes_nothing(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 positions, sequences of 19 tokens, padded to 128: what a GPU's round widths may do to a model of few positions."""
+    actor, critic = new_actor(mesh), new_critic(mesh)
+    plain, values = actor.logprobs(weighted(), entropy=True), critic.evaluate(weighted())
+    assert ARCHITECTURE.max_positions == 64
+    monkeypatch.setattr(schedule, "length_multiple", lambda precision, parallel: 128)
+    assert [slot.sequences.tokens.shape[1] for slot in actor.engine._plan(weighted())] == [128] * 4
+    padded, wide = actor.logprobs(weighted(), entropy=True), critic.evaluate(weighted())
+    for a, b in ((plain.logprobs, padded.logprobs), (plain.entropy, padded.entropy), (values.values, wide.values)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    torch.testing.assert_close(values.group_logits, wide.group_logits, atol=2e-6, rtol=0)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gipo_megatron.megatron import room
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.specs import Parallel
+from gipo_megatron.specs import Parallel, Sampling
 from tests.parity import families
 from tests.parity.generation_cases import FULL, NEVER, cases, load, prompts, respond, responses, sampling_of
+from tests.parity.tiny import ARCHITECTURE
 
 LAYOUTS = {
     2: {"data": Parallel(), **families.LAYOUTS},
@@ -53,11 +56,25 @@ def same_on_replica(x: Tensor, mesh: Mesh) -> bool:
     return torch.equal(first, x)
 
 
+def check_room(mesh: Mesh) -> dict[str, Any]:
+    """Rank r pretends to be a GPU with r + 1 of 16 MB free: the room of one rank alone, and what this replica agreed on."""
+    need, sampling = room.Need(ARCHITECTURE, mesh.parallel, 2), Sampling(1)
+    free = [(rank + 1) * 1_000_000 for rank in range(mesh.world)]
+    with patch.object(room, "PREFILL_TOKENS", 8), patch.object(room, "free_memory", lambda device: (free[mesh.rank], 16_000_000)):
+        alone = [room.room_in(x, 16_000_000, need, 8, sampling).size for x in free]
+        return {
+            "ranks": dist.get_process_group_ranks(mesh.model_group),
+            "alone": alone,
+            "agreed": room.find_room(mesh, need, 8, sampling).size,
+        }
+
+
 def run(world: int, ends: dict[str, int]) -> dict[str, Any]:
     """ends: {family/kind of prompts: end-of-text id}."""
     cells: dict[str, Any] = {}
     for layout, parallel in LAYOUTS[world].items():
         mesh = Mesh.create(parallel, seed=1)
+        cells[f"{layout}/room"] = check_room(mesh)
         place = [mesh.data_parallel.rank, mesh.data_parallel.size]
         for name in list(families.FAMILIES)[: NUM_FAMILIES[world]]:
             cells |= {f"{layout}/{key}": {**cell, "replica": place} for key, cell in check_layout(mesh, name, ends).items()}

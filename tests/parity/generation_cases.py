@@ -13,6 +13,7 @@ from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.hf import load_hf
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
+from gipo_megatron.megatron.room import Room
 from gipo_megatron.specs import Architecture, Precision, Sampling
 from gipo_megatron.types import Prompts, Rollout
 from tests.parity import families
@@ -70,7 +71,7 @@ def load(name: str, mesh: Mesh) -> tuple[list[nn.Module], Architecture]:
 def respond(
     chunks: list[nn.Module], architecture: Architecture, mesh: Mesh, rows: Prompts, sampling: Sampling, eos: int, cache: int = 2**30
 ) -> Rollout:
-    return generate(chunks, architecture, mesh, rows, sampling, eos, PAD, spell, cache_bytes=cache)
+    return generate(chunks, architecture, mesh, rows, sampling, eos, PAD, spell, room=Room(cache))
 
 
 def responses(rollout: Rollout) -> list[list[int]]:

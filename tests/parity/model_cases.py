@@ -17,9 +17,10 @@ from gipo_megatron.megatron.heads import GroupHead, take_hidden
 from gipo_megatron.megatron.hf import export_weights, load_hf
 from gipo_megatron.megatron.layout import EMBEDDING, placements
 from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.microbatches import MicroBatch
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.pipeline import quiet
-from gipo_megatron.megatron.readout import critic_output, last_token_score, token_stats
+from gipo_megatron.megatron.readout import critic_output, last_token_score, response_positions, token_stats
 from gipo_megatron.megatron.schedule import Engine
 from gipo_megatron.specs import HeadSpec, Optimisation, Parallel, Precision
 from gipo_megatron.types import Sequences, TokenStats
@@ -64,7 +65,8 @@ def check_token_stats(mesh: Mesh) -> dict[str, Any]:
     columns = case.logits.shape[2] // mesh.tensor_size
     mine = slice(mesh.tensor_rank * columns, (mesh.tensor_rank + 1) * columns)
     part = case.logits[:, :, mine].clone().requires_grad_()
-    stats = token_stats(part, case.sequences, vocab_size=case.vocab, mesh=mesh, temperature=0.7, entropy=True)
+    positions = response_positions(case.sequences.mask)
+    stats = token_stats(part, case.sequences, positions, vocab_size=case.vocab, mesh=mesh, temperature=0.7, entropy=True)
     assert stats.entropy is not None
     ((stats.logprobs * case.weights[0]).sum() + (stats.entropy * case.weights[1]).sum()).backward()
     logprobs, entropy, gradient = plain_token_stats(case, 0.7)
@@ -98,8 +100,8 @@ def check_gradients(mesh: Mesh, layout: str) -> dict[str, Any]:
     return cells
 
 
-def read(mesh: Mesh, vocab_size: int, logits: Tensor, sequences: Sequences) -> TokenStats:
-    return token_stats(logits, sequences, vocab_size=vocab_size, mesh=mesh)
+def read(mesh: Mesh, vocab_size: int, logits: Tensor, slot: MicroBatch) -> TokenStats:
+    return token_stats(logits, slot.sequences, slot.positions, vocab_size=vocab_size, mesh=mesh)
 
 
 def hf_heads(sequences: Sequences, score: Tensor, head: GroupHead) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from gipo_megatron.megatron.hf import load_hf
@@ -68,10 +69,19 @@ def parts_of(kind: str, mesh: Mesh) -> list[tuple[Rows, Callable[..., Loss]]]:
     return [(mine(mesh, weighted()), critic_loss)] if kind == "critic" else [(mine(mesh, pairs()), pair_loss)]
 
 
-def digest(role: Any) -> str:
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    return _hashed(tensors).hexdigest()
+
+
+def _hashed(tensors: Iterable[tuple[str, Tensor]]) -> Any:
     state = hashlib.sha256()
-    for name, tensor in role.engine.export():
+    for name, tensor in tensors:
         state.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return state
+
+
+def digest(role: Any) -> str:
+    state = _hashed(role.engine.export())
     if role.engine.group_head is not None and role.engine.mesh.is_last_stage:
         state.update(role.engine.group_head.weight.detach().numpy().tobytes())
     return state.hexdigest()

@@ -144,6 +144,23 @@ def test_an_observing_group_head_changes_nothing(worlds: dict[int, list[dict[str
         assert len(result["observing"]) == len(LAYOUTS[world]) and all(result["observing"].values())
 
 
+def test_gradients_are_summed_during_the_backward_pass(worlds: dict[int, list[dict[str, Any]]]) -> None:
+    """Two replicas: many buckets, each summed as soon as it is complete, and one that is summed at the end give the same bits."""
+    checked = 0
+    for world, layouts in ((2, {"dp2"}), (4, {"tp2_dp2", "pp2_vpp2_dp2"})):
+        for rank, result in enumerate(worlds[world]):
+            assert result["overlapping"].keys() == layouts
+            for layout, seen in result["overlapping"].items():
+                for kind in ("actor", "critic"):
+                    many, one = seen[f"{kind}/buckets"], seen[f"{kind}/whole"]
+                    assert (many["overlaps"], one["overlaps"]) == (True, False)
+                    cut = LAYOUTS[world][layout].pipeline == 1 or first_of_two_stages(world, layout, rank)  # mcore's rule
+                    assert (many["buckets"] > one["buckets"]) == cut, layout
+                    assert len({*many["gradients"], *one["gradients"]}) == 1, f"rank {rank} {layout} {kind}"
+                    checked += 1
+    assert checked == 2 * (2 + 4 * 2)
+
+
 @pytest.mark.parametrize("world", (1, 2))
 def test_residency_changes_nothing(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
     for result in worlds[world]:

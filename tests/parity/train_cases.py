@@ -7,16 +7,17 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron import checkpoint, optimizer
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronReference, MegatronRewardModel
 from gipo_megatron.specs import Precision
 from gipo_megatron.types import Loss, TokenStats
-from tests.parity.roles import common, digest, fill, mine, new_actor, new_critic, parts_of
+from tests.parity.roles import common, digest, digest_of, fill, mine, new_actor, new_critic, parts_of
 from tests.parity.tiny import GROUP, Weighted, hf_gradients, ppo_loss, relative_errors, weighted
 
 BF16 = Precision("bf16")
@@ -105,6 +106,32 @@ def observing(mesh: Mesh) -> bool:
     moved = not torch.equal(start, watched.engine.group_head.weight) or not mesh.is_last_stage
     ours, theirs = dict(watched.engine.export()), dict(plain.engine.export())
     return moved and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def overlapping(mesh: Mesh) -> dict[str, Any]:
+    """Gradients of the same weights, summed over the replicas in many buckets: after the first backward pass, during the second.
+
+    mcore learns in the first which gradients complete a bucket. `whole`: in one bucket, after the pass.
+    """
+    found: dict[str, Any] = {}
+    for name, changes in (("buckets", {"bucket_size": 3000}), ("whole", {"overlap_grad_reduce": False})):
+        with patch.object(optimizer, "DistributedDataParallelConfig", _altered(optimizer.DistributedDataParallelConfig, changes)):
+            roles = {"actor": new_actor(mesh, micro_batch=1), "critic": new_critic(mesh, micro_batch=1)}
+        for kind, role in roles.items():
+            wrapped, seen = role.engine._wrapped, []
+            for _ in range(2):
+                role.engine.backward(parts_of(kind, mesh), role.readout)
+                seen.append(digest_of(role.engine.gradients()))
+            found[f"{kind}/{name}"] = {
+                "gradients": seen,
+                "overlaps": all(w.ddp_config.overlap_grad_reduce for w in wrapped),
+                "buckets": sum(len(buffer.buckets) for w in wrapped for buffer in w.buffers),
+            }
+    return found
+
+
+def _altered(make: Callable[..., Any], changes: dict[str, Any]) -> Callable[..., Any]:
+    return lambda **arguments: make(**{**arguments, **changes})
 
 
 # ------------------------------------------------------------------------------------------------- residency

@@ -28,13 +28,16 @@ from tests.parity.ppo_cases import ppo_cells
 
 
 def training(world: int) -> dict[str, Any]:
-    result: dict[str, Any] = {"ppo": {}, "dpo": {}, "cells": {}, "steps": {}, "skipping": {}, "observing": {}, "residency": {}}
+    names = ("ppo", "dpo", "cells", "steps", "skipping", "observing", "residency", "overlapping")
+    result: dict[str, Any] = {name: {} for name in names}
     for name, parallel in LAYOUTS[world].items():
         mesh = Mesh.create(parallel)
         result["ppo"] |= ppo_cells(mesh, name, MICRO_BATCHES[world])
         result["dpo"] |= dpo_cells(mesh, name, MICRO_BATCHES[world])
         result["cells"] |= {f"{name}/{variant}": train_cases.gradient_cell(mesh, variant, 2) for variant in GRADIENTS[world]}
         result["steps"][name] = train_cases.first_steps(mesh)
+        if mesh.data_parallel.size > 1:
+            result["overlapping"][name] = train_cases.overlapping(mesh)
         if world <= 2:
             result["skipping"][name] = train_cases.skipping(mesh)
             result["observing"][name] = train_cases.observing(mesh)

@@ -41,6 +41,7 @@ PLANS = {
     "hh_dpo_live": ["recipe=hh_dpo", "algorithm.precompute=false"],
     "qwen": ["recipe=hh_gipo", "with=model/qwen2_5_7b"],
     "70b": ["recipe=hh_gipo_70b", "world=512"],
+    "70b_small": ["recipe=hh_gipo_70b", "world=512", "hardware.gpu_memory_gib=26"],
     "tight": TIGHT,
     "hopeless": ["recipe=hh_gipo_70b", "hardware.gpu_memory_gib=5"],
     "spanning": ["recipe=hh_gipo", "world=16", "parallel.tensor=16"],

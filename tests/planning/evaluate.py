@@ -54,6 +54,8 @@ def plan(case: dict[str, Any]) -> dict[str, Any]:
         "change": None if verdict.change is None else [verdict.change.words, verdict.change.plan.heaviest.worst.peak],
         "flops": 0 if found.time is None else found.time.flops,
         "tokens": found.batch.tokens,
+        "rows": [max(phase.work.rows for phase in stage.phases) for stage in found.footprints],
+        "seconds": {} if found.time is None else {work.name: work.seconds for work in found.time.works},
     }
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.planning.activations import Slot, cached_rows, cached_token, generation, in_flight, layer_kept
-from gipo_megatron.specs import Architecture, Parallel, Precision
+from gipo_megatron.planning.activations import Slot, forward, generation, in_flight, layer_kept, need_of
+from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
 
 LENGTH = 64
 BF16, FP32 = 2, 4
@@ -112,9 +112,20 @@ def test_passes_in_flight() -> None:
     assert in_flight(interleaved, 0, 4) == 8
 
 
-def test_generation_fills_at_most_its_cache() -> None:
-    """Llama-2 7B, tensor 4: 32 layers · 2 · 8 heads · 128 · 2 bytes = 128 KiB a token, so 16 rows of 2048 tokens in 4 GiB."""
+def test_generation() -> None:
+    """Llama-2 7B, tensor 4: 32 layers · 2 · 8 heads · 128 · 2 bytes = 128 KiB a token. Five prompts of 1536 tokens are a block."""
     slot = Slot(Architecture(32, 4096, 11008, 32, 32, 128, 32000, 4096), Parallel(tensor=4, sequence=True), BF16, 4, 2048)
-    assert cached_token(slot) == 128 * 1024
-    assert (cached_rows(slot, 128, 2048), cached_rows(slot, 5, 2048)) == (16, 5)
-    assert generation(slot, 128, 2048, 512, 0).cache == 16 * 2047 * 128 * 1024
+    assert need_of(slot).token == 128 * 1024
+    found = generation(slot, 16, 2048, Sampling(512), 0)
+    assert found.cache == 16 * 2047 * 128 * 1024 and found.rows == 16
+    assert found.layer == 5 * 1536 * 2 * (3 * 4096 + 3 * (1024 + 1024 + 2752))
+    assert found.logits == 16 * 32000 * (2 + 2 + 4 + 4 + 8)  # gathered, joined, fp32, exponentials, sums in fp64
+    many = generation(slot, 1000, 2048, Sampling(512), 0)
+    assert many.layer == many.cache // 64, "a tensor of the cache is copied while finished rows leave it"
+
+
+def test_the_readout_works_in_the_devices_chunks() -> None:
+    """A vocabulary of 128256 over one rank, one sequence of 8192: 4008 MiB in fp32, of which three chunks are there at once."""
+    a = Architecture(32, 4096, 14336, 32, 8, 128, 128256, 8192)
+    logits = [forward(Slot(a, Parallel(), BF16, 1, 8192, torch.device(device)), 0, head=False).logits for device in ("cpu", "cuda")]
+    assert logits[1] - logits[0] == 3 * (512 - 8) * 2**20

@@ -106,6 +106,29 @@ def test_flops_are_the_algorithms_passes(plans: dict[str, Any]) -> None:
     assert plans["hh_rm"]["tokens"] == 64 * 2 * 2048
 
 
+def test_generation_takes_the_memory_that_is_left(plans: dict[str, Any]) -> None:
+    """hh_gipo: 74 GiB usable, 43.5 of them models. A row of 2048 tokens is 256 MiB: 110 to 121 of 128 rows fit, where 4 GiB hold 16.
+
+    A full slice and a small one, 512 steps each: about 9 + 5 ms (memory, then launches), and a little for the prompts.
+    """
+    plan = plans["hh_gipo"]
+    (rows,), (state, work, _) = plan["rows"], plan["phases"]["rollout"]
+    left = (plan["limit"] - state) / (256 * 2**20)
+    assert 0.93 * left < rows < left and 110 <= rows <= 121
+    assert state + work <= plan["limit"]
+    assert 7 < plan["seconds"]["rollout"] < 10
+    assert plans["hh_gipo_offload"]["rows"] == [128], "with all other models on the host, all rows at once"
+    assert plans["tiny"]["rows"] == [128], "a tiny model's caches all fit into a CPU's 4 GiB"
+
+
+def test_all_stages_generate_the_same_rows(plans: dict[str, Any]) -> None:
+    """Eight stages of 70B on GPUs of 24 GiB: the first and the last hold an embedding more than those between."""
+    plan = plans["70b_small"]
+    assert len(plan["rows"]) == 3 and len(set(plan["rows"])) == 1 and 1 < plan["rows"][0] < 128
+    state, work, _ = plan["phases"]["rollout"]
+    assert state + work <= plan["limit"]
+
+
 def test_a_plan_that_does_not_fit_names_a_change_that_does(plans: dict[str, Any]) -> None:
     tight = plans["tight"]
     assert tight["fits"] is False and tight["peak"] > tight["limit"]
