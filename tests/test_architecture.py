@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gipo_megatron"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-CODE = sorted([*MODULES, *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")])
+CODE = sorted([*MODULES, *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")])
 
 # layer -> what it may import of this package (itself always)
 MAY_IMPORT = {

@@ -1,10 +1,11 @@
-"""Ratios measured in one run, the two sides taking turns: python tools/benchmark.py generate|readout|update|convert|gpu [options]
+"""Ratios measured in one run, the two sides taking turns: python tools/benchmark.py generate|readout|update|convert [options]
 
 generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and response length
 readout    memory of log-probs and entropies with a large vocabulary, against log_softmax in fp32: peak, and the largest tensor ever made
 update     seconds of a GIPO iteration over those of PPO with KL: the tiny recipes, whole iterations
 convert    peak memory of the two converters, over the bytes of the model and of one shard
-gpu        on a CUDA device: a training step in bf16 and FP8, generation, memory against the planner's (tools/benchmark_gpu.py)
+
+On a GPU: tools/gpu_verify.py.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from gipo_megatron.recipe.compose import compose
 from gipo_megatron.recipe.problems import fail
 from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
 from gipo_megatron.types import Prompts, Sequences
-from tools import benchmark_gpu
 from tools.benchmark_common import hugging_face, interleave, ratio, show
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -176,7 +176,6 @@ def main(arguments: list[str]) -> None:
     three = commands.add_parser("update")
     three.add_argument("--repeats", type=int, default=15)
     commands.add_parser("convert")
-    benchmark_gpu.add_options(commands.add_parser("gpu"))
     inner = commands.add_parser("measure")
     inner.add_argument("side", choices=("naive", "readout"))
     for name in ("rows", "length", "vocabulary"):
@@ -193,8 +192,6 @@ def main(arguments: list[str]) -> None:
         from tools.benchmark_convert import run_convert
 
         run_convert(show)
-    elif options.command == "gpu":
-        benchmark_gpu.run_gpu(options)
     else:
         measure_readout(options.side, options.rows, options.length, options.vocabulary)
 

@@ -38,8 +38,9 @@ def show(rows: Iterable[Iterable[object]]) -> None:
         print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))))
 
 
-def hugging_face(state: Mapping[str, Tensor], a: Architecture) -> LlamaForCausalLM:
-    config = LlamaConfig(
+def hf_config(a: Architecture) -> LlamaConfig:
+    """Without tokens of its own: nothing ends a response."""
+    return LlamaConfig(
         vocab_size=a.vocab_size,
         hidden_size=a.hidden_size,
         intermediate_size=a.ffn_hidden_size,
@@ -53,6 +54,9 @@ def hugging_face(state: Mapping[str, Tensor], a: Architecture) -> LlamaForCausal
         eos_token_id=None,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).float().eval()
+
+
+def hugging_face(state: Mapping[str, Tensor], a: Architecture) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(hf_config(a)).float().eval()
     model.load_state_dict(state)
     return model

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from gipo_megatron.capabilities import fp8_obstacle, probe
-from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.specs import Parallel
+from tools.gpu.bench import Bench
+from tools.gpu_verify import GOLDEN_LIMIT, make_golden
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder: marked gpu, heard but not failed by warnings (they are other packages'), skipped where there is no GPU."""
+    """Everything in this folder: marked gpu, not failed by warnings (they are other packages'), skipped where there is no GPU."""
     folder = Path(__file__).parent
     for item in items:
         if folder in item.path.parents:
@@ -27,21 +26,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def mesh() -> Iterator[Mesh]:
-    """One process on one GPU, without torchrun."""
-    yield Mesh.create(Parallel(), seed=1)
-
-
-@pytest.fixture
-def transformer_engine() -> None:
-    if importlib.util.find_spec("transformer_engine") is None:
-        pytest.skip("Transformer Engine is not installed")
-
-
-@pytest.fixture(params=["delayed", "tensorwise", "blockwise"])
-def fp8(request: pytest.FixtureRequest) -> str:
-    """Each FP8 recipe that can run here."""
-    recipe: str = request.param
-    if obstacle := fp8_obstacle(recipe, probe()):
-        pytest.skip(obstacle)
-    return recipe
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """One process on one GPU, full sizes. GPU_VERIFY_DATA: what tools/gpu_verify.py takes as --data."""
+    data, scratch = os.environ.get("GPU_VERIFY_DATA"), tmp_path_factory.mktemp("scratch")
+    folder = Path(data) if data else None
+    if folder is None or not (folder / "golden.json").is_file():
+        assert make_golden(scratch / "golden.json", GOLDEN_LIMIT)
+    yield Bench("cuda", False, folder, tmp_path_factory.mktemp("out"), scratch)

@@ -1,0 +1,36 @@
+"""golden.json: python -m tools.gpu.golden FILE, on the CPU, in a process of its own.
+
+chain    runs: what was run; metrics: what each logged
+plans    the planner's peak of each phase that a part measures, in GiB, at full and at tiny size
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan is made without GPUs
+
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.specs import Parallel
+from tools.gpu import chain, plans
+
+
+def main(file: Path) -> None:
+    made: dict[str, Any] = {"plans": {size: plans.predict(tiny=size == "tiny") for size in ("full", "tiny")}}  # before a process group is
+    mesh = Mesh.create(Parallel(), seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = {name: chain.train(mesh, Path(folder), name) for name in chain.RUNS}
+    mesh.close()
+    made["chain"] = {"runs": chain.RUNS, "metrics": metrics}
+    fresh = file.with_name(file.name + ".tmp")
+    fresh.write_text(json.dumps(made, indent=1), encoding="utf-8")
+    os.replace(fresh, file)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
