@@ -11,9 +11,10 @@ import pytest
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
 from gipo_megatron.megatron.shard import Shard
-from gipo_megatron.planning.memory import Device, State, budget
+from gipo_megatron.planning.memory import Device, State, budget, slot_of
+from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel, Precision
-from tests.parity.planning_cases import state_bytes
+from tests.parity.planning_cases import RECIPES, state_bytes
 from tests.parity.roles import common, mine, parts_of
 from tests.parity.tiny import weighted
 
@@ -66,6 +67,14 @@ def test_bytes_moved_by_hand() -> None:
     moved = [device.use(*call) for call in (("actor", True), ("actor", False), ("critic", False), ("critic", True), ("actor", False))]
     assert moved == [14, 0, 14 + 2, 12, 14 + 2]
     assert device.state == State(2, 0, 0)
+
+
+@pytest.mark.global_rng  # imports what a recipe's names need
+def test_a_gpus_micro_batch_is_as_wide_as_it_is_padded() -> None:
+    """1000 tokens are 1024 on a GPU; on a CPU, and at a round length, nothing is added."""
+    wide, plain = (slot_of(compose(["recipe=hh_sft", f"data.max_length={n}"], RECIPES)).length for n in (1000, 2048))
+    tiny = compose(["recipe=tiny/sft"], RECIPES)
+    assert (wide, plain) == (1024, 2048) and slot_of(tiny).length == tiny.data.max_length
 
 
 def test_budget() -> None:
