@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gipo_megatron.megatron.scaling import ScalingState
+
 
 @dataclass
 class _Parked:
@@ -103,10 +105,10 @@ class Residency:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What makes one model another in the same modules, on the host."""
+    """What makes one model another in the same modules."""
 
-    weights: list[Tensor]
-    scaling: dict[str, Tensor]  # FP8 scaling state (precision.Scaling); empty without delayed scaling
+    weights: list[Tensor]  # on the host
+    scaling: ScalingState  # on the device; empty without delayed scaling
 
 
 @torch.no_grad()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronReference
+from gipo_megatron.megatron.scaling import FIELDS, ScalingState, _tensors
 from gipo_megatron.specs import Precision, Sampling
 from gipo_megatron.types import Prompts
 from tests.gpu.learning import SHAPE, learn, new_actor, text
@@ -35,14 +34,14 @@ def test_the_loss_curve_is_bf16s(mesh: Mesh, transformer_engine: None, fp8: str,
     assert curve != in_bf16, "not in FP8 at all"
 
 
-def unpacked(state: dict[str, Tensor]) -> dict[str, dict]:
-    """Scales and histories by module. The bytes are this process's own."""
-    return {name: pickle.loads(value.numpy().tobytes()) for name, value in state.items()}
+def in_modules(actor: MegatronActor) -> ScalingState:
+    """Scales and histories as Transformer Engine's modules have them now; `Scaling.read` may answer from its kept copy."""
+    found = {name: _tensors(module) for name, module in actor.engine.scaling._modules.items()}
+    return {name: {field: t.clone() for field, t in tensors.items()} for name, tensors in found.items() if tensors}
 
 
-def same(a: dict[str, dict], b: dict[str, dict]) -> bool:
-    tensors = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
-    return a.keys() == b.keys() and all(torch.equal(a[name][key], b[name][key]) for name in a for key in tensors if key in a[name])
+def same(a: ScalingState, b: ScalingState) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name][field], b[name][field]) for name in a for field in FIELDS)
 
 
 def test_resumed_is_uninterrupted(mesh: Mesh, transformer_engine: None, fp8: str, tmp_path: Path) -> None:
@@ -51,7 +50,7 @@ def test_resumed_is_uninterrupted(mesh: Mesh, transformer_engine: None, fp8: str
     path = checkpoint.save(tmp_path, 5, {"actor": whole.engine}, mesh, {}, {})
     again = new_actor(mesh, fp8)
     checkpoint.restore(path, {"actor": again.engine}, mesh)
-    states = [unpacked(actor.engine.scaling.read()) for actor in (whole, again)]
+    states = [in_modules(actor) for actor in (whole, again)]
     assert same(*states) and bool(states[0]) == (fp8 == "delayed")
     assert learn(again, 5, 10) == pytest.approx(learn(whole, 5, 10), rel=1e-3)
 
@@ -67,24 +66,20 @@ def test_bf16_checkpoints_load_into_fp8_and_back(mesh: Mesh, transformer_engine:
         assert float(gap) < 0.1
 
 
-def in_training(actor: MegatronActor) -> dict[str, dict]:
-    return unpacked(actor.engine.scaling.read())
-
-
 def test_inference_leaves_no_trace(mesh: Mesh, transformer_engine: None, fp8: str) -> None:
     if fp8 != "delayed":
         pytest.skip("only delayed scaling has a history")
     actor = new_actor(mesh, fp8)
     actor.logprobs(text(0))
-    assert in_training(actor) == {}
+    assert in_modules(actor) == {}
     learn(actor, 0, 3)
-    before = in_training(actor)
+    before = in_modules(actor)
     assert any(float(state["amax_history_fwd"].max()) > 0 for state in before.values())
     actor.logprobs(text(4))
     ids = torch.arange(2)
     prompts = Prompts(text(5).tokens[:2, :8], torch.tensor([8, 8]), ids, ids, ("", ""), ({}, {}))
     actor.generate(prompts, Sampling(8, temperature=0.0))
-    assert same(in_training(actor), before)
+    assert same(in_modules(actor), before)
 
 
 def test_a_swapped_reference_answers_as_one_of_its_own(mesh: Mesh, transformer_engine: None, fp8: str, tmp_path: Path) -> None:
@@ -96,8 +91,8 @@ def test_a_swapped_reference_answers_as_one_of_its_own(mesh: Mesh, transformer_e
     live = new_actor(mesh, fp8, load=path)
     swapped = MegatronReference(**common, offload="cpu", live=live)
     learn(live, 10, 15)
-    rows, scaling = text(20), in_training(live)
+    rows, scaling = text(20), in_modules(live)
     mine = live.logprobs(rows).logprobs
     assert torch.equal(swapped.logprobs(rows).logprobs, alone.logprobs(rows).logprobs)
-    assert torch.equal(live.logprobs(rows).logprobs, mine) and same(in_training(live), scaling)
+    assert torch.equal(live.logprobs(rows).logprobs, mine) and same(in_modules(live), scaling)
     assert not torch.equal(mine, alone.logprobs(rows).logprobs)
