@@ -28,7 +28,6 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"`load_state_dict` is deprecated and will be removed in future versions", FutureWarning),  # torch.distributed.checkpoint's
     (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
     (r"When using (async grad allreduce|sequence parallelism) it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS", UserWarning),
-    (r"If you are using transformer_engine as the transformer implementation, the core_attn", UserWarning),  # recompute: selective
 )
 
 _installed = False

@@ -54,11 +54,25 @@ def plan(case: dict[str, Any]) -> dict[str, Any]:
         "change": None if verdict.change is None else [verdict.change.words, verdict.change.plan.heaviest.worst.peak],
         "flops": 0 if found.time is None else found.time.flops,
         "tokens": found.batch.tokens,
+        "saving": found.saving,
     }
+
+
+def verdicts(names: list[str]) -> dict[str, Any]:
+    """Recipe -> [fits, warnings]; models of one shape are built once."""
+    planner = Planner()
+
+    def verdict(argv: list[str]) -> list[Any]:
+        found = judge(planner.plan(compose(argv, RECIPES)), planner, lambda words: compose([*argv, *words], RECIPES))
+        return [found.fits, found.warnings]
+
+    return {name: verdict([f"recipe={name}"]) for name in names}
 
 
 def answer(case: dict[str, Any]) -> Any:
     try:
+        if "verdicts" in case:
+            return verdicts(case["verdicts"])
         return shards(case) if "architecture" in case else plan(case) if "plan" in case else plan_text(case["text"], RECIPES)
     except UserError as error:
         return {"error": str(error)}
