@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
 from gipo_megatron.megatron.shard import Shard
-from gipo_megatron.planning.memory import Device, State, budget, slot_of
+from gipo_megatron.planning.memory import Device, State, budget, slot_of, staging
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel, Precision
 from tests.parity.planning_cases import RECIPES, state_bytes
@@ -57,6 +63,38 @@ def test_the_same_calls_leave_the_same_bytes(dtype: str) -> None:
         call()
         real = [sum(column) for column in zip(*(state_bytes(role.engine) for role in roles.values()), strict=True)]
         assert [device.state.weights, device.state.gradients, device.state.optimizer] == real, (name, trains)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside have at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage())._cdata not in before:
+                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.live = {key: found for key, found in self.live.items() if not found[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.live.values()))
+        return result
+
+
+@pytest.mark.global_rng
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_save_gathers_what_the_plan_says(dtype: str, tmp_path: Path) -> None:
+    """One replica: 9 times the gradient buffer, and nothing else of that order, not even while it is written."""
+    mesh = Mesh.create(Parallel())
+    actor = MegatronActor(**common(mesh, precision=Precision(dtype)), eos_id=1, pad_id=0, decode=str)
+    with LiveBytes() as seen:
+        checkpoint.save(tmp_path, 1, {"actor": actor.engine}, mesh, {}, {})
+    first, other = staging(shard(actor).gradients, 1)
+    assert (first, other) == (9 * shard(actor).gradients, 3 * shard(actor).gradients)
+    assert seen.most == pytest.approx(first, rel=0.01)
 
 
 def test_bytes_moved_by_hand() -> None:
