@@ -10,9 +10,10 @@ in fp8_meta["scaling_fwd"] for input, weight and output, and in fp8_meta["scalin
     a training pass, when it leaves the autocast, turns rows into scales and ages the histories of *all* models of this process;
     a model that never trained has scale 1: weights of size 0.02 then lie where e4m3 has one or two bits.
 
-So `Scaling` puts the state back after every forward-only pass, and runs a model that has none in bf16. It copies into the tensors that
-are there: the quantizers hold views of them. Transformer Engine's own extra state is a pickle, which can run code when it is read; here
-the tensors are stored as tensors, and such bytes are never read.
+So `Scaling` copies the state when training has changed it, puts the copy back around every other pass, and runs a model
+that has none in bf16. It copies into the tensors that are there: the quantizers hold views of them. Transformer Engine's
+own extra state is a pickle, which can run code when it is read; here the tensors are stored as tensors, and such bytes are
+never read.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ ScalingState = dict[str, dict[str, Tensor]]  # "chunk.module" -> the four tensor
 class Scaling:
     """The FP8 scaling state of one model: changed by its training and by loading, by nothing else. Without delayed scaling it does nothing.
 
-    From the first forward-only pass after these on, a copy is kept on the device; passes, also other models', are undone from it.
+    A copy of what these left is kept on the device; what all other passes did, also other models', is undone from it.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], precision: Precision) -> None:
@@ -58,9 +59,11 @@ class Scaling:
         self._kept: ScalingState | None = None
 
     def read(self) -> ScalingState:
-        """A copy, on the modules' device; empty for a model that never trained in FP8."""
-        if self._kept is not None:
-            return self._kept
+        """The state that training or loading left, on the modules' device; empty for a model that never trained in FP8."""
+        return self._kept if self._kept is not None else self.live()
+
+    def live(self) -> ScalingState:
+        """A copy of what the modules hold now."""
         found = {name: _tensors(module) for name, module in self._modules.items()}
         return {name: {field: t.clone() for field, t in tensors.items()} for name, tensors in found.items() if tensors}
 
@@ -74,10 +77,13 @@ class Scaling:
             elif _tensors(module):
                 _forget(module)
 
-    def before_training(self) -> None:
-        """Call before the model's own training passes: they go on from the state that the last ones left."""
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """For the model's own training passes: they go on from the state that the last ones left, and leave the next one."""
         self._undo()
         self._kept = None
+        yield
+        self._kept = self.live()
 
     @contextmanager
     def inference(self) -> Iterator[None]:

@@ -140,8 +140,8 @@ class Engine:
         if self.group_head is not None:
             self.group_head.zero_grad()
         self._mode(train=True)
-        self.scaling.before_training()
-        results = pipeline.run(self._wrapped, slots, partial(self._loss, readout), forward_only=False)
+        with self.scaling.training():
+            results = pipeline.run(self._wrapped, slots, partial(self._loss, readout), forward_only=False)
         totals: list[Tensor] = []
         metrics: Metrics = {}
         for total, slot, new in results:

@@ -95,7 +95,7 @@ def resumed(bench: Bench, recipe: str) -> Iterator[Figure]:
     whole, again = new_actor(bench.mesh, recipe), new_actor(bench.mesh, recipe)
     learn(whole, 0, 5)
     checkpoint.restore(type(bench.scratch)(saved(bench, whole, 5)), {"actor": again.engine}, bench.mesh)
-    states = [actor.engine.scaling.read() for actor in (whole, again)]
+    states = [actor.engine.scaling.live() for actor in (whole, again)]
     yield true(f"{recipe}: the scaling state is restored", same(*states) and bool(states[0]) == (recipe == "delayed"))
     mine, other = learn(again, 5, 10), learn(whole, 5, 10)
     yield below(f"{recipe}: losses after the resume", max(abs(a / b - 1) for a, b in zip(mine, other, strict=True)), RESUMED)
@@ -116,15 +116,15 @@ def untouched(bench: Bench) -> Iterator[Figure]:
     """Log-probs and generation leave delayed scaling's history as training left it."""
     actor = new_actor(bench.mesh, "delayed")
     actor.logprobs(text(0))
-    yield equal("before any training: scaling states", len(actor.engine.scaling.read()), 0)
+    yield equal("before any training: scaling states", len(actor.engine.scaling.live()), 0)
     learn(actor, 0, 3)
-    before = copied(actor.engine.scaling.read())
+    before = copied(actor.engine.scaling.live())
     yield true("training fills the histories", largest(before) > 0)
     actor.logprobs(text(4))
     ids = torch.arange(2)
     prompts = Prompts(text(5).tokens[:2, :8], torch.tensor([8, 8]), ids, ids, ("", ""), ({}, {}))
     actor.generate(prompts, Sampling(8, temperature=0.0))
-    yield true("inference leaves no trace", same(before, actor.engine.scaling.read()))
+    yield true("inference leaves no trace", same(before, actor.engine.scaling.live()))
 
 
 def swapped(bench: Bench, recipe: str) -> Iterator[Figure]:
@@ -137,10 +137,10 @@ def swapped(bench: Bench, recipe: str) -> Iterator[Figure]:
     alone, live = MegatronReference(**common), new_actor(bench.mesh, recipe, load=path)
     guest = MegatronReference(**common, offload="cpu", live=live)
     learn(live, 5, 8)
-    rows, scaling = text(20), copied(live.engine.scaling.read())
+    rows, scaling = text(20), copied(live.engine.scaling.live())
     mine, theirs = live.logprobs(rows).logprobs, alone.logprobs(rows).logprobs
     yield true(f"{recipe}: the swapped reference's log-probs", torch.equal(guest.logprobs(rows).logprobs, theirs))
-    kept = torch.equal(live.logprobs(rows).logprobs, mine) and same(scaling, live.engine.scaling.read())
+    kept = torch.equal(live.logprobs(rows).logprobs, mine) and same(scaling, live.engine.scaling.live())
     yield true(f"{recipe}: the policy after the swap", kept and not torch.equal(mine, theirs))
 
 
