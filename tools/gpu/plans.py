@@ -10,10 +10,10 @@ from typing import Any
 from gipo_megatron.planning.planner import Planner
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Architecture
+from tools.gpu.bench import GIB
 from tools.gpu.models import ONE_B, SEVEN_B, Step, shape
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-GIB = 2**30
 
 
 @dataclass(frozen=True)
