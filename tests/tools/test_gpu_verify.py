@@ -92,13 +92,20 @@ def check_files(out: Path) -> None:
     assert names <= {"results.jsonl", "state.json", "workers.log", "profile.txt", "samples.txt", "curves.json"}
 
 
-def test_a_golden_file_is_what_the_parts_compare_with(tmp_path: Path) -> None:
-    """Made for another version, or with one number changed, it shows."""
-    runs = {"runs": chain.RUNS, "metrics": {}}
-    (tmp_path / "golden.json").write_text(json.dumps({"chain": {**runs, "runs": {}}, "plans": {}}))
+def test_a_golden_file_of_another_version_is_not_used(golden: Path, tmp_path: Path) -> None:
+    whole = json.loads((golden / "golden.json").read_text())
+    whole["chain"]["runs"]["all"].append("run.seed=1")
+    whole["plans"]["cases"] = "of others"
+    (tmp_path / "golden.json").write_text(json.dumps(whole))
     bench = Bench("cpu", True, tmp_path, tmp_path, tmp_path)
-    with pytest.raises(chain.NotRun, match="another version"):
+    with pytest.raises(NotRun, match="another version"):
         next(chain.chain(bench))
+    with pytest.raises(NotRun, match="another version"):
+        training.planned(bench, "save", 1.0)
+
+
+def test_metrics_are_compared_by_hand() -> None:
+    """Relative above 1, absolute below; what is missing or undefined on one side alone is infinitely far."""
     rows = [{"step": 1, "loss": 2.0, "kl": None}, {"step": 2, "loss": 1.0, "kl": 0.0}]
     assert chain.worst(rows, rows)[0] == 0
     moved = [rows[0], {**rows[1], "loss": 1.01}]

@@ -135,6 +135,7 @@ def hugging_face(bench: Bench, architecture: Architecture) -> LlamaForCausalLM:
     """Random weights, made on the device in bf16."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[bench.mesh.device] if bench.cuda else []))
+        torch.manual_seed(0)
         stack.enter_context(torch.device(bench.device))
         before = torch.get_default_dtype()
         stack.callback(torch.set_default_dtype, before)

@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity
 from gipo_megatron.megatron.roles import MegatronActor
 from gipo_megatron.specs import Precision
 from gipo_megatron.types import Sequences, TokenStats
-from tools.gpu.bench import Bench, Figure, below, equal, figure, within
+from tools.gpu.bench import STALE, Bench, Figure, NotRun, below, equal, figure, within
 from tools.gpu.models import SEVEN_B, Step, new_actor, peak_flops, random_text, supervised, trained_actor
-from tools.gpu.plans import LAYERS, SLOPES, step
+from tools.gpu.plans import LAYERS, SLOPES, fingerprint, step
 
 AIM = {"7B": 0.45}  # MFU of the whole model
 TERA = 1e12
@@ -85,7 +85,10 @@ def mfu(bench: Bench) -> Iterator[Figure]:
 
 def planned(bench: Bench, name: str, peak_gib: float) -> Figure:
     """A peak against the planner's (golden.json); on a CPU, where none is measured, the planner's alone."""
-    expected = bench.golden["plans"]["tiny" if bench.tiny else "full"].get(name)
+    plans = bench.golden["plans"]
+    if plans["cases"] != fingerprint():
+        raise NotRun(STALE)
+    expected = plans["tiny" if bench.tiny else "full"].get(name)
     if expected is None:
         return figure(f"{name}: peak GiB", peak_gib, "the planner has no such phase")
     if not bench.cuda:
