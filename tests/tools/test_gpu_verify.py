@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -373,6 +374,13 @@ def test_idle_share_by_hand() -> None:
     """Kernels 0-2, 1-3 (at the same time), 5-6, 5.5-5.7 (inside), 8-10: busy 6 of 10."""
     kernels = [(5.0, 6.0), (0.0, 2.0), (8.0, 10.0), (1.0, 3.0), (5.5, 5.7)]
     assert training.idle_share(kernels) == pytest.approx(0.4)
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    kinds = [(cuda, False), (cuda, True), (cpu, False), (cuda, False)]
+    events = [
+        SimpleNamespace(device_type=device, is_user_annotation=named, time_range=SimpleNamespace(start=i, end=i + 1))
+        for i, (device, named) in enumerate(kinds)
+    ]
+    assert training.device_times(SimpleNamespace(events=lambda: events)) == [(0, 1), (3, 4)], "a named range is no work"
 
 
 def test_bytes_that_a_decoding_step_reads_by_hand() -> None:
