@@ -181,6 +181,28 @@ def test_tiny_splits_over_two_processes(name: str, world: int, words: list[str])
     assert compose([f"recipe={name}", *words], RECIPES, world=world).world == world
 
 
+@pytest.mark.parametrize(("name", "processes"), [("sft", 2), ("gipo", 2), ("ppo_kl", 2)])
+def test_smollms_commands_for_a_cpu_compose(name: str, processes: int) -> None:
+    """As the first lines of the files have them."""
+    comment = (RECIPES / "smollm" / f"{name}.yaml").read_text().split("defaults:")[0].replace("#", " ")
+    words = [word for word in comment[comment.index("--nproc-per-node") :].split() if "=" in word]
+    recipe = compose(words, RECIPES, world=processes)
+    assert (recipe.name, recipe.precision.dtype, recipe.run.steps, recipe.memory.recompute) == (f"smollm/{name}", "fp32", 2, "none")
+    assert recipe.batch.minibatch == 8 and recipe.data.max_length == 128
+
+
+def test_smollms_chain_and_its_two_judges() -> None:
+    """Every stage starts where the one before it ends; the second judge sees more pairs, in another order."""
+    sft, rm, gold, gipo, dpo = (compose([f"recipe=smollm/{name}"], RECIPES) for name in ("sft", "rm", "rm_gold", "gipo", "dpo"))
+    assert Path(sft.models["actor"].load) == Path(HOME)
+    assert {r.models[role].load for r, role in ((rm, "reward"), (gold, "reward"), (gipo, "actor"), (dpo, "actor"))} == {
+        f"{sft.run.dir}/final"
+    }
+    assert gipo.models["reward"].load == gipo.models["critic"].load == f"{rm.run.dir}/final"
+    assert gold.run.seed != rm.run.seed and gold.run.steps == 4 * rm.run.steps
+    assert {r.data.template for r in (sft, rm, gold, gipo, dpo)} == {"chat"}
+
+
 def test_children_state_only_differences() -> None:
     checked = 0
     for name in recipe_names(RECIPES, fragments=True):

@@ -2,7 +2,7 @@
 
 DIR/step_12/meta.json      what is inside: step, per role its architecture and head, and the size of every file
             state.pt       the caller's own state (generators, data position, running moments, …)
-            actor/ …       mcore dist_checkpointing: weights, optimizer, learning rate, group head
+            actor/ …       mcore dist_checkpointing: weights, optimizer, learning rate, group head, FP8 scaling state
             huggingface/   per role, config.json and generation_config.json of the model it came from, word for word
 """
 
@@ -30,11 +30,11 @@ from torch.distributed import checkpoint as torch_checkpoint
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.pipeline import quiet
-from gipo_megatron.megatron.precision import EXTRA_STATE, keep_scaling, stored_only
+from gipo_megatron.megatron.scaling import EXTRA_STATE, without_extra_states
 from gipo_megatron.megatron.schedule import Engine
 from gipo_megatron.specs import Architecture
 
-FORMAT, VERSION = "gipo_megatron", 1
+FORMAT, VERSION = "gipo_megatron", 2  # 2: FP8 scaling state as tensors; all else as in 1
 _STEP = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"step_\d+(\.tmp|\.old)?")
 HF_FILES = ("config.json", "generation_config.json")
@@ -56,8 +56,12 @@ class _InlineSave(TorchDistSaveShardedStrategy):
 
 
 def _metadata() -> dict[str, Any]:
-    """A fresh one for every call: mcore puts the data parallel group of the moment into it."""
-    return {"distrib_optim_sharding_type": "fully_reshardable"}
+    """A fresh one for every call: mcore puts the data parallel group of the moment into it.
+
+    mem_efficient: a replica group's optimizer is gathered in host memory (gloo) on its first rank, which writes it. Else every rank
+    gathers all of it on its GPU: 4 bytes a parameter and as much again to receive, beside a model that fills the card.
+    """
+    return {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -151,24 +155,25 @@ def _full_disk(error: BaseException) -> str | None:
 
 def _save_role(folder: Path, engine: Engine) -> None:
     with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
-        sharded = _sharded_model(engine)
-        common: dict[str, Any] = {}
+        torch.cuda.empty_cache()  # NCCL and gloo allocate past torch's cache
+        chunks = _sharded_chunks(engine)
+        sharded = without_extra_states(chunks)
+        common: dict[str, Any] = {"scaling": engine.scaling.to_save(list(chunks.values()))}
         if engine.optimisation is not None:
-            common["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=False, metadata=_metadata())
+            optimizer = engine.optimizer.sharded_state_dict(sharded, is_loading=False, metadata=_metadata())
+            if optimizer["param_state"] is None:  # not the first replica; mcore compares what ranks have, and would warn
+                del optimizer["param_state"]
+            common["optimizer"] = optimizer
             common["learning_rate"] = engine.learning_rate.state_dict()
         if engine.group_head is not None:
             common["group_head"] = engine.group_head.sharded_state()
         dist_checkpointing.save({**sharded, **common}, str(folder), sharded_strategy=_InlineSave("torch_dist", 1))
 
 
-def _sharded_model(engine: Engine, folder: Path | None = None) -> dict[str, Any]:
-    """FP8 scaling state is among it where it is of use; and, with a checkpoint's `folder`, only where that has it."""
-    parts = [keep_scaling(chunk.sharded_state_dict(metadata=_metadata()), engine.precision) for chunk in engine.chunks]
-    return {name: part if folder is None else stored_only(part, folder) for name, part in zip(_names(engine), parts, strict=True)}
-
-
-def _names(engine: Engine) -> list[str]:
-    return ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
+def _sharded_chunks(engine: Engine) -> dict[str, dict[str, Any]]:
+    """Name in the checkpoint -> the chunk's sharded state dict, as mcore makes it."""
+    names = ["model"] if len(engine.chunks) == 1 else [f"model{i}" for i in range(len(engine.chunks))]
+    return {name: chunk.sharded_state_dict(metadata=_metadata()) for name, chunk in zip(names, engine.chunks, strict=True)}
 
 
 def describe(engine: Engine) -> dict[str, Any]:
@@ -320,14 +325,15 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
 
 def _restore_role(folder: Path, engine: Engine) -> None:
     with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
-        sharded = _sharded_model(engine, folder)
-        wanted = dict(sharded)
+        chunks = _sharded_chunks(engine)
+        sharded = without_extra_states(chunks)
+        wanted = {**sharded, "scaling": engine.scaling.to_load(list(chunks.values()), folder)}
         if engine.optimisation is not None:
             wanted["optimizer"] = engine.optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_metadata())
         if engine.group_head is not None:
             wanted["group_head"] = engine.group_head.sharded_state()
         loaded = dist_checkpointing.load(wanted, str(folder))
-        _load_model(engine, loaded)
+        _fill(engine, list(sharded), loaded)
         if engine.optimisation is not None:
             engine.optimizer.load_state_dict(loaded["optimizer"])
             engine.learning_rate.load_state_dict(loaded["learning_rate"])
@@ -335,10 +341,13 @@ def _restore_role(folder: Path, engine: Engine) -> None:
             engine.group_head.load_sharded_state(loaded["group_head"])
 
 
-def _load_model(engine: Engine, loaded: dict[str, Any]) -> None:
-    for name, chunk in zip(_names(engine), engine.chunks, strict=True):
+def _fill(engine: Engine, names: list[str], loaded: dict[str, Any], without: tuple[str, ...] = ()) -> None:
+    """Weights and FP8 scaling state; keys that begin with `without` stay as they are."""
+    for name, chunk in zip(names, engine.chunks, strict=True):
         missing = chunk.load_state_dict(loaded[name], strict=False).missing_keys
-        assert all(key.endswith(EXTRA_STATE) for key in missing), f"not loaded: {missing}"
+        unexpected = [key for key in missing if not key.endswith(EXTRA_STATE) and not key.startswith(without)]
+        assert not unexpected, f"not loaded: {unexpected}"
+    engine.scaling.write(loaded.get("scaling", {}))  # version 1 has none
 
 
 def load_weights(path: Path, role: str, engine: Engine) -> str:
@@ -356,18 +365,17 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
     check_architecture(path, about["architecture"], engine.architecture)
     same_head = (about["head"] is None) == (engine.head is None)
     with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
-        sharded = _sharded_model(engine, path / source)
+        chunks = _sharded_chunks(engine)
+        sharded = without_extra_states(chunks)
         if not same_head:
             for part in sharded.values():
                 for key in [k for k in part if k.startswith("output_layer.")]:
                     del part[key]
         head = engine.group_head if engine.group is not None and about["num_groups"] == engine.group.num_groups else None
         group = {key: part for key, part in head.sharded_state().items() if key in _GROUP_WEIGHTS} if head is not None else {}
-        loaded = dist_checkpointing.load({**sharded, **group}, str(path / source))
-        for name, chunk in zip(sharded, engine.chunks, strict=True):
-            missing = chunk.load_state_dict(loaded[name], strict=False).missing_keys
-            unexpected = [k for k in missing if same_head or not k.startswith("output_layer.")]
-            assert all(k.endswith("_extra_state") for k in unexpected), f"not loaded: {unexpected}"
+        scaling = engine.scaling.to_load(list(chunks.values()), path / source)
+        loaded = dist_checkpointing.load({**sharded, **group, "scaling": scaling}, str(path / source))
+        _fill(engine, list(sharded), loaded, without=() if same_head else ("output_layer.",))
         if head is not None and group:
             head.load_sharded_state({f"group_head.{k}": v for k, v in head.state_dict().items()} | {k: loaded[k] for k in group})
         engine.weights_changed()

@@ -29,7 +29,6 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
     (r"`load_state_dict` is deprecated and will be removed in future versions", FutureWarning),  # torch.distributed.checkpoint's
     (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
-    (r"If you are using transformer_engine as the transformer implementation, the core_attn", UserWarning),  # recompute: selective
 )
 
 _installed = False

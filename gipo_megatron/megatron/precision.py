@@ -1,46 +1,30 @@
-"""Number formats: a recipe's dtype and FP8 recipe as fields of mcore's TransformerConfig, and the scaling state that FP8 keeps.
+"""Number formats: a recipe's dtype and FP8 recipe as fields of mcore's TransformerConfig.
 
 FP8 is for the matrix products of the transformer layers in the training forward and backward: mcore enters Transformer Engine's autocast
 around the layers only, so embeddings, the output layer, heads and log-probs stay in bf16 or fp32. Generation (decode.py) reads the bf16
 weights and never enters it.
 
 tensorwise and blockwise take each tensor's scale from the tensor itself. `delayed` takes it from the largest values of earlier passes,
-which is state beside the weights; Transformer Engine 2.11 keeps it so:
-
-    a pass writes its largest values (amax) into row 0 of a history, also under no_grad: an inference pass would count in the next scale;
-    a training pass, when it leaves the autocast, turns rows into scales and ages the histories of *all* models of this process;
-    a model that never trained has scale 1: weights of size 0.02 then lie where e4m3 has one or two bits.
-
-So `Scaling` puts the state back after every forward-only pass, and runs a model that has none in bf16.
+which is state beside the weights: scaling.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.enums import Fp8Recipe
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from torch import Tensor, nn
-from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron import capabilities
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron.layout import unwrap
 from gipo_megatron.specs import Architecture, Parallel, Precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # fp16 only for conversion: recipes refuse it
 FP8_RECIPES = {"delayed": Fp8Recipe.delayed, "tensorwise": Fp8Recipe.tensorwise, "blockwise": Fp8Recipe.blockwise}
 FP8_ROWS = 16  # sequence × batch must divide by this in an FP8 matrix product; a multiple of the length alone always does
-EXTRA_STATE = "_extra_state"
-
-ScalingState = dict[str, Tensor]  # "chunk.module" -> the bytes that Transformer Engine makes of the module's scales and histories
 
 
 def transformer_engine_usable() -> bool:
@@ -116,104 +100,3 @@ def length_multiple(precision: Precision, parallel: Parallel) -> int:
     """What a micro-batch's padded length must divide by: the tensor size under sequence parallel, 16 in FP8 (per rank), else 1."""
     shards = parallel.tensor if parallel.sequence else 1
     return math.lcm(shards, FP8_ROWS * shards) if precision.fp8 != "none" else shards
-
-
-# ------------------------------------------------------------------------------------------------- delayed scaling
-
-
-class Scaling:
-    """The FP8 scaling state of one model: changed by its training and by loading, by nothing else. Without delayed scaling it does nothing.
-
-    trained: False for a model that only answers. Its state is pinned: other models' training would age it, and bring nothing new.
-    """
-
-    def __init__(self, chunks: Sequence[nn.Module], precision: Precision, trained: bool) -> None:
-        self.chunks, self.trained = chunks, trained
-        self.active = precision.fp8 == "delayed"
-        self._pinned: ScalingState | None = None
-
-    def read(self) -> ScalingState:
-        """A copy, on the host; empty for a model that never trained in FP8."""
-        found: ScalingState = {}
-        for i, chunk in enumerate(self.chunks if self.active else ()):
-            for name, module in unwrap(chunk).named_modules():
-                if type(module).get_extra_state is not nn.Module.get_extra_state:
-                    state: Any = module.get_extra_state()  # None: mcore's own layers; an empty tensor: Transformer Engine's without FP8
-                    if isinstance(state, Tensor) and state.numel():
-                        found[f"{i}.{name}"] = state
-        return found
-
-    def write(self, state: ScalingState) -> None:
-        """The modules have `state`, and those that it does not name none."""
-        for name in self.read().keys() - state.keys():
-            _forget(self._module(name))
-        for name, value in state.items():
-            self._module(name).set_extra_state(value)
-
-    @contextmanager
-    def inference(self) -> Iterator[None]:
-        """For forward-only passes: the state as training left it, and left as it was; bf16 where there is none."""
-        if not self.active:
-            yield
-            return
-        if self._pinned is not None:
-            self.write(self._pinned)
-        state = self.read()
-        if not self.trained:
-            self._pinned = state
-        if not state:
-            with _bf16(self.chunks):
-                yield
-            return
-        try:
-            yield
-        finally:
-            self.write(state)
-
-    @contextmanager
-    def swapped(self, other: ScalingState) -> Iterator[None]:
-        """`other` in this one's place; its own comes back, whatever happened."""
-        own, pinned = self.read(), self._pinned
-        self.write(other)
-        self._pinned = None
-        try:
-            yield
-        finally:
-            self.write(own)
-            self._pinned = pinned
-
-    def _module(self, name: str) -> nn.Module:
-        chunk, path = name.split(".", 1)
-        return unwrap(self.chunks[int(chunk)]).get_submodule(path)
-
-
-def _forget(module: nn.Module) -> None:
-    """As before its first FP8 pass. `set_extra_state` ignores an empty state, so this turns the switches that a bf16 pass turns."""
-    te: Any = module
-    te.reset_fp8_meta_tensors()  # scales 1, histories 0
-    te.fp8_meta["fp8_checkpoint"] = te.fp8 = te.fp8_calibration = False
-
-
-@contextmanager
-def _bf16(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """mcore's blocks read config.fp8 in each pass."""
-    configs: list[Any] = [unwrap(chunk).decoder.config for chunk in chunks]
-    before = [config.fp8 for config in configs]
-    for config in configs:
-        config.fp8 = None
-    try:
-        yield
-    finally:
-        for config, fp8 in zip(configs, before, strict=True):
-            config.fp8 = fp8
-
-
-def keep_scaling(part: dict[str, Any], precision: Precision) -> dict[str, Any]:
-    """A chunk's sharded state dict without extra states, unless delayed scaling needs them: the others' say nothing."""
-    return part if precision.fp8 == "delayed" else {key: value for key, value in part.items() if not key.endswith(EXTRA_STATE)}
-
-
-def stored_only(part: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A chunk's sharded state dict without extra states that the checkpoint in `folder` has not: it was trained without delayed scaling."""
-    stored = torch_checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {k: v for k, v in part.items() if not (isinstance(v, ShardedObject) and k.endswith(EXTRA_STATE)) or v.unique_key in stored}

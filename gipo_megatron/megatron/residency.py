@@ -2,6 +2,10 @@
 
 A tensor is moved by emptying its storage, never by rebinding it: mcore's parameters, gradients and optimizer shards are views into
 flat buffers, and a view of an emptied and refilled storage is valid again.
+
+Host buffers are pinned where there is a GPU, once, and kept: pinning 14 GB takes seconds. Copies between them and the GPU do not
+block the host. They, the kernels before and after, and the memory that is freed and given out again, are all in the order of one CUDA
+stream, and nothing on the host reads a parked buffer, so nothing has to wait.
 """
 
 from __future__ import annotations
@@ -15,12 +19,42 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gipo_megatron.megatron.scaling import ScalingState
+
+PIECE_BYTES = 2**20  # what is smaller is not cut further
+
+
+def pieces(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Flat views that cover contiguous `tensors`, of a power of two of bytes each, but for rests below 1 MiB.
+
+    torch rounds every pinned buffer up to a power of two: 4.1 GB in one piece would pin 8.
+    """
+    found = []
+    for t in tensors:
+        rest = t.view(-1)
+        while rest.nbytes > PIECE_BYTES:
+            size = 2 ** (rest.nbytes.bit_length() - 1) // rest.itemsize
+            found.append(rest[:size])
+            rest = rest[size:]
+        if rest.nbytes:
+            found.append(rest)
+    return found
+
+
+def _host_buffers(live: Iterable[Tensor]) -> list[Tensor]:
+    return [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.device.type == "cuda") for t in live]
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source, non_blocking=True)
+
 
 @dataclass
 class _Parked:
     storage: torch.UntypedStorage
     size: int
-    copy: Tensor | None  # uint8 [size] on the host; None: contents are not kept
+    copy: list[Tensor]  # the contents on the host, in pieces; []: not kept
 
 
 @dataclass
@@ -33,29 +67,40 @@ class Shelf:
     find: Callable[[], Iterable[Tensor]]
     keep: bool = True
     parked: list[_Parked] = field(default_factory=list)
+    buffers: dict[int, list[Tensor]] = field(default_factory=dict)  # by storage: the last park's, for the next one
 
     @torch.no_grad()
     def park(self) -> None:
         if self.parked:
             return
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in self.find() if t.untyped_storage().size()}
+        self.parked = [_Parked(s, s.size(), self._copied(key, s) if self.keep else []) for key, s in storages.items()]
+        self.buffers = {key: item.copy for key, item in zip(storages, self.parked, strict=True)}
         for storage in storages.values():
-            self.parked.append(_Parked(storage, storage.size(), _to_host(storage) if self.keep else None))
             storage.resize_(0)
+
+    def _copied(self, key: int, storage: torch.UntypedStorage) -> list[Tensor]:
+        live, host = pieces([_bytes(storage)]), self.buffers.get(key, [])
+        if [t.nbytes for t in host] != [t.nbytes for t in live]:
+            host = _host_buffers(live)
+        _copy(host, live)
+        return host
 
     @torch.no_grad()
     def restore(self) -> None:
         for item in self.parked:
             item.storage.resize_(item.size)
-            whole = torch.empty(0, dtype=torch.uint8, device=item.storage.device).set_(item.storage)
-            whole.zero_() if item.copy is None else whole.copy_(item.copy)
+            whole = _bytes(item.storage)
+            if self.keep:
+                _copy(pieces([whole]), item.copy)
+            else:
+                whole.zero_()
         self.parked = []
 
 
-def _to_host(storage: torch.UntypedStorage) -> Tensor:
-    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    host = torch.empty(whole.shape, dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
-    return host.copy_(whole)
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    """uint8 [size]: the storage itself."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 class Residency:
@@ -103,33 +148,33 @@ class Residency:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What makes one model another in the same modules, on the host."""
+    """What makes one model another in the same modules."""
 
-    weights: list[Tensor]
-    scaling: dict[str, Tensor]  # FP8 scaling state (precision.Scaling); empty without delayed scaling
+    weights: list[Tensor]  # on the host, in pieces
+    scaling: ScalingState  # on the device; empty without delayed scaling
 
 
 @torch.no_grad()
 def host_copies(live: list[Tensor]) -> list[Tensor]:
-    """Clones on the host, pinned where there is a device to copy back to."""
-    return [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.device.type == "cuda").copy_(t) for t in live]
+    """Copies on the host, in `pieces`, pinned where there is a device to copy back to."""
+    parts = pieces(live)
+    return [host.copy_(part) for host, part in zip(_host_buffers(parts), parts, strict=True)]
 
 
 @contextmanager
 def swapped(live: list[Tensor], other: list[Tensor]) -> Iterator[None]:
-    """`live` holds the values of `other` inside, and its own again afterwards, whatever happened. No optimizer call inside.
+    """`live` holds the values of `other` (tensors, or their `host_copies`) inside, and its own again afterwards, whatever happened.
 
-    Raises ValueError when the shapes differ.
+    No optimizer call inside. Raises ValueError when the sizes differ.
     """
+    live, other = pieces(live), pieces(other)
     if [t.shape for t in live] != [t.shape for t in other]:
         raise ValueError("the models to swap are not laid out alike")
     with torch.no_grad():
         own = [t.clone() for t in live]
-        for t, new in zip(live, other, strict=True):
-            t.copy_(new)
+        _copy(live, other)
     try:
         yield
     finally:
         with torch.no_grad():
-            for t, old in zip(live, own, strict=True):
-                t.copy_(old)
+            _copy(live, own)

@@ -2,7 +2,7 @@
 
     a GPU    state of the models │ work on a block of prompts │ rows: keys and values, logits │ 5 %
 
-Generation with larger slices takes fewer steps, so on a GPU it takes all that is free. The planner asks the same functions.
+Generation with larger slices takes fewer steps, so on a GPU it takes all that is free. The planner uses the same functions.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.microbatches import MicroBatch, Readout, gather, plan, rebuild, tensors, widen
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.optimizer import LearningRate, build_optimizer, clipped_step, gradient_norm, mark_shards, wrap
-from gipo_megatron.megatron.precision import Scaling, length_multiple
+from gipo_megatron.megatron.precision import length_multiple
 from gipo_megatron.megatron.residency import Residency, Shelf, Snapshot, host_copies, swapped
+from gipo_megatron.megatron.scaling import Scaling
 from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision
 from gipo_megatron.types import BatchLoss, CriticOutput, Metric, Metrics, Output, Rows, TokenStats, Update, merge_metrics
 
@@ -73,7 +74,7 @@ class Engine:
             config = self.chunks[0].config
             config.finalize_model_grads_func = finalize_model_grads
             config.no_sync_func = [w.no_sync for w in self._wrapped] if len(self._wrapped) > 1 else self._wrapped[0].no_sync
-        self.scaling = Scaling(self.chunks, precision, trained=optimisation is not None)
+        self.scaling = Scaling(self.chunks, precision)
         shelves = (Shelf(self._gradients, keep=False), Shelf(self._optimizer_tensors)) if optimisation is not None else ()
         self.residency = Residency(offload, Shelf(self._weights), shelves)
 
@@ -139,6 +140,7 @@ class Engine:
         if self.group_head is not None:
             self.group_head.zero_grad()
         self._mode(train=True)
+        self.scaling.before_training()
         results = pipeline.run(self._wrapped, slots, partial(self._loss, readout), forward_only=False)
         totals: list[Tensor] = []
         metrics: Metrics = {}
@@ -223,7 +225,7 @@ class Engine:
             yield
 
     def snapshot(self) -> Snapshot:
-        """This rank's weights and FP8 scaling state, on the host: what `swapped` takes."""
+        """This rank's weights, on the host, and FP8 scaling state: what `swapped` takes."""
         with self.residency.use():
             return Snapshot(host_copies(self._weights()), self.scaling.read())
 

@@ -8,8 +8,8 @@ Per layer and token, in elements of the model's dtype, tensor size t, sequence p
     value         a view: keeps the fused (Q + 2K)/t         attention     output Q/t, and log-sum-exp 4 bytes a head
     feed-forward  fused gate and up 2F/t, product F/t
 
-recompute selective drops the log-sum-exp and the feed-forward layer's; full keeps a layer's input only. What is dropped is there again
-for one layer at a time in the backward pass.
+recompute selective drops the feed-forward layer's; full keeps a layer's input only. What is dropped is there again for one layer at a
+time in the backward pass.
 """
 
 from __future__ import annotations
@@ -90,10 +90,8 @@ def layer_kept(slot: Slot, recompute: str) -> int:
     if a.qk_norm:  # the norms' inputs: the query's is a copy unless a group has one query; the key's is a view of the fused projection
         attention += (slot.query if a.num_heads > a.num_kv_heads else 0) + rows * (a.num_heads + a.num_kv_heads) // slot.parallel.tensor
     rope = 4 * slot.length * a.head_dim * slot.itemsize  # cos and sin, for queries and for keys
-    kept = norms + attention + rope
-    if recompute == "none":
-        kept += rows * a.num_heads // slot.parallel.tensor + 3 * slot.feed
-    return kept
+    statistics = rows * a.num_heads // slot.parallel.tensor  # log-sum-exp
+    return norms + attention + rope + statistics + (3 * slot.feed if recompute == "none" else 0)
 
 
 def in_flight(parallel: Parallel, stage: int, slots: int) -> int:
@@ -115,7 +113,7 @@ class Pass:
     logits: int = 0  # logits, or a head's fp32 input, with their gradients
     cache: int = 0  # keys and values of generation
     rows: int = 0  # sequences of a replica that generate at once
-    step: int = 0  # Adam's denominators in the optimizer step (none with Transformer Engine's fused Adam)
+    step: int = 0  # Adam's denominators in the optimizer step; a GPU's fused Adam has none
 
     @property
     def peak(self) -> int:

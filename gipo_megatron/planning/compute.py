@@ -78,7 +78,7 @@ def timing(recipe: Recipe, footprint: Footprint, gpus_per_node: int) -> Timing:
     works: list[Work] = []
     for phase in footprint.phases:
         role = "critic" if phase.name == "group probe" else phase.name.split()[0]
-        if phase.name.startswith(("set-up", "group probe")) or "once" in phase.name:
+        if phase.name.startswith(("set-up", "group probe", "save")) or "once" in phase.name:
             continue
         if phase.name == "rollout":
             works.append(_rollout(recipe, footprint, phase, batch, gpu))
@@ -86,7 +86,7 @@ def timing(recipe: Recipe, footprint: Footprint, gpus_per_node: int) -> Timing:
             works.append(_update(recipe, footprint, batch, gpu, role, gpus_per_node))
         else:
             works.append(_matrix(recipe, gpu, phase.name, 1, 0.0, batch.tokens, batch.scoring_slots))
-    moved = sum(phase.moved for phase in footprint.phases if "once" not in phase.name)
+    moved = sum(phase.moved for phase in footprint.phases if "once" not in phase.name and phase.name != "save")
     return Timing(gpu, tuple(works), moved / HOST_BANDWIDTH)
 
 

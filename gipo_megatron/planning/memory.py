@@ -60,7 +60,8 @@ class Footprint:
     stage: int
     roles: dict[str, Shard]
     phases: tuple[Phase, ...]
-    host: int  # bytes of host memory of this rank, when all that is offloaded is parked
+    host: int  # bytes of host memory of this rank for all that is offloaded; pinned in powers of two (residency.pieces), so no more
+    staged: tuple[int, int]  # bytes of host memory that a save needs at most, on the first replica's rank and on another's
 
     @property
     def worst(self) -> Phase:
@@ -70,6 +71,17 @@ class Footprint:
 def budget(gpu_memory_gib: int) -> int:
     """Bytes of a GPU that a plan may fill."""
     return int(gpu_memory_gib * GIB * (1 - FRAGMENTATION)) - CONTEXT_BYTES
+
+
+def staging(gradients: int, replicas: int) -> tuple[int, int]:
+    """Host memory in which mcore gathers a model's optimizer for a save: on the first replica's rank, and on another replica's.
+
+    Masters and two moments are fp32, each as large as the gradient buffer. Every rank copies its share of the three. The first keeps
+    the three whole, receives one at a time from all replicas, and joins it: that is three more, as what it received and joined last
+    is still there.
+    """
+    share = 3 * gradients // replicas
+    return share + 3 * gradients + 3 * gradients, share
 
 
 def head_of(role: str) -> str | None:
@@ -163,10 +175,12 @@ def footprint(recipe: Recipe, roles: dict[str, Shard], together: int | None = No
     once = [phase for phase in phases if "once" in phase.name]
     for _ in range(2):  # the second time round is like all others
         iteration = _iteration(recipe, Calls(recipe, roles, device, together))
+    save = Calls(recipe, roles, device, together).save()
     host = sum(s.weights + s.optimizer for role, s in roles.items() if device.offloaded(role))
+    staged = staging(max(roles[role].gradients for role in recipe.trained), recipe.data_parallel)
     any_role = next(iter(roles.values()))
     named = [set_up] if set_up not in once else []
-    return Footprint(any_role.rank, any_role.stage, roles, (*named, *once, *iteration), host)
+    return Footprint(any_role.rank, any_role.stage, roles, (*named, *once, *iteration, save), host, staged)
 
 
 def _iteration(recipe: Recipe, calls: Calls) -> list[Phase]:
@@ -235,17 +249,24 @@ class Calls:
     def update(self, name: str, role: str) -> Phase:
         batch, head = batch_plan(self.recipe), head_of(role) is not None
         states = 3 if self.recipe.precision.dtype == "bf16" else 2  # master weights and two moments; in fp32 the weights are the masters
+        on_cpu = not self.recipe.hardware.gpu_memory_gib
 
         def work(shard: Shard) -> Pass:
             recompute = self.recipe.memory.recompute
-            moments = shard.optimizer // states
+            moments = shard.optimizer // states if on_cpu else 0  # a GPU's Adam is fused
             found = training(self.slot, recompute, shard.chunk_layers, shard.stage, batch.slots, head, moments)
             if self.recipe.precision.fp8 == "none":
                 return found
-            # Transformer Engine, whose Adam is fused, keeps FP8 copies of each layer's weights, by rows and by columns, until backward
-            return replace(found, activations=found.activations + shard.weights, step=0)
+            # Transformer Engine keeps FP8 copies of each layer's weights, by rows and by columns, until backward
+            return replace(found, activations=found.activations + shard.weights)
 
         return self._phase(name, role, work, trains=True)
+
+    def save(self) -> Phase:
+        """One trained model after the other, on the device for it. Nothing is beside it there: weights are copied to the host one tensor at
+        a time, and the optimizer is gathered in host memory (`staging`)."""
+        phases = [self._phase("save", role, lambda shard: Pass(), trains=True) for role in self.recipe.trained]
+        return replace(max(phases, key=lambda phase: phase.peak), moved=sum(phase.moved for phase in phases))
 
 
 def slot_of(recipe: Recipe) -> Slot:

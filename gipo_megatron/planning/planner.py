@@ -38,6 +38,15 @@ class Plan:
     def fits(self) -> bool:
         return not self.limit or self.heaviest.worst.peak <= self.limit
 
+    @property
+    def saving(self) -> int:
+        """Bytes of host memory that a save needs at most on the node with most ranks of the first replica."""
+        firsts = [rank // self.gpus_per_node for rank, *_ in self.groups["data"]]
+        most = max(firsts.count(node) for node in set(firsts))
+        ranks = min(self.gpus_per_node, self.recipe.world)
+        first, other = self.heaviest.staged
+        return most * first + (ranks - most) * other
+
     def spanning(self, kind: str) -> int:
         """How many groups of a kind have ranks on several nodes."""
         return sum(len({rank // self.gpus_per_node for rank in group}) > 1 for group in self.groups[kind])

@@ -111,10 +111,11 @@ def _phases(plan: Plan) -> list[str]:
         "KV": f"KV: keys and values of {generated} of a replica's {plan.batch.rows_per_replica} sequences, as many as fit at once",
         "layer": "layer: at work in one layer",
         "logits": "logits: of one micro-batch with their gradients; never beside layer, the larger counts",
-        "Adam": "Adam: temporaries of its step, when the activations are gone; none with Transformer Engine",
+        "Adam": "Adam: temporaries of its step, when the activations are gone",
         "moved": "moved: between host and device",
     }
-    note = ". ".join(meaning for name, meaning in meanings.items() if name in [rows[0][i] for i in shown]) + "."
+    saving = f"save: a checkpoint; the optimizer is gathered in host memory, {_size(plan.saving, unit)} {unit[0]} a node"
+    note = ". ".join([*(meaning for name, meaning in meanings.items() if name in [rows[0][i] for i in shown]), saving]) + "."
     title = f"memory of an iteration on that rank, {unit[0]}; * the largest"
     return [title, *table([[row[i] for i in shown] for row in rows]), *wrapped(note, "  ")]
 

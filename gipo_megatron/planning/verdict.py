@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.planning.memory import GIB
 from gipo_megatron.planning.planner import NODE, Plan, Planner
 from gipo_megatron.recipe.schema import Recipe
 
 Vary = Callable[[Sequence[str]], Recipe]  # more key=value words -> the recipe with them; UserError when that is no recipe
+RECOMPUTE = ("none", "selective", "full")  # by what is computed again
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,13 @@ class Verdict:
 
 
 def judge(plan: Plan, planner: Planner, vary: Vary) -> Verdict:
-    """The plan against its GPU. Changes are tried alone, from the cheapest to the dearest, then added up; the first that fits is named."""
+    """The plan against its GPU. Changes are tried alone, from the cheapest to the dearest, then added up; the first that fits is named.
+
+    A plan that fits is tried with less recomputation, too.
+    """
     warnings = tuple(_warnings(plan))
     if not plan.limit:
         return Verdict(None, warnings)
-    if plan.fits:
-        return Verdict(True, warnings)
 
     def tried(parts: tuple[Part, ...]) -> Change | None:
         try:
@@ -54,6 +57,8 @@ def judge(plan: Plan, planner: Planner, vary: Vary) -> Verdict:
         except UserError:  # does not divide, or is not built
             return None
 
+    if plan.fits:
+        return Verdict(True, (*warnings, *_needless(plan, tried)))
     closest: Change | None = None
     for parts in changes(plan.recipe, plan.gpus_per_node):
         change = tried(parts)
@@ -67,6 +72,20 @@ def judge(plan: Plan, planner: Planner, vary: Vary) -> Verdict:
         if closest is None or change.plan.heaviest.worst.peak < closest.plan.heaviest.worst.peak:
             closest = change
     return Verdict(False, warnings, closest=closest)
+
+
+def _needless(plan: Plan, tried: Callable[[tuple[Part, ...]], Change | None]) -> Iterator[str]:
+    """Recomputation that the memory does not ask for: the cheapest setting that fits."""
+    current = plan.recipe.memory.recompute
+    for name in RECOMPUTE[: RECOMPUTE.index(current)]:
+        change = tried((Part((f"memory.recompute={name}",), ""),))
+        if change is not None and change.plan.fits:
+            less = change.plan.heaviest.worst
+            yield (
+                f"memory.recompute={current} computes activations twice without need: memory.recompute={name} fits, too "
+                f"({less.peak / GIB:.1f} GiB in {less.name!r})"
+            )
+            return
 
 
 def changes(recipe: Recipe, gpus_per_node: int) -> Iterator[tuple[Part, ...]]:
@@ -94,8 +113,7 @@ def _smaller_batches(recipe: Recipe) -> list[tuple[str, ...]]:
 
 
 def _recompute(recipe: Recipe) -> list[tuple[str, ...]]:
-    order = ["none", "selective", "full"]
-    return [(f"memory.recompute={name}",) for name in order[order.index(recipe.memory.recompute) + 1 :]]
+    return [(f"memory.recompute={name}",) for name in RECOMPUTE[RECOMPUTE.index(recipe.memory.recompute) + 1 :]]
 
 
 def _offload(recipe: Recipe) -> list[tuple[str, ...]]:

@@ -38,8 +38,40 @@ def test_files(folder: Path) -> None:
     assert names == {"meta.json", "state.pt", "actor", "reward", "recipe.yaml"}
     assert [p.name for p in folder.parent.iterdir()] == ["step_7"]
     meta = json.loads((folder / "meta.json").read_text())
-    assert (meta["format"], meta["version"], meta["step"], meta["tokenizer"]) == ("gipo_megatron", 1, 7, "abc")
+    assert (meta["format"], meta["version"], meta["step"], meta["tokenizer"]) == ("gipo_megatron", 2, 7, "abc")
     assert meta["roles"]["actor"]["architecture"]["hidden_size"] == 32 and meta["roles"]["reward"]["head"] == "score"
+
+
+def test_the_optimizer_is_gathered_on_the_host(mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else mcore takes it through the GPU (`.cuda()`), a whole buffer at a time; and what torch caches there is given back first."""
+
+    def through_the_gpu(*arguments: object) -> torch.Tensor:
+        raise AssertionError("an optimizer shard goes to the GPU")
+
+    emptied: list[int] = []
+    actor = new_actor(mesh)
+    monkeypatch.setattr(torch.Tensor, "cuda", through_the_gpu)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    checkpoint.save(tmp_path, 1, {"actor": actor.engine}, mesh, {}, {})
+    assert emptied == [1]
+
+
+def test_a_checkpoint_of_version_1(mesh: Mesh, tmp_path: Path) -> None:
+    """It has no FP8 scaling state, not even an empty one."""
+    critic = new_critic(mesh)
+    critic.update((weighted(), critic_loss))
+    path = checkpoint.save(tmp_path, 1, {"critic": critic.engine}, mesh, {}, {})
+    common = torch.load(path / "critic" / "common.pt", weights_only=True)
+    assert common.pop("scaling") == {}
+    torch.save(common, path / "critic" / "common.pt")
+    meta = json.loads((path / "meta.json").read_text())
+    meta["files"]["critic/common.pt"] = (path / "critic" / "common.pt").stat().st_size
+    (path / "meta.json").write_text(json.dumps({**meta, "version": 1}))
+    again = new_critic(mesh, seed=3)
+    checkpoint.restore(path, {"critic": again.engine}, mesh)
+    assert digest(again) == digest(critic)
+    norms = [role.update((weighted(), critic_loss)).metrics["grad_norm"].result() for role in (again, critic)]
+    assert norms[0] == norms[1] and digest(again) == digest(critic), "the moments came back, too"
 
 
 def test_latest_ignores_unfinished(folder: Path, tmp_path: Path) -> None:

@@ -1,40 +1,32 @@
 from __future__ import annotations
 
 import importlib.util
-import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
 
 from gipo_megatron.capabilities import Capabilities, Gpu
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron import checkpoint, precision
-from gipo_megatron.megatron.checkpoint import _InlineSave
+from gipo_megatron.megatron import precision
 from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.heads import ScalarHead
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks, transformer_config
-from gipo_megatron.megatron.pipeline import quiet
-from gipo_megatron.megatron.residency import Snapshot
-from gipo_megatron.megatron.schedule import Engine
 from gipo_megatron.specs import Parallel, Precision, Sampling
 from gipo_megatron.types import Prompts
 from tests import broken_transformer_engine
-from tests.parity.roles import new_actor
-from tests.parity.tiny import ARCHITECTURE, language_loss, pretraining, sequences
+from tests.parity.tiny import ARCHITECTURE, sequences
 
 
 @pytest.mark.parametrize(
@@ -233,167 +225,3 @@ def test_generation_is_outside_fp8(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) 
     prompts = Prompts(torch.tensor([[5, 6, 7]]), torch.tensor([3]), ids, ids, ("",), ({},))
     generate([chunk], ARCHITECTURE, mesh, prompts, Sampling(4, temperature=0.0), -1, 0, str)
     assert seen == {}
-
-
-# ------------------------------------------------------------------------------------------------- scaling state
-
-
-class FakeLinear(nn.Module):
-    """The scaling state of Transformer Engine's modules (2.11, module/base.py): what a pass writes, what extra state says and ignores."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale, self.history = torch.ones(()), torch.zeros(3)
-        self.fp8_meta, self.fp8, self.fp8_calibration = {"fp8_checkpoint": False}, False, False
-
-    def run(self, enabled: bool, amax: float) -> None:
-        self.fp8 = self.fp8_meta["fp8_checkpoint"] = enabled
-        if enabled:
-            self.history[0] = max(float(self.history[0]), amax)
-            if torch.is_grad_enabled():
-                self.age()
-
-    def age(self) -> None:
-        """What leaving the autocast of a training pass does to every module of the process."""
-        self.scale = 448 / self.history.max() if self.history.max() > 0 else self.scale
-        self.history = self.history.roll(1)
-        self.history[0] = 0
-
-    def get_extra_state(self) -> Tensor:
-        if not (self.fp8 or self.fp8_meta["fp8_checkpoint"]):
-            return torch.empty(0, dtype=torch.uint8)
-        return torch.frombuffer(bytearray(pickle.dumps((self.scale.item(), self.history.tolist()))), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        if state.numel():
-            scale, history = pickle.loads(state.numpy().tobytes())
-            self.scale, self.history = torch.tensor(scale), torch.tensor(history)
-            self.fp8_meta["fp8_checkpoint"] = True
-
-    def reset_fp8_meta_tensors(self) -> None:
-        self.scale, self.history = torch.ones(()), torch.zeros(3)
-
-
-def fake_fp8(engine: Engine, amax: Callable[[], float] = lambda: 2.0) -> FakeLinear:
-    """A module with delayed scaling in the engine's first layer, run whenever the layer is."""
-    fake, chunk = FakeLinear(), engine.chunks[0]
-    chunk.decoder.layers[0].fake = fake
-    chunk.decoder.layers[0].register_forward_hook(lambda *_: fake.run(chunk.config.fp8 is not None, amax()))
-    assert chunk.decoder.config is chunk.config
-    chunk.config.fp8 = "hybrid"
-    engine.scaling = precision.Scaling(engine.chunks, Precision("bf16", "delayed"), trained=engine.optimisation is not None)
-    return fake
-
-
-def story(fake: FakeLinear) -> tuple[float, list[float]]:
-    return float(fake.scale), fake.history.tolist()
-
-
-@pytest.mark.global_rng
-def test_inference_leaves_no_trace_in_the_scaling_state(mesh: Mesh) -> None:
-    actor = new_actor(mesh, micro_batch=4)
-    fake = fake_fp8(actor.engine)
-    actor.logprobs(pretraining())
-    assert story(fake) == (1.0, [0, 0, 0]) and not fake.fp8 and actor.engine.scaling.read() == {}  # it never trained: bf16
-    assert actor.engine.chunks[0].config.fp8 == "hybrid"
-    actor.update((pretraining(), language_loss))
-    trained = (224.0, [0, 2, 0])
-    assert story(fake) == trained
-    actor.logprobs(pretraining())
-    assert fake.fp8 and story(fake) == trained
-
-
-@pytest.mark.global_rng
-def test_a_frozen_model_does_not_age_with_the_others(mesh: Mesh) -> None:
-    actor = new_actor(mesh, optimisation=None)
-    fake = fake_fp8(actor.engine)
-    fake.set_extra_state(torch.frombuffer(bytearray(pickle.dumps((3.0, [0.0, 7.0, 1.0]))), dtype=torch.uint8))
-    actor.logprobs(pretraining())
-    for _ in range(3):
-        fake.age()
-    assert story(fake) == (64.0, [0, 0, 0])
-    actor.logprobs(pretraining())
-    assert story(fake) == (3.0, [0, 7, 1])
-
-
-@pytest.mark.global_rng
-@pytest.mark.parametrize("theirs", [False, True])
-@pytest.mark.parametrize("mine", [False, True])
-def test_a_reference_brings_its_own_scaling_state(mesh: Mesh, mine: bool, theirs: bool) -> None:
-    """Live model and reference, each with and without a history."""
-    actor = new_actor(mesh, micro_batch=4)
-    engine, passes = actor.engine, []
-    fake = fake_fp8(engine)
-    scales = torch.frombuffer(bytearray(pickle.dumps((5.0, [0.0, 9.0, 0.0]))), dtype=torch.uint8)
-    weights = engine.snapshot().weights
-    reference = Snapshot(weights, {"0.decoder.layers.0.fake": scales} if theirs else {})
-    if mine:
-        actor.update((pretraining(), language_loss))
-    before = (story(fake), engine.scaling.read().keys())
-    with engine.swapped(reference):
-        engine.chunks[0].decoder.layers[0].register_forward_hook(lambda *_: passes.append((fake.fp8, float(fake.scale))))
-        actor.logprobs(pretraining())
-    assert passes == [(theirs, 5.0 if theirs else 1.0)]
-    assert (story(fake), engine.scaling.read().keys()) == before
-    with pytest.raises(RuntimeError, match="inside"), engine.swapped(reference):
-        raise RuntimeError("inside")
-    assert (story(fake), engine.scaling.read().keys()) == before
-
-
-@pytest.mark.global_rng
-def test_scaling_state_in_checkpoints(mesh: Mesh, tmp_path: Path) -> None:
-    """Kept where delayed scaling needs it; a checkpoint without any can be loaded, as can one with, where it is not needed."""
-    delayed, fake = Precision("bf16", "delayed"), "decoder.layers.0.fake._extra_state"
-    engine = new_actor(mesh, micro_batch=4).engine
-    module = fake_fp8(engine)
-    module.run(True, 4.0)
-    for layer in engine.chunks[0].decoder.layers[1:]:
-        layer.fake = FakeLinear()  # mcore wants every layer's
-    whole = engine.chunks[0].sharded_state_dict()
-    assert precision.keep_scaling(whole, delayed) == whole and fake in whole
-    plain = precision.keep_scaling(whole, Precision("bf16", "tensorwise"))
-    weights = {key for key in whole if not key.endswith("_extra_state")}
-    assert plain.keys() == weights and len(weights) == len(list(engine.chunks[0].named_parameters()))
-    for name, saved in (("with", whole), ("without", plain)):
-        (tmp_path / name).mkdir()
-        dist_checkpointing.save(dict(saved), str(tmp_path / name), sharded_strategy=_InlineSave("torch_dist", 1))
-        wanted = precision.stored_only(whole, tmp_path / name)
-        assert wanted.keys() == saved.keys()
-        with quiet():
-            loaded = dist_checkpointing.load(dict(wanted), str(tmp_path / name))
-        assert (fake in loaded) == (name == "with")
-        if name == "with":
-            module.reset_fp8_meta_tensors()
-            module.set_extra_state(loaded[fake])
-            assert story(module) == (112.0, [0, 4, 0])
-    with quiet():
-        assert dist_checkpointing.load(dict(plain), str(tmp_path / "with")).keys() == weights
-
-
-@pytest.mark.global_rng
-def test_scaling_state_through_whole_checkpoints(mesh: Mesh, tmp_path: Path) -> None:
-    """Saved and restored, as a whole and as weights alone, between delayed scaling and none."""
-
-    def make(fp8: str) -> tuple[Engine, FakeLinear]:
-        engine = new_actor(mesh, micro_batch=4).engine
-        fake = fake_fp8(engine)
-        for layer in engine.chunks[0].decoder.layers[1:]:
-            layer.fake = FakeLinear()
-        engine.precision = Precision("fp32", fp8)
-        return engine, fake
-
-    (first, scaled), fresh, trained = make("delayed"), (1.0, [0, 0, 0]), (112.0, [0, 4, 0])
-    scaled.run(True, 4.0)
-    path = checkpoint.save(tmp_path, 1, {"actor": first}, mesh, {}, {})
-    for precision_of_reader, expected in (("delayed", trained), ("tensorwise", fresh)):
-        engine, fake = make(precision_of_reader)
-        checkpoint.restore(path, {"actor": engine}, mesh)
-        assert story(fake) == expected
-    other, fake = make("delayed")
-    checkpoint.load_weights(path, "actor", other)
-    assert story(fake) == trained
-    plain = checkpoint.save(tmp_path, 2, {"actor": engine}, mesh, {}, {})  # saved under tensorwise: none in it
-    other, fake = make("delayed")
-    checkpoint.restore(plain, {"actor": other}, mesh)
-    checkpoint.load_weights(plain, "actor", other)
-    assert story(fake) == fresh

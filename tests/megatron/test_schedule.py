@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -78,6 +80,15 @@ def test_values_are_read_once_an_update_not_once_a_micro_batch(mesh: Mesh, monke
             actor.update((rows, ppo_loss))
         counts.append((len(slots), reads.count))
     assert counts == [(1, 3), (8, 3)]
+
+
+def test_an_engine_on_a_gpu_pads_to_round_widths(mesh: Mesh) -> None:
+    """The meta device stands for the GPU: sequences of 19 tokens and less in micro-batches of 64."""
+    engine = new_actor(mesh, micro_batch=3).engine
+    assert [slot.sequences.tokens.shape[1] for slot in engine._plan(weighted())] == [19, 11, 8]
+    engine.mesh = replace(mesh, device=torch.device("meta"))
+    slots = engine._plan(weighted())
+    assert [slot.sequences.tokens.shape[1] for slot in slots] == [64] * 3 and all(slot.rows.old.is_meta for slot in slots)
 
 
 def test_padding_beyond_the_models_positions_changes_nothing(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
@@ -20,7 +21,7 @@ from tests.parity.launch import ranks
 from tests.parity.matrix import BF16_CHECKPOINTS, GRADIENTS, LAYOUTS, MICRO_BATCHES
 from tests.parity.roles import digest
 from tests.parity.tiny import hf_gradients, relative_errors
-from tests.parity.train_cases import VARIANTS, both, train
+from tests.parity.train_cases import BF16, VARIANTS, both, train
 from tests.parity.worker import training
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.global_rng]
@@ -185,6 +186,42 @@ def test_resume_at_another_layout(resumed: list[dict[str, Any]]) -> None:
     for seen in resumed:
         for layout in LAYOUTS[2]:
             assert seen[layout]["norms"] == pytest.approx(seen["uninterrupted"]["norms"], rel=1e-4), layout
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a role's folder, whole, as torch itself reads it."""
+    reader = torch_checkpoint.FileSystemReader(folder)
+    about = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in about.items()}
+    torch_checkpoint.load(tensors, storage_reader=reader)
+    return tensors
+
+
+def test_what_two_replicas_wrote_is_what_one_process_has(
+    resumed: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """Weights, masters and moments, gathered on the first replica and written by it: restored elsewhere and written again, bit for bit."""
+    mesh = Mesh.create(Parallel())
+    roles = {name: role.engine for name, role in both(mesh, precision=BF16).items()}
+    theirs = ranks(2, tmp_path_factory)[0] / "bf16_dp2" / "step_3"
+    state = checkpoint.restore(theirs, roles, mesh)
+    ours = checkpoint.save(tmp_path, 3, roles, mesh, state, {})
+    for role, tensors in (("actor", 4 * 9), ("critic", 4 * 9 + 7)):  # layers are stacked; a group head has its own Adam
+        before, after = stored(theirs / role), stored(ours / role)
+        assert before.keys() == after.keys() and len(before) == tensors, role
+        assert all(torch.equal(before[name], after[name]) for name in before), role
+        assert sum(bool(x.any()) for name, x in before.items() if name.startswith("optimizer.state.exp_avg")) == 18, "no moments"
+
+
+def test_scaling_state_at_other_layouts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One value per layer, wherever the layer is, and on every tensor rank and replica."""
+    found = [rank["scaling"] for rank in ranks(2, tmp_path_factory)[1]]
+    expected = {str(layer): [100.0 + layer, [0.0, layer, 0.0, 7.0]] for layer in range(4)}
+    for layout, parallel in LAYOUTS[2].items():
+        seen = [rank[layout] for rank in found]
+        assert [len(layers) for layers in seen] == [4 // parallel.pipeline] * 2, layout
+        assert {**seen[0], **seen[1]} == expected, layout
+        assert parallel.pipeline == 2 or seen[0] == seen[1], layout
 
 
 def test_resume_in_one_process(resumed: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from gipo_megatron.megatron import checkpoint, optimizer
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronReference, MegatronRewardModel
-from gipo_megatron.specs import Precision
+from gipo_megatron.specs import Parallel, Precision
 from gipo_megatron.types import Loss, TokenStats
 from tests.parity.roles import common, digest, digest_of, fill, mine, new_actor, new_critic, parts_of
+from tests.parity.te import fake_fp8, numbered, story
 from tests.parity.tiny import GROUP, Weighted, hf_gradients, ppo_loss, relative_errors, weighted
 
 BF16 = Precision("bf16")
@@ -203,3 +204,20 @@ def resumed(mesh: Mesh, out: Path, **changes: Any) -> dict[str, Any]:
     assert state["position"] == 3
     rates = [e.learning_rate.steps for e in engines.values()]
     return {"norms": train(roles, mesh, 2), "digests": [digest(r) for r in roles.values()], "steps": rates}
+
+
+def scaling(out: Path, layouts: dict[str, Parallel]) -> dict[str, dict[int, Any]]:
+    """FP8 scaling state, saved at the first layout: what each one has from it, by the layer's number in the whole model."""
+    found: dict[str, dict[int, Any]] = {}
+    for name, parallel in layouts.items():
+        mesh = Mesh.create(parallel)
+        engine = new_actor(mesh).engine
+        fakes = fake_fp8(engine)
+        layers = [layer.layer_number - 1 for chunk in engine.chunks for layer in chunk.decoder.layers]
+        if not found:
+            engine.scaling.write({f"0.decoder.layers.{i}.fake": numbered(layer) for i, layer in enumerate(layers)})
+            checkpoint.save(out, 1, {"actor": engine}, mesh, {}, {})
+            engine.scaling.write({})
+        checkpoint.restore(out / "step_1", {"actor": engine}, mesh)
+        found[name] = {layer: story(fake) for layer, fake in zip(layers, fakes, strict=True)}
+    return found

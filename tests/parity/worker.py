@@ -64,6 +64,7 @@ def jobs(world: int, out: Path, ends: dict[str, int]) -> dict[str, Callable[[], 
     every = {
         "training": partial(training, world),
         "checkpoints": partial(checkpoints, world, out),
+        "scaling": partial(train_cases.scaling, out / "scaling", LAYOUTS[world]),
         "model": partial(model_cases.run, out),
         "generation": partial(generate_cases.run, world, ends),
         "conversion": lambda: families.layout_checkpoints(out / "conversion", Mesh.create(Parallel())),

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from gipo_megatron.recipe.compose import recipe_names
+from gipo_megatron.recipe.evaluation import is_evaluation
 from gipo_megatron.specs import Architecture, Parallel
 from tests.parity.matrix import LAYOUTS
 from tests.parity.planning_cases import DTYPES, tiny_architecture
@@ -46,8 +48,15 @@ PLANS = {
     "hopeless": ["recipe=hh_gipo_70b", "hardware.gpu_memory_gib=5"],
     "spanning": ["recipe=hh_gipo", "world=16", "parallel.tensor=16"],
     "tiny": ["recipe=tiny/gipo"],
+    "needless": ["recipe=hh_gipo", "memory.recompute=full"],
+    "needed": ["recipe=hh_sft", "memory.recompute=full", "hardware.gpu_memory_gib=31"],
 }
 DOCUMENT = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def shipped() -> list[str]:
+    """The recipes for GPUs that train something."""
+    return [name for name in recipe_names(ROOT / "recipes") if name.startswith(("hh_", "tldr_")) and not is_evaluation(name)]
 
 
 def documented() -> dict[str, str]:
@@ -80,7 +89,7 @@ def evaluate(cases: dict[str, Any], folder: Path) -> dict[str, Any]:
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment["CUDA_VISIBLE_DEVICES"] = ""
     script = Path(__file__).parent / "evaluate.py"
-    done = subprocess.run([sys.executable, str(script), str(path)], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(script), str(path)], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(path.with_suffix(".out.json").read_text())
 
@@ -93,6 +102,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         **{f"tied/{stage}": {**tied, "rank": 4 * stage} for stage in range(4)},
         **{name: {"plan": argv} for name, argv in PLANS.items()},
         **{f"text/{name}": {"text": PLANS[name]} for name in ("hh_gipo", "70b", "tight", "tiny", "hh_dpo")},
+        "shipped": {"verdicts": shipped()},
         **{f"document/{words}": {"text": words.split()} for words in documented()},
     }
     return evaluate(cases, tmp_path_factory.mktemp("plans"))

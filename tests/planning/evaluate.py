@@ -56,11 +56,25 @@ def plan(case: dict[str, Any]) -> dict[str, Any]:
         "tokens": found.batch.tokens,
         "rows": [max(phase.work.rows for phase in stage.phases) for stage in found.footprints],
         "seconds": {} if found.time is None else {work.name: work.seconds for work in found.time.works},
+        "saving": found.saving,
     }
+
+
+def verdicts(names: list[str]) -> dict[str, Any]:
+    """Recipe -> [fits, warnings]; models of one shape are built once."""
+    planner = Planner()
+
+    def verdict(argv: list[str]) -> list[Any]:
+        found = judge(planner.plan(compose(argv, RECIPES)), planner, lambda words: compose([*argv, *words], RECIPES))
+        return [found.fits, found.warnings]
+
+    return {name: verdict([f"recipe={name}"]) for name in names}
 
 
 def answer(case: dict[str, Any]) -> Any:
     try:
+        if "verdicts" in case:
+            return verdicts(case["verdicts"])
         return shards(case) if "architecture" in case else plan(case) if "plan" in case else plan_text(case["text"], RECIPES)
     except UserError as error:
         return {"error": str(error)}

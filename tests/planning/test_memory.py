@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
 from gipo_megatron.megatron.shard import Shard
-from gipo_megatron.planning.memory import Device, State, budget
+from gipo_megatron.planning.memory import Device, State, budget, slot_of, staging
+from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel, Precision
-from tests.parity.planning_cases import state_bytes
+from tests.parity.planning_cases import RECIPES, state_bytes
 from tests.parity.roles import common, mine, parts_of
 from tests.parity.tiny import weighted
 
@@ -58,6 +65,38 @@ def test_the_same_calls_leave_the_same_bytes(dtype: str) -> None:
         assert [device.state.weights, device.state.gradients, device.state.optimizer] == real, (name, trains)
 
 
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside have at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage())._cdata not in before:
+                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.live = {key: found for key, found in self.live.items() if not found[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.live.values()))
+        return result
+
+
+@pytest.mark.global_rng
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_save_gathers_what_the_plan_says(dtype: str, tmp_path: Path) -> None:
+    """One replica: 9 times the gradient buffer, and nothing else of that order, not even while it is written."""
+    mesh = Mesh.create(Parallel())
+    actor = MegatronActor(**common(mesh, precision=Precision(dtype)), eos_id=1, pad_id=0, decode=str)
+    with LiveBytes() as seen:
+        checkpoint.save(tmp_path, 1, {"actor": actor.engine}, mesh, {}, {})
+    first, other = staging(shard(actor).gradients, 1)
+    assert (first, other) == (9 * shard(actor).gradients, 3 * shard(actor).gradients)
+    assert seen.most == pytest.approx(first, rel=0.01)
+
+
 def test_bytes_moved_by_hand() -> None:
     """Weights 2, gradients 4, optimizer 12: gradients come back as zeros, everything else is copied, and only what is there leaves."""
     recipe: Any = SimpleNamespace(models={name: SimpleNamespace(offload="cpu") for name in ("actor", "critic")})
@@ -66,6 +105,14 @@ def test_bytes_moved_by_hand() -> None:
     moved = [device.use(*call) for call in (("actor", True), ("actor", False), ("critic", False), ("critic", True), ("actor", False))]
     assert moved == [14, 0, 14 + 2, 12, 14 + 2]
     assert device.state == State(2, 0, 0)
+
+
+@pytest.mark.global_rng  # imports what a recipe's names need
+def test_a_gpus_micro_batch_is_as_wide_as_it_is_padded() -> None:
+    """1000 tokens are 1024 on a GPU; on a CPU, and at a round length, nothing is added."""
+    wide, plain = (slot_of(compose(["recipe=hh_sft", f"data.max_length={n}"], RECIPES)).length for n in (1000, 2048))
+    tiny = compose(["recipe=tiny/sft"], RECIPES)
+    assert (wide, plain) == (1024, 2048) and slot_of(tiny).length == tiny.data.max_length
 
 
 def test_budget() -> None:

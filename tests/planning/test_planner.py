@@ -14,7 +14,7 @@ from gipo_megatron.hf_config import config_for
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Architecture
 from tests.parity.planning_cases import RECIPES
-from tests.planning.conftest import PLANS, TIED, documented
+from tests.planning.conftest import PLANS, TIED, documented, shipped
 
 GIB = 2**30
 
@@ -77,11 +77,12 @@ def test_phases_are_the_algorithms(plans: dict[str, Any]) -> None:
         "critic update",
         "actor update",
         "group probe",
+        "save",
     ]
     assert list(plans["hh_gipo"]["phases"])[1:] == ppo
-    assert list(plans["hh_rm"]["phases"]) == ["set-up: reward", "reward update"]
-    assert list(plans["hh_dpo"]["phases"])[-1] == "actor update"
-    assert list(plans["hh_dpo_live"]["phases"])[-2:] == ["reference log-probs", "actor update"]
+    assert list(plans["hh_rm"]["phases"]) == ["set-up: reward", "reward update", "save"]
+    assert list(plans["hh_dpo"]["phases"])[-2:] == ["actor update", "save"]
+    assert list(plans["hh_dpo_live"]["phases"])[-3:] == ["reference log-probs", "actor update", "save"]
     weights = 6_738_415_616 / 4 * 2
     more = plans["hh_dpo_live"]["phases"]["actor update"][0] - plans["hh_dpo"]["phases"]["actor update"][0]
     assert more == pytest.approx(weights, rel=1e-3), "a live reference stays, a precomputed one is gone"
@@ -95,6 +96,24 @@ def test_offload_leaves_one_model_and_moves_the_others(plans: dict[str, Any]) ->
     assert phases["reward scores"][0] == pytest.approx(scalar * 2, rel=1e-3)
     # the critic (weights and optimizer: 8 bytes a parameter) leaves, the actor comes with all but gradients
     assert phases["actor update"][2] == pytest.approx(scalar * 8 + lm * 8, rel=1e-3)
+
+
+def test_a_save_needs_the_model_alone_on_the_device(plans: dict[str, Any]) -> None:
+    """The optimizer is gathered on the host: 8 ranks, of which the first replica's 4 hold 12 bytes a parameter, 12 / 2 of their own
+    share and 12 of what they receive and join; the others send 12 / 2."""
+    state, work, moved = plans["hh_gipo"]["phases"]["save"]
+    assert (state, work, moved) == (plans["hh_gipo"]["phases"]["rollout"][0], 0, 0)
+    lm, scalar = 6_738_415_616 / 4, 6_607_347_712 / 4
+    assert plans["hh_gipo"]["saving"] == pytest.approx(4 * lm * (12 + 6 + 12) + 4 * lm * 6, rel=1e-3)
+    state, work, moved = plans["hh_gipo_offload"]["phases"]["save"]
+    assert (state, work) == (pytest.approx(lm * 12, rel=1e-3), 0)
+    # actor and critic in turn: each comes with 8 bytes a parameter and sends the other's away; at the end of an iteration the critic's
+    # weights are there
+    assert moved == pytest.approx(scalar * 2 + lm * 8 + lm * 8 + scalar * 8, rel=1e-3)
+
+
+def test_adam_has_temporaries_on_a_cpu_only(plans: dict[str, Any]) -> None:
+    assert "  Adam  " not in plans["text/hh_gipo"] and "  Adam  " in plans["text/tiny"]
 
 
 def test_flops_are_the_algorithms_passes(plans: dict[str, Any]) -> None:
@@ -144,6 +163,20 @@ def test_a_tensor_group_over_nodes_is_said(plans: dict[str, Any]) -> None:
     (warning,) = plans["spanning"]["warnings"]
     assert "parallel.tensor=8 stays inside a node" in warning
     assert plans["hh_gipo"]["warnings"] == []
+
+
+def test_recomputation_without_need_is_said(plans: dict[str, Any]) -> None:
+    """The cheapest setting that fits is named: none where it fits, else selective; nothing where there is nothing to gain."""
+    (warning,) = plans["needless"]["warnings"]
+    assert "memory.recompute=full computes activations twice without need: memory.recompute=none fits, too (" in warning
+    needed = plans["needed"]
+    (warning,) = needed["warnings"]
+    assert needed["fits"] and "memory.recompute=selective fits, too (" in warning
+    assert needed["limit"] < plans["hh_sft"]["peak"], "without recomputation it does not fit"
+
+
+def test_shipped_recipes_fit_and_compute_nothing_twice_without_need(plans: dict[str, Any]) -> None:
+    assert plans["shipped"] == {name: [True, []] for name in shipped()} and len(shipped()) == 26
 
 
 def test_what_is_printed(plans: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gipo_megatron.assembly import Assembly, assemble
 from gipo_megatron.conversion.convert import to_hf, to_megatron
 from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.data.config import DataConfig
@@ -22,10 +25,12 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.hf_config import architecture_from_config, architecture_from_hf
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, outputs
+from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel, Precision, Sampling
+from gipo_megatron.telemetry.metrics import reduce_metrics
 from gipo_megatron.types import Prompts
 from tests.data.fixtures import SHARED, needs_shared_data
-from tests.runs import chain
+from tests.runs.chain import ROOT
 from tests.smollm import CONFIG
 from tools.fetch_smollm import fetch
 
@@ -163,36 +168,41 @@ def test_greedy_generation_is_transformers(actor: MegatronActor, reference: PreT
     assert rollout.response_text[0] == "The capital of France is Paris."
 
 
-@pytest.fixture(scope="module")
-def runs(model: Path) -> Iterator[Path]:
-    """recipes/smollm on two processes of a CPU: SFT from the folder, then GIPO from that SFT, with the folder as its reward model."""
-    small = ["with=hardware/cpu", f"data.path={SHARED}/hh-rlhf", f"model.hub={model}", "run.steps=2", "run.save_every=0", "run.loggers=[]"]
-    small += ["data.max_length=96", "data.max_response=24"]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        sft = ["models.actor.warmup_steps=1", "batch.minibatch=8", "batch.micro_batch=4", "run.eval_prompts=8", f"run.dir={folder}/sft"]
-        gipo = [f"models.actor.load={folder}/sft/final", f"models.reward.load={model}", f"run.dir={folder}/gipo", "run.eval_every=0"]
-        gipo += ["algorithm.critic_warmup=1", "batch.prompts=2", "batch.responses=2", "batch.minibatch=4", "batch.micro_batch=2"]
-        chain.run_cases([["recipe=smollm/sft", *small, *sft], ["recipe=smollm/gipo", *small, *gipo]], folder, processes=2, timeout=560)
-        yield folder
+def assembled(name: str, mesh: Mesh, model: Path, folder: Path, *words: str) -> Assembly:
+    """recipes/smollm/NAME at a size for two cores, all its weights from the folder of the model; nothing is written."""
+    data = [f"data.path={SHARED}/hh-rlhf", "data.max_length=96", "data.max_response=24"]
+    run = [f"model.hub={model}", f"models.actor.load={model}", "run.steps=2", f"run.dir={folder}/run"]
+    recipe = compose([f"recipe=smollm/{name}", "with=hardware/cpu", *data, *run, *words], ROOT / "recipes", world=1)
+    return assemble(recipe, mesh, lambda phase: contextlib.nullcontext())
 
 
 @needs_shared_data
-@pytest.mark.multiprocess
-def test_sft_lowers_the_held_out_loss(runs: Path) -> None:
-    """By a tenth of a nat in two steps of eight rows."""
-    story = {row["step"]: row for row in chain.rows(runs / "sft")}
-    before, after = story[0]["eval/loss"], story[2]["eval/loss"]
-    assert before is not None and after is not None and 2.0 < before < 4.0
-    assert after < before - 0.1
+def test_sft_lowers_the_held_out_loss(model: Path, mesh: Mesh, tmp_path: Path) -> None:
+    """By more than a tenth of a nat in two steps of eight rows."""
+    words = ["models.actor.warmup_steps=1", "batch.minibatch=8", "batch.micro_batch=4", "run.eval_prompts=8"]
+    parts = assembled("sft", mesh, model, tmp_path, *words)
+
+    def held_out() -> float:
+        return reduce_metrics(parts.evaluate()[0], mesh.data_parallel)["eval/loss"]
+
+    before = held_out()
+    for step in range(2):
+        parts.algorithm.step(step)
+    assert 2.0 < before < 4.0 and held_out() < before - 0.1
 
 
 @needs_shared_data
-@pytest.mark.multiprocess
-def test_gipo_runs(runs: Path) -> None:
-    story = chain.rows(runs / "gipo")
-    assert [row["step"] for row in story] == [1, 2]
-    assert story[0]["kl/mean"] == pytest.approx(0, abs=1e-4), "until its first update the actor is its reference"
-    assert all(value is not None for row in story for value in row.values())
-    meta = json.loads((runs / "gipo" / "final" / "meta.json").read_text())
-    assert set(meta["roles"]) == {"actor", "critic"} and meta["step"] == 2
+def test_gipo_takes_two_steps(model: Path, mesh: Mesh, tmp_path: Path) -> None:
+    batch = ["batch.prompts=2", "batch.responses=2", "batch.minibatch=4", "batch.micro_batch=4", "algorithm.critic_warmup=1"]
+    parts = assembled("gipo", mesh, model, tmp_path, f"models.reward.load={model}", *batch)
+    before = {name: weight.clone() for name, weight in parts.trained["actor"].export() if name.endswith("norm.weight")}
+    results = [parts.algorithm.step(step) for step in range(2)]
+    rows = [reduce_metrics(result.metrics, mesh.data_parallel) for result in results]
+    assert rows[0]["kl/mean"] == pytest.approx(0, abs=1e-4), "until its first update the actor is its reference"
+    for row in rows:
+        assert all(math.isfinite(row[name]) for name in ("reward/score_mean", "kl/mean", "value/loss", "groups/gap"))
+    assert not any(result.skipped for result in results)
+    moved = [name for name, weight in parts.trained["actor"].export() if name in before and not torch.equal(weight, before[name])]
+    assert moved, "the second step trains the actor"
+    ends = [sample["response"] for result in results for sample in result.samples]
+    assert ends and not any("<|im_end|>" in text for text in ends)

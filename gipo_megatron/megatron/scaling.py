@@ -1,0 +1,217 @@
+"""The state that FP8's delayed scaling keeps beside the weights: four tensors of each matrix product, here read, written, kept and stored.
+
+Delayed scaling takes a tensor's scale from the largest values (amax) of earlier passes. Transformer Engine 2.11 keeps in each module,
+in fp8_meta["scaling_fwd"] for input, weight and output, and in fp8_meta["scaling_bwd"] for the gradients,
+
+    scale         fp32 [n]       n = 3 forward, 2 backward, times the module's matrix products
+    amax_history  fp32 [1024, n] row 0 holds the pass at hand
+
+    a pass writes its largest values into row 0, also under no_grad: an inference pass would count in the next scale;
+    a training pass, when it leaves the autocast, turns rows into scales and ages the histories of *all* models of this process;
+    a model that never trained has scale 1: weights of size 0.02 then lie where e4m3 has one or two bits.
+
+So `Scaling` puts the state back after every forward-only pass, and runs a model that has none in bf16. It copies into the tensors that
+are there: the quantizers hold views of them. Transformer Engine's own extra state is a pickle, which can run code when it is read; here
+the tensors are stored as tensors, and such bytes are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.fp8_utils import get_fp8_recipe
+from torch import Tensor, nn
+from torch.distributed import checkpoint as torch_checkpoint
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.layout import unwrap
+from gipo_megatron.specs import Precision
+
+EXTRA_STATE = "_extra_state"  # the name of a module's extra state in mcore's state dicts
+FORWARD_TENSORS = 3  # input, weight, output: of one matrix product
+# name in a checkpoint -> (where Transformer Engine has it, its attribute there)
+FIELDS = {
+    "scale_fwd": ("scaling_fwd", "scale"),
+    "amax_history_fwd": ("scaling_fwd", "amax_history"),
+    "scale_bwd": ("scaling_bwd", "scale"),
+    "amax_history_bwd": ("scaling_bwd", "amax_history"),
+}
+
+ScalingState = dict[str, dict[str, Tensor]]  # "chunk.module" -> the four tensors, by the names of FIELDS
+
+
+class Scaling:
+    """The FP8 scaling state of one model: changed by its training and by loading, by nothing else. Without delayed scaling it does nothing.
+
+    From the first forward-only pass after these on, a copy is kept on the device; passes, also other models', are undone from it.
+    """
+
+    def __init__(self, chunks: Sequence[nn.Module], precision: Precision) -> None:
+        self.chunks = chunks
+        self.active = precision.fp8 == "delayed"
+        self._modules = _scaled_modules(chunks) if self.active else {}
+        self._kept: ScalingState | None = None
+
+    def read(self) -> ScalingState:
+        """A copy, on the modules' device; empty for a model that never trained in FP8."""
+        if self._kept is not None:
+            return self._kept
+        found = {name: _tensors(module) for name, module in self._modules.items()}
+        return {name: {field: t.clone() for field, t in tensors.items()} for name, tensors in found.items() if tensors}
+
+    @torch.no_grad()
+    def write(self, state: ScalingState) -> None:
+        """The modules have `state`, and those that it does not name none."""
+        self._kept = None
+        for name, module in self._modules.items():
+            if name in state:
+                _set(module, state[name])
+            elif _tensors(module):
+                _forget(module)
+
+    def before_training(self) -> None:
+        """Call before the model's own training passes: they go on from the state that the last ones left."""
+        self._undo()
+        self._kept = None
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """For forward-only passes: the state as training left it, and left as it was; bf16 where there is none."""
+        if not self.active:
+            yield
+            return
+        self._undo()
+        self._kept = self.read()
+        if not self._kept:
+            with _bf16(self.chunks):
+                yield
+            return
+        try:
+            yield
+        finally:
+            self._undo()
+
+    @contextmanager
+    def swapped(self, other: ScalingState) -> Iterator[None]:
+        """`other` in this one's place; its own comes back, whatever happened."""
+        own, kept = self.read(), self._kept
+        self.write(other)
+        try:
+            yield
+        finally:
+            self.write(own)
+            self._kept = kept
+
+    @torch.no_grad()
+    def _undo(self) -> None:
+        """The kept copy, back into the modules: no value is read on the host, so no pass waits for the device."""
+        if self._kept:
+            live = [tensor for name in self._kept for tensor in _tensors(self._modules[name]).values()]
+            torch._foreach_copy_(live, [tensor for tensors in self._kept.values() for tensor in tensors.values()])
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def to_save(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, ShardedTensor]]:
+        """The state as sharded tensors. `parts`: the chunks' sharded state dicts, whose extra states name each module's place."""
+        state = self.read()
+        return {name: {f: _sharded(place, f, state[name][f]) for f in FIELDS} for name, place in self._places(parts) if name in state}
+
+    def to_load(self, parts: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, dict[str, ShardedTensor]]:
+        """Empty sharded tensors for what the checkpoint of a model in `folder` has; none where it was trained without delayed scaling.
+
+        Raises UserError when it has Transformer Engine's pickles instead.
+        """
+        if not self.active:
+            return {}
+        stored = torch_checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+        if any(EXTRA_STATE in key for key in stored):
+            raise UserError(
+                "the checkpoint has FP8 scaling state as pickles of Transformer Engine, which can run code and are not read",
+                where=str(folder),
+                fix="set precision.fp8 to tensorwise, which needs no scaling state",
+            )
+        wanted: dict[str, dict[str, ShardedTensor]] = {}
+        for name, place in self._places(parts):
+            about: dict[str, Any] = {field: stored[_key(place, field)] for field in FIELDS if _key(place, field) in stored}
+            if about:
+                axes = len(place.global_shape)
+                wanted[name] = {f: _sharded(place, f, torch.empty(found.size[axes:])) for f, found in about.items()}
+        return wanted
+
+    def _places(self, parts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ShardedObject]]:
+        for name in self._modules:
+            chunk, path = name.split(".", 1)
+            yield name, parts[int(chunk)][f"{path}.{EXTRA_STATE}"]
+
+
+def without_extra_states(chunks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Chunks' sharded state dicts, the weights alone."""
+    return {name: {key: value for key, value in part.items() if not key.endswith(EXTRA_STATE)} for name, part in chunks.items()}
+
+
+def _key(place: ShardedObject, field: str) -> str:
+    return f"{place.key.removesuffix(EXTRA_STATE)}fp8.{field}"
+
+
+def _sharded(place: ShardedObject, field: str, data: Tensor) -> ShardedTensor:
+    """`data` where mcore has the module's extra state: its layer of all layers. Tensor ranks and replicas share amax, so one is stored."""
+    offsets = [(axis, place.global_offset[axis], size) for axis, size in enumerate(place.global_shape)]
+    return ShardedTensor.from_rank_offsets(_key(place, field), data, *offsets, replica_id=place.replica_id, prepend_axis_num=len(offsets))
+
+
+# ------------------------------------------------------------------------------------------------- Transformer Engine's modules
+
+
+def _scaled_modules(chunks: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """ "chunk.module" -> module that multiplies with its own weights. Its attention has the same attributes, but computes in bf16."""
+    return {
+        f"{i}.{name}": module
+        for i, chunk in enumerate(chunks)
+        for name, module in unwrap(chunk).named_modules()
+        if "fp8_meta" in vars(module) and any(True for _ in module.parameters(recurse=False))
+    }
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The live tensors, by the names of FIELDS; none before the first FP8 pass, by the switches that Transformer Engine itself reads."""
+    te: Any = module
+    if not (te.fp8_meta["fp8_checkpoint"] or te.fp8 or te.fp8_calibration):
+        return {}
+    return {field: getattr(te.fp8_meta[place], attribute) for field, (place, attribute) in FIELDS.items()}
+
+
+def _set(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    te: Any = module
+    if not te.fp8_meta_tensors_initialized:  # it has not run in FP8 yet: make the tensors, as its first pass would
+        te.fp8_meta["recipe"] = get_fp8_recipe(te.config)
+        te.fp8_meta["num_gemms"] = saved["scale_fwd"].numel() // FORWARD_TENSORS
+        te.init_fp8_meta_tensors(te.fp8_meta["recipe"])
+    te.fp8_meta["fp8_checkpoint"] = True
+    for field, tensor in _tensors(module).items():
+        tensor.copy_(saved[field], non_blocking=True)
+
+
+def _forget(module: nn.Module) -> None:
+    """As before its first FP8 pass."""
+    te: Any = module
+    te.reset_fp8_meta_tensors()  # scales 1, histories 0
+    te.fp8_meta["fp8_checkpoint"] = te.fp8 = te.fp8_calibration = False
+
+
+@contextmanager
+def _bf16(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """mcore's blocks read config.fp8 in each pass."""
+    configs: list[Any] = [unwrap(chunk).decoder.config for chunk in chunks]
+    before = [config.fp8 for config in configs]
+    for config in configs:
+        config.fp8 = None
+    try:
+        yield
+    finally:
+        for config, fp8 in zip(configs, before, strict=True):
+            config.fp8 = fp8
