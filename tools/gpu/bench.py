@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gipo_megatron.megatron.mesh import Mesh
 
 GIB = 2**30
+STALE = "golden.json is of another version of this tool: make it anew with --golden FILE"
 
 
 class NotRun(Exception):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gipo_megatron.megatron.mesh import Mesh
-from tools.gpu.bench import Bench, Figure, NotRun, below, equal
+from tools.gpu.bench import STALE, Bench, Figure, NotRun, below, equal
 from tools.gpu.runs import Rows, run
 
 VOLATILE = ("time/", "perf/", "memory/", "rollout/tokens_per_second")  # no two runs share them
@@ -46,13 +46,14 @@ RUNS: dict[str, list[str]] = {
     "ppo_kl": ["recipe=tiny/ppo_kl", *PPO],
     "gipo": ["recipe=tiny/gipo", *PPO],
 }
+ARGUMENTS = {**RUNS, "all": SMALL}
 OFFLOAD = ["models.critic.offload=cpu", "models.reference.offload=cpu"]
 
 
 def chain(bench: Bench) -> Iterator[Figure]:
-    golden = bench.golden.get("chain", {})
-    if golden.get("runs") != RUNS:
-        raise NotRun("golden.json was made by another version: python tools/gpu_verify.py --golden FILE")
+    golden = bench.golden["chain"]
+    if golden["runs"] != ARGUMENTS:
+        raise NotRun(STALE)
     folder = bench.scratch / "chain"
     found: dict[str, Rows] = {}
     for name in RUNS:

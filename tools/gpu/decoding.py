@@ -14,11 +14,12 @@ from transformers import LlamaForCausalLM
 from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.hf import load_hf
 from gipo_megatron.megatron.roles import MegatronActor
+from gipo_megatron.megatron.room import Need, Room, find_room
 from gipo_megatron.specs import Architecture, Precision, Sampling
 from gipo_megatron.telemetry.performance import num_parameters
 from gipo_megatron.types import Prompts
 from tools.benchmark_common import hf_config
-from tools.gpu.bench import Bench, Figure, figure
+from tools.gpu.bench import GIB, Bench, Figure, figure
 from tools.gpu.machine import bandwidth, cudnn_attention
 from tools.gpu.models import SEVEN_B, new_actor, random_prompts, shape
 
@@ -55,7 +56,16 @@ def decode(bench: Bench) -> Iterator[Figure]:
         share = limit / seconds
         label = f"batch {load.rows}: share of the memory's limit, {1000 * limit:.3g} ms"
         yield bench.fast(label, share, SHARE) if load.rows == 64 else figure(label, share)
+    yield from _room(bench, architecture, loads(bench.tiny)[-1])
     yield from _caches(bench, actor, architecture)
+
+
+def _room(bench: Bench, architecture: Architecture, load: Load) -> Iterator[Figure]:
+    """What generation takes of the free memory, and how many rows that is."""
+    need = Need(architecture, bench.mesh.parallel, ITEM)
+    room = find_room(bench.mesh, need, load.prompt, Sampling(load.response, temperature=0.0))
+    yield figure("room for caches and logits, GiB", room.size / GIB)
+    yield figure(f"rows of {load.prompt} + {load.response} tokens at once", room.rows(load.prompt + load.response, need.token))
 
 
 def read_bytes(a: Architecture, load: Load) -> float:
@@ -79,18 +89,18 @@ def _caches(bench: Bench, actor: MegatronActor, architecture: Architecture) -> I
     """The whole batch at once, where the card has room for it, against slices of 4 GiB."""
     load = loads(bench.tiny)[1]
     prompts, sampling = random_prompts(architecture, load.rows, load.prompt), Sampling(load.response, temperature=0.0)
-    small = OLD_CACHE if not bench.tiny else load.rows * load.prompt * 2 * architecture.num_layers * ITEM
+    small = Room(OLD_CACHE if not bench.tiny else 1)
 
     def sliced() -> Any:
         engine = actor.engine
         with engine.ready():
             arguments = (engine.chunks, architecture, bench.mesh, prompts, sampling, actor.eos_id, actor.pad_id, actor.decode)
-            return generate(*arguments, cache_bytes=small)
+            return generate(*arguments, room=small)
 
     found: dict[str, Any] = {}
     (whole,) = bench.each(lambda: found.update(whole=actor.generate(prompts, sampling)), 1)
     (slices,) = bench.each(lambda: found.update(slices=sliced()), 1)
-    yield figure(f"batch {load.rows}: seconds in slices of {small / 2**30:.3g} GiB, over those at once", slices / whole)
+    yield figure(f"batch {load.rows}: seconds in slices of {small.size / GIB:.3g} GiB, over those at once", slices / whole)
     same = (found["whole"].tokens == found["slices"].tokens).float().mean()
     yield figure(f"batch {load.rows}: same tokens in slices", float(same))
 
@@ -103,7 +113,7 @@ def hf(bench: Bench) -> Iterator[Figure]:
     architecture = shape(SEVEN_B, bench.tiny)
     theirs = hugging_face(bench, architecture)
     actor = new_actor(bench.mesh, architecture, Precision("bf16"))
-    load_hf(dict(theirs.named_parameters()), actor.engine.chunks, bench.mesh, architecture)
+    load_hf({name: p.detach() for name, p in theirs.named_parameters()}, actor.engine.chunks, bench.mesh, architecture)
     load = Load(4, 4, 6, 2) if bench.tiny else Load(64, 128, 64, 8)
     prompts, sampling = random_prompts(architecture, load.rows, load.prompt), Sampling(load.response, temperature=0.0)
     ours = bench.seconds(lambda: actor.generate(prompts, sampling), repeats=2)
@@ -125,6 +135,7 @@ def hugging_face(bench: Bench, architecture: Architecture) -> LlamaForCausalLM:
     """Random weights, made on the device in bf16."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[bench.mesh.device] if bench.cuda else []))
+        torch.manual_seed(0)
         stack.enter_context(torch.device(bench.device))
         before = torch.get_default_dtype()
         stack.callback(torch.set_default_dtype, before)

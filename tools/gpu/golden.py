@@ -21,12 +21,13 @@ from tools.gpu import chain, plans
 
 
 def main(file: Path) -> None:
-    made: dict[str, Any] = {"plans": {size: plans.predict(tiny=size == "tiny") for size in ("full", "tiny")}}  # before a process group is
+    planned = {size: plans.predict(tiny=size == "tiny") for size in ("full", "tiny")}  # before there is a process group
+    made: dict[str, Any] = {"plans": {"cases": plans.fingerprint(), **planned}}
     mesh = Mesh.create(Parallel(), seed=0)
     with tempfile.TemporaryDirectory() as folder:
         metrics = {name: chain.train(mesh, Path(folder), name) for name in chain.RUNS}
     mesh.close()
-    made["chain"] = {"runs": chain.RUNS, "metrics": metrics}
+    made["chain"] = {"runs": chain.ARGUMENTS, "metrics": metrics}
     fresh = file.with_name(file.name + ".tmp")
     fresh.write_text(json.dumps(made, indent=1), encoding="utf-8")
     os.replace(fresh, file)

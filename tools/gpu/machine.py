@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gipo_megatron import capabilities
-from tools.gpu.bench import Bench, Figure, below, figure, true
+from gipo_megatron import capabilities, environment
+from tools.gpu.bench import GIB, Bench, Figure, below, figure, true
 
-GIB = 2**30
 QUERIES = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.total,memory.used"
 
 
@@ -26,6 +25,7 @@ def machine(bench: Bench) -> Iterator[Figure]:
     for name in ("python", "torch", "cuda", "nccl", "megatron", "transformer_engine"):
         yield figure(name, getattr(here, name) or "none")
     yield figure("cudnn", str(torch.backends.cudnn.version() or "none"))
+    yield figure("environment", environment.line().removeprefix("environment: "))
     mesh = bench.mesh
     if not bench.cuda:
         return
@@ -94,8 +94,7 @@ def _new(bench: Bench, rows: int, heads: int, length: int, width: int = 128) -> 
 
 def _decoding(bench: Bench) -> tuple[Tensor, Tensor, bool]:
     """One new token of 64 rows over 256 that are there: decode.py's shapes."""
-    with torch.no_grad():
-        return _new(bench, 64, 32, 1), _new(bench, 64, 32, 256), False
+    return _new(bench, 64, 32, 1).detach(), _new(bench, 64, 32, 256).detach(), False
 
 
 # ------------------------------------------------------------------------------------------------- new shapes

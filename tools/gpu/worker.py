@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import IO, Any
 
+from gipo_megatron import environment
 from tools.gpu.bench import Bench, Figure, NotRun
 
 
@@ -26,6 +27,7 @@ def main(settings: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     warnings.simplefilter("once")
+    environment.set_defaults()  # before torch is imported
     if settings["device"] == "cuda" and (mistake := no_cuda()):
         say(answers, {"mistake": mistake})
         return
