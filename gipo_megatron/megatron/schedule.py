@@ -257,7 +257,7 @@ class Engine:
                     shards = bucket.grad_data.chunk(group.size)
                     end = bucket.offset + bucket.grad_data.numel()
                     dist.all_gather(list(whole[bucket.offset : end].chunk(group.size)), shards[group.rank], group=group.group)
-                gathered.append(whole)
+                gathered.append(whole.to(buffer.param_data.dtype))
         with swapped(self._weights(), gathered):
             yield from export_weights(self.chunks, self.mesh, self.architecture, head=self.head)
 
