@@ -75,7 +75,7 @@ def judge(plan: Plan, planner: Planner, vary: Vary) -> Verdict:
 
 
 def _needless(plan: Plan, tried: Callable[[tuple[Part, ...]], Change | None]) -> Iterator[str]:
-    """Recomputation that the memory does not ask for: the cheapest setting that fits."""
+    """Warn of recomputation that the memory does not need, and name the cheapest setting that fits."""
     current = plan.recipe.memory.recompute
     for name in RECOMPUTE[: RECOMPUTE.index(current)]:
         change = tried((Part((f"memory.recompute={name}",), ""),))

@@ -281,7 +281,7 @@ def test_a_part_is_begun_only_when_its_time_is_left() -> None:
     part = Part("x", "m:f", 30, 60)
     assert session(50)._obstacle(part) == ""
     assert re.fullmatch(r"42 s expected; \d+ s left", session(40)._obstacle(part)), "30 s and a worker's start"
-    assert session(40, device="cpu")._obstacle(part) == "", "nobody knows a CPU's speed"
+    assert session(40, device="cpu")._obstacle(part) == "", "a CPU's speed is not known"
     golden = Part("x", "m:f", 30, 60, golden=True)
     assert "--golden FILE makes it beforehand" in session(100)._obstacle(golden)
 
