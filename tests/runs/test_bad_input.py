@@ -183,7 +183,7 @@ def test_other_tokenizers_and_architectures(refused: Refuse, copy: Path, tmp_pat
     inner.save_pretrained(tmp_path / "larger")
     assert "the model's vocabulary holds 259" in refused(from_copy(copy, f"model.tokenizer={tmp_path}/larger"))
     error = refused(from_copy(copy, "model.architecture.vocab_size=512"))
-    assert "model.architecture.vocab_size: 512, but the weights to load have 259" in error
+    assert "model.architecture: another than that of the weights to load: vocab_size 512 ≠ 259 (command line ≠ " in error
     assert "no tokenizer at" in refused(from_copy(copy, f"model.tokenizer={tmp_path}/nothing"))
     meta = json.loads((copy / "meta.json").read_text())
     (copy / "meta.json").write_text(json.dumps({**meta, "tokenizer": "of other text"}))
