@@ -133,15 +133,21 @@ def lower_tail_weights(x: Tensor, everyone: Tensor, alpha: float) -> Tensor:
     return (x < quantile).to(x.dtype) / alpha + (x == quantile).to(x.dtype) * ((tail - below) / (alpha * tied))
 
 
-def auc(positive: Tensor, x: Tensor, cluster: Tensor) -> Tensor:
+def auc(positive: Tensor, x: Tensor, cluster: Tensor, tie: float = 0.0) -> Tensor:
     """Within each cluster: probability that a positive row has the larger x, ties one half. All [N] -> [clusters], in sorted order.
 
     (sum of the positives' ranks - n+ (n+ + 1) / 2) / (n+ n-); NaN where a cluster has one kind only.   (Mann, Whitney 1947)
+    Neighbours in the order of x that are at most `tie` apart count as equal.
     """
     _, which, sizes = cluster.unique(return_inverse=True, return_counts=True)
-    _, level = x.unique(return_inverse=True)
-    _, tie, ties = (which * len(x) + level).unique(return_inverse=True, return_counts=True)
-    rank = (ties.cumsum(0) - (ties - 1) / 2)[tie].double() - (sizes.cumsum(0) - sizes)[which]  # average rank inside the cluster, from 1
+    order = x.argsort(stable=True)
+    order = order[which[order].argsort(stable=True)]
+    starts = torch.ones_like(order)
+    starts[1:] = (which[order].diff() != 0) | (x[order].diff() > tie)
+    level = torch.empty_like(order)
+    level[order] = starts.cumsum(0) - 1
+    ties = level.bincount()
+    rank = (ties.cumsum(0) - (ties - 1) / 2)[level].double() - (sizes.cumsum(0) - sizes)[which]  # average rank inside the cluster, from 1
     ups = torch.zeros(len(sizes), dtype=torch.float64, device=x.device).index_add_(0, which, positive.double())
     total = torch.zeros_like(ups).index_add_(0, which, positive * rank)
     return (total - ups * (ups + 1) / 2) / (ups * (sizes - ups))

@@ -195,6 +195,16 @@ def test_auc_is_sklearns_within_every_cluster() -> None:
     assert math.isnan(float(found[2]))
 
 
+def test_auc_counts_what_rounding_alone_sets_apart_as_equal() -> None:
+    """By hand: 0.5 and 0.5 + 1e-8 tie, in whatever order; 0.5 and 0.6 do not. Other clusters' values do not close a gap."""
+    x = torch.tensor([0.5, 0.5 + 6e-8, 0.5, 0.6, 0.55], dtype=torch.float64)
+    cluster = torch.tensor([0, 0, 1, 1, 2])
+    positive = torch.tensor([True, False, True, False, True])
+    assert ops.auc(positive, x, cluster).tolist()[:2] == [0.0, 0.0]
+    assert ops.auc(positive, x, cluster, tie=1e-6).tolist()[:2] == [0.5, 0.0]
+    assert ops.auc(~positive, x, cluster, tie=1e-6).tolist()[:2] == [0.5, 1.0]
+
+
 def test_dpo_loss_by_hand() -> None:
     """-log sigmoid(x) = log(1 + e^-x), at h = 3, 0, -2; with 10 % of the labels wrong, that share of the other sign's."""
     h, beta = torch.tensor([3.0, 0.0, -2.0], dtype=torch.float64), 0.5

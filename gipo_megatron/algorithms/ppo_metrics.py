@@ -13,6 +13,8 @@ from gipo_megatron import ops
 from gipo_megatron.roles import DataParallel, gather_rows
 from gipo_megatron.types import Experience, Groups, Metric, Metrics, Rollout, Scores, TokenStats, Weights
 
+SAME_LABEL = 1e-6  # two rows of one prompt, in batches of other shapes, get the same label up to float rounding
+
 
 def rollout_metrics(rollout: Rollout, logprobs: Tensor, dp: DataParallel) -> Metrics:
     """`distinct`: share of different responses in the global batch."""
@@ -65,7 +67,8 @@ def split_metrics(groups: Groups, scores: Scores, rollout: Rollout, sources: tup
     """How the learned split relates to given labels (auc, ami) and to the response itself (response_split).
 
     auc: p_high against "from the source with the highest mean score"; response_split: AUC, within prompts, of p_high against
-    "scored above the prompt's mean" (algorithm.md 5.9), the mean over prompts that have both kinds. Where labels are given, all three
+    "scored above the prompt's mean" (algorithm.md 5.9), the mean over prompts that have both kinds; labels that differ by rounding
+    alone (SAME_LABEL) are equal. Where labels are given, all three
     are of those that the head beside them learns.
     """
     groups = groups.observed or groups
@@ -77,7 +80,7 @@ def split_metrics(groups: Groups, scores: Scores, rollout: Rollout, sources: tup
 
     _, which, sizes = prompt.unique(return_inverse=True, return_counts=True)
     above = raw > (torch.zeros(len(sizes), dtype=raw.dtype).index_add_(0, which, raw) / sizes)[which]
-    within = ops.auc(above, high, prompt)
+    within = ops.auc(above, high, prompt, tie=SAME_LABEL)
     within = within[within.isfinite()]
     metrics = {"groups/response_split": Metric.mean(float(within.mean()) if len(within) else 0.5)}
     present = source.unique()

@@ -12,7 +12,7 @@ All sizes are found on the host, before the batch goes to the device: no later s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -34,7 +34,7 @@ class MicroBatch:
     rows: Rows
     index: Tensor  # int64 [b] on the host, places of `rows` in their batch
     sequences: Sequences  # trimmed
-    positions: Tensor  # int64 [n], readout.response_positions of the trimmed mask
+    positions: Tensor | None  # int64 [n], readout.response_positions of the trimmed mask; None where a first token is masked
     width: int  # T of the rows
     loss: BatchLoss | None = None
     counts: dict[str, float] | None = None  # global units of this part's batch
@@ -78,11 +78,9 @@ def plan(
 
     longest = lengths.tolist()
     widths = [padded_length(longest[start], length_multiple, device) for start, _ in cuts]
-    found = [
-        response_positions(resize(masks[:, order[start:stop]].flatten(0, 1), width))
-        for (start, stop), width in zip(cuts, widths, strict=True)
-    ]
-    positions = torch.cat(found).to(device).split([len(x) for x in found])
+    positions = _positions(
+        [resize(masks[:, order[start:stop]].flatten(0, 1), width) for (start, stop), width in zip(cuts, widths, strict=True)], device
+    )
     ordered = batch.to(device).select(order)  # so that the slots are views of it
     slots = [
         _slot(ordered.block(start, stop), order[start:stop], where, width)
@@ -91,7 +89,15 @@ def plan(
     return [replace(slot, idle=i >= num_slots - num_idle) for i, slot in enumerate(slots)]
 
 
-def _slot(rows: Rows, index: Tensor, positions: Tensor, width: int) -> MicroBatch:
+def _positions(masks: list[Tensor], device: torch.device) -> Sequence[Tensor | None]:
+    """The response positions of each slot, in one copy to the device; none for rows of whole texts, which only a score reads."""
+    if any(bool(mask[:, 0].any()) for mask in masks):
+        return [None] * len(masks)
+    found = [response_positions(mask) for mask in masks]
+    return torch.cat(found).to(device).split([len(x) for x in found])
+
+
+def _slot(rows: Rows, index: Tensor, positions: Tensor | None, width: int) -> MicroBatch:
     whole = rows.sequences
     trimmed = replace(whole, tokens=resize(whole.tokens, width), mask=resize(whole.mask, width))
     return MicroBatch(rows, index, trimmed, positions, whole.tokens.shape[1])

@@ -62,6 +62,7 @@ def language_readout(engine: Engine, temperature: float, entropy: bool) -> Reado
     """Log-probs (and entropy) of the response tokens at `temperature`."""
 
     def read(logits: Tensor, slot: MicroBatch) -> Output:
+        assert slot.positions is not None, "the first token is inside the mask, but nothing predicts it"
         return token_stats(
             logits,
             slot.sequences,

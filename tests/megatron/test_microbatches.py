@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,14 @@ from gipo_megatron.types import CriticOutput, TokenStats
 from tests.parity.tiny import RAGGED, pairs, weighted
 
 LENGTHS = [p + r for p, r in RAGGED]  # 12 8 16 10 4 19 11 8
+
+
+def test_a_score_reads_whole_texts_and_no_positions() -> None:
+    """A reward model's rows may have their first token inside the mask; no log-prob is read of them."""
+    rows = weighted().inner
+    whole = replace(rows, mask=torch.arange(rows.mask.shape[1]) < rows.lengths[:, None])
+    assert [slot.positions for slot in plan(whole, 3)] == [None] * 3
+    assert all(slot.positions is not None for slot in plan(rows, 3))
 
 
 def test_longest_first_and_no_wider_than_needed() -> None:
