@@ -109,7 +109,7 @@ class Record:
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def open(self, take_up: bool) -> None:
-        """Read what is there. `take_up`: an empty folder starts from the checkout's last run."""
+        """Read the folder. `take_up`: an empty one starts from the checkout's last run."""
         self.out.mkdir(parents=True, exist_ok=True)
         state = self.out / "state.json"
         if take_up and not state.exists() and self._fits(REMEMBERED / "state.json"):
