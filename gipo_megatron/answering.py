@@ -1,4 +1,5 @@
-"""Policies answer prompts on Megatron, one policy at a time, with what is measured beside them: score, KL, inferred group."""
+"""Policies answer prompts on Megatron, one policy at a time, with what is measured beside them:
+score, KL, inferred group."""
 
 from __future__ import annotations
 
@@ -23,16 +24,22 @@ from gipo_megatron.evaluation.nouns import Response, TaskPrompt
 from gipo_megatron.evaluation.results import write_text
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronReference, MegatronRewardModel
+from gipo_megatron.megatron.roles import (
+    MegatronActor,
+    MegatronCritic,
+    MegatronReference,
+    MegatronRewardModel,
+)
 from gipo_megatron.recipe.evaluation import EvaluationRecipe
 from gipo_megatron.specs import HeadSpec, Sampling
 from gipo_megatron.types import Prompts, Rollout
 
-# --------------------------------------------------------------------------------------------- weights and tokenizers
+# --------------------------------------------------------------------------- weights and tokenizers
 
 
 def find_weights(recipe: EvaluationRecipe) -> dict[str, Path]:
-    """{recipe key: folder} of every model, each one readable. Raises UserError for what is no model, or is damaged."""
+    """{recipe key: folder} of every model, each one readable. Raises UserError for what is no
+    model, or is damaged."""
     found = {}
     for section, group in (("policies", recipe.policies), ("models", recipe.models)):
         for name, weights in group.items():
@@ -43,10 +50,13 @@ def find_weights(recipe: EvaluationRecipe) -> dict[str, Path]:
     return found
 
 
-def shared_tokenizer(recipe: EvaluationRecipe, weights: Mapping[str, Path]) -> tuple[Tokenizer, list[str]]:
+def shared_tokenizer(
+    recipe: EvaluationRecipe, weights: Mapping[str, Path]
+) -> tuple[Tokenizer, list[str]]:
     """The one tokenizer of all models, and what to warn of.
 
-    Raises UserError naming both where two policies were made with different ones: the same ids would mean different text.
+    Raises UserError naming both where two policies were made with different ones: the same ids
+    would mean different text.
     """
     keys = [f"policies.{name}.load" for name in recipe.policies]
     spec, where = recipe.model.tokenizer, "model.tokenizer"
@@ -54,15 +64,26 @@ def shared_tokenizer(recipe: EvaluationRecipe, weights: Mapping[str, Path]) -> t
         beside, where = weights[keys[0]] / "tokenizer", keys[0]
         spec = str(beside if beside.is_dir() else beside.parent)
     tokenizer = load_tokenizer(spec, where=where)
-    first = next(((key, said) for key in keys if (said := _fingerprint(weights[key], tokenizer)) is not None), None)
+    first = next(
+        (
+            (key, said)
+            for key in keys
+            if (said := _fingerprint(weights[key], tokenizer)) is not None
+        ),
+        None,
+    )
     for key in keys:
         said = _fingerprint(weights[key], tokenizer)
         if first is not None and said not in (None, first[1]):
             raise UserError(
-                f"two policies with different tokenizers: {first[0].split('.')[1]} ({weights[first[0]]}) and "
-                f"{key.split('.')[1]} ({weights[key]})" + _difference(weights[first[0]], weights[key]),
+                f"two policies with different tokenizers: {first[0].split('.')[1]}"
+                f" ({weights[first[0]]}) and {key.split('.')[1]} ({weights[key]})"
+                + _difference(weights[first[0]], weights[key]),
                 where=key,
-                fix="evaluate policies of one tokenizer together, the others in an evaluation of their own",
+                fix=(
+                    "evaluate policies of one tokenizer together, the others in an evaluation of"
+                    " their own"
+                ),
             )
     notes: list[str] = []
     for key, folder in weights.items():
@@ -81,48 +102,75 @@ def _fingerprint(folder: Path, known: Tokenizer) -> str | None:
 
 def _difference(one: Path, other: Path) -> str:
     """In words, where both tokenizers are there to be read."""
-    folders = [folder / "tokenizer" if checkpoint.kind(folder) == "checkpoint" else folder for folder in (one, other)]
+    folders = [
+        folder / "tokenizer" if checkpoint.kind(folder) == "checkpoint" else folder
+        for folder in (one, other)
+    ]
     if not all(folder.is_dir() for folder in folders):
         return ""
     a, b = (load_tokenizer(str(folder), str(folder)) for folder in folders)
     return f": {a.difference(b)}"
 
 
-# --------------------------------------------------------------------------------------------- where responses come from
+# ------------------------------------------------------------------------ where responses come from
 
 
-def origin(recipe: EvaluationRecipe, weights: Mapping[str, Path], tokenizer: Tokenizer) -> dict[str, str]:
-    """What a stored response depends on besides its prompt, in one line each; weights by their files' sizes and times."""
+def origin(
+    recipe: EvaluationRecipe, weights: Mapping[str, Path], tokenizer: Tokenizer
+) -> dict[str, str]:
+    """What a stored response depends on besides its prompt, in one line each; weights by their
+    files' sizes and times."""
     generation = {key: value for key, value in asdict(recipe.generation).items() if key != "batch"}
     said = {f"generation.{key}": str(value) for key, value in generation.items()}
-    return {**said, "model.tokenizer": tokenizer.fingerprint, **{key: _state_of(folder) for key, folder in weights.items()}}
+    return {
+        **said,
+        "model.tokenizer": tokenizer.fingerprint,
+        **{key: _state_of(folder) for key, folder in weights.items()},
+    }
 
 
 def _state_of(folder: Path) -> str:
     files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
-    facts = [(str(p.relative_to(folder.resolve())), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    facts = [
+        (str(p.relative_to(folder.resolve())), p.stat().st_size, p.stat().st_mtime_ns)
+        for p in files
+    ]
     return f"{folder} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
 
 def check_origin(directory: Path, mine: Mapping[str, str]) -> None:
-    """Remembers where this folder's responses come from; UserError when those that are there came from elsewhere. Rank 0 only.
+    """Remembers where this folder's responses come from; UserError when those that are there came
+    from elsewhere. Rank 0 only.
 
     Policies may come and go; everything else stays as it was for the first response.
     """
     file = directory / "origin.json"
     before: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not (directory / "verdicts.jsonl").is_file() and not any((directory / "responses").glob("*.jsonl")):
+    if not (directory / "verdicts.jsonl").is_file() and not any(
+        (directory / "responses").glob("*.jsonl")
+    ):
         before = {}  # stopped before the first response
-    keys = [key for key in dict.fromkeys((*before, *mine)) if not key.startswith("policies.") or (key in before and key in mine)]
+    keys = [
+        key
+        for key in dict.fromkeys((*before, *mine))
+        if not key.startswith("policies.") or (key in before and key in mine)
+    ]
     changed = [key for key in keys if before and before.get(key) != mine.get(key)]
     if changed:
-        lines = "; ".join(f"{key}: {before.get(key, 'none')} there, {mine.get(key, 'none')} now" for key in changed)
+        lines = "; ".join(
+            f"{key}: {before.get(key, 'none')} there, {mine.get(key, 'none')} now"
+            for key in changed
+        )
         fix = "choose another run.dir, or remove this one to draw everything again"
-        raise UserError(f"{directory} holds responses that were made otherwise: {lines}", where="run.dir", fix=fix)
+        raise UserError(
+            f"{directory} holds responses that were made otherwise: {lines}",
+            where="run.dir",
+            fix=fix,
+        )
     write_text(file, json.dumps({**before, **mine}, indent=1))
 
 
-# --------------------------------------------------------------------------------------------- beside the policies
+# ------------------------------------------------------------------------------ beside the policies
 
 
 @dataclass
@@ -135,12 +183,15 @@ class Measures:
     ranks: tuple[float, ...] = ()  # of the critic's groups, 1 for the high one
 
     def of(self, actor: MegatronActor, rollout: Rollout) -> dict[str, Tensor]:
-        """[B] each: score (raw), kl (sum over response tokens of log π - log π_ref, nats), p_high."""
+        """[B] each: score (raw), kl (sum over response tokens of log π - log π_ref, nats),
+        p_high."""
         values = {}
         if self.reward is not None:
             values["score"] = self.reward.score(rollout)
         if self.reference is not None:
-            difference = actor.logprobs(rollout).logprobs - self.reference.logprobs(rollout).logprobs
+            difference = (
+                actor.logprobs(rollout).logprobs - self.reference.logprobs(rollout).logprobs
+            )
             values["kl"] = ops.sequence_sum(difference, rollout.mask)
         if self.critic is not None:
             logits = self.critic.evaluate(rollout).group_logits
@@ -150,11 +201,19 @@ class Measures:
 
 
 def _group_head(path: Path) -> tuple[HeadSpec, tuple[float, ...]]:
-    """A critic's head and its groups' ranks. UserError for a critic that does not tell groups apart, or not which one is high."""
-    fix = "give the checkpoint of a run with a group classifier (runs/…/final), or leave models.critic out"
+    """A critic's head and its groups' ranks. UserError for a critic that does not tell groups
+    apart, or not which one is high."""
+    fix = (
+        "give the checkpoint of a run with a group classifier (runs/…/final), or leave"
+        " models.critic out"
+    )
     where = "models.critic.load"
     if checkpoint.kind(path) != "checkpoint":
-        raise UserError(f"{path} is a Hugging Face folder: it does not say which group is the high one", where=where, fix=fix)
+        raise UserError(
+            f"{path} is a Hugging Face folder: it does not say which group is the high one",
+            where=where,
+            fix=fix,
+        )
     about = checkpoint.read_meta(path)["roles"].get("critic")
     if about is None or about["num_groups"] is None:
         raise UserError(f"{path} has no critic with a group head", where=where, fix=fix)
@@ -163,11 +222,14 @@ def _group_head(path: Path) -> tuple[HeadSpec, tuple[float, ...]]:
         raise UserError(f"{path} does not say which group is the high one", where=where, fix=fix)
     memory = Memory(about["num_groups"])
     saved = state["algorithm"]["group_classifier"]
-    memory.load_state_dict(saved.get("observer", saved))  # with given labels, the head is the one beside them
-    return HeadSpec(about["num_groups"], about["group_input"], detach_trunk=True), tuple(memory.ranks())
+    # with given labels, the head is the one beside them
+    memory.load_state_dict(saved.get("observer", saved))
+    return HeadSpec(about["num_groups"], about["group_input"], detach_trunk=True), tuple(
+        memory.ranks()
+    )
 
 
-# --------------------------------------------------------------------------------------------- answers
+# ------------------------------------------------------------------------------------------ answers
 
 
 @dataclass
@@ -209,10 +271,18 @@ class Answering:
             measures.ranks = self.ranks
         return measures
 
-    def answers(self, policy: str, prompts: Sequence[TaskPrompt], measures: Measures) -> Iterator[list[Response]]:
-        """One batch after the other, in the prompts' order, the same on every rank; the policy's memory is free at the end."""
+    def answers(
+        self, policy: str, prompts: Sequence[TaskPrompt], measures: Measures
+    ) -> Iterator[list[Response]]:
+        """One batch after the other, in the prompts' order, the same on every rank; the policy's
+        memory is free at the end."""
         t = self.tokenizer
-        actor = MegatronActor(**self._common(f"policies.{policy}.load"), eos_id=t.eos_id, pad_id=t.pad_id, decode=t.decode)
+        actor = MegatronActor(
+            **self._common(f"policies.{policy}.load"),
+            eos_id=t.eos_id,
+            pad_id=t.pad_id,
+            decode=t.decode,
+        )
         size = self.recipe.generation.batch
         try:
             for start in range(0, len(prompts), size):
@@ -220,8 +290,11 @@ class Answering:
         finally:
             release(actor.engine)
 
-    def _batch(self, actor: MegatronActor, policy: str, prompts: Sequence[TaskPrompt], measures: Measures) -> list[Response]:
-        """Row i is answered by replica i mod size; replicas without a row of their own repeat the last one, which does not count."""
+    def _batch(
+        self, actor: MegatronActor, policy: str, prompts: Sequence[TaskPrompt], measures: Measures
+    ) -> list[Response]:
+        """Row i is answered by replica i mod size; replicas without a row of their own repeat the
+        last one, which does not count."""
         dp = self.mesh.data_parallel
         places = range(dp.rank, -(-len(prompts) // dp.size) * dp.size, dp.size)
         rows = [prompts[min(place, len(prompts) - 1)] for place in places]
@@ -284,6 +357,13 @@ def sample_id(prompt_id: str) -> int:
 def _finite(response: Response) -> Response:
     for name, value in response.figures.items():
         if not torch.isfinite(torch.tensor(value)):
-            what = f"{name} of {response.policy}'s response to {response.task}/{response.prompt_id} is {value}"
-            raise UserError(what, where="models", fix="its weights are damaged, or precision.dtype=fp32 is needed")
+            what = (
+                f"{name} of {response.policy}'s response to {response.task}/{response.prompt_id} is"
+                f" {value}"
+            )
+            raise UserError(
+                what,
+                where="models",
+                fix="its weights are damaged, or precision.dtype=fp32 is needed",
+            )
     return response

@@ -1,4 +1,5 @@
-"""A checked recipe becomes objects: data, roles, algorithm. The only place that knows which role a recipe key belongs to."""
+"""A checked recipe becomes objects: data, roles, algorithm. The only place that knows which role a
+recipe key belongs to."""
 
 from __future__ import annotations
 
@@ -8,17 +9,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gipo_megatron.algorithms.dpo_reference import LiveReference, PairReference, PrecomputedReference, Split
+from gipo_megatron.algorithms.dpo_reference import (
+    LiveReference,
+    PairReference,
+    PrecomputedReference,
+    Split,
+)
 from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.hub import is_hub_name, reach_hub
 from gipo_megatron.data.planted import gold_reward
 from gipo_megatron.data.templates import choose, parting
-from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_facts
+from gipo_megatron.data.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    tokenizer_facts,
+)
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.heldout import HeldOut, evaluate_pairs, evaluate_policy, evaluate_reward_model, evaluate_sft
+from gipo_megatron.evaluation.heldout import (
+    HeldOut,
+    evaluate_pairs,
+    evaluate_policy,
+    evaluate_reward_model,
+    evaluate_sft,
+)
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronReference, MegatronRewardModel
+from gipo_megatron.megatron.roles import (
+    MegatronActor,
+    MegatronCritic,
+    MegatronReference,
+    MegatronRewardModel,
+)
 from gipo_megatron.megatron.schedule import Engine
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.schema import ModelConfig, Recipe
@@ -46,15 +68,23 @@ class Assembly:
 
 
 def assemble(recipe: Recipe, mesh: Mesh, phase: Phase) -> Assembly:
-    """Build it all; nothing is trained yet. Collective. Raises UserError for whatever a recipe check cannot see."""
+    """Build it all; nothing is trained yet. Collective. Raises UserError for whatever a recipe
+    check cannot see."""
     name = recipe.algorithm["name"]
     tokenizer = find_tokenizer(recipe)
-    check_vocabulary(tokenizer, recipe.model.architecture.vocab_size, where="model.architecture.vocab_size")
+    check_vocabulary(
+        tokenizer, recipe.model.architecture.vocab_size, where="model.architecture.vocab_size"
+    )
     kind = DATA_KIND[name]
     train = load_data(recipe.data, tokenizer, "train", recipe.run.seed, kind)
     held_out = load_data(recipe.data, tokenizer, "test", recipe.run.seed, kind)
     roles = RoleBuilder(recipe, mesh, tokenizer)
-    build = {"sft": _assemble_sft, "reward_model": _assemble_reward_model, "dpo": _assemble_dpo, "ppo": _assemble_ppo}[name]
+    build = {
+        "sft": _assemble_sft,
+        "reward_model": _assemble_reward_model,
+        "dpo": _assemble_dpo,
+        "ppo": _assemble_ppo,
+    }[name]
     parts = build(recipe, mesh, tokenizer, train, held_out, roles, phase)
     parts.notes += roles.notes
     return parts
@@ -68,7 +98,9 @@ def find_tokenizer(recipe: Recipe) -> Tokenizer:
         if model.load != "random":
             folder = Path(locate(model.load, f"models.{role}.load"))
             beside = folder / "tokenizer"
-            return load_tokenizer(str(beside if beside.is_dir() else folder), where=f"models.{role}.load")
+            return load_tokenizer(
+                str(beside if beside.is_dir() else folder), where=f"models.{role}.load"
+            )
     raise UserError(
         "all weights are random, so no tokenizer lies beside them",
         where="model.tokenizer",
@@ -77,7 +109,8 @@ def find_tokenizer(recipe: Recipe) -> Tokenizer:
 
 
 def locate(load: str, where: str) -> str:
-    """A local path for `load`: itself, or the hub's snapshot. Raises UserError when there is neither."""
+    """A local path for `load`: itself, or the hub's snapshot. Raises UserError when there is
+    neither."""
     if Path(load).exists():
         return load
     fix = "train that stage first, or give a Hugging Face folder or a checkpoint"
@@ -87,7 +120,8 @@ def locate(load: str, where: str) -> str:
 
     patterns = ["*.safetensors", "*.json", "tokenizer*"]
     try:
-        cached = snapshot_download(load, allow_patterns=patterns, local_files_only=True)  # a cached copy needs no network
+        # a cached copy needs no network
+        cached = snapshot_download(load, allow_patterns=patterns, local_files_only=True)
         if any(Path(cached).glob("*.safetensors")):  # a snapshot may hold a tokenizer alone
             return cached
     except OSError:
@@ -97,33 +131,50 @@ def locate(load: str, where: str) -> str:
 
 
 def check_tokenizer(load: Path, tokenizer: Tokenizer, template: str, where: str) -> list[str]:
-    """Compares what `load` was made with to the recipe's tokenizer and `data.template`; returns what to warn of.
+    """Compares what `load` was made with to the recipe's tokenizer and `data.template`; returns
+    what to warn of.
 
-    A checkpoint says it in meta.json (older ones say less), a Hugging Face folder by the tokenizer in it, where it holds one.
-    Raises UserError for another tokenizer, whose ids mean other text, and for another chat template where the recipe uses the tokenizer's.
+    A checkpoint says it in meta.json (older ones say less), a Hugging Face folder by the tokenizer
+    in it, where it holds one. Raises UserError for another tokenizer, whose ids mean other text,
+    and for another chat template where the recipe uses the tokenizer's.
     """
     trained_with = None
     if checkpoint.kind(load) == "checkpoint":
         meta, folder = checkpoint.read_meta(load), load / "tokenizer"
-        fingerprint, chat_template, trained_with = meta.get("tokenizer"), meta.get("chat_template"), meta.get("template")
+        fingerprint, chat_template, trained_with = (
+            meta.get("tokenizer"),
+            meta.get("chat_template"),
+            meta.get("template"),
+        )
     else:
         fingerprint, chat_template = tokenizer_facts(load, tokenizer)
         folder = load
     fix = f"model.tokenizer={folder}"
     if fingerprint not in (None, tokenizer.fingerprint):
-        said = f": {load_tokenizer(str(folder), where).difference(tokenizer)}" if folder.is_dir() else ""
-        raise UserError(f"{load} was made with another tokenizer than this recipe's{said}", where=where, fix=fix)
-    mine = tokenizer.chat_template if choose(template, "messages", tokenizer).name == "chat" else None
+        said = (
+            f": {load_tokenizer(str(folder), where).difference(tokenizer)}"
+            if folder.is_dir()
+            else ""
+        )
+        raise UserError(
+            f"{load} was made with another tokenizer than this recipe's{said}", where=where, fix=fix
+        )
+    mine = (
+        tokenizer.chat_template if choose(template, "messages", tokenizer).name == "chat" else None
+    )
     if mine is not None and chat_template not in (None, mine):
         raise UserError(
-            f"two chat templates: {load} has {parting(chat_template, mine)}, "
-            f"the recipe's tokenizer ({tokenizer.inner.name_or_path}) has {parting(mine, chat_template)}",
+            f"two chat templates: {load} has {parting(chat_template, mine)}, the recipe's tokenizer"
+            f" ({tokenizer.inner.name_or_path}) has {parting(mine, chat_template)}",
             where=where,
             fix=f"{fix}, or write data.template explicitly: hh, plain, chatml, or a jinja template",
         )
     if trained_with in (None, template):
         return []
-    said = f"{load} was trained with data.template {parting(trained_with, template)}, this recipe has {parting(template, trained_with)}"
+    said = (
+        f"{load} was trained with data.template {parting(trained_with, template)}, this recipe has"
+        f" {parting(template, trained_with)}"
+    )
     return [f"{said}: other words around the same conversation"]
 
 
@@ -135,14 +186,17 @@ class RoleBuilder:
     mesh: Mesh
     tokenizer: Tokenizer
     sampler_temperature: float = 1.0
-    notes: list[str] = field(default_factory=list)  # what the roles' checkpoints say that a run should warn of
+    # what the roles' checkpoints say that a run should warn of
+    notes: list[str] = field(default_factory=list)
 
     def _common(self, role: str) -> dict[str, Any]:
         recipe, model = self.recipe, self._model(role)
         load = "random"
         if model.load != load:
             load = locate(model.load, f"models.{role}.load")
-            self.notes += check_tokenizer(Path(load), self.tokenizer, recipe.data.template, f"models.{role}.load")
+            self.notes += check_tokenizer(
+                Path(load), self.tokenizer, recipe.data.template, f"models.{role}.load"
+            )
         return {
             "mesh": self.mesh,
             "architecture": recipe.model.architecture,
@@ -161,7 +215,8 @@ class RoleBuilder:
         assert model.lr is not None, "the recipe check asks for it"
         if model.schedule != "constant" and total_steps <= model.warmup_steps:
             raise UserError(
-                f"the {model.schedule} schedule ends at step {total_steps}, before its warm-up of {model.warmup_steps} steps does",
+                f"the {model.schedule} schedule ends at step {total_steps}, before its warm-up of"
+                f" {model.warmup_steps} steps does",
                 where=f"models.{role}.warmup_steps",
                 fix="fewer warm-up steps, more run.steps, or schedule: constant",
             )
@@ -189,41 +244,80 @@ class RoleBuilder:
     def reference(self, live: MegatronActor) -> MegatronReference:
         """With `offload: cpu` only a host copy, swapped into the actor's place for each call."""
         swapped = live if self._model("reference").offload == "cpu" else None
-        return MegatronReference(**self._common("reference"), temperature=self.sampler_temperature, live=swapped)
+        return MegatronReference(
+            **self._common("reference"), temperature=self.sampler_temperature, live=swapped
+        )
 
     def passing_reference(self) -> Callable[[], MegatronReference]:
-        """A reference to be made later and not kept: with a model of its own, wherever the actor stands by then."""
-        arguments = self._common("reference")  # now: what is wrong with the weights should be said before the run begins
+        """A reference to be made later and not kept: with a model of its own, wherever the actor
+        stands by then."""
+        # now: what is wrong with the weights should be said before the run begins
+        arguments = self._common("reference")
         return lambda: MegatronReference(**arguments, temperature=self.sampler_temperature)
 
     def critic(self, head: HeadSpec | None, total_steps: int) -> MegatronCritic:
         optimisation = self._optimisation("critic", total_steps)
-        return MegatronCritic(**self._common("critic"), recompute=self.recipe.memory.recompute, optimisation=optimisation, head=head)
+        return MegatronCritic(
+            **self._common("critic"),
+            recompute=self.recipe.memory.recompute,
+            optimisation=optimisation,
+            head=head,
+        )
 
     def reward(self, role: str = "reward", total_steps: int | None = None) -> MegatronRewardModel:
         optimisation = None if total_steps is None else self._optimisation(role, total_steps)
-        return MegatronRewardModel(**self._common(role), recompute=self.recipe.memory.recompute, optimisation=optimisation)
+        return MegatronRewardModel(
+            **self._common(role), recompute=self.recipe.memory.recompute, optimisation=optimisation
+        )
 
 
 def _assemble_sft(
-    recipe: Recipe, mesh: Mesh, tokenizer: Tokenizer, train: Dataset, held_out: Dataset, roles: RoleBuilder, phase: Phase
+    recipe: Recipe,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    train: Dataset,
+    held_out: Dataset,
+    roles: RoleBuilder,
+    phase: Phase,
 ) -> Assembly:
     dp, batch = mesh.data_parallel, recipe.batch.minibatch
     actor = roles.actor(recipe.run.steps)
-    runtime = {"actor": actor, "phase": phase, "examples": lambda step: train.examples(step, batch, dp.rank, dp.size)}
+    runtime = {
+        "actor": actor,
+        "phase": phase,
+        "examples": lambda step: train.examples(step, batch, dp.rank, dp.size),
+    }
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
     rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
     return Assembly(
-        recipe, mesh, tokenizer, train, held_out, algorithm, {"actor": actor.engine}, lambda: (evaluate_sft(actor, rows), []), batch
+        recipe,
+        mesh,
+        tokenizer,
+        train,
+        held_out,
+        algorithm,
+        {"actor": actor.engine},
+        lambda: (evaluate_sft(actor, rows), []),
+        batch,
     )
 
 
 def _assemble_reward_model(
-    recipe: Recipe, mesh: Mesh, tokenizer: Tokenizer, train: Dataset, held_out: Dataset, roles: RoleBuilder, phase: Phase
+    recipe: Recipe,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    train: Dataset,
+    held_out: Dataset,
+    roles: RoleBuilder,
+    phase: Phase,
 ) -> Assembly:
     dp, batch = mesh.data_parallel, recipe.batch.minibatch
     reward = roles.reward(total_steps=recipe.run.steps)
-    runtime = {"reward": reward, "phase": phase, "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size)}
+    runtime = {
+        "reward": reward,
+        "phase": phase,
+        "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size),
+    }
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
     rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
     return Assembly(
@@ -240,7 +334,13 @@ def _assemble_reward_model(
 
 
 def _assemble_dpo(
-    recipe: Recipe, mesh: Mesh, tokenizer: Tokenizer, train: Dataset, held_out: Dataset, roles: RoleBuilder, phase: Phase
+    recipe: Recipe,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    train: Dataset,
+    held_out: Dataset,
+    roles: RoleBuilder,
+    phase: Phase,
 ) -> Assembly:
     dp, batch, steps = mesh.data_parallel, recipe.batch.minibatch, recipe.run.steps
     actor = roles.actor(steps)
@@ -248,13 +348,31 @@ def _assemble_dpo(
     reference: PairReference
     if recipe.algorithm["precompute"]:
         one_epoch = -(-len(train) // batch)
-        used = sorted({row for step in range(min(steps, one_epoch)) for row in train.order(step, batch)})
-        splits = {"train": Split(used, train.pairs_at), "held_out": Split(rows.indices if recipe.run.eval_every else [], held_out.pairs_at)}
-        told_by = (recipe.models["reference"].load, recipe.data, tokenizer.fingerprint, train.fingerprint, held_out.fingerprint)
-        reference = PrecomputedReference(roles.passing_reference(), splits, dp, batch, identity=repr(told_by))
+        used = sorted(
+            {row for step in range(min(steps, one_epoch)) for row in train.order(step, batch)}
+        )
+        splits = {
+            "train": Split(used, train.pairs_at),
+            "held_out": Split(rows.indices if recipe.run.eval_every else [], held_out.pairs_at),
+        }
+        told_by = (
+            recipe.models["reference"].load,
+            recipe.data,
+            tokenizer.fingerprint,
+            train.fingerprint,
+            held_out.fingerprint,
+        )
+        reference = PrecomputedReference(
+            roles.passing_reference(), splits, dp, batch, identity=repr(told_by)
+        )
     else:
         reference = LiveReference(roles.reference(actor))
-    runtime = {"actor": actor, "reference": reference, "phase": phase, "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size)}
+    runtime = {
+        "actor": actor,
+        "reference": reference,
+        "phase": phase,
+        "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size),
+    }
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
     return Assembly(
         recipe,
@@ -270,20 +388,36 @@ def _assemble_dpo(
 
 
 def _assemble_ppo(
-    recipe: Recipe, mesh: Mesh, tokenizer: Tokenizer, train: Dataset, held_out: Dataset, roles: RoleBuilder, phase: Phase
+    recipe: Recipe,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    train: Dataset,
+    held_out: Dataset,
+    roles: RoleBuilder,
+    phase: Phase,
 ) -> Assembly:
     dp, batch, block = mesh.data_parallel, recipe.batch, recipe.algorithm
     sequences = batch.prompts * batch.responses
     updates = block["epochs"] * (sequences // batch.minibatch)
     sources = tuple(sorted({*train.sources, *held_out.sources}))
-    runtime: dict[str, Any] = {"dp": dp, "seed": recipe.run.seed, "sources": sources, "max_response": recipe.data.max_response}
-    # The head is the classifier's to choose and the critic's to build, so the classifier is asked before there is a critic.
+    runtime: dict[str, Any] = {
+        "dp": dp,
+        "seed": recipe.run.seed,
+        "sources": sources,
+        "max_response": recipe.data.max_response,
+    }
+    # The head is the classifier's to choose and the critic's to build, so the classifier is asked
+    # before there is a critic.
     head = registry.build("group_classifier", block["group_classifier"], runtime).head
     roles.sampler_temperature = registry.build("rollout", block["rollout"], runtime).temperature
 
     actor = roles.actor(recipe.run.steps * updates)
     critic = roles.critic(head, recipe.run.steps * updates)
-    reward_models = {role: roles.reward(role) for role in recipe.models if role == "reward" or role.startswith("reward_")}
+    reward_models = {
+        role: roles.reward(role)
+        for role in recipe.models
+        if role == "reward" or role.startswith("reward_")
+    }
     reference = roles.reference(actor)
     runtime |= {
         "actor": actor,
@@ -292,7 +426,9 @@ def _assemble_ppo(
         "reward_models": reward_models,
         "minibatch": batch.minibatch,
         "phase": phase,
-        "prompts": lambda step: train.prompts(step, batch.prompts, batch.responses, dp.rank, dp.size),
+        "prompts": lambda step: train.prompts(
+            step, batch.prompts, batch.responses, dp.rank, dp.size
+        ),
         "examples": _ptx_rows(recipe, mesh, tokenizer),
         "probe": _probe(held_out, mesh),
     }
@@ -313,11 +449,16 @@ def _assemble_ppo(
         return evaluate_policy(actor, reference, algorithm.reward, gold, rows, sources, sampling)
 
     trained = {"actor": actor.engine, "critic": critic.engine}
-    return Assembly(recipe, mesh, tokenizer, train, held_out, algorithm, trained, evaluate, sequences)
+    return Assembly(
+        recipe, mesh, tokenizer, train, held_out, algorithm, trained, evaluate, sequences
+    )
 
 
-def _ptx_rows(recipe: Recipe, mesh: Mesh, tokenizer: Tokenizer) -> Callable[[int], Sequences] | None:
-    """SFT rows from the same data, one minibatch an optimizer step; None where no ptx loss is asked for."""
+def _ptx_rows(
+    recipe: Recipe, mesh: Mesh, tokenizer: Tokenizer
+) -> Callable[[int], Sequences] | None:
+    """SFT rows from the same data, one minibatch an optimizer step; None where no ptx loss is asked
+    for."""
     if recipe.algorithm["ptx"] <= 0:
         return None
     dp, size = mesh.data_parallel, recipe.batch.minibatch
@@ -329,4 +470,10 @@ def _probe(held_out: Dataset, mesh: Mesh, prompts: int = 16) -> Sequences:
     """The first held-out prompts, alone: label changes between iterations are counted on them."""
     dp = mesh.data_parallel
     rows, _ = held_out.prompts_at(range(min(prompts, len(held_out))), dp.rank, dp.size)
-    return Sequences(rows.tokens, rows.tokens.new_zeros(rows.tokens.shape).bool(), rows.lengths, rows.lengths, rows.prompt_id)
+    return Sequences(
+        rows.tokens,
+        rows.tokens.new_zeros(rows.tokens.shape).bool(),
+        rows.lengths,
+        rows.lengths,
+        rows.prompt_id,
+    )

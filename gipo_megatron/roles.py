@@ -1,4 +1,5 @@
-"""The roles an algorithm talks to. Where a model's layers live, and how it is split, is the role's private business."""
+"""The roles an algorithm talks to. Where a model's layers live, and how it is split, is the role's
+private business."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from gipo_megatron.types import BatchLoss, CriticOutput, Prompts, Rollout, Rows,
 
 class Trainable(Protocol):
     def update(self, *parts: tuple[Rows, BatchLoss]) -> Update:
-        """Exactly one optimizer step on the sum of all parts' terms, each divided by its global unit count."""
+        """Exactly one optimizer step on the sum of all parts' terms, each divided by its global
+        unit count."""
         ...
 
 
@@ -76,7 +78,8 @@ class SingleReplica:
 
 
 def gather_rows(x: Tensor, dp: DataParallel) -> Tensor:
-    """[b] of every replica -> [N] in global order (row i of replica r is global row i * size + r). Needs equal b everywhere."""
+    """[b] of every replica -> [N] in global order (row i of replica r is global row i * size + r).
+    Needs equal b everywhere."""
     whole = torch.zeros(len(x), dp.size, dtype=torch.float64, device=x.device)
     whole[:, dp.rank] = x.double()
     return dp.sum(whole).flatten()

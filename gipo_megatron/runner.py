@@ -1,4 +1,5 @@
-"""One run: recipe -> objects -> loop { step; log; evaluate; save }, with resume, alerts and an orderly end."""
+"""One run: recipe -> objects -> loop { step; log; evaluate; save }, with resume, alerts and an
+orderly end."""
 
 from __future__ import annotations
 
@@ -25,16 +26,21 @@ from gipo_megatron.telemetry.performance import performance
 from gipo_megatron.telemetry.sinks import Sink, make_sinks
 from gipo_megatron.types import Metric, Metrics, StepResult
 
-REPEATED_SIGNAL = 2.0  # seconds; torchrun forwards a terminal's Ctrl-C, so every worker sees one press twice
+# seconds; torchrun forwards a terminal's Ctrl-C, so every worker sees one press twice
+REPEATED_SIGNAL = 2.0
 
 
 class Interrupt:
-    """SIGTERM, SIGUSR1 and the first Ctrl-C: finish the step, checkpoint, end. A second Ctrl-C stops at once."""
+    """SIGTERM, SIGUSR1 and the first Ctrl-C: finish the step, checkpoint, end. A second Ctrl-C
+    stops at once."""
 
     def __init__(self) -> None:
         self.name = ""
         self._pressed = -math.inf
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        self._before = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        }
 
     def restore(self) -> None:
         for number, handler in self._before.items():
@@ -68,14 +74,16 @@ class Progress:
 
 
 def train(recipe: Recipe) -> None:
-    """The whole run a recipe describes. Collective: every rank calls it. Raises UserError for what the user can mend."""
+    """The whole run a recipe describes. Collective: every rank calls it. Raises UserError for what
+    the user can mend."""
     mesh = Mesh.create(recipe.parallel, recipe.run.seed, recipe.precision.deterministic)
     try:
         train_on(mesh, recipe)
     except UserError as error:
         mesh.report(str(error))
         raise
-    except Exception:  # a rank that stops breaks its connections: the others would show those, not the reason
+    # a rank that stops breaks its connections: the others would show those, not the reason
+    except Exception:
         if reason := mesh.reported():
             raise UserError(reason) from None
         raise
@@ -92,9 +100,17 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
         start_from = find_checkpoint(recipe, directory)
         if start_from is not None and is_complete(recipe, directory, start_from):
             if mesh.is_main:
-                print(f"{recipe.name}: complete already, {start_from}; a larger run.steps continues it", flush=True)
+                print(
+                    f"{recipe.name}: complete already, {start_from}; a larger run.steps"
+                    " continues it",
+                    flush=True,
+                )
                 if recipe.run.export_hf and not (directory / "hf").exists():
-                    print(f"  its Hugging Face folder: tools/megatron_to_hf.py checkpoint={directory}/final out={directory}/hf", flush=True)
+                    print(
+                        "  its Hugging Face folder: tools/megatron_to_hf.py"
+                        f" checkpoint={directory}/final out={directory}/hf",
+                        flush=True,
+                    )
             return
         if mesh.is_main:
             record.check_writable(directory)
@@ -105,7 +121,9 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
 
         timer = PhaseTimer(show)
         parts = assemble(recipe, mesh, timer.phase)
-        gc.freeze()  # mcore collects garbage at every save; what is there to stay need not be walked through each time
+        # mcore collects garbage at every save; what is there to stay need not be walked through
+        # each time
+        gc.freeze()
         Run(recipe, mesh, parts, sinks, timer, interrupt, directory).run(start_from)
     finally:
         for sink in sinks:
@@ -121,7 +139,11 @@ def find_checkpoint(recipe: Recipe, directory: Path) -> Path | None:
         return checkpoint.latest(directory / "checkpoints")
     if resume == "never":
         if (directory / "metrics.jsonl").exists():
-            raise UserError(f"{directory} holds a run already", where="run.resume: never", fix="choose another run.dir, or run.resume=auto")
+            raise UserError(
+                f"{directory} holds a run already",
+                where="run.resume: never",
+                fix="choose another run.dir, or run.resume=auto",
+            )
         return None
     checkpoint.read_meta(Path(resume))
     return Path(resume)
@@ -130,7 +152,11 @@ def find_checkpoint(recipe: Recipe, directory: Path) -> Path | None:
 def is_complete(recipe: Recipe, directory: Path, newest: Path) -> bool:
     """Whether there is nothing left to do: the last step is done, and `final` is its checkpoint."""
     final = directory / "final"
-    return checkpoint.read_meta(newest)["step"] >= recipe.run.steps and final.exists() and final.samefile(newest)
+    return (
+        checkpoint.read_meta(newest)["step"] >= recipe.run.steps
+        and final.exists()
+        and final.samefile(newest)
+    )
 
 
 @dataclass
@@ -159,7 +185,9 @@ class Run:
             progress.step += 1
             values, samples = self._values(result), result.samples
             improved = False
-            if run.eval_every and (progress.step % run.eval_every == 0 or progress.step == run.steps):
+            if run.eval_every and (
+                progress.step % run.eval_every == 0 or progress.step == run.steps
+            ):
                 held_out, _ = self._evaluate()
                 improved = self._judge(held_out)
                 values |= held_out
@@ -171,15 +199,22 @@ class Run:
             self.timer.metrics()  # evaluations and checkpoints are no part of the next step
         self._end(ending)
 
-    # ----------------------------------------------------------------------------------------- numbers
+    # -------------------------------------------------------------------------------------- numbers
 
     def _values(self, result: StepResult) -> dict[str, float]:
         """One row of the log: the step's metrics over all replicas, times, memory, speed."""
-        metrics: Metrics = {**result.metrics, **self.timer.metrics(), **memory_metrics(), "perf/tokens": Metric.sum(result.tokens)}
+        metrics: Metrics = {
+            **result.metrics,
+            **self.timer.metrics(),
+            **memory_metrics(),
+            "perf/tokens": Metric.sum(result.tokens),
+        }
         values = reduce_metrics(metrics, self.mesh.data_parallel)
         tokens = values.pop("perf/tokens")
         architecture, sequences = self.recipe.model.architecture, self.parts.sequences_per_step
-        return values | performance(values, architecture, tokens, result.passes, sequences, self.mesh.world)
+        return values | performance(
+            values, architecture, tokens, result.passes, sequences, self.mesh.world
+        )
 
     def _evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         with self.timer.phase("held_out"):
@@ -188,11 +223,17 @@ class Run:
 
     def _judge(self, held_out: Mapping[str, float]) -> bool:
         """Whether this evaluation is the best so far: score or accuracy up, or loss down."""
-        figure = next((sign * held_out[name] for name, sign in record.JUDGED_BY if name in held_out), math.nan)
+        figure = next(
+            (sign * held_out[name] for name, sign in record.JUDGED_BY if name in held_out), math.nan
+        )
         if math.isnan(figure) or (self.progress.best is not None and figure <= self.progress.best):
             self.progress.stale += 1
             return False
-        self.progress.best, self.progress.best_step, self.progress.stale = figure, self.progress.step, 0
+        self.progress.best, self.progress.best_step, self.progress.stale = (
+            figure,
+            self.progress.step,
+            0,
+        )
         return True
 
     def _watch(self, values: Mapping[str, float], result: StepResult) -> None:
@@ -200,8 +241,13 @@ class Run:
         messages = self.recipe.alerts.check(values, progress.step)
         progress.skipped = progress.skipped + 1 if result.skipped else 0
         for role, rows in result.skipped.items():
-            shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-            messages.append(f"step {progress.step}: {role} not updated, non-finite score, loss or gradient; rows {shown}")
+            shown = ", ".join(map(str, rows[:8])) + (
+                f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+            )
+            messages.append(
+                f"step {progress.step}: {role} not updated, non-finite score, loss or gradient;"
+                f" rows {shown}"
+            )
         for sink in self.sinks:
             for message in messages:
                 sink.alert(progress.step, message)
@@ -212,27 +258,38 @@ class Run:
             if samples:
                 sink.samples(step, samples)
 
-    # ----------------------------------------------------------------------------------------- how it ends
+    # ---------------------------------------------------------------------------------- how it ends
 
     def _ending(self, values: Mapping[str, float]) -> str:
         """Why the run ends after this step; empty: it goes on. The same on every rank."""
         run, progress = self.recipe.run, self.progress
         if progress.skipped >= run.max_skipped:
             raise UserError(
-                f"{progress.skipped} steps in a row had a non-finite score, loss or gradient (step {progress.step}; rows in alerts.jsonl)",
-                where=f"the last good checkpoint is {checkpoint.latest(self.directory / 'checkpoints') or 'none yet'}",
-                fix="lower the learning rate, look at those rows, or use precision.dtype=fp32; then start again, it resumes",
+                f"{progress.skipped} steps in a row had a non-finite score, loss or gradient (step"
+                f" {progress.step}; rows in alerts.jsonl)",
+                where=(
+                    "the last good checkpoint is"
+                    f" {checkpoint.latest(self.directory / 'checkpoints') or 'none yet'}"
+                ),
+                fix=(
+                    "lower the learning rate, look at those rows, or use precision.dtype=fp32; then"
+                    " start again, it resumes"
+                ),
             )
         if self.mesh.any(bool(self.interrupt.name)):
             return f"interrupted ({self.interrupt.name or 'on another rank'})"
         if run.stop.kl_above is not None and values.get("kl/mean", 0.0) > run.stop.kl_above:
             return f"kl/mean {values['kl/mean']:.4g} > run.stop.kl_above {run.stop.kl_above:g}"
         if run.stop.score_patience is not None and progress.stale >= run.stop.score_patience:
-            return f"no better held-out figure in {progress.stale} evaluations (run.stop.score_patience)"
+            return (
+                f"no better held-out figure in {progress.stale} evaluations"
+                " (run.stop.score_patience)"
+            )
         return "complete" if progress.step >= run.steps else ""
 
     def _end(self, ending: str) -> None:
-        """Links, figures, the Hugging Face folder, the last line. An interrupted run has no `final`: it is not at its end."""
+        """Links, figures, the Hugging Face folder, the last line. An interrupted run has no
+        `final`: it is not at its end."""
         last = self.directory / "checkpoints" / f"step_{self.progress.step}"
         done = not ending.startswith("interrupted")
         if done and self.recipe.run.export_hf:
@@ -247,7 +304,11 @@ class Run:
         if done:
             record.close_run(self.directory, self.recipe)
         advice = "" if done else "; the same command continues"
-        print(f"{self.recipe.name}: {ending} at step {self.progress.step} of {self.recipe.run.steps}; {last}{advice}", flush=True)
+        print(
+            f"{self.recipe.name}: {ending} at step {self.progress.step} of {self.recipe.run.steps};"
+            f" {last}{advice}",
+            flush=True,
+        )
 
     def _export(self) -> None:
         """RUN/hf: the policy, or the reward model. Collective."""
@@ -256,7 +317,7 @@ class Run:
         shown = ConversionProgress(self.mesh.is_main and "console" in self.recipe.run.loggers)
         export_run(self.directory / "hf", role, engine, self.parts.tokenizer, meta, shown)
 
-    # ----------------------------------------------------------------------------------------- checkpoints
+    # ---------------------------------------------------------------------------------- checkpoints
 
     def _save(self, best: bool) -> None:
         with self.timer.phase("save"):
@@ -267,7 +328,16 @@ class Run:
                 "alerts": self.recipe.alerts.state_dict(),
             }
             step, keep = self.progress.step, self.recipe.run.keep
-            path = checkpoint.save(folder, step, self.parts.trained, self.mesh, state, self._about(), self._extra_files, keep)
+            path = checkpoint.save(
+                folder,
+                step,
+                self.parts.trained,
+                self.mesh,
+                state,
+                self._about(),
+                self._extra_files,
+                keep,
+            )
             if best and self.mesh.is_main:
                 checkpoint.link(self.directory / "best", path)
 
@@ -293,7 +363,9 @@ class Run:
     def _resume(self, path: Path | None) -> None:
         fingerprint = self.parts.train.fingerprint
         if path is not None:
-            self.parts.notes += check_tokenizer(path, self.parts.tokenizer, self.recipe.data.template, where="model.tokenizer")
+            self.parts.notes += check_tokenizer(
+                path, self.parts.tokenizer, self.recipe.data.template, where="model.tokenizer"
+            )
             state = checkpoint.restore(path, self.parts.trained, self.mesh)
             self.progress.load_state_dict(state["progress"])
             self.parts.algorithm.load_state_dict(state["algorithm"])
@@ -302,7 +374,10 @@ class Run:
                 raise UserError(
                     f"the training data are not those of {path}",
                     where="data",
-                    fix="resume with the same data, or start a new run.dir with models.<role>.load pointing to that checkpoint",
+                    fix=(
+                        "resume with the same data, or start a new run.dir with models.<role>.load"
+                        " pointing to that checkpoint"
+                    ),
                 )
         self.progress.data = fingerprint
 
@@ -318,7 +393,15 @@ class Run:
             checkpoint.link(directory / "best", best)
         else:
             (directory / "best").unlink(missing_ok=True)
-        self.sinks += make_sinks(recipe.run.loggers, directory, recipe.run.steps, name=recipe.name, config=record.plain_recipe(recipe))
+        self.sinks += make_sinks(
+            recipe.run.loggers,
+            directory,
+            recipe.run.steps,
+            name=recipe.name,
+            config=record.plain_recipe(recipe),
+        )
         for sink in self.sinks:
             sink.resume(step)
-        record.announce(recipe, self.mesh.world, origin, self.parts.train, self.parts.held_out, self.parts.notes)
+        record.announce(
+            recipe, self.mesh.world, origin, self.parts.train, self.parts.held_out, self.parts.notes
+        )

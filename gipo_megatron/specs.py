@@ -1,4 +1,5 @@
-"""How a model is made, split, stepped and sampled: plain values that recipes, roles and checkpoints share."""
+"""How a model is made, split, stepped and sampled: plain values that recipes, roles and checkpoints
+share."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Parallel:
 class Precision:
     dtype: str = "bf16"  # fp32 | bf16
     fp8: str = "none"  # none | delayed | tensorwise | blockwise (Transformer Engine's recipes)
-    deterministic: bool = False  # the same bits in every run on the same GPUs; a CPU gives them anyway
+    # the same bits in every run on the same GPUs; a CPU gives them anyway
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Optimisation:
     lr: float
     schedule: str = "constant"  # constant | cosine | linear, after the warm-up
     warmup_steps: int = 0  # optimizer steps from 0 to lr
-    total_steps: int = 0  # optimizer steps in the run; where cosine and linear end (at 0.1 lr and 0)
+    # optimizer steps in the run; where cosine and linear end (at 0.1 lr and 0)
+    total_steps: int = 0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

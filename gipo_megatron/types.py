@@ -1,8 +1,9 @@
 """The nouns, with shapes.
 
-B sequences on this data parallel replica, T tokens (prompt + response, contiguous, right-padded), M groups.
-Position t of any [B, T] tensor is about token t: logprobs[b, t] = log p(token_t | tokens_<t); values[b, t] is the value
-of the state in which token t was chosen; both are zero outside the mask.
+B sequences on this data parallel replica, T tokens (prompt + response, contiguous, right-padded), M
+groups. Position t of any [B, T] tensor is about token t: logprobs[b, t] = log p(token_t |
+tokens_<t); values[b, t] is the value of the state in which token t was chosen; both are zero
+outside the mask.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-# --------------------------------------------------------------------------------------------- rows of a batch
+# ---------------------------------------------------------------------------------- rows of a batch
 
 
 class Rows:
-    """A frozen dataclass whose tensor and tuple fields all have one entry per row (a sequence, or a pair)."""
+    """A frozen dataclass whose tensor and tuple fields all have one entry per row (a sequence, or a
+    pair)."""
 
     def _map(self, tensor: Callable[[Tensor], Tensor], row: Callable[[tuple], tuple]) -> Self:
         changed: dict[str, Any] = {}
@@ -53,7 +55,8 @@ class Rows:
 
     @property
     def sequences(self) -> Sequences:
-        """What a model reads: all sequences of these rows (a pair has two, all chosen before all rejected)."""
+        """What a model reads: all sequences of these rows (a pair has two, all chosen before all
+        rejected)."""
         raise NotImplementedError
 
     @property
@@ -62,7 +65,8 @@ class Rows:
         raise NotImplementedError
 
     def counts(self) -> dict[str, int]:
-        """How many of each loss unit these rows hold: {token, sequence, pair}; tokens are those inside the mask."""
+        """How many of each loss unit these rows hold: {token, sequence, pair}; tokens are those
+        inside the mask."""
         sequences = self.sequences
         return {"token": int(sequences.mask.sum()), "sequence": len(sequences), "pair": len(self)}
 
@@ -88,7 +92,8 @@ class Sequences(Rows):
 
 @dataclass(frozen=True)
 class Pairs(Rows):
-    """Preference pairs; both halves have the same [B, T]. One row is one pair, never split over micro-batches."""
+    """Preference pairs; both halves have the same [B, T]. One row is one pair, never split over
+    micro-batches."""
 
     chosen: Sequences
     rejected: Sequences
@@ -96,7 +101,10 @@ class Pairs(Rows):
 
     @property
     def sequences(self) -> Sequences:
-        parts = {f.name: torch.cat([getattr(self.chosen, f.name), getattr(self.rejected, f.name)]) for f in fields(Sequences)}
+        parts = {
+            f.name: torch.cat([getattr(self.chosen, f.name), getattr(self.rejected, f.name)])
+            for f in fields(Sequences)
+        }
         return Sequences(**parts)
 
     @property
@@ -111,14 +119,17 @@ class Prompts(Rows):
     tokens: Tensor  # int64 [B, P], right-padded
     lengths: Tensor  # int64 [B]
     prompt_id: Tensor  # int64 [B], the dataset's row number
-    sample_id: Tensor  # int64 [B], unique over the whole run: step * sequences per step + global row
+    # int64 [B], unique over the whole run: step * sequences per step + global row
+    sample_id: Tensor
     source: tuple[str, ...]
-    extras: tuple[dict[str, Any], ...]  # whatever else the data knows of the row (planted: its gold answer, …)
+    # whatever else the data knows of the row (planted: its gold answer, …)
+    extras: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
 class Rollout(Rows):
-    """Prompts with their responses. The end-of-text token, when produced, is part of the response."""
+    """Prompts with their responses. The end-of-text token, when produced, is part of the
+    response."""
 
     tokens: Tensor  # int64 [B, T]
     mask: Tensor  # bool [B, T], response tokens
@@ -152,7 +163,8 @@ class Rollout(Rows):
 
 @dataclass(frozen=True)
 class Experience(Rows):
-    """All that one PPO iteration knows of its rollout; every quantity is computed once, from those above it."""
+    """All that one PPO iteration knows of its rollout; every quantity is computed once, from those
+    above it."""
 
     rollout: Rollout
     logprobs: Tensor  # [B, T] of the behaviour policy, by the training forward
@@ -172,7 +184,7 @@ class Experience(Rows):
         return self.rollout.sample_id
 
 
-# --------------------------------------------------------------------------------------------- scores and groups
+# -------------------------------------------------------------------------------- scores and groups
 
 
 @dataclass(frozen=True)
@@ -181,7 +193,8 @@ class Scores(Rows):
 
     raw: Tensor  # [B], the reward model's units, after ensemble and penalties
     shaped: Tensor  # [B], normalised and clipped: PPO's reward on the last token
-    returns: Tensor  # [B], G_i = clip((raw - batch mean) / running std, +-3); no KL in it (algorithm.md 3)
+    # [B], G_i = clip((raw - batch mean) / running std, +-3); no KL in it (algorithm.md 3)
+    returns: Tensor
     parts: dict[str, Tensor]  # named pieces of raw ([B] each), for logging
     std: float  # running std of raw; G_i and R_g times this are in raw units
 
@@ -191,7 +204,8 @@ class Scores(Rows):
 
 @dataclass(frozen=True)
 class Groups:
-    """Soft group labels of this replica's rows, and the M global sums everything else follows from."""
+    """Soft group labels of this replica's rows, and the M global sums everything else follows
+    from."""
 
     probs: Tensor  # [B, M]
     high_prob: Tensor  # [B], p(g_high); for M > 2 the expected normalised rank of the group
@@ -214,7 +228,11 @@ class Groups:
     def gap(self) -> Tensor:
         """R_high - the lowest other R_g, in units of G; 0 for one group."""
         others = [r for g, r in enumerate(self.returns) if g != self.high]
-        return self.returns[self.high] - torch.stack(others).min() if others else torch.zeros_like(self.returns[0])
+        return (
+            self.returns[self.high] - torch.stack(others).min()
+            if others
+            else torch.zeros_like(self.returns[0])
+        )
 
 
 @dataclass(frozen=True)
@@ -225,7 +243,7 @@ class Weights:
     values: Tensor  # [B]
 
 
-# --------------------------------------------------------------------------------------------- losses and metrics
+# ------------------------------------------------------------------------------- losses and metrics
 
 
 @dataclass(frozen=True)
@@ -244,7 +262,8 @@ class CriticOutput:
 
 @dataclass(frozen=True)
 class Metric:
-    """A reduction: sufficient statistics that add (or take the extreme) over micro-batches, minibatches and ranks."""
+    """A reduction: sufficient statistics that add (or take the extreme) over micro-batches,
+    minibatches and ranks."""
 
     kind: str  # sum | mean | std | correlation | explained_variance | min | max
     parts: Tensor  # float64 [k]
@@ -269,7 +288,19 @@ class Metric:
     @staticmethod
     def _paired(kind: str, x: Tensor, y: Tensor) -> Metric:
         x, y = x.detach().double().flatten(), y.detach().double().flatten()
-        return Metric(kind, torch.stack([torch.ones_like(x).sum(), x.sum(), y.sum(), x.square().sum(), y.square().sum(), (x * y).sum()]))
+        return Metric(
+            kind,
+            torch.stack(
+                [
+                    torch.ones_like(x).sum(),
+                    x.sum(),
+                    y.sum(),
+                    x.square().sum(),
+                    y.square().sum(),
+                    (x * y).sum(),
+                ]
+            ),
+        )
 
     @staticmethod
     def correlation(x: Tensor, y: Tensor) -> Metric:
@@ -332,7 +363,8 @@ def prefixed(prefix: str, metrics: Metrics) -> Metrics:
 
 @dataclass(frozen=True)
 class Loss:
-    """Terms {name: (sum over units, unit)}, unit = token | sequence | pair. Each term is divided once, by the global count of its unit."""
+    """Terms {name: (sum over units, unit)}, unit = token | sequence | pair. Each term is divided
+    once, by the global count of its unit."""
 
     terms: dict[str, tuple[Tensor, str]]
     metrics: Metrics = field(default_factory=dict)
@@ -347,7 +379,8 @@ class Update:
     """Outcome of one optimizer step."""
 
     metrics: Metrics  # the loss's own, plus grad_norm and learning_rate
-    skipped: tuple[int, ...] | None = None  # row ids behind a non-finite loss or gradient; the step was not taken
+    # row ids behind a non-finite loss or gradient; the step was not taken
+    skipped: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -358,4 +391,5 @@ class StepResult:
     samples: list[dict[str, Any]] = field(default_factory=list)  # rows for samples.jsonl
     skipped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # role -> row ids
     tokens: int = 0  # prompt + response tokens of this replica's rows
-    passes: int = 0  # forward passes over those tokens that the step's work is worth; a training pass is worth three
+    # forward passes over those tokens that the step's work is worth; a training pass is worth three
+    passes: int = 0

@@ -1,7 +1,8 @@
 """torchrun --nproc-per-node N launch/evaluate.py recipe=NAME [with=FRAGMENT,…] [key.path=value …]
 
-One process needs no torchrun. The same command continues an evaluation that was stopped: no prompt is answered twice.
-Exit code 0: complete (or, with judge.name=human, ready for people); 2: something the user can mend; 130: stopped by Ctrl-C.
+One process needs no torchrun. The same command continues an evaluation that was stopped: no prompt
+is answered twice. Exit code 0: complete (or, with judge.name=human, ready for people); 2: something
+the user can mend; 130: stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -29,14 +30,18 @@ def main(argv: list[str]) -> int:
         recipe = compose_evaluation(argv, RECIPES, world=int(os.environ.get("WORLD_SIZE", "1")))
         if missing := missing_weights(recipe):
             raise RecipeErrors(recipe.name, missing)
-        from gipo_megatron.evaluator import evaluate  # Megatron: only now, a typo should not cost its start
+        # Megatron: only now, a typo should not cost its start
+        from gipo_megatron.evaluator import evaluate
 
         evaluate(recipe)
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("stopped; what was answered and judged so far stands, the same command continues", file=sys.stderr)
+            print(
+                "stopped; what was answered and judged so far stands, the same command continues",
+                file=sys.stderr,
+            )
         return 130
     return 0
 

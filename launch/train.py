@@ -1,4 +1,5 @@
-"""torchrun --nproc-per-node N launch/train.py recipe=NAME [with=FRAGMENT,…] [key.path=value …] [dry_run=true]
+"""torchrun --nproc-per-node N launch/train.py recipe=NAME [with=FRAGMENT,…] [key.path=value …]
+[dry_run=true]
 
 One process needs no torchrun. dry_run=true prints what tools/plan.py prints, and starts nothing.
 
@@ -50,15 +51,21 @@ def main(argv: list[str]) -> int:
 
 
 def split_dry_run(argv: list[str]) -> tuple[list[str], bool]:
-    """The words without dry_run=…, which is no recipe key, and whether it was true. Raises UserError for another value."""
+    """The words without dry_run=…, which is no recipe key, and whether it was true. Raises
+    UserError for another value."""
     values = [word.removeprefix("dry_run=") for word in argv if word.startswith("dry_run=")]
     if wrong := [value for value in values if value not in ("true", "false")]:
-        raise UserError(f"dry_run is true or false, not {wrong[0]!r}", where="command line", fix="dry_run=true")
-    return [word for word in argv if not word.startswith("dry_run=")], bool(values) and values[-1] == "true"
+        raise UserError(
+            f"dry_run is true or false, not {wrong[0]!r}", where="command line", fix="dry_run=true"
+        )
+    return [word for word in argv if not word.startswith("dry_run=")], bool(values) and values[
+        -1
+    ] == "true"
 
 
 def show_plan(argv: list[str]) -> None:
-    """For as many processes as torchrun started, else as many as the recipe is for. The first of them prints."""
+    """For as many processes as torchrun started, else as many as the recipe is for. The first of
+    them prints."""
     if os.environ.get("RANK", "0") != "0":
         return
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan is made on the meta device

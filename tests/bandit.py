@@ -1,6 +1,8 @@
-"""The planted contextual bandit of algorithm.md section 9, run through the real PPO page and the real components.
+"""The planted contextual bandit of algorithm.md section 9, run through the real PPO page and the
+real components.
 
-A prompt is one token, a response one of 50 tokens. Half the prompts are easy (15 rewarded actions), half hard (2).
+A prompt is one token, a response one of 50 tokens. Half the prompts are easy (15 rewarded actions),
+half hard (2).
 """
 
 from __future__ import annotations
@@ -75,7 +77,9 @@ class NoisyProxy:
 
 
 def prompts_of(step: int, seed: int) -> Prompts:
-    ids = torch.randint(NUM_PROMPTS, (BATCH,), generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
+    ids = torch.randint(
+        NUM_PROMPTS, (BATCH,), generator=torch.Generator().manual_seed(seed * 1_000_003 + step)
+    )
     return Prompts(
         tokens=ids[:, None] + NUM_ACTIONS,
         lengths=torch.ones(BATCH, dtype=torch.int64),
@@ -89,10 +93,12 @@ def prompts_of(step: int, seed: int) -> Prompts:
 def all_prompts() -> Sequences:
     ids = torch.arange(NUM_PROMPTS)
     ones = torch.ones_like(ids)
-    return Sequences(ids[:, None] + NUM_ACTIONS, torch.zeros(NUM_PROMPTS, 1, dtype=torch.bool), ones, ones, ids)
+    return Sequences(
+        ids[:, None] + NUM_ACTIONS, torch.zeros(NUM_PROMPTS, 1, dtype=torch.bool), ones, ones, ids
+    )
 
 
-# --------------------------------------------------------------------------------------------- systems
+# ------------------------------------------------------------------------------------------ systems
 
 
 @dataclass
@@ -106,13 +112,18 @@ class Bandit:
     @torch.no_grad()
     def policy(self) -> Tensor:
         """[prompts, actions]"""
-        tokens = torch.stack([torch.arange(NUM_PROMPTS) + NUM_ACTIONS, torch.zeros(NUM_PROMPTS, dtype=torch.int64)], 1)
+        tokens = torch.stack(
+            [torch.arange(NUM_PROMPTS) + NUM_ACTIONS, torch.zeros(NUM_PROMPTS, dtype=torch.int64)],
+            1,
+        )
         return self.actor.logits(tokens)[:, 1].softmax(-1)
 
     def value(self) -> tuple[float, float]:
         """True (gold) mean reward of the easy and of the hard half."""
         expected = (self.policy() * self.world.gold).sum(1)
-        return float(expected[: NUM_PROMPTS // 2].mean()), float(expected[NUM_PROMPTS // 2 :].mean())
+        return float(expected[: NUM_PROMPTS // 2].mean()), float(
+            expected[NUM_PROMPTS // 2 :].mean()
+        )
 
 
 Parts = tuple[protocols.GroupClassifier, protocols.VarianceRegulariser, protocols.KLController]
@@ -149,7 +160,9 @@ SYSTEMS: dict[str, Callable[[DataParallel], Parts]] = {
 
 def imitate(actor: TorchActor, target: Tensor, steps: int = 150) -> None:
     """Supervised: the policy becomes `target` [prompts, actions], as SFT would make it."""
-    tokens = torch.stack([torch.arange(NUM_PROMPTS) + NUM_ACTIONS, torch.zeros(NUM_PROMPTS, dtype=torch.int64)], 1)
+    tokens = torch.stack(
+        [torch.arange(NUM_PROMPTS) + NUM_ACTIONS, torch.zeros(NUM_PROMPTS, dtype=torch.int64)], 1
+    )
     optimizer = torch.optim.Adam(actor.parameters, lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -160,11 +173,18 @@ def imitate(actor: TorchActor, target: Tensor, steps: int = 150) -> None:
 
 
 def make(
-    parts: Callable[[DataParallel], Parts], seed: int, hacks: int = 0, clip: float = 0.8, hidden: int = 64, hack_odds: float = 1.0
+    parts: Callable[[DataParallel], Parts],
+    seed: int,
+    hacks: int = 0,
+    clip: float = 0.8,
+    hidden: int = 64,
+    hack_odds: float = 1.0,
 ) -> Bandit:
-    """Everything but the three exchanged components is the same, and drawn alike, for every system of a seed.
+    """Everything but the three exchanged components is the same, and drawn alike, for every system
+    of a seed.
 
-    hack_odds < 1: policy and reference start as a policy that is uniform but for the hacks, which are that much rarer.
+    hack_odds < 1: policy and reference start as a policy that is uniform but for the hacks, which
+    are that much rarer.
     """
     dp = SingleReplica()
     world = World.make(seed, hacks)
@@ -187,7 +207,9 @@ def make(
         advantage=GeneralisedAdvantage(dp=dp),
         actor=actor,
         reference=reference,
-        critic=TorchCritic(VOCAB, head, hidden, lr=3e-3, seed=1000 * seed + 100, group_hidden=hidden),
+        critic=TorchCritic(
+            VOCAB, head, hidden, lr=3e-3, seed=1000 * seed + 100, group_hidden=hidden
+        ),
         dp=dp,
         minibatch=BATCH,
         prompts=lambda step: prompts_of(step, seed),

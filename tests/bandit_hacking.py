@@ -1,12 +1,15 @@
-"""The hacking check of algorithm.md section 9: does adaptive KL beat fixed KL where the reward model can be fooled?
+"""The hacking check of algorithm.md section 9: does adaptive KL beat fixed KL where the reward
+model can be fooled?
 
     python -m tests.bandit_hacking [SEEDS] [STEPS]
 
-On every easy prompt three actions score +1 with the proxy and -1 with gold. Each adaptive run is paired with a fixed price equal to the
-mean price it paid; no variance regulariser, so that only the KL controller differs. Prints gold return of both halves, averaged over seeds.
+On every easy prompt three actions score +1 with the proxy and -1 with gold. Each adaptive run is
+paired with a fixed price equal to the mean price it paid; no variance regulariser, so that only the
+KL controller differs. Prints gold return of both halves, averaged over seeds.
 
-Against a uniform reference no price can tell a hack from a right action: both are drawn to the same 1/50, and gold on easy prompts is
-(15 - 3) / 18 of the proxy whatever the price. So the check is run from a second reference as well, on which hacks are ten times rarer.
+Against a uniform reference no price can tell a hack from a right action: both are drawn to the same
+1/50, and gold on easy prompts is (15 - 3) / 18 of the proxy whatever the price. So the check is run
+from a second reference as well, on which hacks are ten times rarer.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ def given(dp: DataParallel) -> protocols.GroupClassifier:
     return LabelledGroups(dp=dp, sources=("easy", "hard"))
 
 
-def run(controller: Callable[[DataParallel], bandit.Parts], seed: int, steps: int, odds: float) -> Row:
+def run(
+    controller: Callable[[DataParallel], bandit.Parts], seed: int, steps: int, odds: float
+) -> Row:
     system = bandit.make(controller, seed, hacks=bandit.HACKS, hack_odds=odds)
     results = bandit.train(system, steps)
     prices = [r.metrics["kl/coef_mean"].result() for r in results]
@@ -43,10 +48,21 @@ def run(controller: Callable[[DataParallel], bandit.Parts], seed: int, steps: in
 
 
 def pair(
-    classifier: Callable[[DataParallel], protocols.GroupClassifier], eta: float, seed: int, steps: int, odds: float
+    classifier: Callable[[DataParallel], protocols.GroupClassifier],
+    eta: float,
+    seed: int,
+    steps: int,
+    odds: float,
 ) -> tuple[Row, Row]:
-    adaptive = run(lambda dp: (classifier(dp), NoVariance(), GroupAdaptiveKL(eta=eta, dp=dp)), seed, steps, odds)
-    fixed = run(lambda dp: (NoGroups(dp=dp), NoVariance(), FixedKL(eta=adaptive[2])), seed, steps, odds)
+    adaptive = run(
+        lambda dp: (classifier(dp), NoVariance(), GroupAdaptiveKL(eta=eta, dp=dp)),
+        seed,
+        steps,
+        odds,
+    )
+    fixed = run(
+        lambda dp: (NoGroups(dp=dp), NoVariance(), FixedKL(eta=adaptive[2])), seed, steps, odds
+    )
     return adaptive, fixed
 
 
@@ -62,8 +78,15 @@ def report(title: str, pairs: list[tuple[Row, Row]]) -> None:
     adaptive, fixed = [p[0] for p in pairs], [p[1] for p in pairs]
     for label, rows in (("adaptive", adaptive), ("fixed", fixed)):
         easy, hard, price = (sum(c) / len(rows) for c in zip(*rows, strict=True))
-        print(f"{title}: {label:8s} easy {easy:.3f}  hard {hard:.3f}  mean {(easy + hard) / 2:.3f}  price {price:.4f}")
-    print(f"{title}: adaptive - fixed, easy {difference(adaptive, fixed, 0)}  hard {difference(adaptive, fixed, 1)}", flush=True)
+        print(
+            f"{title}: {label:8s} easy {easy:.3f}  hard {hard:.3f}  mean {(easy + hard) / 2:.3f} "
+            f" price {price:.4f}"
+        )
+    print(
+        f"{title}: adaptive - fixed, easy {difference(adaptive, fixed, 0)}  hard"
+        f" {difference(adaptive, fixed, 1)}",
+        flush=True,
+    )
 
 
 def main(seeds: int, steps: int) -> None:
@@ -72,8 +95,13 @@ def main(seeds: int, steps: int) -> None:
     for start, odds in (("uniform reference", 1.0), ("reference that seldom hacks", 0.1)):
         for name, classifier in (("learned groups", head), ("given groups", given)):
             for eta in (0.05, 0.2):
-                report(f"{start}, {name}, eta {eta}", [pair(classifier, eta, seed, steps, odds) for seed in range(seeds)])
+                report(
+                    f"{start}, {name}, eta {eta}",
+                    [pair(classifier, eta, seed, steps, odds) for seed in range(seeds)],
+                )
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, int(sys.argv[2]) if len(sys.argv) > 2 else 60)
+    main(
+        int(sys.argv[1]) if len(sys.argv) > 1 else 5, int(sys.argv[2]) if len(sys.argv) > 2 else 60
+    )

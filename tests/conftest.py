@@ -16,7 +16,11 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "global_rng: may consume the global random generators (Hugging Face models, mcore's seeding)")
+    config.addinivalue_line(
+        "markers",
+        "global_rng: may consume the global random generators (Hugging Face models, mcore's"
+        " seeding)",
+    )
 
 
 def _states() -> dict[str, object]:
@@ -31,14 +35,18 @@ def _states() -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def no_global_rng(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test that consumed or seeded a global generator: every draw has its own (design.md, rule 6). Opt out with `global_rng`."""
+    """Fails a test that consumed or seeded a global generator: every draw has its own (design.md,
+    rule 6). Opt out with `global_rng`."""
     if request.node.get_closest_marker("global_rng") is not None:
         yield
         return
     before = _states()
     yield
     moved = [name for name, state in _states().items() if state != before[name]]
-    assert not moved, f"global generator consumed: {', '.join(moved)}; give the draw its own generator, or mark the test global_rng"
+    assert not moved, (
+        f"global generator consumed: {', '.join(moved)}; give the draw its own generator, or mark"
+        " the test global_rng"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
-"""What every recipe expands to, as text that a review can read: `python -m tests.golden` writes it anew.
+"""What every recipe expands to, as text that a review can read: `python -m tests.golden` writes it
+anew.
 
-A base recipe is listed in full, any other by what differs from the recipe it builds on, so that a changed default shows once and not
-forty times. `-` stands for a key that a recipe no longer has, because it exchanged the component.
+A base recipe is listed in full, any other by what differs from the recipe it builds on, so that a
+changed default shows once and not forty times. `-` stands for a key that a recipe no longer has,
+because it exchanged the component.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def values(name: str) -> dict[str, str]:
     """key.path -> its value as YAML, expanded; of a base recipe with ??? and ${…} as they stand."""
     if name.startswith("base/"):
         written = Files(RECIPES).load(find_recipe(name, RECIPES))
-        complete = Completion().complete(written, EvaluationRecipe if is_evaluation(name) else Recipe)
+        complete = Completion().complete(
+            written, EvaluationRecipe if is_evaluation(name) else Recipe
+        )
         tree = complete if is_evaluation(name) else pruned(complete, needed(complete))
     elif is_evaluation(name):
         tree = compose_evaluation([f"recipe={name}"], RECIPES).tree
@@ -53,14 +57,21 @@ def sections() -> Iterator[tuple[str, list[str]]]:
             yield name, [f"{key} = {value}" for key, value in found.items()]
             continue
         parent = parent_of(name)
-        differs = [f"{key} = {value}" for key, value in found.items() if expanded[parent].get(key) != value]
-        yield f"{name}, from {parent}", differs + [f"{key} = -" for key in expanded[parent] if key not in found]
+        differs = [
+            f"{key} = {value}" for key, value in found.items() if expanded[parent].get(key) != value
+        ]
+        yield (
+            f"{name}, from {parent}",
+            differs + [f"{key} = -" for key in expanded[parent] if key not in found],
+        )
 
 
 def text() -> str:
     with beside_the_model():
         found = list(sections())
-    return HEADER + "".join(f"\n[{heading}]\n" + "".join(f"{line}\n" for line in lines) for heading, lines in found)
+    return HEADER + "".join(
+        f"\n[{heading}]\n" + "".join(f"{line}\n" for line in lines) for heading, lines in found
+    )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,11 @@ def prompts_at(step: int, dp: DataParallel) -> Prompts:
 def probe_rows(dp: DataParallel) -> Sequences:
     prompts = prompts_at(1000, dp)
     return Sequences(
-        prompts.tokens, torch.zeros_like(prompts.tokens, dtype=torch.bool), prompts.lengths, prompts.lengths, prompts.prompt_id
+        prompts.tokens,
+        torch.zeros_like(prompts.tokens, dtype=torch.bool),
+        prompts.lengths,
+        prompts.lengths,
+        prompts.prompt_id,
     )
 
 
@@ -57,7 +61,9 @@ def make_ppo(
     return PPO(
         **{"epochs": 2, "critic_warmup": 0, **settings},
         rollout=SamplingRollout(data_max_response=RESPONSES, seed=3),
-        reward=ModelReward(missing_eos_penalty=0.1, reward_models={"reward": TorchRewardModel(VOCAB, dp=dp)}, dp=dp),
+        reward=ModelReward(
+            missing_eos_penalty=0.1, reward_models={"reward": TorchRewardModel(VOCAB, dp=dp)}, dp=dp
+        ),
         group_classifier=classifier,
         variance_regulariser=regulariser,
         kl_controller=controller,

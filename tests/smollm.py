@@ -1,4 +1,5 @@
-"""What recipes/smollm need on a machine without the model: its config.json, from which they take their architecture."""
+"""What recipes/smollm need on a machine without the model: its config.json, from which they take
+their architecture."""
 
 from __future__ import annotations
 

@@ -23,10 +23,29 @@ MAY_IMPORT = {
     "recipe.registry": {"errors"},
     "components": {"roles", "ops", "types", "specs", "errors", "recipe.registry"},
     "algorithms": {"components", "roles", "ops", "types", "specs", "errors", "recipe.registry"},
-    "megatron": {"roles", "ops", "types", "specs", "hf_config", "capabilities", "environment", "errors"},
+    "megatron": {
+        "roles",
+        "ops",
+        "types",
+        "specs",
+        "hf_config",
+        "capabilities",
+        "environment",
+        "errors",
+    },
     "data": {"roles", "types", "specs", "errors"},
     "telemetry": {"roles", "types", "specs", "errors"},
-    "evaluation": {"recipe.registry", "components", "data", "telemetry", "roles", "ops", "types", "specs", "errors"},
+    "evaluation": {
+        "recipe.registry",
+        "components",
+        "data",
+        "telemetry",
+        "roles",
+        "ops",
+        "types",
+        "specs",
+        "errors",
+    },
     "recipe": {
         "recipe.registry",
         "roles",
@@ -57,8 +76,30 @@ MAY_IMPORT = {
         "specs",
         "errors",
     },
-    "answering": {"assembly", "conversion", "components", "recipe", "megatron", "evaluation", "data", "ops", "types", "specs", "errors"},
-    "evaluator": {"answering", "record", "recipe.registry", "recipe", "megatron", "evaluation", "data", "environment", "errors"},
+    "answering": {
+        "assembly",
+        "conversion",
+        "components",
+        "recipe",
+        "megatron",
+        "evaluation",
+        "data",
+        "ops",
+        "types",
+        "specs",
+        "errors",
+    },
+    "evaluator": {
+        "answering",
+        "record",
+        "recipe.registry",
+        "recipe",
+        "megatron",
+        "evaluation",
+        "data",
+        "environment",
+        "errors",
+    },
     "conversion": {"assembly", "record", "megatron", "data", "specs", "hf_config", "errors"},
     "runner": {
         "assembly",
@@ -92,7 +133,11 @@ def imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             module = node.module or ""
-            found += [f"{module}.{alias.name}" for alias in node.names] if module in ("gipo_megatron", "gipo_megatron.recipe") else [module]
+            found += (
+                [f"{module}.{alias.name}" for alias in node.names]
+                if module in ("gipo_megatron", "gipo_megatron.recipe")
+                else [module]
+            )
     return found
 
 
@@ -103,17 +148,23 @@ def test_lower_layers_never_import_upper_ones() -> None:
         if path.name == "__init__.py":
             continue
         own = layer(module)
-        assert own in MAY_IMPORT, f"{path.name} belongs to no layer: add it to MAY_IMPORT, and think where it sits"
+        assert own in MAY_IMPORT, (
+            f"{path.name} belongs to no layer: add it to MAY_IMPORT, and think where it sits"
+        )
         for name in imports(path):
             if name.startswith("gipo_megatron."):
                 target = layer(name)
-                assert target == own or target in MAY_IMPORT[own], f"{module} ({own}) imports {name} ({target})"
+                assert target == own or target in MAY_IMPORT[own], (
+                    f"{module} ({own}) imports {name} ({target})"
+                )
                 checked += 1
     assert checked > 100
 
 
 def test_megatron_is_imported_in_one_folder_only() -> None:
-    users = {path for path in CODE if any(name.split(".")[0] == "megatron" for name in imports(path))}
+    users = {
+        path for path in CODE if any(name.split(".")[0] == "megatron" for name in imports(path))
+    }
     assert users, "nobody imports megatron: the check is broken"
     assert all(path.is_relative_to(PACKAGE / "megatron") for path in users), users
 
@@ -132,7 +183,9 @@ def test_sizes_are_a_ratchet() -> None:
     def p95(values: dict) -> int:
         return sorted(values.values())[int(0.95 * (len(values) - 1))]
 
-    too_long = {str(k): v for k, v in files.items() if v > 400} | {k: v for k, v in functions.items() if v > 80}
+    too_long = {str(k): v for k, v in files.items() if v > 400} | {
+        k: v for k, v in functions.items() if v > 80
+    }
     assert not too_long
     assert p95(functions) <= 40
     assert p95(files) <= 300

@@ -19,7 +19,14 @@ from tests import broken_transformer_engine
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.6)
 L4 = Gpu("NVIDIA L4", (8, 9), 22.5)
 A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 79.3)
-HOPPER = Capabilities("3.12.3", "2.11.0+cu130", cuda="13.0", nccl="2.28.9", gpus=(H100,) * 8, transformer_engine="2.11.0")
+HOPPER = Capabilities(
+    "3.12.3",
+    "2.11.0+cu130",
+    cuda="13.0",
+    nccl="2.28.9",
+    gpus=(H100,) * 8,
+    transformer_engine="2.11.0",
+)
 
 
 @pytest.mark.parametrize(
@@ -29,9 +36,17 @@ HOPPER = Capabilities("3.12.3", "2.11.0+cu130", cuda="13.0", nccl="2.28.9", gpus
         ({}, "tensorwise", ""),
         ({}, "blockwise", ""),
         ({"gpus": ()}, "tensorwise", "no CUDA device"),
-        ({"gpus": (H100, A100)}, "delayed", "A100-SXM4-80GB has compute capability 8.0; delayed needs compute capability 8.9"),
+        (
+            {"gpus": (H100, A100)},
+            "delayed",
+            "A100-SXM4-80GB has compute capability 8.0; delayed needs compute capability 8.9",
+        ),
         ({"gpus": (L4,)}, "tensorwise", ""),
-        ({"gpus": (L4,)}, "blockwise", "L4 has compute capability 8.9; blockwise needs an H100-class GPU"),
+        (
+            {"gpus": (L4,)},
+            "blockwise",
+            "L4 has compute capability 8.9; blockwise needs an H100-class GPU",
+        ),
         ({"cuda": "12.8"}, "blockwise", "CUDA 12.8; blockwise needs 12.9"),
         ({"cuda": "12.8"}, "tensorwise", ""),
         ({"cuda": "12.10"}, "blockwise", ""),
@@ -67,7 +82,10 @@ def test_another_recipe_is_a_mistake_of_ours() -> None:
         capabilities.fp8_obstacle("mxfp8", HOPPER)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("2.11.0+cu13", (2, 11, 0)), ("13.0", (13, 0)), ("2.9.0.dev0", (2, 9, 0)), ("unknown", ())])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2.11.0+cu13", (2, 11, 0)), ("13.0", (13, 0)), ("2.9.0.dev0", (2, 9, 0)), ("unknown", ())],
+)
 def test_numbers(text: str, expected: tuple) -> None:
     assert capabilities.numbers(text) == expected
 
@@ -85,9 +103,21 @@ def test_whose_apex(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("code", "reason", "stops_megatron"),
     [
-        (broken_transformer_engine.ASSERTION, "AssertionError: Could not find `transformer-engine` PyPI package.", True),
-        (broken_transformer_engine.IMPORT, "ImportError: libcudnn.so.9: cannot open shared object file", True),
-        (broken_transformer_engine.MODULE, "ModuleNotFoundError: No module named 'pydantic', framework any", False),
+        (
+            broken_transformer_engine.ASSERTION,
+            "AssertionError: Could not find `transformer-engine` PyPI package.",
+            True,
+        ),
+        (
+            broken_transformer_engine.IMPORT,
+            "ImportError: libcudnn.so.9: cannot open shared object file",
+            True,
+        ),
+        (
+            broken_transformer_engine.MODULE,
+            "ModuleNotFoundError: No module named 'pydantic', framework any",
+            False,
+        ),
         ("", "ModuleNotFoundError: No module named 'transformer_engine.pytorch'", False),
         ("import os; os._exit(77)", "exit code 77", True),  # as a build for another torch may end
     ],
@@ -117,7 +147,9 @@ def test_whose_error_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     importlib.invalidate_caches()
     with pytest.raises(AssertionError) as found:
         importlib.import_module("broken_ab")
-    assert capabilities.raised_inside("broken_ab", found.value) and not capabilities.raised_inside("broken_a", found.value)
+    assert capabilities.raised_inside("broken_ab", found.value) and not capabilities.raised_inside(
+        "broken_a", found.value
+    )
 
 
 def test_this_machine() -> None:

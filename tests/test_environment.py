@@ -40,43 +40,62 @@ def test_the_allocators_variable(version: str, name: str) -> None:
 
 
 def test_what_is_not_set_gets_its_default(bare: dict[str, str]) -> None:
-    expected = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True", "NVTE_FRAMEWORK": "pytorch"}
+    expected = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "NVTE_FRAMEWORK": "pytorch",
+    }
     assert environment.set_defaults() == expected and bare == expected
-    assert environment.set_defaults() == expected  # a second call finds them set, and still tells whose they are
-    assert environment.line() == (
-        "environment: CUDA_DEVICE_MAX_CONNECTIONS=1 (default) PYTORCH_ALLOC_CONF=expandable_segments:True (default) "
-        "NVTE_FRAMEWORK=pytorch (default)"
+    # a second call finds them set, and still tells whose they are
+    assert environment.set_defaults() == expected
+    assert (
+        environment.line() == "environment: CUDA_DEVICE_MAX_CONNECTIONS=1 (default)"
+        " PYTORCH_ALLOC_CONF=expandable_segments:True (default) NVTE_FRAMEWORK=pytorch (default)"
     )
 
 
 def test_what_the_user_set_stays(bare: dict[str, str]) -> None:
     """Under either name of the allocator's variable: the newer one would win over the user's."""
-    theirs = {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}
+    theirs = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+        "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512",
+    }
     bare.update(theirs)
     assert environment.set_defaults() == {"NVTE_FRAMEWORK": "pytorch"}
     assert bare == theirs | {"NVTE_FRAMEWORK": "pytorch"}
-    line = "environment: CUDA_DEVICE_MAX_CONNECTIONS=8 PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:512 NVTE_FRAMEWORK=pytorch (default)"
+    line = (
+        "environment: CUDA_DEVICE_MAX_CONNECTIONS=8 PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:512"
+        " NVTE_FRAMEWORK=pytorch (default)"
+    )
     assert environment.line() == line
 
 
 def test_determinism_of_the_libraries(bare: dict[str, str]) -> None:
-    """Values that torch (CUBLAS_WORKSPACE_CONFIG), Megatron-Core (NVTE_…) and Megatron-LM (NCCL_ALGO) accept in their own checks."""
+    """Values that torch (CUBLAS_WORKSPACE_CONFIG), Megatron-Core (NVTE_…) and Megatron-LM
+    (NCCL_ALGO) accept in their own checks."""
     bare.update({"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "NCCL_ALGO": "Ring"})
     environment.set_deterministic()
-    assert bare == {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+    assert bare == {
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NCCL_ALGO": "Ring",
+    }
     del bare["NCCL_ALGO"]
     environment.set_deterministic()
     assert bare["NCCL_ALGO"] == "^NVLS"
 
 
 def test_importing_megatron_sets_them() -> None:
-    """Tests and tools do not come through a launcher; Megatron-Core would warn of CUDA_DEVICE_MAX_CONNECTIONS."""
+    """Tests and tools do not come through a launcher; Megatron-Core would warn of
+    CUDA_DEVICE_MAX_CONNECTIONS."""
     assert {"CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_FRAMEWORK"} <= environment.variables().keys()
     assert environment.variables().keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 
 def test_a_run_keeps_them() -> None:
-    assert json.loads(json.dumps(record.environment()))["variables"] == environment.variables() != {}
+    assert (
+        json.loads(json.dumps(record.environment()))["variables"] == environment.variables() != {}
+    )
 
 
 WATCH = """
@@ -95,13 +114,24 @@ import {launcher}
 
 @pytest.mark.parametrize("launcher", ["train", "evaluate"])
 def test_the_launchers_set_them_before_torch_is_imported(launcher: str) -> None:
-    variables = {key: value for key, value in os.environ.items() if key not in environment.variables()} | {"PYTHONPATH": str(ROOT)}
+    variables = {
+        key: value for key, value in os.environ.items() if key not in environment.variables()
+    } | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WATCH.format(launcher=launcher)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=200, check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=200, check=True
+    )
     assert done.stdout == "1 pytorch\n"
 
 
 def test_the_package_itself_imports_no_torch() -> None:
     code = "import sys, gipo_megatron.environment; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=200,
+        check=True,
+    )
     assert done.stdout == "False\n"

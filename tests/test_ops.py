@@ -41,7 +41,12 @@ def test_sequence_sum_ignores_nan_outside_the_mask() -> None:
 def test_score_lands_on_the_last_token() -> None:
     mask = ragged_mask()
     x = ops.add_on_last_token(torch.zeros(5, 7), mask, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
-    assert [(b, t, float(x[b, t])) for b, t in x.nonzero().tolist()] == [(0, 3, 1.0), (1, 6, 2.0), (2, 3, 3.0), (4, 6, 5.0)]
+    assert [(b, t, float(x[b, t])) for b, t in x.nonzero().tolist()] == [
+        (0, 3, 1.0),
+        (1, 6, 2.0),
+        (2, 3, 3.0),
+        (4, 6, 5.0),
+    ]
 
 
 def test_whiten_is_numpy_over_the_masked_entries() -> None:
@@ -59,7 +64,8 @@ def test_whiten_of_an_empty_batch_is_zero() -> None:
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.0), (0.97, 1.0)])
 def test_gae_is_the_double_sum(gamma: float, lam: float) -> None:
-    """A_t = sum_k (gamma lambda)^k delta_{t+k}, written out; nothing is worth anything after the last token."""
+    """A_t = sum_k (gamma lambda)^k delta_{t+k}, written out; nothing is worth anything after the
+    last token."""
     rewards, values, mask = noise(2, 5, 7), noise(3, 5, 7), ragged_mask()
     advantages, returns = ops.gae(rewards, values, mask, gamma, lam)
     checked = 0
@@ -78,7 +84,8 @@ def test_gae_is_the_double_sum(gamma: float, lam: float) -> None:
 
 
 class Accelerator(TorchFunctionMode):
-    """Meta tensors stand for those of an accelerator: `.cpu()` gives their contents, and what else is done to them is listed."""
+    """Meta tensors stand for those of an accelerator: `.cpu()` gives their contents, and what else
+    is done to them is listed."""
 
     def __init__(self, contents: list[Tensor]) -> None:
         super().__init__()
@@ -87,7 +94,9 @@ class Accelerator(TorchFunctionMode):
         self.back: list[Tensor] = []
         self.operations: list[str] = []
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         name = getattr(func, "__name__", str(func))
         if func is Tensor.cpu and id(args[0]) in self.contents:
             return self.contents[id(args[0])]
@@ -99,13 +108,16 @@ class Accelerator(TorchFunctionMode):
 
 
 def test_gae_computes_on_the_host() -> None:
-    """An accelerator sees three copies and no arithmetic, and the results are those of the host, bit by bit."""
+    """An accelerator sees three copies and no arithmetic, and the results are those of the host,
+    bit by bit."""
     rewards, values, mask = noise(2, 5, 7).float(), noise(3, 5, 7).float(), ragged_mask()
     expected = ops.gae(rewards, values, mask, 0.97, 0.9)
     with Accelerator([rewards, values, mask]) as accelerator:
         advantages, returns = ops.gae(*accelerator.there, 0.97, 0.9)
     assert accelerator.operations == [] and advantages.is_meta and returns.is_meta
-    assert len(accelerator.back) == 2 and all(torch.equal(a, b) for a, b in zip(accelerator.back, expected, strict=True))
+    assert len(accelerator.back) == 2 and all(
+        torch.equal(a, b) for a, b in zip(accelerator.back, expected, strict=True)
+    )
 
 
 def test_kl_estimators_have_the_right_mean() -> None:
@@ -113,7 +125,9 @@ def test_kl_estimators_have_the_right_mean() -> None:
     pi, ref = noise(4, 6).log_softmax(0), noise(5, 6).log_softmax(0)
     exact = float((pi.exp() * (pi - ref)).sum())
     for kind in ("k1", "k3"):
-        assert float((pi.exp() * ops.kl_estimate(pi, ref, kind)).sum()) == pytest.approx(exact, rel=1e-12)
+        assert float((pi.exp() * ops.kl_estimate(pi, ref, kind)).sum()) == pytest.approx(
+            exact, rel=1e-12
+        )
     assert torch.equal(ops.kl_estimate(pi, ref, "k2"), (pi - ref) ** 2 / 2)
     assert (ops.kl_estimate(pi, ref, "k3") >= 0).all()
     with pytest.raises(ValueError, match="k4"):
@@ -122,10 +136,19 @@ def test_kl_estimators_have_the_right_mean() -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "expected"),
-    [(1.5, 1.0, -1.2), (0.5, 1.0, -0.5), (1.5, -1.0, 1.5), (0.5, -1.0, 0.8), (1.1, 2.0, -2.2), (1.0, 0.0, 0.0)],
+    [
+        (1.5, 1.0, -1.2),
+        (0.5, 1.0, -0.5),
+        (1.5, -1.0, 1.5),
+        (0.5, -1.0, 0.8),
+        (1.1, 2.0, -2.2),
+        (1.0, 0.0, 0.0),
+    ],
 )
 def test_clipped_surrogate_by_hand(ratio: float, advantage: float, expected: float) -> None:
-    loss = ops.clipped_surrogate(torch.tensor([math.log(ratio)]), torch.zeros(1), torch.tensor([advantage]), 0.2)
+    loss = ops.clipped_surrogate(
+        torch.tensor([math.log(ratio)]), torch.zeros(1), torch.tensor([advantage]), 0.2
+    )
     assert float(loss) == pytest.approx(expected, abs=1e-6)
 
 
@@ -133,13 +156,20 @@ def test_clipped_surrogate_by_hand(ratio: float, advantage: float, expected: flo
     ("value", "old", "target", "expected"),
     [(1.0, 0.0, 1.0, 0.32), (0.1, 0.0, 1.0, 0.405), (-1.0, 0.0, 1.0, 2.0), (0.5, 0.5, 0.5, 0.0)],
 )
-def test_clipped_value_loss_by_hand(value: float, old: float, target: float, expected: float) -> None:
-    loss = ops.clipped_value_loss(torch.tensor([value]), torch.tensor([old]), torch.tensor([target]), 0.2)
+def test_clipped_value_loss_by_hand(
+    value: float, old: float, target: float, expected: float
+) -> None:
+    loss = ops.clipped_value_loss(
+        torch.tensor([value]), torch.tensor([old]), torch.tensor([target]), 0.2
+    )
     assert float(loss) == pytest.approx(expected, abs=1e-6)
 
 
 def test_group_sums_by_hand() -> None:
-    probs, returns = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.0, 1.0]]), torch.tensor([2.0, -1.0, 1.0])
+    probs, returns = (
+        torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.0, 1.0]]),
+        torch.tensor([2.0, -1.0, 1.0]),
+    )
     sums = ops.group_sums(probs, returns)
     assert sums.tolist() == [1.25, 1.75, 1.0, 1.0, 3.0, 2.0]
     group, masses, mean, count = ops.group_returns(sums)
@@ -147,7 +177,9 @@ def test_group_sums_by_hand() -> None:
     assert masses.tolist() == [1.25, 1.75]
     assert (float(mean), count) == (pytest.approx(2 / 3), 3)
     rho = masses / 3
-    assert float(ops.group_variance(group, rho, mean, "uniform")) == pytest.approx(np.var([0.8, 1 / 1.75]))
+    assert float(ops.group_variance(group, rho, mean, "uniform")) == pytest.approx(
+        np.var([0.8, 1 / 1.75])
+    )
     by_hand = 1.25 / 3 * (0.8 - 2 / 3) ** 2 + 1.75 / 3 * (1 / 1.75 - 2 / 3) ** 2
     assert float(ops.group_variance(group, rho, mean, "mass")) == pytest.approx(by_hand)
 
@@ -171,7 +203,8 @@ def test_score_returns() -> None:
 
 @pytest.mark.parametrize("alpha", [0.5, 0.3, 0.004, 1.0])
 def test_lower_tail_weights(alpha: float) -> None:
-    """Against the definition: sort, take alpha N rows from below, the last one in part; equal rows get equal weights."""
+    """Against the definition: sort, take alpha N rows from below, the last one in part; equal rows
+    get equal weights."""
     x = noise(6, 200).mul(4).round().div(4)  # many ties
     weights = ops.lower_tail_weights(x, x, alpha)
     order = x.argsort()
@@ -191,12 +224,15 @@ def test_auc_is_sklearns_within_every_cluster() -> None:
     assert found.shape == (3,)
     for k in (0, 1):
         rows = cluster == 5 * k
-        assert float(found[k]) == pytest.approx(roc_auc_score(positive[rows].numpy(), x[rows].numpy()), abs=1e-12)
+        assert float(found[k]) == pytest.approx(
+            roc_auc_score(positive[rows].numpy(), x[rows].numpy()), abs=1e-12
+        )
     assert math.isnan(float(found[2]))
 
 
 def test_auc_counts_what_rounding_alone_sets_apart_as_equal() -> None:
-    """By hand: 0.5 and 0.5 + 1e-8 tie, in whatever order; 0.5 and 0.6 do not. Other clusters' values do not close a gap."""
+    """By hand: 0.5 and 0.5 + 1e-8 tie, in whatever order; 0.5 and 0.6 do not. Other clusters'
+    values do not close a gap."""
     x = torch.tensor([0.5, 0.5 + 6e-8, 0.5, 0.6, 0.55], dtype=torch.float64)
     cluster = torch.tensor([0, 0, 1, 1, 2])
     positive = torch.tensor([True, False, True, False, True])
@@ -206,16 +242,20 @@ def test_auc_counts_what_rounding_alone_sets_apart_as_equal() -> None:
 
 
 def test_dpo_loss_by_hand() -> None:
-    """-log sigmoid(x) = log(1 + e^-x), at h = 3, 0, -2; with 10 % of the labels wrong, that share of the other sign's."""
+    """-log sigmoid(x) = log(1 + e^-x), at h = 3, 0, -2; with 10 % of the labels wrong, that share
+    of the other sign's."""
     h, beta = torch.tensor([3.0, 0.0, -2.0], dtype=torch.float64), 0.5
     right = [math.log1p(math.exp(-1.5)), math.log(2), math.log1p(math.exp(1.0))]
     wrong = [math.log1p(math.exp(1.5)), math.log(2), math.log1p(math.exp(-1.0))]
     assert ops.dpo_loss(h, beta).tolist() == pytest.approx(right)
-    assert ops.dpo_loss(h, beta, 0.1).tolist() == pytest.approx([0.9 * a + 0.1 * b for a, b in zip(right, wrong, strict=True)])
+    assert ops.dpo_loss(h, beta, 0.1).tolist() == pytest.approx(
+        [0.9 * a + 0.1 * b for a, b in zip(right, wrong, strict=True)]
+    )
 
 
 def test_smoothed_dpo_is_least_where_the_policy_is_as_sure_as_the_labels() -> None:
-    """sigmoid(beta h) = 1 - eps there: by autograd the slope is 0 at h = log((1 - eps) / eps) / beta, and below 0 for any h without eps."""
+    """sigmoid(beta h) = 1 - eps there: by autograd the slope is 0 at h = log((1 - eps) / eps) /
+    beta, and below 0 for any h without eps."""
     h = torch.tensor([math.log(0.8 / 0.2) / 0.3], dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(ops.dpo_loss(h, 0.3, 0.2).sum(), h)
     assert float(slope) == pytest.approx(0.0, abs=1e-12)

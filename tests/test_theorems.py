@@ -13,7 +13,13 @@ from gipo_megatron import ops
 from gipo_megatron.algorithms.ppo import PPO
 from gipo_megatron.components.groups import CriticHead, NoGroups
 from gipo_megatron.components.kl import FixedKL, GroupAdaptiveKL
-from gipo_megatron.components.variance import CVaR, GroupDRO, GroupVariance, NoVariance, ReturnVariance
+from gipo_megatron.components.variance import (
+    CVaR,
+    GroupDRO,
+    GroupVariance,
+    NoVariance,
+    ReturnVariance,
+)
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.types import Groups, Metrics, Rollout, Scores
 from tests.small_ppo import make_ppo, scores_of, stored_rollout
@@ -43,11 +49,12 @@ def some_groups(kind: str = "mass", num_groups: int = 3, rows: int = 40) -> Grou
     return make_groups(draw(1, rows, num_groups).softmax(-1), draw(2, rows).clamp(-3, 3), kind)
 
 
-# --------------------------------------------------------------------------------------------- 2.2: the closed forms
+# ---------------------------------------------------------------------------- 2.2: the closed forms
 
 
 def variance_of(probs: Tensor, returns: Tensor, kind: str) -> Tensor:
-    """R_var written from the definition in algorithm.md, differentiable; shares nothing with ops."""
+    """R_var written from the definition in algorithm.md, differentiable; shares nothing with
+    ops."""
     masses = probs.sum(0)
     group = (probs * returns[:, None]).sum(0) / masses
     if kind == "uniform":
@@ -72,7 +79,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("num_groups", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_stage_2_weights_are_the_gradient(kind: str, num_groups: int) -> None:
-    """grad_theta (mean J - beta R_var) = mean_i w_i grad J_i, for the surrogate J_i = stop_grad(G_i) + sum_t (rho_t - 1) A_t."""
+    """grad_theta (mean J - beta R_var) = mean_i w_i grad J_i, for the surrogate J_i =
+    stop_grad(G_i) + sum_t (rho_t - 1) A_t."""
     beta, rows, length = 0.3, 24, 5
     groups = make_groups(draw(3, rows, num_groups).softmax(-1), draw(4, rows), kind)
     advantages, theta, inputs = draw(5, rows, length), draw(6, 4), draw(7, rows, length, 4)
@@ -101,23 +109,33 @@ def test_stage_1_coefficients_are_the_gradient(kind: str, num_groups: int) -> No
     rows = 24
     logits, returns = draw(8, rows, num_groups), draw(9, rows)
     groups = make_groups(logits.softmax(-1), returns, kind)
-    coefficients = CriticHead(num_groups=num_groups, variance=kind, dp=SingleReplica()).coefficients(groups)
+    coefficients = CriticHead(
+        num_groups=num_groups, variance=kind, dp=SingleReplica()
+    ).coefficients(groups)
     free = logits.clone().requires_grad_()
     (exact,) = torch.autograd.grad(variance_of(free.softmax(-1), returns, kind), free)
     (linear,) = torch.autograd.grad((coefficients * free.softmax(-1)).sum(1).mean(), free)
     assert relative(linear, exact) < 1e-9
-    assert relative(linear, finite_difference(lambda x: variance_of(x.softmax(-1), returns, kind), logits)) < 1e-8
+    assert (
+        relative(
+            linear, finite_difference(lambda x: variance_of(x.softmax(-1), returns, kind), logits)
+        )
+        < 1e-8
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_logged_variance_is_the_definition(kind: str) -> None:
     g = some_groups(kind)
     value = ops.group_variance(g.returns, g.shares, g.mean_return, kind)
-    assert float(value) == pytest.approx(float(variance_of(g.probs, g.sample_returns, kind)), rel=1e-12)
+    assert float(value) == pytest.approx(
+        float(variance_of(g.probs, g.sample_returns, kind)), rel=1e-12
+    )
 
 
 def test_the_papers_literal_performance_would_train_backwards() -> None:
-    """2.1: returns +-1, 100 tokens of 0.88 nats (easy) and 0.92 nats (hard): sum log pi R is -88 and +92, the weights 2.8 and -0.8."""
+    """2.1: returns +-1, 100 tokens of 0.88 nats (easy) and 0.92 nats (hard): sum log pi R is -88
+    and +92, the weights 2.8 and -0.8."""
     returns = torch.tensor([1.0] * 50 + [-1.0] * 50, dtype=torch.float64)
     nats = torch.tensor([0.88] * 50 + [0.92] * 50, dtype=torch.float64)
     probs = torch.stack([returns > 0, returns < 0], 1).double()
@@ -130,7 +148,7 @@ def test_the_papers_literal_performance_would_train_backwards() -> None:
     assert ours[[0, -1]].tolist() == pytest.approx([0.98, 1.02])
 
 
-# --------------------------------------------------------------------------------------------- 5.8, 5.10, 5.14: limits
+# -------------------------------------------------------------------------- 5.8, 5.10, 5.14: limits
 
 
 @pytest.mark.parametrize("name", list(REGULARISERS))
@@ -182,12 +200,18 @@ def test_permuting_labels_changes_nothing(name: str, kind: str) -> None:
         rtol=1e-12,
         atol=0,
     )
-    torch.testing.assert_close(REGULARISERS[name]().weights(groups).raw, REGULARISERS[name]().weights(permuted).raw, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        REGULARISERS[name]().weights(groups).raw,
+        REGULARISERS[name]().weights(permuted).raw,
+        rtol=1e-12,
+        atol=0,
+    )
     torch.testing.assert_close(groups.gap, permuted.gap, rtol=1e-12, atol=0)
 
 
 def test_negative_weights_clip_pessimistically() -> None:
-    """For w < 0 the loss is that of the advantage w A: an upper bound of the unclipped one, flat only where moving on would gain."""
+    """For w < 0 the loss is that of the advantage w A: an upper bound of the unclipped one, flat
+    only where moving on would gain."""
     ratio = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.5], dtype=torch.float64)
     for weight, advantage in ((-0.5, 1.0), (-0.5, -1.0), (2.0, 1.0)):
         weighted = torch.full_like(ratio, weight * advantage)
@@ -198,13 +222,21 @@ def test_negative_weights_clip_pessimistically() -> None:
         gained = ratio > 1.2 if weight * advantage > 0 else ratio < 0.8
         assert ((slope == 0) == gained).all()
     outside = torch.tensor([1.5], dtype=torch.float64)
-    inside = ops.clipped_surrogate(outside.log(), torch.zeros(1, dtype=torch.float64), torch.tensor([-0.5], dtype=torch.float64), 0.2)
-    afterwards = -0.5 * ops.clipped_surrogate(outside.log(), torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 0.2)
+    inside = ops.clipped_surrogate(
+        outside.log(),
+        torch.zeros(1, dtype=torch.float64),
+        torch.tensor([-0.5], dtype=torch.float64),
+        0.2,
+    )
+    afterwards = -0.5 * ops.clipped_surrogate(
+        outside.log(), torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 0.2
+    )
     assert float(inside) == pytest.approx(0.75)
-    assert float(afterwards) == pytest.approx(0.6)  # a weight applied after the clip would stop pulling back
+    # a weight applied after the clip would stop pulling back
+    assert float(afterwards) == pytest.approx(0.6)
 
 
-# --------------------------------------------------------------------------------------------- 5.14: PPO with KL, bit for bit
+# ------------------------------------------------------------------- 5.14: PPO with KL, bit for bit
 
 
 @dataclass
@@ -243,16 +275,23 @@ def all_weights(ppo: PPO) -> list[Tensor]:
     return [p.detach() for p in [*actor.parameters, *critic.parameters]]
 
 
-def run(*parts: Any, steps: int = 4, **settings: Any) -> tuple[list[dict[str, float]], list[Tensor]]:
+def run(
+    *parts: Any, steps: int = 4, **settings: Any
+) -> tuple[list[dict[str, float]], list[Tensor]]:
     ppo = make_ppo(SingleReplica(), *parts, **settings)
-    rows = [{name: m.result() for name, m in ppo.step(step).metrics.items()} for step in range(steps)]
+    rows = [
+        {name: m.result() for name, m in ppo.step(step).metrics.items()} for step in range(steps)
+    ]
     return rows, all_weights(ppo)
 
 
 def assert_same_training(
-    a: tuple[list[dict[str, float]], list[Tensor]], b: tuple[list[dict[str, float]], list[Tensor]], free: tuple[str, ...]
+    a: tuple[list[dict[str, float]], list[Tensor]],
+    b: tuple[list[dict[str, float]], list[Tensor]],
+    free: tuple[str, ...],
 ) -> None:
-    """Weights equal bit by bit, and every metric both have, but those named by a prefix in `free`."""
+    """Weights equal bit by bit, and every metric both have, but those named by a prefix in
+    `free`."""
     compared = 0
     for row_a, row_b in zip(a[0], b[0], strict=True):
         for name in sorted(row_a.keys() & row_b.keys()):
@@ -276,14 +315,19 @@ def plain_ppo() -> tuple[list[dict[str, float]], list[Tensor]]:
 def test_gipo_with_its_terms_off_is_ppo_with_kl(normalise: bool) -> None:
     """beta_policy = 0, p_high = 1, detach_trunk: bit for bit."""
     controller = GroupAdaptiveKL(eta=0.05, normalise=normalise, dp=SingleReplica())
-    controller.load_state_dict({"gap": 0.3})  # the ramp is fully up: it is p_high = 1 that makes them equal
+    # the ramp is fully up: it is p_high = 1 that makes them equal
+    controller.load_state_dict({"gap": 0.3})
     gipo = run(Certain(detached()), GroupVariance(beta=0.0), controller)
-    assert_same_training(plain_ppo(), gipo, free=("groups/", "source/easy/p_high", "source/hard/p_high"))
+    assert_same_training(
+        plain_ppo(), gipo, free=("groups/", "source/easy/p_high", "source/hard/p_high")
+    )
 
 
 def test_an_observer_changes_nothing() -> None:
     assert_same_training(
-        plain_ppo(), run(detached(), NoVariance(), FixedKL(0.05)), free=("groups/", "source/easy/p_high", "source/hard/p_high")
+        plain_ppo(),
+        run(detached(), NoVariance(), FixedKL(0.05)),
+        free=("groups/", "source/easy/p_high", "source/hard/p_high"),
     )
 
 
@@ -315,7 +359,7 @@ def test_a_detached_head_leaves_the_trunks_gradient_alone(detach: bool) -> None:
     assert all(same) is detach
 
 
-# --------------------------------------------------------------------------------------------- any split
+# ---------------------------------------------------------------------------------------- any split
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -333,7 +377,12 @@ def test_a_stored_rollout_gives_the_same_numbers_on_any_number_of_replicas(size:
         groups = ppo.group_classifier.assign(logits[dp.rank :: dp.size], rows, scores)
         controller = GroupAdaptiveKL(dp=dp)
         controller.load_state_dict({"gap": 0.2})
-        found = {"R_g": groups.returns, "m_g": groups.masses, "shaped": scores.shaped, "coef": controller.coefficients(groups)}
+        found = {
+            "R_g": groups.returns,
+            "m_g": groups.masses,
+            "shaped": scores.shaped,
+            "coef": controller.coefficients(groups),
+        }
         for name, make in {**REGULARISERS, "cvar": lambda: CVaR(dp=dp)}.items():
             found[name] = make().weights(groups).raw
         return found
@@ -343,15 +392,20 @@ def test_a_stored_rollout_gives_the_same_numbers_on_any_number_of_replicas(size:
         assert found.keys() == expected.keys()
         for name, value in found.items():
             reference = expected[name] if name in ("R_g", "m_g") else expected[name][rank::size]
-            torch.testing.assert_close(value, reference, rtol=1e-6, atol=1e-6, msg=f"{name} on replica {rank} of {size}")
+            torch.testing.assert_close(
+                value, reference, rtol=1e-6, atol=1e-6, msg=f"{name} on replica {rank} of {size}"
+            )
 
 
 def test_p_high_of_three_groups_is_the_expected_rank() -> None:
-    """M > 2: p_high is the expected normalised rank; the lowest group counts 0, the middle one half, the high one 1."""
+    """M > 2: p_high is the expected normalised rank; the lowest group counts 0, the middle one
+    half, the high one 1."""
     classifier = CriticHead(num_groups=3, dp=SingleReplica())
     state = classifier.state_dict()
     classifier.load_state_dict({**state, "means": [0.2, 0.9, 0.5], "high": 1})
     logits = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
-    rollout = stored_rollout(make_ppo(SingleReplica(), classifier, NoVariance(), FixedKL())).block(0, 1)
+    rollout = stored_rollout(make_ppo(SingleReplica(), classifier, NoVariance(), FixedKL())).block(
+        0, 1
+    )
     groups = classifier.assign(logits, rollout, scores_of(torch.ones(1, dtype=torch.float64)))
     assert float(groups.high_prob) == pytest.approx(0.2 * 1 + 0.1 * 0.5)

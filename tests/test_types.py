@@ -64,7 +64,17 @@ def test_rollout_lengths() -> None:
 
 def test_gap_is_to_the_lowest_other_group() -> None:
     returns = torch.tensor([0.5, 2.0, -1.0])
-    groups = Groups(torch.ones(1, 3), torch.ones(1), torch.ones(1), returns, torch.tensor([1.0, 2.0, 1.0]), torch.tensor(0.0), 4, 1, 1.0)
+    groups = Groups(
+        torch.ones(1, 3),
+        torch.ones(1),
+        torch.ones(1),
+        returns,
+        torch.tensor([1.0, 2.0, 1.0]),
+        torch.tensor(0.0),
+        4,
+        1,
+        1.0,
+    )
     assert float(groups.gap) == 3.0
     assert groups.shares.tolist() == [0.25, 0.5, 0.25]
 
@@ -75,13 +85,25 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
     return x, 0.5 * x + torch.randn(24, generator=generator), torch.rand(24, generator=generator)
 
 
-KINDS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Metric], Callable[[np.ndarray, np.ndarray, np.ndarray], float]]] = {
+KINDS: dict[
+    str,
+    tuple[
+        Callable[[Tensor, Tensor, Tensor], Metric],
+        Callable[[np.ndarray, np.ndarray, np.ndarray], float],
+    ],
+] = {
     "sum": (lambda x, y, w: Metric.sum(x), lambda x, y, w: x.sum()),
     "mean": (lambda x, y, w: Metric.mean(x), lambda x, y, w: x.mean()),
     "weighted": (lambda x, y, w: Metric.mean(x, w), lambda x, y, w: np.average(x, weights=w)),
     "std": (lambda x, y, w: Metric.std(x), lambda x, y, w: x.std()),
-    "correlation": (lambda x, y, w: Metric.correlation(x, y), lambda x, y, w: np.corrcoef(x, y)[0, 1]),
-    "explained": (lambda x, y, w: Metric.explained_variance(x, y), lambda x, y, w: 1 - (x - y).var() / x.var()),
+    "correlation": (
+        lambda x, y, w: Metric.correlation(x, y),
+        lambda x, y, w: np.corrcoef(x, y)[0, 1],
+    ),
+    "explained": (
+        lambda x, y, w: Metric.explained_variance(x, y),
+        lambda x, y, w: 1 - (x - y).var() / x.var(),
+    ),
     "min": (lambda x, y, w: Metric.min(x), lambda x, y, w: x.min()),
     "max": (lambda x, y, w: Metric.max(x), lambda x, y, w: x.max()),
 }
@@ -92,10 +114,16 @@ KINDS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Metric], Callable[[np.
 def test_metrics_are_numpys_however_the_rows_are_split(kind: str, sizes: list[int]) -> None:
     make, exact = KINDS[kind]
     x, y, w = data()
-    pieces = [make(*p) for p in zip(x.split(sizes), y.split(sizes), w.split(sizes), strict=True) if len(p[0]) or kind not in ("min", "max")]
+    pieces = [
+        make(*p)
+        for p in zip(x.split(sizes), y.split(sizes), w.split(sizes), strict=True)
+        if len(p[0]) or kind not in ("min", "max")
+    ]
     assert len(pieces) >= 1
     merged = reduce(Metric.merge, pieces)
-    assert merged.result() == pytest.approx(exact(x.double().numpy(), y.double().numpy(), w.double().numpy()), rel=1e-9)
+    assert merged.result() == pytest.approx(
+        exact(x.double().numpy(), y.double().numpy(), w.double().numpy()), rel=1e-9
+    )
 
 
 def test_what_is_not_defined_is_nan() -> None:
@@ -117,8 +145,13 @@ def test_rows_of_weight_zero_may_hold_anything() -> None:
 
 
 def test_names_merge_and_get_prefixes() -> None:
-    both = merge_metrics({"a": Metric.sum(1.0), "b": Metric.sum(5.0)}, {"a": Metric.sum(2.0), "c": Metric.sum(7.0)})
+    both = merge_metrics(
+        {"a": Metric.sum(1.0), "b": Metric.sum(5.0)}, {"a": Metric.sum(2.0), "c": Metric.sum(7.0)}
+    )
     assert {name: m.result() for name, m in both.items()} == {"a": 3.0, "b": 5.0, "c": 7.0}
-    assert prefixed("policy", {"loss": both["a"], "groups/x_0": both["b"]}).keys() == {"policy/loss", "groups/x_0"}
+    assert prefixed("policy", {"loss": both["a"], "groups/x_0": both["b"]}).keys() == {
+        "policy/loss",
+        "groups/x_0",
+    }
     with pytest.raises(AssertionError, match="sum merged with mean"):
         Metric.sum(1.0).merge(Metric.mean(1.0))

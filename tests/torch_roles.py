@@ -1,4 +1,5 @@
-"""Roles in plain PyTorch, small enough to read: what tests run the real algorithms on. Also data parallel replicas as threads."""
+"""Roles in plain PyTorch, small enough to read: what tests run the real algorithms on. Also data
+parallel replicas as threads."""
 
 from __future__ import annotations
 
@@ -12,13 +13,24 @@ from torch import Tensor, nn
 
 from gipo_megatron.roles import DataParallel, SingleReplica
 from gipo_megatron.specs import HeadSpec, Sampling
-from gipo_megatron.types import BatchLoss, CriticOutput, Metric, Metrics, Prompts, Rollout, Rows, TokenStats, Update, merge_metrics
+from gipo_megatron.types import (
+    BatchLoss,
+    CriticOutput,
+    Metric,
+    Metrics,
+    Prompts,
+    Rollout,
+    Rows,
+    TokenStats,
+    Update,
+    merge_metrics,
+)
 
 R = TypeVar("R")
 EOS = 0
 
 
-# --------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 class Trunk(nn.Module):
@@ -41,7 +53,9 @@ class Linear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, seed: int, std: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(std * torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)))
+        self.weight = nn.Parameter(
+            std * torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+        )
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,10 +71,12 @@ def token_stats(logits: Tensor, tokens: Tensor, mask: Tensor) -> TokenStats:
     """logits [B, T, V] of the token at each position."""
     logp = logits.log_softmax(-1)
     chosen = logp.gather(-1, torch.where(mask, tokens, 0)[..., None])[..., 0]
-    return TokenStats(torch.where(mask, chosen, 0.0), torch.where(mask, -(logp.exp() * logp).sum(-1), 0.0))
+    return TokenStats(
+        torch.where(mask, chosen, 0.0), torch.where(mask, -(logp.exp() * logp).sum(-1), 0.0)
+    )
 
 
-# --------------------------------------------------------------------------------------------- one optimizer step
+# ------------------------------------------------------------------------------- one optimizer step
 
 
 @dataclass
@@ -79,13 +95,20 @@ class Stepper:
     def step(self, dp: DataParallel) -> float:
         for p in self.parameters:
             p.grad = dp.sum(p.grad if p.grad is not None else torch.zeros_like(p))
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip) if self.clip else torch.zeros(())
+        norm = (
+            nn.utils.clip_grad_norm_(self.parameters, self.clip) if self.clip else torch.zeros(())
+        )
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
 
 
-def backward(parts: Sequence[tuple[Rows, BatchLoss]], forward: Callable[[Any], Any], dp: DataParallel, micro_batch: int) -> Metrics:
+def backward(
+    parts: Sequence[tuple[Rows, BatchLoss]],
+    forward: Callable[[Any], Any],
+    dp: DataParallel,
+    micro_batch: int,
+) -> Metrics:
     """Every term over its unit's global count, one micro-batch at a time."""
     metrics: Metrics = {}
     for rows, loss in parts:
@@ -98,11 +121,12 @@ def backward(parts: Sequence[tuple[Rows, BatchLoss]], forward: Callable[[Any], A
     return metrics
 
 
-# --------------------------------------------------------------------------------------------- the roles
+# ---------------------------------------------------------------------------------------- the roles
 
 
 class TorchActor:
-    """A policy; as a reference too, when it is not updated. It only ever says tokens below `num_actions` (0: all)."""
+    """A policy; as a reference too, when it is not updated. It only ever says tokens below
+    `num_actions` (0: all)."""
 
     def __init__(
         self,
@@ -144,11 +168,17 @@ class TorchActor:
         mask = torch.zeros(rows, longest, dtype=torch.bool)
         finished = torch.zeros(rows, dtype=torch.bool)
         logprobs = torch.zeros(rows, longest)
-        noise = torch.stack([_noise(sampling, int(i), self.output.bias.numel()) for i in prompts.sample_id])
+        noise = torch.stack(
+            [_noise(sampling, int(i), self.output.bias.numel()) for i in prompts.sample_id]
+        )
         every = torch.arange(rows)
         for t in range(sampling.max_response):
             at = prompts.lengths + t
-            logp = (self.output(self.trunk(tokens))[every, at - 1] / sampling.temperature).log_softmax(-1).float()
+            logp = (
+                (self.output(self.trunk(tokens))[every, at - 1] / sampling.temperature)
+                .log_softmax(-1)
+                .float()
+            )
             token = (logp - noise[:, t].log()).argmax(-1)
             active = ~finished
             tokens[every[active], at[active]] = token[active]
@@ -161,7 +191,9 @@ class TorchActor:
             prompt_lengths=prompts.lengths,
             finished=finished,
             generation_logprobs=logprobs,
-            response_text=tuple(" ".join(str(int(x)) for x in row[m]) for row, m in zip(tokens, mask, strict=True)),
+            response_text=tuple(
+                " ".join(str(int(x)) for x in row[m]) for row, m in zip(tokens, mask, strict=True)
+            ),
             prompt_id=prompts.prompt_id,
             sample_id=prompts.sample_id,
             source=prompts.source,
@@ -173,17 +205,23 @@ class TorchActor:
         return Update({**metrics, "grad_norm": Metric.mean(self._stepper.step(self.dp))})
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from ((name, p.detach()) for name, p in [*self.trunk.named_parameters(), *self.output.named_parameters()])
+        yield from (
+            (name, p.detach())
+            for name, p in [*self.trunk.named_parameters(), *self.output.named_parameters()]
+        )
 
 
 def _noise(sampling: Sampling, sample_id: int, vocab: int) -> Tensor:
     """[max_response, V] exponential draws; minus their log is Gumbel."""
-    generator = torch.Generator().manual_seed((sampling.seed * 1_000_003 + sampling.step) * 1_000_003 + sample_id)
+    generator = torch.Generator().manual_seed(
+        (sampling.seed * 1_000_003 + sampling.step) * 1_000_003 + sample_id
+    )
     return torch.empty(sampling.max_response, vocab).exponential_(generator=generator)
 
 
 class TorchCritic:
-    """A value head and, if asked for, a group head with its own optimizer and clip; `group_hidden` > 0 makes that head a two-layer net."""
+    """A value head and, if asked for, a group head with its own optimizer and clip; `group_hidden`
+    > 0 makes that head a two-layer net."""
 
     def __init__(
         self,
@@ -198,12 +236,21 @@ class TorchCritic:
         clip: float = 1.0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.trunk, self.value = Trunk(vocab, hidden, seed).to(dtype), Linear(hidden, 1, seed + 1, 0.1).to(dtype)
+        self.trunk, self.value = (
+            Trunk(vocab, hidden, seed).to(dtype),
+            Linear(hidden, 1, seed + 1, 0.1).to(dtype),
+        )
         self.dp, self.micro_batch, self.head = dp or SingleReplica(), micro_batch, head
         self.parameters = [*self.trunk.parameters(), *self.value.parameters()]
-        self.group = _group_net(head, hidden, group_hidden, seed + 2).to(dtype) if head is not None else None
+        self.group = (
+            _group_net(head, hidden, group_hidden, seed + 2).to(dtype) if head is not None else None
+        )
         self._stepper = Stepper(self.parameters, lr, clip)
-        self._group_stepper = Stepper(list(self.group.parameters()), head.lr, clip) if head is not None and self.group is not None else None
+        self._group_stepper = (
+            Stepper(list(self.group.parameters()), head.lr, clip)
+            if head is not None and self.group is not None
+            else None
+        )
 
     def forward(self, batch: Rows) -> CriticOutput:
         s = batch.sequences
@@ -230,13 +277,24 @@ class TorchCritic:
 def _group_net(head: HeadSpec, inputs: int, hidden: int, seed: int) -> nn.Module:
     if not hidden:
         return Linear(inputs, head.num_groups, seed, head.init_std)
-    return nn.Sequential(Linear(inputs, hidden, seed, inputs**-0.5), nn.Tanh(), Linear(hidden, head.num_groups, seed + 1, head.init_std))
+    return nn.Sequential(
+        Linear(inputs, hidden, seed, inputs**-0.5),
+        nn.Tanh(),
+        Linear(hidden, head.num_groups, seed + 1, head.init_std),
+    )
 
 
 class TorchRewardModel:
     """A trainable scorer that reads the last token."""
 
-    def __init__(self, vocab: int, hidden: int = 64, lr: float = 3e-3, seed: int = 200, dp: DataParallel | None = None) -> None:
+    def __init__(
+        self,
+        vocab: int,
+        hidden: int = 64,
+        lr: float = 3e-3,
+        seed: int = 200,
+        dp: DataParallel | None = None,
+    ) -> None:
         self.trunk, self.output = Trunk(vocab, hidden, seed), Linear(hidden, 1, seed + 1, 0.1)
         self.dp = dp or SingleReplica()
         self.parameters = [*self.trunk.parameters(), *self.output.parameters()]
@@ -256,11 +314,12 @@ class TorchRewardModel:
         return Update({**metrics, "grad_norm": Metric.mean(self._stepper.step(self.dp))})
 
 
-# --------------------------------------------------------------------------------------------- replicas
+# ----------------------------------------------------------------------------------------- replicas
 
 
 class _Thread:
-    """One replica's side of a group of threads; sums are taken in rank order, so they do not depend on timing."""
+    """One replica's side of a group of threads; sums are taken in rank order, so they do not depend
+    on timing."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list[Any]) -> None:
         self.rank, self.size, self._barrier, self._slots = rank, size, barrier, slots
@@ -280,7 +339,8 @@ class _Thread:
 
 
 def run_replicas(size: int, work: Callable[[DataParallel], R]) -> list[R]:
-    """work(dp) on `size` threads that reduce with each other; results in rank order. The first error is raised."""
+    """work(dp) on `size` threads that reduce with each other; results in rank order. The first
+    error is raised."""
     barrier, slots = threading.Barrier(size, timeout=60), [None] * size
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
@@ -298,7 +358,9 @@ def run_replicas(size: int, work: Callable[[DataParallel], R]) -> list[R]:
     for t in threads:
         t.join()
     if errors:
-        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+        raise next(
+            (e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0]
+        )
     return results
 
 

@@ -1,4 +1,5 @@
-"""What torch's operations do, seen from outside: values that Python reads, and bytes that are alive."""
+"""What torch's operations do, seen from outside: values that Python reads, and bytes that are
+alive."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Reads(TorchDispatchMode):
-    """Counts how often Python reads a value of a tensor: on a GPU each read waits for all work before it."""
+    """Counts how often Python reads a value of a tensor: on a GPU each read waits for all work
+    before it."""
 
     count = 0
 
@@ -21,7 +23,8 @@ class Reads(TorchDispatchMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """`peak`: the most bytes that tensors made inside held at once. Temporaries inside one operation are not seen."""
+    """`peak`: the most bytes that tensors made inside held at once. Temporaries inside one
+    operation are not seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +35,10 @@ class LiveBytes(TorchDispatchMode):
         before = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in before | self.sizes.keys():
+            if (
+                isinstance(x, Tensor)
+                and x.untyped_storage()._cdata not in before | self.sizes.keys()
+            ):
                 key = x.untyped_storage()._cdata
                 self.sizes[key] = x.untyped_storage().nbytes()
                 weakref.finalize(x.untyped_storage(), self.sizes.pop, key, None)

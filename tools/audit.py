@@ -1,8 +1,9 @@
 """What group classifiers learnt:  python tools/audit.py RUN_DIR… [out=DIR]
 
-A RUN_DIR is a training run with a group classifier, or an evaluation with models.critic (then each policy is audited).
-Writes audit.json and audit.html to `out`; without it into the run's own folder, or ./audit for several runs.
-Exit codes: 0 done (alarms are printed), 2 a mistake in the command or in a run folder.
+A RUN_DIR is a training run with a group classifier, or an evaluation with models.critic (then each
+policy is audited). Writes audit.json and audit.html to `out`; without it into the run's own folder,
+or ./audit for several runs. Exit codes: 0 done (alarms are printed), 2 a mistake in the command or
+in a run folder.
 """
 
 from __future__ import annotations
@@ -50,14 +51,23 @@ def audits_of(folder: Path) -> list[Audit]:
         return [audit_run(load_run(folder))]
     prompts = _read(folder / "prompts.jsonl", TaskPrompt)
     answers = [_read(path, Response) for path in sorted((folder / "responses").glob("*.jsonl"))]
-    audits = [audit_responses(prompts, rows) for rows in answers if any("p_high" in r.figures for r in rows)]
+    audits = [
+        audit_responses(prompts, rows)
+        for rows in answers
+        if any("p_high" in r.figures for r in rows)
+    ]
     if not audits:
-        raise UserError("no response with p_high", where=str(folder / "responses"), fix="evaluate with models.critic")
+        raise UserError(
+            "no response with p_high",
+            where=str(folder / "responses"),
+            fix="evaluate with models.critic",
+        )
     return audits
 
 
 def _read(path: Path, kind: Callable[..., Noun]) -> list[Noun]:
-    """The rows, each prompt once. The head line with the store's key and a last line cut short (an evaluation is writing) stay out."""
+    """The rows, each prompt once. The head line with the store's key and a last line cut short (an
+    evaluation is writing) stay out."""
     found: dict[tuple[str, str], Noun] = {}
     lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
@@ -67,7 +77,11 @@ def _read(path: Path, kind: Callable[..., Noun]) -> list[Noun]:
                 found.setdefault((row["task"], row["prompt_id"]), kind(**row))
         except (ValueError, TypeError, KeyError):
             if number < len(lines):
-                raise UserError("unreadable line", where=f"{path}:{number}", fix="remove the line, and evaluate again") from None
+                raise UserError(
+                    "unreadable line",
+                    where=f"{path}:{number}",
+                    fix="remove the line, and evaluate again",
+                ) from None
     return list(found.values())
 
 
@@ -85,7 +99,9 @@ def print_table(audits: list[Audit]) -> None:
         *(f"AUC: {s}" for s in sources),
         "AMI: source",
     ):
-        table.add_row(escape(row), *(escape(cells[row]) if row in cells else "–" for cells in columns))
+        table.add_row(
+            escape(row), *(escape(cells[row]) if row in cells else "–" for cells in columns)
+        )
     console = Console()
     console.width = max(console.width, 120)  # a redirected output has no width of its own
     console.print(table)
@@ -97,7 +113,10 @@ def _cells(audit: Audit) -> dict[str, str]:
         "high group": f"{100 * audit.share_high:.0f} %",
         "entropy": f"{audit.entropy.mean:.3f}",
         **{f"Spearman: {a.quantity}": signed(a.spearman) for a in audit.associations},
-        **{f"AUC: {label.name}": "–" if label.auc is None else f"{label.auc:.2f}" for label in audit.sources},
+        **{
+            f"AUC: {label.name}": "–" if label.auc is None else f"{label.auc:.2f}"
+            for label in audit.sources
+        },
         "AMI: source": "–" if audit.source_ami is None else f"{audit.source_ami:.2f}",
     }
 
@@ -117,7 +136,13 @@ def main(arguments: list[str]) -> int:
         print(f"{audit.name}: {facts(audit)}")
         for alarm in audit.alarms:
             print(f"  ALARM {alarm}")
-    write_text(out / "audit.json", json.dumps([audit.as_json() for audit in audits], indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(
+        out / "audit.json",
+        json.dumps(
+            [audit.as_json() for audit in audits], indent=1, ensure_ascii=False, allow_nan=False
+        )
+        + "\n",
+    )
     write_text(out / "audit.html", audit_document(audits))
     print(f"written: {out / 'audit.json'}, {out / 'audit.html'}")
     return 0

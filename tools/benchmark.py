@@ -1,7 +1,10 @@
-"""Ratios measured in one run, the two sides taking turns: python tools/benchmark.py generate|readout|update|convert [options]
+"""Ratios measured in one run, the two sides taking turns: python tools/benchmark.py
+generate|readout|update|convert [options]
 
-generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and response length
-readout    memory of log-probs and entropies with a large vocabulary, against log_softmax in fp32: peak, and the largest tensor ever made
+generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and
+response length
+readout    memory of log-probs and entropies with a large vocabulary, against log_softmax in fp32:
+peak, and the largest tensor ever made
 update     seconds of a GIPO iteration over those of PPO with KL: the tiny recipes, whole iterations
 convert    peak memory of the two converters, over the bytes of the model and of one shard
 
@@ -47,18 +50,35 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 TINY = Architecture(8, 256, 688, 8, 4, 32, 4096, 512)
 MIB = 2**20
 
-# --------------------------------------------------------------------------------------------- update
+# ------------------------------------------------------------------------------------------- update
 
 
 def run_update(options: argparse.Namespace) -> None:
-    """GIPO's step time over that of PPO with KL: whole iterations of the tiny recipes from random weights, interleaved in one process."""
-    random = ["models.actor.load=random", "models.reward.load=random", "algorithm.critic_warmup=0", "run.dir=runs/benchmark"]
-    recipes = {name: compose([f"recipe=tiny/{name}", *random], RECIPES, world=1) for name in ("ppo_kl", "gipo")}
+    """GIPO's step time over that of PPO with KL: whole iterations of the tiny recipes from random
+    weights, interleaved in one process."""
+    random = [
+        "models.actor.load=random",
+        "models.reward.load=random",
+        "algorithm.critic_warmup=0",
+        "run.dir=runs/benchmark",
+    ]
+    recipes = {
+        name: compose([f"recipe=tiny/{name}", *random], RECIPES, world=1)
+        for name in ("ppo_kl", "gipo")
+    }
     mesh = Mesh.create(recipes["gipo"].parallel)
-    steps = {name: stepper(assemble(recipe, mesh, lambda _: nullcontext()).algorithm.step) for name, recipe in recipes.items()}
+    steps = {
+        name: stepper(assemble(recipe, mesh, lambda _: nullcontext()).algorithm.step)
+        for name, recipe in recipes.items()
+    }
     seconds = interleave(steps, options.repeats)
     median, lowest, highest = ratio(seconds, "gipo", "ppo_kl")
-    show([["", "s / step"], *([name, f"{statistics.median(times):.3f}"] for name, times in seconds.items())])
+    show(
+        [
+            ["", "s / step"],
+            *([name, f"{statistics.median(times):.3f}"] for name, times in seconds.items()),
+        ]
+    )
     print(f"gipo / ppo_kl: {median:.3f} ({lowest:.3f} to {highest:.3f}), {options.repeats} rounds")
     mesh.close()
 
@@ -69,7 +89,7 @@ def stepper(step: Callable[[int], object]) -> Callable[[], object]:
     return lambda: step(next(count))
 
 
-# --------------------------------------------------------------------------------------------- generate
+# ----------------------------------------------------------------------------------------- generate
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -77,32 +97,56 @@ def run_generate(options: argparse.Namespace) -> None:
     chunks = build_chunks(TINY, mesh, Precision("fp32"), seed=0)
     model = hugging_face(dict(export_weights(chunks, mesh, TINY)), TINY)
     rows, width, steps = options.batch, options.prompt, options.response
-    tokens = torch.randint(1, TINY.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        1, TINY.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0)
+    )
     ids = torch.arange(rows)
     prompts = Prompts(tokens, torch.full((rows,), width), ids, ids, ("",) * rows, ({},) * rows)
 
     def ours(temperature: float) -> Tensor:
-        return generate(chunks, TINY, mesh, prompts, Sampling(steps, temperature=temperature), -1, 0, lambda ids: "").tokens
+        return generate(
+            chunks,
+            TINY,
+            mesh,
+            prompts,
+            Sampling(steps, temperature=temperature),
+            -1,
+            0,
+            lambda ids: "",
+        ).tokens
 
     def theirs(temperature: float) -> Tensor:
-        choice: dict[str, Any] = {"do_sample": True, "top_k": 0} if temperature else {"do_sample": False}
+        choice: dict[str, Any] = (
+            {"do_sample": True, "top_k": 0} if temperature else {"do_sample": False}
+        )
         with torch.random.fork_rng():
-            return model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=steps, min_new_tokens=steps, **choice)
+            return model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=steps,
+                min_new_tokens=steps,
+                **choice,
+            )
 
     same = float((ours(0.0) == theirs(0.0)).float().mean())
-    print(f"8 layers, hidden 256, vocabulary 4096, fp32; batch {rows}, {width} + {steps} tokens; {torch.get_num_threads()} threads")
+    print(
+        f"8 layers, hidden 256, vocabulary 4096, fp32; batch {rows}, {width} + {steps} tokens;"
+        f" {torch.get_num_threads()} threads"
+    )
     print(f"greedy tokens equal to Hugging Face's: {same:.4f}")
     table: list[list[object]] = [["", "tokens/s", "HF tokens/s", "ratio", "lowest", "highest"]]
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         sides = {"ours": lambda t=temperature: ours(t), "hf": lambda t=temperature: theirs(t)}
         seconds = interleave(sides, options.repeats)
-        speeds = [f"{rows * steps / statistics.median(seconds[side]):.0f}" for side in ("ours", "hf")]
+        speeds = [
+            f"{rows * steps / statistics.median(seconds[side]):.0f}" for side in ("ours", "hf")
+        ]
         table.append([name, *speeds, *(f"{x:.2f}" for x in ratio(seconds, "hf", "ours"))])
     show(table)
     mesh.close()
 
 
-# --------------------------------------------------------------------------------------------- readout
+# ------------------------------------------------------------------------------------------ readout
 
 
 class LargestTensor(TorchDispatchMode):
@@ -112,7 +156,9 @@ class LargestTensor(TorchDispatchMode):
         super().__init__()
         self.dtype, self.largest = dtype, 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, Tensor) and x.dtype == self.dtype:
@@ -127,19 +173,37 @@ def naive_stats(logits: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
 
 
 def measure_readout(side: str, rows: int, length: int, vocabulary: int) -> None:
-    """Prints three numbers: extra peak MiB, largest fp32 tensor in MiB, seconds of forward + backward."""
+    """Prints three numbers: extra peak MiB, largest fp32 tensor in MiB, seconds of forward +
+    backward."""
     g = torch.Generator().manual_seed(0)
-    logits = torch.empty(rows, length, vocabulary, dtype=torch.bfloat16).normal_(generator=g).requires_grad_()
+    logits = (
+        torch.empty(rows, length, vocabulary, dtype=torch.bfloat16)
+        .normal_(generator=g)
+        .requires_grad_()
+    )
     tokens = torch.randint(0, vocabulary, (rows, length), generator=g)
     mask = (torch.arange(length) > 0).expand(rows, -1)
-    sequences = Sequences(tokens, mask, torch.ones(rows, dtype=torch.long), torch.full((rows,), length), torch.arange(rows))
+    sequences = Sequences(
+        tokens,
+        mask,
+        torch.ones(rows, dtype=torch.long),
+        torch.full((rows,), length),
+        torch.arange(rows),
+    )
     mesh = Mesh.create(Parallel(), seed=0)
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
     with LargestTensor(torch.float32) as watch:
         if side == "naive":
             logprobs, entropy = naive_stats(logits, sequences)
         else:
-            stats = token_stats(logits, sequences, response_positions(mask), vocab_size=vocabulary, mesh=mesh, entropy=True)
+            stats = token_stats(
+                logits,
+                sequences,
+                response_positions(mask),
+                vocab_size=vocabulary,
+                mesh=mesh,
+                entropy=True,
+            )
             assert stats.entropy is not None
             logprobs, entropy = stats.logprobs, stats.entropy
         (logprobs.sum() + 0.01 * entropy.sum()).backward()
@@ -151,21 +215,28 @@ def measure_readout(side: str, rows: int, length: int, vocabulary: int) -> None:
 
 def run_readout(options: argparse.Namespace) -> None:
     size = [str(options.batch), str(options.length), str(options.vocabulary)]
-    table: list[list[object]] = [["", "extra peak MiB", "largest fp32 tensor MiB", "forward + backward s"]]
+    table: list[list[object]] = [
+        ["", "extra peak MiB", "largest fp32 tensor MiB", "forward + backward s"]
+    ]
     for side in ("naive", "readout"):  # a process each: a peak is never forgotten
         command = [sys.executable, __file__, "measure", side, *size]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         table.append([side, *done.stdout.split()[-3:]])
     whole = options.batch * options.length * options.vocabulary / MIB
-    print(f"logits [{', '.join(size)}] in bf16: {2 * whole:.0f} MiB, their gradient again; in fp32 {4 * whole:.0f} MiB")
+    print(
+        f"logits [{', '.join(size)}] in bf16: {2 * whole:.0f} MiB, their gradient again; in fp32"
+        f" {4 * whole:.0f} MiB"
+    )
     show(table)
 
 
-# --------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("generate")
     for name, default in (("--batch", 64), ("--prompt", 32), ("--response", 64), ("--repeats", 7)):

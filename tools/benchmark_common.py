@@ -1,4 +1,5 @@
-"""What the benchmarks share: two sides taking turns, a table, a Hugging Face model with given weights."""
+"""What the benchmarks share: two sides taking turns, a table, a Hugging Face model with given
+weights."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from gipo_megatron.specs import Architecture
 
 
 def interleave(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every side in every round. One unmeasured round first; the order turns each round, so that neither is always second."""
+    """Seconds of every side in every round. One unmeasured round first; the order turns each round,
+    so that neither is always second."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for round_ in range(repeats + 1):
@@ -35,7 +37,12 @@ def show(rows: Iterable[Iterable[object]]) -> None:
     table = [[str(x) for x in row] for row in rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     for row in table:
-        print("  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))))
+        print(
+            "  ".join(
+                x.ljust(w) if i == 0 else x.rjust(w)
+                for i, (x, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
 
 
 def hf_config(a: Architecture) -> LlamaConfig:

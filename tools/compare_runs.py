@@ -1,8 +1,9 @@
-"""Compares the metrics of two runs:  python tools/compare_runs.py A B [--assert-equal] [--tolerance X]
+"""Compares the metrics of two runs:  python tools/compare_runs.py A B [--assert-equal] [--tolerance
+X]
 
 Compares metrics.jsonl step by step, but for time/, perf/, memory/ and rollout/tokens_per_second.
---assert-equal: bit for bit; with --tolerance X: |a - b| <= X max(|a|, |b|).
-Exit codes: 0 equal (or only asked to show), 1 the runs differ, 2 a mistake in the command or in a run folder.
+--assert-equal: bit for bit; with --tolerance X: |a - b| <= X max(|a|, |b|). Exit codes: 0 equal (or
+only asked to show), 1 the runs differ, 2 a mistake in the command or in a run folder.
 """
 
 from __future__ import annotations
@@ -38,14 +39,21 @@ def compare(a: Run, b: Run) -> tuple[list[Difference], int]:
     for step in sorted(rows_a.keys() | rows_b.keys()):
         if step not in rows_a or step not in rows_b:
             differences.append(
-                Difference(step, "(the whole row)", *(("there", "absent") if step in rows_a else ("absent", "there")), math.inf)
+                Difference(
+                    step,
+                    "(the whole row)",
+                    *(("there", "absent") if step in rows_a else ("absent", "there")),
+                    math.inf,
+                )
             )
             continue
         x, y = rows_a[step], rows_b[step]
         for name in dict.fromkeys([*x, *y]):
             compared += 1
             if name not in x or name not in y:
-                differences.append(Difference(step, name, x.get(name, "absent"), y.get(name, "absent"), math.inf))
+                differences.append(
+                    Difference(step, name, x.get(name, "absent"), y.get(name, "absent"), math.inf)
+                )
             elif (size := _size(x[name], y[name])) > 0:
                 differences.append(Difference(step, name, x[name], y[name], size))
     return differences, compared
@@ -60,7 +68,9 @@ def _by_step(run: Run) -> dict[int, dict[str, Any]]:
                 where=str(run.path / "metrics.jsonl"),
                 fix="one row a step: was the run resumed by hand?",
             )
-        rows[row["step"]] = {k: v for k, v in row.items() if k != "step" and not k.startswith(IGNORED)}
+        rows[row["step"]] = {
+            k: v for k, v in row.items() if k != "step" and not k.startswith(IGNORED)
+        }
     return rows
 
 
@@ -81,24 +91,45 @@ def show(differences: list[Difference], compared: int) -> None:
         count[d.metric] = count.get(d.metric, 0) + 1
         if d.metric not in worst or d.size > worst[d.metric].size:
             worst[d.metric] = d
-    print(f"{compared} numbers compared, {len(differences)} differ" + (" (bit for bit)" if not differences else ""))
+    print(
+        f"{compared} numbers compared, {len(differences)} differ"
+        + (" (bit for bit)" if not differences else "")
+    )
     if not worst:
         return
     ordered = sorted(worst.values(), key=lambda d: (-d.size, d.step))
     width = max(len(d.metric) for d in ordered[:ROWS_SHOWN])
-    print(f"{'metric':<{width}}  {'rows':>5}  {'worst step':>10}  {'a':>24}  {'b':>24}  {'relative':>9}")
+    print(
+        f"{'metric':<{width}}  {'rows':>5}  {'worst step':>10}  {'a':>24}  {'b':>24} "
+        f" {'relative':>9}"
+    )
     for d in ordered[:ROWS_SHOWN]:
-        print(f"{d.metric:<{width}}  {count[d.metric]:>5}  {d.step:>10}  {d.a!s:>24}  {d.b!s:>24}  {d.size:>9.3g}")
+        print(
+            f"{d.metric:<{width}}  {count[d.metric]:>5}  {d.step:>10}  {d.a!s:>24}  {d.b!s:>24} "
+            f" {d.size:>9.3g}"
+        )
     if len(ordered) > ROWS_SHOWN:
         print(f"… and {len(ordered) - ROWS_SHOWN} more metrics")
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="compare_runs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="compare_runs.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("a", metavar="A", help="run folder")
     parser.add_argument("b", metavar="B", help="run folder")
-    parser.add_argument("--assert-equal", action="store_true", help="exit 1 at a difference, naming the first")
-    parser.add_argument("--tolerance", type=float, default=None, metavar="X", help="relative; implies --assert-equal")
+    parser.add_argument(
+        "--assert-equal", action="store_true", help="exit 1 at a difference, naming the first"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=None,
+        metavar="X",
+        help="relative; implies --assert-equal",
+    )
     options = parser.parse_args(arguments)
     try:
         if options.tolerance is not None and not options.tolerance >= 0:
@@ -106,7 +137,10 @@ def main(arguments: list[str]) -> int:
         a, b = load_run(options.a), load_run(options.b)
         differences, compared = compare(a, b)
         if not compared:
-            raise UserError("nothing to compare: the runs have no step in common", where=f"{options.a}, {options.b}")
+            raise UserError(
+                "nothing to compare: the runs have no step in common",
+                where=f"{options.a}, {options.b}",
+            )
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -116,7 +150,11 @@ def main(arguments: list[str]) -> int:
     beyond = [d for d in differences if d.size > (options.tolerance or 0.0)]
     if beyond:
         d = beyond[0]
-        print(f"DIFFER first at step {d.step}, {d.metric}: {d.a} and {d.b} (relative {d.size:.3g}); {len(beyond)} in all", file=sys.stderr)
+        print(
+            f"DIFFER first at step {d.step}, {d.metric}: {d.a} and {d.b} (relative {d.size:.3g});"
+            f" {len(beyond)} in all",
+            file=sys.stderr,
+        )
         return 1
     print("equal" + (f" within {options.tolerance:g}" if options.tolerance else ", bit for bit"))
     return 0

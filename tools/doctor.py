@@ -1,7 +1,8 @@
 """What this machine has, what a missing part costs, and whether a recipe can run here.
 
 python tools/doctor.py                                              the table
-python tools/doctor.py recipe=NAME [with=FRAGMENT,…] [key=value …]  and a verdict; exit code 0: it can, 2: it cannot, with the reasons
+python tools/doctor.py recipe=NAME [with=FRAGMENT,…] [key=value …]  and a verdict; exit code 0: it
+can, 2: it cannot, with the reasons
 """
 
 from __future__ import annotations
@@ -29,33 +30,59 @@ from gipo_megatron.recipe.schema import Recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 NODE = 8  # GPUs of one machine; a recipe for more is for several machines
-MEMORY_SHARE = 0.9  # of the class a card is sold as: an "80 GB" one reports 79.1 to 79.6 GiB, or 74.5 where GB are meant
+# of the class a card is sold as: an "80 GB" one reports 79.1 to 79.6 GiB, or 74.5 where GB are
+# meant
+MEMORY_SHARE = 0.9
 NOTHING = "-"
 
 
 def rows(here: Capabilities) -> list[tuple[str, str, str]]:
     """(part, what was found, what is missing and what that costs)"""
-    gpus = {f"{gpu.name} ({gpu.compute[0]}.{gpu.compute[1]}, {gpu.memory_gib:.0f} GiB)" for gpu in here.gpus}
+    gpus = {
+        f"{gpu.name} ({gpu.compute[0]}.{gpu.compute[1]}, {gpu.memory_gib:.0f} GiB)"
+        for gpu in here.gpus
+    }
     apex = "" if here.apex is None else here.apex.version
     optional = "optional: "
     table = [
         ("python", here.python, ""),
         ("torch", here.torch, ""),
         ("CUDA (torch's)", here.cuda, "torch without CUDA: everything runs on the CPU, over gloo"),
-        ("GPU", f"{len(here.gpus)} × {', '.join(sorted(gpus))}" if gpus else None, "models of millions of parameters only; no FP8"),
+        (
+            "GPU",
+            f"{len(here.gpus)} × {', '.join(sorted(gpus))}" if gpus else None,
+            "models of millions of parameters only; no FP8",
+        ),
         ("NCCL", here.nccl, "no communication between GPUs"),
         ("megatron-core", here.megatron, "nothing runs; pip install -e . -c constraints.txt"),
-        ("transformer-engine", here.transformer_engine, "no FP8, no fused attention and norms: slower, more activation memory"),
-        ("apex (NVIDIA's)", apex, optional + "Transformer Engine or this project's Adam takes its place"),
+        (
+            "transformer-engine",
+            here.transformer_engine,
+            "no FP8, no fused attention and norms: slower, more activation memory",
+        ),
+        (
+            "apex (NVIDIA's)",
+            apex,
+            optional + "Transformer Engine or this project's Adam takes its place",
+        ),
         ("wandb", here.wandb, optional + "no run.loggers=[wandb]"),
         ("vllm", here.vllm, optional + "responses come from this project's own decoder"),
     ]
     result = [(part, found or NOTHING, "" if found else costs) for part, found, costs in table]
     if here.apex is not None and not here.apex.nvidia:
         note = "another package of that name, of no use here: pip uninstall apex"
-        result = [(part, found, note if part.startswith("apex") else costs) for part, found, costs in result]
+        result = [
+            (part, found, note if part.startswith("apex") else costs)
+            for part, found, costs in result
+        ]
     for recipe in FP8_NEEDS:
-        result.append((f"FP8 {recipe}", "can run" if not fp8_obstacle(recipe, here) else NOTHING, fp8_obstacle(recipe, here)))
+        result.append(
+            (
+                f"FP8 {recipe}",
+                "can run" if not fp8_obstacle(recipe, here) else NOTHING,
+                fp8_obstacle(recipe, here),
+            )
+        )
     return result
 
 
@@ -88,10 +115,16 @@ def _gpus(recipe: Recipe, here: Capabilities) -> list[str]:
         return [f"it is for {recipe.world} GPUs, {a_node} a machine; here are {len(here.gpus)}"]
     smallest = min(gpu.memory_gib for gpu in here.gpus)
     if smallest < MEMORY_SHARE * recipe.hardware.gpu_memory_gib:
-        found.append(f"it is for GPUs of {recipe.hardware.gpu_memory_gib} GiB; the smallest here has {smallest:.0f}")
+        found.append(
+            f"it is for GPUs of {recipe.hardware.gpu_memory_gib} GiB; the smallest here has"
+            f" {smallest:.0f}"
+        )
     weakest = min(here.gpus, key=lambda gpu: gpu.compute)
     if recipe.precision.dtype == "bf16" and weakest.compute < BF16_COMPUTE:
-        found.append(f"precision.dtype bf16 needs compute capability 8.0 (Ampere) or newer; {weakest.name} is older")
+        found.append(
+            f"precision.dtype bf16 needs compute capability 8.0 (Ampere) or newer; {weakest.name}"
+            " is older"
+        )
     if recipe.world > 1 and here.nccl is None:
         found.append("torch has no NCCL: several GPUs cannot talk to each other")
     return found
@@ -110,11 +143,13 @@ def main(argv: Sequence[str]) -> int:
         return 0
     recipe = compose(list(argv), RECIPES)
     reasons = obstacles(recipe, here)
-    if failure is not None and (here.gpus or failure.stops_megatron):  # without GPUs no layer is Transformer Engine's
+    # without GPUs no layer is Transformer Engine's
+    if failure is not None and (here.gpus or failure.stops_megatron):
         reasons.append(broken_transformer_engine(failure.reason).what)
     machines = -(-recipe.world // NODE) if recipe.hardware.gpus else 1
     print(
-        f"\n{recipe.name}: {'cannot run' if reasons else 'can run'} {'here' if machines == 1 else f'on {machines} machines like this one'}"
+        f"\n{recipe.name}: {'cannot run' if reasons else 'can run'}"
+        f" {'here' if machines == 1 else f'on {machines} machines like this one'}"
     )
     for reason in reasons:
         print(f"  - {reason}")

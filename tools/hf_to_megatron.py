@@ -1,8 +1,10 @@
-"""Hugging Face folder -> checkpoint: python tools/hf_to_megatron.py hf=DIR_OR_HUB_NAME out=DIR [verify=false]
+"""Hugging Face folder -> checkpoint: python tools/hf_to_megatron.py hf=DIR_OR_HUB_NAME out=DIR
+[verify=false]
 
-One process, no GPU. The checkpoint loads at any tensor x pipeline x data layout. Language models (Llama 2/3, Mistral, Qwen2, Qwen2.5,
-Qwen3) and their sequence classifiers with one label. Verified by default: every tensor bit for bit, and the outputs against
-transformers in fp32 (4 bytes a parameter of memory); verify=false leaves out the outputs. `models.<role>.load` of a recipe takes
+One process, no GPU. The checkpoint loads at any tensor x pipeline x data layout. Language models
+(Llama 2/3, Mistral, Qwen2, Qwen2.5, Qwen3) and their sequence classifiers with one label. Verified
+by default: every tensor bit for bit, and the outputs against transformers in fp32 (4 bytes a
+parameter of memory); verify=false leaves out the outputs. `models.<role>.load` of a recipe takes
 Hugging Face folders as they are, too.
 """
 
@@ -23,7 +25,13 @@ def main(argv: list[str]) -> None:
 
     mesh, progress = Mesh.create(Parallel()), Progress()
     try:
-        to_megatron(words["hf"], Path(words["out"]), mesh, verify=words["verify"] == "true", progress=progress)
+        to_megatron(
+            words["hf"],
+            Path(words["out"]),
+            mesh,
+            verify=words["verify"] == "true",
+            progress=progress,
+        )
     finally:
         mesh.close()
     progress.line(f"wrote {words['out']}")

@@ -1,9 +1,11 @@
-"""Checkpoint -> Hugging Face folder: python tools/megatron_to_hf.py checkpoint=DIR out=DIR [role=critic] [verify=false]
+"""Checkpoint -> Hugging Face folder: python tools/megatron_to_hf.py checkpoint=DIR out=DIR
+[role=critic] [verify=false]
 
-One process, no GPU, whatever layout the checkpoint was trained in. The policy unless a role is named; reward models and critics become
-AutoModelForSequenceClassification with one label. Writes safetensors, config, generation config, tokenizer and a model card. Verified by
-default: names, shapes, dtypes, bytes, every tensor, and the outputs against transformers in fp32 (4 bytes a parameter of memory);
-verify=false leaves out the outputs.
+One process, no GPU, whatever layout the checkpoint was trained in. The policy unless a role is
+named; reward models and critics become AutoModelForSequenceClassification with one label. Writes
+safetensors, config, generation config, tokenizer and a model card. Verified by default: names,
+shapes, dtypes, bytes, every tensor, and the outputs against transformers in fp32 (4 bytes a
+parameter of memory); verify=false leaves out the outputs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ def main(argv: list[str]) -> None:
     mesh, progress = Mesh.create(Parallel()), Progress()
     try:
         verify = words["verify"] == "true"
-        to_hf(Path(words["checkpoint"]), Path(words["out"]), mesh, role=words["role"], verify=verify, progress=progress)
+        to_hf(
+            Path(words["checkpoint"]),
+            Path(words["out"]),
+            mesh,
+            role=words["role"],
+            verify=verify,
+            progress=progress,
+        )
     finally:
         mesh.close()
     progress.line(f"wrote {words['out']}")

@@ -1,7 +1,9 @@
-"""python tools/plan.py recipe=NAME [world=N] [with=FRAGMENT,…] [key.path=value …]      no GPU, no weights
+"""python tools/plan.py recipe=NAME [world=N] [with=FRAGMENT,…] [key.path=value …]      no GPU, no
+weights
 
-Who is where, what each GPU holds in each phase, how a batch is cut, how long an iteration may take, and whether it all fits.
-Exit code 0: here is the plan, whatever its verdict; 2: no such recipe, or one that cannot be cut like that.
+Who is where, what each GPU holds in each phase, how a batch is cut, how long an iteration may take,
+and whether it all fits. Exit code 0: here is the plan, whatever its verdict; 2: no such recipe, or
+one that cannot be cut like that.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan is the same wherever it is made, and takes nothing from a GPU that is busy
+    # a plan is the same wherever it is made, and takes nothing from a GPU that is busy
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from gipo_megatron.planning.report import plan_text  # starts Megatron
 
     print(plan_text(argv, RECIPES), end="")

@@ -1,8 +1,9 @@
-"""A table, figures and a report of run folders:  python tools/plot.py RUN_DIR… [out=DIR] [report=PATH]
+"""A table, figures and a report of run folders:  python tools/plot.py RUN_DIR… [out=DIR]
+[report=PATH]
 
-Figures (PNG, SVG and PDF, reward against √KL among them) go to `out`; without it into the run's own figures/ folder, or
-./figures for several runs.
-Exit codes: 0 done, 2 a mistake in the command or in a run folder.
+Figures (PNG, SVG and PDF, reward against √KL among them) go to `out`; without it into the run's own
+figures/ folder, or ./figures for several runs. Exit codes: 0 done, 2 a mistake in the command or in
+a run folder.
 """
 
 from __future__ import annotations
@@ -30,12 +31,20 @@ def parse(arguments: list[str]) -> tuple[list[str], str, str | None]:
         if equals and key in ("out", "report") and value:
             options[key] = value
         elif argument.startswith("-") or (equals and not Path(argument).exists()):
-            raise UserError(f"unknown option {argument!r}", fix="options are out=DIR and report=PATH")
+            raise UserError(
+                f"unknown option {argument!r}", fix="options are out=DIR and report=PATH"
+            )
         else:
             runs.append(argument)
     if not runs:
-        raise UserError("no run folder given", fix="python tools/plot.py RUN_DIR… [out=DIR] [report=PATH]")
-    out = options["out"] if "out" in options else str(Path(runs[0], "figures") if len(runs) == 1 else Path("figures"))
+        raise UserError(
+            "no run folder given", fix="python tools/plot.py RUN_DIR… [out=DIR] [report=PATH]"
+        )
+    out = (
+        options["out"]
+        if "out" in options
+        else str(Path(runs[0], "figures") if len(runs) == 1 else Path("figures"))
+    )
     return runs, out, options.get("report")
 
 

@@ -3,8 +3,9 @@
     python tools/prepare_data.py data.path=FOLDER data.format=preference [tokenizer=bytes] [out=DIR]
     python tools/prepare_data.py planted out=DIR [data.planted.prompts=600 …]
 
-The keys of a recipe's `data:` block mean the same here. Prints what was kept and dropped and why, token lengths, and one row. With out=DIR
-writes DIR/<source>/<train|test>.jsonl, which a recipe reads with the same data.format (planted: one folder for each format).
+The keys of a recipe's `data:` block mean the same here. Prints what was kept and dropped and why,
+token lengths, and one row. With out=DIR writes DIR/<source>/<train|test>.jsonl, which a recipe
+reads with the same data.format (planted: one folder for each format).
 """
 
 from __future__ import annotations
@@ -46,15 +47,22 @@ def read_arguments(arguments: list[str]) -> tuple[DataConfig, str, Path | None]:
         elif key in keys and equals:
             keys[key] = value
         else:
-            raise UserError(f"what is {argument!r}?", where="command line", fix="give data.KEY=VALUE, tokenizer=…, out=DIR, or planted")
+            raise UserError(
+                f"what is {argument!r}?",
+                where="command line",
+                fix="give data.KEY=VALUE, tokenizer=…, out=DIR, or planted",
+            )
     try:
         schema = OmegaConf.structured(DataConfig())
         for frozen in (schema, schema.planted):
-            OmegaConf.set_readonly(frozen, False)  # OmegaConf 2.3 merges nothing into a frozen dataclass
+            # OmegaConf 2.3 merges nothing into a frozen dataclass
+            OmegaConf.set_readonly(frozen, False)
         config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(block)))
     except OmegaConfBaseException as error:
         raise UserError(
-            str(error).splitlines()[0], where="command line", fix=f"keys: {', '.join(DataConfig.__dataclass_fields__)}"
+            str(error).splitlines()[0],
+            where="command line",
+            fix=f"keys: {', '.join(DataConfig.__dataclass_fields__)}",
         ) from error
     assert isinstance(config, DataConfig)
     return config, keys["tokenizer"], Path(keys["out"]) if keys["out"] else None
@@ -67,15 +75,24 @@ def lengths(data: Dataset, encoder: Encoder, tokenizer: Tokenizer) -> list[str]:
     responses = [
         len(encoded.tokens) - encoded.prompt_length
         for row in rows
-        for encoded in (encoder.sequence(data.rows[row], row, i) for i in range(len(data.rows[row].responses)))
+        for encoded in (
+            encoder.sequence(data.rows[row], row, i) for i in range(len(data.rows[row].responses))
+        )
     ]
     lines = []
     for name, counts in (("prompt", prompts), ("response", responses)):
         if counts:
-            at = torch.tensor(counts, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+            at = (
+                torch.tensor(counts, dtype=torch.float64)
+                .quantile(torch.tensor(QUANTILES, dtype=torch.float64))
+                .tolist()
+            )
             lines.append(
                 f"{name} tokens: "
-                + "  ".join(f"{'max' if q == 1 else f'{q:.0%}'} {value:.0f}" for q, value in zip(QUANTILES, at, strict=True))
+                + "  ".join(
+                    f"{'max' if q == 1 else f'{q:.0%}'} {value:.0f}"
+                    for q, value in zip(QUANTILES, at, strict=True)
+                )
             )
     return lines + encoder.lines()
 
@@ -85,7 +102,10 @@ def show(example: Example, encoder: Encoder) -> list[str]:
     _, prompt = encoder.prompt(example, 0)
     names = {0: (), 1: ("response",), 2: ("chosen", "rejected")}[len(example.responses)]
     parts = [("prompt", prompt), *zip(names, example.responses, strict=True)]
-    return [f"  {name}: {text if len(text) <= 300 else text[:140] + ' … ' + text[-140:]!r}" for name, text in parts]
+    return [
+        f"  {name}: {text if len(text) <= 300 else text[:140] + ' … ' + text[-140:]!r}"
+        for name, text in parts
+    ]
 
 
 def row_of(example: Example, kind: str, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -93,7 +113,10 @@ def row_of(example: Example, kind: str, tokenizer: Tokenizer) -> dict[str, Any]:
     names = NAMES[kind]
     if example.style == "messages":
         prompt: Any = [{"role": turn.role, "content": turn.text} for turn in example.prompt]
-        answers: dict[str, Any] = {n: [{"role": "assistant", "content": text}] for n, text in zip(names, example.responses, strict=True)}
+        answers: dict[str, Any] = {
+            n: [{"role": "assistant", "content": text}]
+            for n, text in zip(names, example.responses, strict=True)
+        }
     else:
         prompt = choose("plain", example.style, tokenizer).prompt(example.prompt)
         answers = dict(zip(names, example.responses, strict=True))
@@ -107,7 +130,9 @@ def write(data: Dataset, kind: str, split: str, tokenizer: Tokenizer, out: Path)
         file = out / source / f"{split}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
-        rows = (row_of(example, kind, tokenizer) for example in data.rows if example.source == source)
+        rows = (
+            row_of(example, kind, tokenizer) for example in data.rows if example.source == source
+        )
         part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(part, file)
         written.append(file)
@@ -120,7 +145,14 @@ def main(arguments: list[str]) -> None:
     kind = "preference" if config.format == "planted" else config.format
     for split in ("train", "test"):
         data, encoder = load_data(config, tokenizer, split, 0, kind), Encoder(config, tokenizer)
-        print(f"{split}:", *data.report, *lengths(data, encoder, tokenizer), "first row:", *show(data.rows[0], encoder), sep="\n  ")
+        print(
+            f"{split}:",
+            *data.report,
+            *lengths(data, encoder, tokenizer),
+            "first row:",
+            *show(data.rows[0], encoder),
+            sep="\n  ",
+        )
         if out is not None and config.format != "planted":
             print(*(f"wrote {file}" for file in write(data, kind, split, tokenizer, out)), sep="\n")
     if out is not None and config.format == "planted":

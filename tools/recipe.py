@@ -1,8 +1,10 @@
 """Look at recipes without starting anything.
 
 python tools/recipe.py list                          names, first line of each
-python tools/recipe.py show NAME [key=value …]       everything expanded, with the file and line of each value
-python tools/recipe.py check [NAME…] [key=value …]   all problems at once; no name: every recipe; world=64, with=hardware/…
+python tools/recipe.py show NAME [key=value …]       everything expanded, with the file and line of
+each value
+python tools/recipe.py check [NAME…] [key=value …]   all problems at once; no name: every recipe;
+world=64, with=hardware/…
 python tools/recipe.py diff A B [key=value …]        exactly the keys that differ
 """
 
@@ -32,27 +34,38 @@ def composed(name: str, settings: Sequence[str]) -> Recipe | EvaluationRecipe:
 def summary(recipe: Recipe | EvaluationRecipe) -> str:
     """`ok hh_gipo: 8 processes = tensor 4 × pipeline 1 × data 2; …`"""
     parallel = recipe.parallel
-    shares = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {recipe.data_parallel}"
+    shares = (
+        f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {recipe.data_parallel}"
+    )
     world = f"{recipe.world} process{'es' if recipe.world > 1 else ''} = {shares}"
     if isinstance(recipe, EvaluationRecipe):
         pairs = f"{recipe.subject} against {', '.join(recipe.opponents)}"
         prompts = sum(task.prompts for task in recipe.tasks)
         return (
-            f"ok {recipe.name}: evaluation; {world}; {pairs}; {len(recipe.tasks)} tasks, at most {prompts} prompts; {recipe.judge['name']}"
+            f"ok {recipe.name}: evaluation; {world}; {pairs}; {len(recipe.tasks)} tasks, at most"
+            f" {prompts} prompts; {recipe.judge['name']}"
         )
     batch = recipe.batch
     slots = batch.minibatch // (recipe.data_parallel * batch.micro_batch)
-    step = f"minibatch {batch.minibatch} = data {recipe.data_parallel} × {slots} micro-batches of {batch.micro_batch}"
+    step = (
+        f"minibatch {batch.minibatch} = data {recipe.data_parallel} × {slots} micro-batches of"
+        f" {batch.micro_batch}"
+    )
     if "critic" in recipe.trained:
         rows = batch.prompts * batch.responses
-        step = f"{batch.prompts} prompts × {batch.responses} responses = {rows // batch.minibatch} minibatches; {step}"
+        step = (
+            f"{batch.prompts} prompts × {batch.responses} responses = {rows // batch.minibatch}"
+            f" minibatches; {step}"
+        )
     return f"ok {recipe.name}: {recipe.algorithm['name']}; {world}; {step}"
 
 
 def check(names: Sequence[str], settings: Sequence[str]) -> None:
-    """Prints a line per sound recipe, and all problems of the others. Raises UserError when there were any.
+    """Prints a line per sound recipe, and all problems of the others. Raises UserError when there
+    were any.
 
-    Among all recipes, those that take their architecture from weights which are not on this machine are no problem.
+    Among all recipes, those that take their architecture from weights which are not on this machine
+    are no problem.
     """
     failed: list[UserError] = []
     for name in names or recipe_names(ROOT):
@@ -75,7 +88,8 @@ def check(names: Sequence[str], settings: Sequence[str]) -> None:
 
 
 def differences(a: Node, b: Node, path: tuple[str, ...] = ()) -> list[tuple[str, str, str]]:
-    """(key, value in a, value in b) of every key that differs; a component of another name is one row."""
+    """(key, value in a, value in b) of every key that differs; a component of another name is one
+    row."""
     if isinstance(a, Block) and isinstance(b, Block):
         if path[:1] == ("algorithm",) and _name(a) != _name(b):
             return [(".".join(path), _compact(a), _compact(b))]

@@ -1,9 +1,11 @@
 """One recipe at many settings, one run after the other.
 
-python tools/sweep.py recipe=hh_gipo run.seed=0..4 algorithm.kl_controller.eta=0.02,0.05 [nproc=8] [dry=true] [key=value …]
+python tools/sweep.py recipe=hh_gipo run.seed=0..4 algorithm.kl_controller.eta=0.02,0.05 [nproc=8]
+[dry=true] [key=value …]
 
-`a..b` counts from a to b, `a,b,c` lists (a comma inside […], {…} or quotes is not one). Every combination is checked before the
-first starts, and gets a run.dir of its own. A run that fails is reported at the end; the others go on.
+`a..b` counts from a to b, `a,b,c` lists (a comma inside […], {…} or quotes is not one). Every
+combination is checked before the first starts, and gets a run.dir of its own. A run that fails is
+reported at the end; the others go on.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ class Sweep:
     @property
     def points(self) -> list[tuple[str, ...]]:
         """One word per varied key, for each combination; the last key changes fastest."""
-        return list(itertools.product(*([f"{key}={value}" for value in values] for key, values in self.varied)))
+        return list(
+            itertools.product(
+                *([f"{key}={value}" for value in values] for key, values in self.varied)
+            )
+        )
 
 
 def values_of(text: str) -> tuple[str, ...]:
@@ -70,7 +76,9 @@ def parse(argv: Sequence[str]) -> Sweep:
         key, _, text = word.partition("=")
         if key == "nproc":
             if not text.isdigit() or int(text) == 0:
-                raise UserError(f"nproc needs a number of processes, not {text!r}", where="command line")
+                raise UserError(
+                    f"nproc needs a number of processes, not {text!r}", where="command line"
+                )
             nproc = int(text)
         elif key == "dry":
             if text not in ("true", "false"):
@@ -79,7 +87,9 @@ def parse(argv: Sequence[str]) -> Sweep:
         else:
             values = (text,) if key in ("recipe", "with", "world") else values_of(text)
             if not values:
-                raise UserError(f"{word!r} counts nothing", where="command line", fix=f"{key}=0..4 counts up")
+                raise UserError(
+                    f"{word!r} counts nothing", where="command line", fix=f"{key}=0..4 counts up"
+                )
             if len(values) == 1:
                 fixed.append(word)
             else:
@@ -88,7 +98,8 @@ def parse(argv: Sequence[str]) -> Sweep:
 
 
 def command(sweep: Sweep, point: Sequence[str], recipes: Path) -> list[str]:
-    """What starts one combination; its folder is the recipe's run.dir and the point's settings. Raises RecipeErrors."""
+    """What starts one combination; its folder is the recipe's run.dir and the point's settings.
+    Raises RecipeErrors."""
     words = [*sweep.fixed, *point]
     recipe = compose(words, recipes, world=sweep.nproc or 1)
     if point:
@@ -96,7 +107,15 @@ def command(sweep: Sweep, point: Sequence[str], recipes: Path) -> list[str]:
     words = [word for word in words if not word.startswith("world=")]
     if sweep.nproc is None:
         return [sys.executable, str(TRAIN), *words]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(sweep.nproc), str(TRAIN), *words]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(sweep.nproc),
+        str(TRAIN),
+        *words,
+    ]
 
 
 def _label(word: str, sweep: Sweep) -> str:
@@ -118,7 +137,9 @@ def main(argv: Sequence[str], recipes: Path = REPOSITORY / "recipes") -> int:
     for number, words in enumerate(commands, 1):
         line = shlex.join(words)
         print(f"[{number}/{len(commands)}] {line}", flush=True)
-        if not sweep.dry and (code := subprocess.run(words, env=os.environ, check=False).returncode):
+        if not sweep.dry and (
+            code := subprocess.run(words, env=os.environ, check=False).returncode
+        ):
             failed.append((line, code))
     for line, code in failed:
         print(f"failed with {code}: {line}", file=sys.stderr)

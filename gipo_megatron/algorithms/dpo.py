@@ -1,4 +1,5 @@
-"""Direct preference optimisation: the policy is its own reward model, measured against a frozen reference."""
+"""Direct preference optimisation: the policy is its own reward model, measured against a frozen
+reference."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Preference:
 @register("algorithm", "dpo")
 @dataclass
 class DPO:
-    """One optimizer step an iteration on the pairs' loss; the reference is asked once for all pairs, or for each batch as it comes."""
+    """One optimizer step an iteration on the pairs' loss; the reference is asked once for all
+    pairs, or for each batch as it comes."""
 
     beta: Annotated[float, Range(0, open=True)] = 0.1
     loss: Annotated[str, OneOf("sigmoid", "ipo")] = "sigmoid"
@@ -49,9 +51,17 @@ class DPO:
     def __post_init__(self) -> None:
         if self.label_smoothing >= 0.5:
             what = f"{self.label_smoothing} must be below 0.5: more wrong labels than right ones"
-            raise UserError(what, where="label_smoothing", fix="the share of pairs whose label is wrong, such as 0.1")
+            raise UserError(
+                what,
+                where="label_smoothing",
+                fix="the share of pairs whose label is wrong, such as 0.1",
+            )
         if self.loss == "ipo" and self.label_smoothing > 0:
-            raise UserError("the ipo loss has no label smoothing", where="label_smoothing", fix="loss: sigmoid, or label_smoothing: 0.0")
+            raise UserError(
+                "the ipo loss has no label smoothing",
+                where="label_smoothing",
+                fix="loss: sigmoid, or label_smoothing: 0.0",
+            )
 
     def step(self, step: int) -> StepResult:
         pairs = self.pairs(step)
@@ -61,7 +71,9 @@ class DPO:
             update = self.actor.update((batch, self.objective))
         skipped = {} if update.skipped is None else {"actor": update.skipped}
         tokens, passes = int(batch.sequences.lengths.sum()), 3 if self.precompute else 4
-        return StepResult(prefixed("dpo", update.metrics), skipped=skipped, tokens=tokens, passes=passes)
+        return StepResult(
+            prefixed("dpo", update.metrics), skipped=skipped, tokens=tokens, passes=passes
+        )
 
     def objective(self, output: TokenStats, batch: ReferredPairs) -> Loss:
         found = self.preference(output, batch)
@@ -75,7 +87,8 @@ class DPO:
         return Loss({"preference": (found.loss.sum(), "pair")}, metrics)
 
     def preference(self, output: TokenStats, batch: ReferredPairs) -> Preference:
-        """log(pi / pi_ref) of a response is the sum over its tokens; with `length_normalise`, their mean."""
+        """log(pi / pi_ref) of a response is the sum over its tokens; with `length_normalise`, their
+        mean."""
         log_ratio = response_sums(output, batch) - batch.reference.to(output.logprobs)
         if self.length_normalise:
             log_ratio = log_ratio / batch.response_lengths.to(log_ratio)

@@ -1,4 +1,5 @@
-"""What DPO's reference says of the pairs: asked for each batch as it comes, or for all of them once and then let go."""
+"""What DPO's reference says of the pairs: asked for each batch as it comes, or for all of them once
+and then let go."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def response_sums(output: TokenStats, batch: Rows) -> Tensor:
 
 
 class PairReference(Protocol):
-    """The frozen policy, as DPO asks it. `split` is train | held_out: row ids count within a split."""
+    """The frozen policy, as DPO asks it. `split` is train | held_out: row ids count within a
+    split."""
 
     def refer(self, split: str, pairs: Pairs) -> ReferredPairs: ...
 
@@ -70,7 +72,8 @@ class LiveReference:
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of a dataset that a run uses, and how to get some of them: (rows, dp rank, dp size) -> this replica's, and which count."""
+    """The rows of a dataset that a run uses, and how to get some of them: (rows, dp rank, dp size)
+    -> this replica's, and which count."""
 
     rows: Sequence[int]
     pairs_at: Callable[[Sequence[int], int, int], tuple[Pairs, Tensor]]
@@ -78,10 +81,12 @@ class Split:
 
 @dataclass
 class PrecomputedReference:
-    """One pass over all pairs before the first of them is used, two numbers a pair; then the model is freed.
+    """One pass over all pairs before the first of them is used, two numbers a pair; then the model
+    is freed.
 
-    The numbers are whole on every replica and travel with the checkpoint, so a resumed run builds no reference, unless it uses more
-    rows. `identity` says what they follow from: those of another reference, or of other data, are not taken over but made anew.
+    The numbers are whole on every replica and travel with the checkpoint, so a resumed run builds
+    no reference, unless it uses more rows. `identity` says what they follow from: those of another
+    reference, or of other data, are not taken over but made anew.
     """
 
     make: Callable[[], Reference]
@@ -89,7 +94,8 @@ class PrecomputedReference:
     dp: DataParallel
     batch: int  # pairs of all replicas in one forward pass
     identity: str
-    sums: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict, init=False)  # split -> row -> chosen, rejected
+    # split -> row -> chosen, rejected
+    sums: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict, init=False)
     complete: bool = field(default=False, init=False)
 
     def refer(self, split: str, pairs: Pairs) -> ReferredPairs:
@@ -100,25 +106,37 @@ class PrecomputedReference:
 
     def _complete(self) -> None:
         """Collective: all replicas lack the same rows."""
-        lacking = {name: [row for row in split.rows if row not in self.sums.setdefault(name, {})] for name, split in self.splits.items()}
+        lacking = {
+            name: [row for row in split.rows if row not in self.sums.setdefault(name, {})]
+            for name, split in self.splits.items()
+        }
         if any(lacking.values()):
             model = self.make()
             for name, rows in lacking.items():
                 for start in range(0, len(rows), self.batch):
                     self._ask(model, name, rows[start : start + self.batch])
             del model
-            gc.collect()  # modules lie in cycles: without this their memory would come back some time later
+            # modules lie in cycles: without this their memory would come back some time later
+            gc.collect()
         self.complete = True
 
     def _ask(self, model: Reference, name: str, rows: Sequence[int]) -> None:
         pairs, _ = self.splits[name].pairs_at(rows, self.dp.rank, self.dp.size)
         sums = response_sums(model.logprobs(pairs), pairs)
-        ids, chosen, rejected = (gather_rows(x, self.dp).tolist() for x in (pairs.row_ids.to(sums.device), *sums.unbind(1)))
-        self.sums[name] |= {int(row): (c, r) for row, c, r in zip(ids, chosen, rejected, strict=True)}
+        ids, chosen, rejected = (
+            gather_rows(x, self.dp).tolist()
+            for x in (pairs.row_ids.to(sums.device), *sums.unbind(1))
+        )
+        self.sums[name] |= {
+            int(row): (c, r) for row, c, r in zip(ids, chosen, rejected, strict=True)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         tables = {
-            name: {"rows": torch.tensor(list(known)), "sums": torch.tensor(list(known.values()), dtype=torch.float64)}
+            name: {
+                "rows": torch.tensor(list(known)),
+                "sums": torch.tensor(list(known.values()), dtype=torch.float64),
+            }
             for name, known in self.sums.items()
         }
         return {"identity": self.identity, "splits": tables}
@@ -126,4 +144,7 @@ class PrecomputedReference:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state and state["identity"] == self.identity:
             tables = state["splits"].items()
-            self.sums = {name: dict(zip(t["rows"].tolist(), map(tuple, t["sums"].tolist()), strict=True)) for name, t in tables}
+            self.sums = {
+                name: dict(zip(t["rows"].tolist(), map(tuple, t["sums"].tolist()), strict=True))
+                for name, t in tables
+            }

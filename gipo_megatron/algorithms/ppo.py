@@ -1,7 +1,7 @@
 """PPO and GIPO: one page, read downward.
 
-`variance_regulariser: none` with `kl_controller: fixed` is PPO with a KL price; GIPO is this same page with two components
-exchanged. Step numbers are those of docs/algorithm.md, section 3.
+`variance_regulariser: none` with `kl_controller: fixed` is PPO with a KL price; GIPO is this same
+page with two components exchanged. Step numbers are those of docs/algorithm.md, section 3.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ NotNegative = Annotated[float, Range(0)]
 @register("algorithm", "ppo")
 @dataclass
 class PPO:
-    """Proximal policy optimisation from a reward model, with groups (Schulman et al. 2017; Zheng et al. 2024)."""
+    """Proximal policy optimisation from a reward model, with groups (Schulman et al. 2017; Zheng et
+    al. 2024)."""
 
     clip: Positive = 0.2
     value_clip: Positive = 0.2
@@ -65,7 +66,8 @@ class PPO:
     dp: DataParallel = from_runtime("dp")
     minibatch: int = from_runtime("minibatch")  # sequences per optimizer step, global
     prompts: Callable[[int], Prompts] = from_runtime("prompts")  # step -> this replica's rows
-    examples: Callable[[int], Sequences] = from_runtime("examples")  # optimizer step -> SFT rows for ptx
+    # optimizer step -> SFT rows for ptx
+    examples: Callable[[int], Sequences] = from_runtime("examples")
     probe: Sequences = from_runtime("probe")  # fixed prompts on which label flips are counted
     sources: tuple[str, ...] = from_runtime("sources")
     phase: Callable[[str], AbstractContextManager[None]] = from_runtime("phase")
@@ -82,7 +84,9 @@ class PPO:
             reference = self.reference.logprobs(rollout).logprobs
             critic = self.critic.evaluate(rollout)
         if bad := self._non_finite(rollout.sample_id, scores.raw, old, reference, critic.values):
-            return StepResult({"reward/non_finite": Metric.mean(float(len(bad)))}, skipped={"rollout": bad})
+            return StepResult(
+                {"reward/non_finite": Metric.mean(float(len(bad)))}, skipped={"rollout": bad}
+            )
 
         groups = self.group_classifier.assign(critic.group_logits, rollout, scores)
         coefficients = self.kl_controller.coefficients(groups)  # 4: [B], the price of a nat
@@ -104,12 +108,18 @@ class PPO:
         with self.phase("update"):
             value_metrics = self._update_critic(experience, skipped)  # 6
             if self.group_classifier.relabel:
-                groups = self.group_classifier.assign(self.critic.evaluate(rollout).group_logits, rollout, scores)
+                groups = self.group_classifier.assign(
+                    self.critic.evaluate(rollout).group_logits, rollout, scores
+                )
             weights = self.variance_regulariser.weights(groups)  # 7
             experience = replace(experience, weights=weights.values, group_probs=groups.probs)
-            policy_metrics = self._update_actor(experience, step, skipped) if step >= self.critic_warmup else {}  # 8
+            # 8
+            policy_metrics = (
+                self._update_actor(experience, step, skipped) if step >= self.critic_warmup else {}
+            )
 
-        response_kl = ops.sequence_sum(old - reference, mask)  # 9: k1, nats per response, whatever the price is computed from
+        # 9: k1, nats per response, whatever the price is computed from
+        response_kl = ops.sequence_sum(old - reference, mask)
         metrics = {
             **ppo_metrics.rollout_metrics(rollout, old, self.dp),
             **ppo_metrics.score_metrics(scores),
@@ -118,24 +128,38 @@ class PPO:
             **ppo_metrics.split_metrics(groups, scores, rollout, self.sources, self.dp),
             **ppo_metrics.source_metrics(groups, scores, rollout, response_kl, self.sources),
             **ppo_metrics.weight_metrics(weights),
-            **prefixed("value", {"explained_variance": Metric.explained_variance(returns[mask], critic.values[mask]), **value_metrics}),
+            **prefixed(
+                "value",
+                {
+                    "explained_variance": Metric.explained_variance(
+                        returns[mask], critic.values[mask]
+                    ),
+                    **value_metrics,
+                },
+            ),
             **prefixed("policy", policy_metrics),
             **self._observe(groups, scores, response_kl),
         }
         samples = ppo_metrics.sample_rows(rollout, scores, groups, weights, response_kl)
-        passes = 5 + 6 * self.epochs  # generation, actor, reference, critic, reward; two models trained
+        # generation, actor, reference, critic, reward; two models trained
+        passes = 5 + 6 * self.epochs
         return StepResult(metrics, samples, skipped, int(rollout.lengths.sum()), passes)
 
-    # ----------------------------------------------------------------------------------------- stage 1 and stage 2
+    # -------------------------------------------------------------------------- stage 1 and stage 2
 
     def _minibatches(self, experience: Experience) -> Iterator[tuple[int, Experience]]:
         """Contiguous blocks of the global batch, in order; the same blocks every epoch."""
         size = self.minibatch // self.dp.size
         for epoch in range(self.epochs):
             for index, start in enumerate(range(0, len(experience), size)):
-                yield epoch * (len(experience) // size) + index, experience.block(start, start + size)
+                yield (
+                    epoch * (len(experience) // size) + index,
+                    experience.block(start, start + size),
+                )
 
-    def _update_critic(self, experience: Experience, skipped: dict[str, tuple[int, ...]]) -> Metrics:
+    def _update_critic(
+        self, experience: Experience, skipped: dict[str, tuple[int, ...]]
+    ) -> Metrics:
         metrics: Metrics = {}
         for _, batch in self._minibatches(experience):
             update = self.critic.update((batch, self.critic_loss))
@@ -144,7 +168,9 @@ class PPO:
                 skipped["critic"] = skipped.get("critic", ()) + update.skipped
         return metrics
 
-    def _update_actor(self, experience: Experience, step: int, skipped: dict[str, tuple[int, ...]]) -> Metrics:
+    def _update_actor(
+        self, experience: Experience, step: int, skipped: dict[str, tuple[int, ...]]
+    ) -> Metrics:
         metrics: Metrics = {}
         updates = self.epochs * len(experience) * self.dp.size // self.minibatch
         for index, batch in self._minibatches(experience):
@@ -158,37 +184,66 @@ class PPO:
         return metrics
 
     def critic_loss(self, output: CriticOutput, batch: Experience) -> Loss:
-        """Clipped value loss per token - beta_critic sum_g c_ig p_ig per sequence (algorithm.md 2.2, stage 1)."""
+        """Clipped value loss per token - beta_critic sum_g c_ig p_ig per sequence (algorithm.md
+        2.2, stage 1)."""
         mask = batch.rollout.mask
-        value = ops.sequence_sum(ops.clipped_value_loss(output.values, batch.values, batch.returns, self.value_clip), mask).sum()
+        value = ops.sequence_sum(
+            ops.clipped_value_loss(output.values, batch.values, batch.returns, self.value_clip),
+            mask,
+        ).sum()
         terms = {"value": (value, "token")}
         if output.group_logits is not None:
             gain = (batch.group_coefficients * output.group_logits.softmax(-1)).sum()
             terms["group"] = (-self.group_classifier.beta_critic * gain, "sequence")
-        return Loss(terms, {"loss": Metric("mean", torch.stack([value.detach().double(), mask.sum().double()]))})
+        return Loss(
+            terms,
+            {"loss": Metric("mean", torch.stack([value.detach().double(), mask.sum().double()]))},
+        )
 
     def actor_loss(self, output: TokenStats, batch: Experience) -> Loss:
-        """Clipped surrogate on w_i A_t per token, minus the entropy bonus (algorithm.md 2.2, stage 2)."""
+        """Clipped surrogate on w_i A_t per token, minus the entropy bonus (algorithm.md 2.2, stage
+        2)."""
         mask = batch.rollout.mask
-        loss = ops.clipped_surrogate(output.logprobs, batch.logprobs, batch.advantages * batch.weights[:, None], self.clip)
+        loss = ops.clipped_surrogate(
+            output.logprobs, batch.logprobs, batch.advantages * batch.weights[:, None], self.clip
+        )
         terms = {"policy": (ops.sequence_sum(loss, mask).sum(), "token")}
         if self.entropy > 0:
             assert output.entropy is not None
-            terms["entropy"] = (-self.entropy * ops.sequence_sum(output.entropy, mask).sum(), "token")
+            terms["entropy"] = (
+                -self.entropy * ops.sequence_sum(output.entropy, mask).sum(),
+                "token",
+            )
         return Loss(terms, ppo_metrics.policy_metrics(loss, output, batch, self.clip))
 
     def ptx_loss(self, output: TokenStats, batch: Sequences) -> Loss:
         nll = negative_log_likelihood(output, batch)
         return Loss(
-            {"ptx": (self.ptx * nll, "token")}, {"ptx": Metric("mean", torch.stack([nll.detach().double(), batch.mask.sum().double()]))}
+            {"ptx": (self.ptx * nll, "token")},
+            {
+                "ptx": Metric(
+                    "mean", torch.stack([nll.detach().double(), batch.mask.sum().double()])
+                )
+            },
         )
 
-    # ----------------------------------------------------------------------------------------- state
+    # ---------------------------------------------------------------------------------------- state
 
     def _observe(self, groups: Groups, scores: Any, response_kl: Tensor) -> Metrics:
         """Whatever has memory moves on once an iteration, here."""
-        probe = self.critic.evaluate(self.probe).group_logits if self.group_classifier.head is not None else None
-        kl = self.dp.sum(torch.stack([response_kl.double().sum(), response_kl.new_tensor(len(response_kl), dtype=torch.float64)]))
+        probe = (
+            self.critic.evaluate(self.probe).group_logits
+            if self.group_classifier.head is not None
+            else None
+        )
+        kl = self.dp.sum(
+            torch.stack(
+                [
+                    response_kl.double().sum(),
+                    response_kl.new_tensor(len(response_kl), dtype=torch.float64),
+                ]
+            )
+        )
         metrics = self.group_classifier.observe(groups, scores, probe)
         self.variance_regulariser.observe(groups)
         return {**metrics, **self.kl_controller.observe(groups, float(kl[0] / kl[1]))}

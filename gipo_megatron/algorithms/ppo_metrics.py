@@ -1,4 +1,5 @@
-"""What a PPO iteration shows of itself (docs/algorithm.md, section 6; names in README and docs/recipes.md)."""
+"""What a PPO iteration shows of itself (docs/algorithm.md, section 6; names in README and
+docs/recipes.md)."""
 
 from __future__ import annotations
 
@@ -11,14 +12,26 @@ from torch import Tensor
 
 from gipo_megatron import ops
 from gipo_megatron.roles import DataParallel, gather_rows
-from gipo_megatron.types import Experience, Groups, Metric, Metrics, Rollout, Scores, TokenStats, Weights
+from gipo_megatron.types import (
+    Experience,
+    Groups,
+    Metric,
+    Metrics,
+    Rollout,
+    Scores,
+    TokenStats,
+    Weights,
+)
 
-SAME_LABEL = 1e-6  # two rows of one prompt, in batches of other shapes, get the same label up to float rounding
+# two rows of one prompt, in batches of other shapes, get the same label up to float rounding
+SAME_LABEL = 1e-6
 
 
 def rollout_metrics(rollout: Rollout, logprobs: Tensor, dp: DataParallel) -> Metrics:
     """`distinct`: share of different responses in the global batch."""
-    texts = gather_rows(torch.tensor([_digest(text) for text in rollout.response_text], device=logprobs.device), dp)
+    texts = gather_rows(
+        torch.tensor([_digest(text) for text in rollout.response_text], device=logprobs.device), dp
+    )
     metrics = {
         "rollout/length_mean": Metric.mean(rollout.response_lengths),
         "rollout/truncated": Metric.mean((~rollout.finished).float()),
@@ -38,7 +51,11 @@ def _digest(text: str) -> int:
 
 def score_metrics(scores: Scores) -> Metrics:
     parts = {f"reward/{name}_mean": Metric.mean(value) for name, value in scores.parts.items()}
-    return {"reward/score_mean": Metric.mean(scores.raw), "reward/score_std": Metric.std(scores.raw), **parts}
+    return {
+        "reward/score_mean": Metric.mean(scores.raw),
+        "reward/score_std": Metric.std(scores.raw),
+        **parts,
+    }
 
 
 def kl_metrics(response_kl: Tensor, coefficients: Tensor) -> Metrics:
@@ -50,10 +67,13 @@ def kl_metrics(response_kl: Tensor, coefficients: Tensor) -> Metrics:
 
 
 def group_metrics(groups: Groups, scores: Scores, rollout: Rollout, response_kl: Tensor) -> Metrics:
-    """Means per group, weighted by p_ig; correlations of p_high with what it should not merely copy."""
+    """Means per group, weighted by p_ig; correlations of p_high with what it should not merely
+    copy."""
     metrics: Metrics = {
         "groups/high_corr_score": Metric.correlation(groups.high_prob, scores.raw),
-        "groups/high_corr_length": Metric.correlation(groups.high_prob, rollout.response_lengths.double()),
+        "groups/high_corr_length": Metric.correlation(
+            groups.high_prob, rollout.response_lengths.double()
+        ),
     }
     for g, probs in enumerate(groups.probs.T):
         metrics[f"groups/score_{g}"] = Metric.mean(scores.raw, probs)
@@ -63,13 +83,16 @@ def group_metrics(groups: Groups, scores: Scores, rollout: Rollout, response_kl:
     return metrics
 
 
-def split_metrics(groups: Groups, scores: Scores, rollout: Rollout, sources: tuple[str, ...], dp: DataParallel) -> Metrics:
-    """How the learned split relates to given labels (auc, ami) and to the response itself (response_split).
+def split_metrics(
+    groups: Groups, scores: Scores, rollout: Rollout, sources: tuple[str, ...], dp: DataParallel
+) -> Metrics:
+    """How the learned split relates to given labels (auc, ami) and to the response itself
+    (response_split).
 
-    auc: p_high against "from the source with the highest mean score"; response_split: AUC, within prompts, of p_high against
-    "scored above the prompt's mean" (algorithm.md 5.9), the mean over prompts that have both kinds; labels that differ by rounding
-    alone (SAME_LABEL) are equal. Where labels are given, all three
-    are of those that the head beside them learns.
+    auc: p_high against "from the source with the highest mean score"; response_split: AUC, within
+    prompts, of p_high against "scored above the prompt's mean" (algorithm.md 5.9), the mean over
+    prompts that have both kinds; labels that differ by rounding alone (SAME_LABEL) are equal. Where
+    labels are given, all three are of those that the head beside them learns.
     """
     groups = groups.observed or groups
     high, raw = gather_rows(groups.high_prob, dp).cpu(), gather_rows(scores.raw, dp).cpu()
@@ -79,7 +102,9 @@ def split_metrics(groups: Groups, scores: Scores, rollout: Rollout, sources: tup
     hard = gather_rows(groups.probs.argmax(1), dp).cpu()
 
     _, which, sizes = prompt.unique(return_inverse=True, return_counts=True)
-    above = raw > (torch.zeros(len(sizes), dtype=raw.dtype).index_add_(0, which, raw) / sizes)[which]
+    above = (
+        raw > (torch.zeros(len(sizes), dtype=raw.dtype).index_add_(0, which, raw) / sizes)[which]
+    )
     within = ops.auc(above, high, prompt, tie=SAME_LABEL)
     within = within[within.isfinite()]
     metrics = {"groups/response_split": Metric.mean(float(within.mean()) if len(within) else 0.5)}
@@ -87,15 +112,22 @@ def split_metrics(groups: Groups, scores: Scores, rollout: Rollout, sources: tup
     if len(present) > 1:
         best = max(present, key=lambda s: float(raw[source == s].mean()))
         metrics["groups/auc"] = Metric.mean(ops.auc(source == best, high, torch.zeros_like(source)))
-        metrics["groups/ami"] = Metric.mean(float(adjusted_mutual_info_score(source.numpy(), hard.numpy())))
+        metrics["groups/ami"] = Metric.mean(
+            float(adjusted_mutual_info_score(source.numpy(), hard.numpy()))
+        )
     return metrics
 
 
-def source_metrics(groups: Groups, scores: Scores, rollout: Rollout, response_kl: Tensor, sources: tuple[str, ...]) -> Metrics:
-    """The same per given label; every replica names every source, so that the reductions line up."""
+def source_metrics(
+    groups: Groups, scores: Scores, rollout: Rollout, response_kl: Tensor, sources: tuple[str, ...]
+) -> Metrics:
+    """The same per given label; every replica names every source, so that the reductions line
+    up."""
     metrics: Metrics = {}
     for name in sources:
-        rows = torch.tensor([s == name for s in rollout.source], device=scores.raw.device, dtype=torch.float64)
+        rows = torch.tensor(
+            [s == name for s in rollout.source], device=scores.raw.device, dtype=torch.float64
+        )
         metrics[f"source/{name}/score"] = Metric.mean(scores.raw, rows)
         metrics[f"source/{name}/return"] = Metric.mean(scores.returns * scores.std, rows)
         metrics[f"source/{name}/kl"] = Metric.mean(response_kl, rows)
@@ -133,7 +165,9 @@ def policy_metrics(loss: Tensor, output: TokenStats, batch: Experience, clip: fl
     return metrics
 
 
-def sample_rows(rollout: Rollout, scores: Scores, groups: Groups, weights: Weights, response_kl: Tensor) -> list[dict[str, Any]]:
+def sample_rows(
+    rollout: Rollout, scores: Scores, groups: Groups, weights: Weights, response_kl: Tensor
+) -> list[dict[str, Any]]:
     """Rows for samples.jsonl, one per sequence of this replica."""
     columns = zip(
         rollout.sample_id.tolist(),
@@ -148,6 +182,16 @@ def sample_rows(rollout: Rollout, scores: Scores, groups: Groups, weights: Weigh
         strict=True,
     )
     return [
-        {"sample_id": i, "source": s, "prompt": e["prompt"], "response": r, "score": x, "p_high": h, "weight": w, "kl": k, "length": n}
+        {
+            "sample_id": i,
+            "source": s,
+            "prompt": e["prompt"],
+            "response": r,
+            "score": x,
+            "p_high": h,
+            "weight": w,
+            "kl": k,
+            "length": n,
+        }
         for i, s, e, r, x, h, w, k, n in columns
     ]

@@ -18,7 +18,8 @@ from gipo_megatron.types import Loss, Metric, Pairs, StepResult, prefixed
 @register("algorithm", "reward_model")
 @dataclass
 class RewardModelling:
-    """-log sigmoid(s_chosen - s_rejected) per pair; `centre` adds centre * (s_chosen + s_rejected)^2 (Eisenstein et al. 2023)."""
+    """-log sigmoid(s_chosen - s_rejected) per pair; `centre` adds centre * (s_chosen +
+    s_rejected)^2 (Eisenstein et al. 2023)."""
 
     centre: Annotated[float, Range(0)] = 0.0
 
@@ -31,7 +32,12 @@ class RewardModelling:
         with self.phase("update"):
             update = self.reward.update((batch, self.loss))
         skipped = {} if update.skipped is None else {"reward": update.skipped}
-        return StepResult(prefixed("rm", update.metrics), skipped=skipped, tokens=int(batch.sequences.lengths.sum()), passes=3)
+        return StepResult(
+            prefixed("rm", update.metrics),
+            skipped=skipped,
+            tokens=int(batch.sequences.lengths.sum()),
+            passes=3,
+        )
 
     def loss(self, scores: Tensor, batch: Pairs) -> Loss:
         """scores [2b]: all chosen, then all rejected."""
@@ -41,7 +47,14 @@ class RewardModelling:
         terms = {"preference": (loss.sum(), "pair")}
         if self.centre > 0:
             terms["centre"] = (self.centre * (chosen + rejected).square().sum(), "pair")
-        return Loss(terms, {"loss": Metric.mean(loss), "accuracy": Metric.mean((margin > 0).float()), "margin": Metric.mean(margin)})
+        return Loss(
+            terms,
+            {
+                "loss": Metric.mean(loss),
+                "accuracy": Metric.mean((margin > 0).float()),
+                "margin": Metric.mean(margin),
+            },
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {}

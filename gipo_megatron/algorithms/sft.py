@@ -35,11 +35,23 @@ class SFT:
         with self.phase("update"):
             update = self.actor.update((batch, self.loss))
         skipped = {} if update.skipped is None else {"actor": update.skipped}
-        return StepResult(prefixed("sft", update.metrics), skipped=skipped, tokens=int(batch.lengths.sum()), passes=3)
+        return StepResult(
+            prefixed("sft", update.metrics),
+            skipped=skipped,
+            tokens=int(batch.lengths.sum()),
+            passes=3,
+        )
 
     def loss(self, output: TokenStats, batch: Sequences) -> Loss:
         nll = negative_log_likelihood(output, batch)
-        return Loss({"nll": (nll, "token")}, {"loss": Metric("mean", torch.stack([nll.detach().double(), batch.mask.sum().double()]))})
+        return Loss(
+            {"nll": (nll, "token")},
+            {
+                "loss": Metric(
+                    "mean", torch.stack([nll.detach().double(), batch.mask.sum().double()])
+                )
+            },
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {}

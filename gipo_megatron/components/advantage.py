@@ -16,7 +16,8 @@ from gipo_megatron.roles import DataParallel
 @register("advantage", "gae")
 @dataclass
 class GeneralisedAdvantage:
-    """GAE(gamma, lambda), whitened once over all response tokens of the global batch, never again per minibatch."""
+    """GAE(gamma, lambda), whitened once over all response tokens of the global batch, never again
+    per minibatch."""
 
     gamma: float = 1.0  # discount
     lam: float = 0.95  # lambda: 0 = one-step, 1 = Monte Carlo

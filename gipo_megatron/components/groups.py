@@ -19,11 +19,14 @@ from gipo_megatron.types import Groups, Metric, Metrics, Rollout, Scores
 
 VARIANCES = ("mass", "uniform")
 EMA = 0.9
-LEAD, PATIENCE = 0.1, 2  # a new high group leads by this many running standard deviations for this many iterations (algorithm.md 5.5)
+# a new high group leads by this many running standard deviations for this many iterations
+# (algorithm.md 5.5)
+LEAD, PATIENCE = 0.1, 2
 
 
 class Memory:
-    """What a classifier remembers: an EMA of every group's mean raw score, which group is high, and the probe's last labels."""
+    """What a classifier remembers: an EMA of every group's mean raw score, which group is high, and
+    the probe's last labels."""
 
     def __init__(self, num_groups: int) -> None:
         self.means: list[float | None] = [None] * num_groups
@@ -34,21 +37,34 @@ class Memory:
         self.probe: list[int] | None = None
 
     def ranks(self) -> list[float]:
-        """Normalised rank of each group, 0 lowest … 1 high; of one group: 1. Two groups: 1 for the high one, 0 for the other."""
+        """Normalised rank of each group, 0 lowest … 1 high; of one group: 1. Two groups: 1 for the
+        high one, 0 for the other."""
         others = [g for g in range(len(self.means)) if g != self.high]
-        lowest_first = sorted(others, key=lambda g: (-math.inf if self.means[g] is None else self.means[g], -g))
+        lowest_first = sorted(
+            others, key=lambda g: (-math.inf if self.means[g] is None else self.means[g], -g)
+        )
         top = len(self.means) - 1
-        return [1.0 if g == self.high else lowest_first.index(g) / top for g in range(len(self.means))]
+        return [
+            1.0 if g == self.high else lowest_first.index(g) / top for g in range(len(self.means))
+        ]
 
     def observe(self, scores: list[float], masses: list[float], std: float) -> None:
-        """scores [M]: p-weighted mean raw score; groups with less mass than one sequence are skipped."""
+        """scores [M]: p-weighted mean raw score; groups with less mass than one sequence are
+        skipped."""
         for g, (score, mass) in enumerate(zip(scores, masses, strict=True)):
             if mass >= 1:
                 old = self.means[g]
                 self.means[g] = score if old is None else EMA * old + (1 - EMA) * score
-        best = max(range(len(self.means)), key=lambda g: (-math.inf if self.means[g] is None else self.means[g], -g))
+        best = max(
+            range(len(self.means)),
+            key=lambda g: (-math.inf if self.means[g] is None else self.means[g], -g),
+        )
         ruling, leading = self.means[self.high], self.means[best]
-        ahead = best != self.high and leading is not None and (ruling is None or leading - ruling > LEAD * std)
+        ahead = (
+            best != self.high
+            and leading is not None
+            and (ruling is None or leading - ruling > LEAD * std)
+        )
         self.led = (self.led + 1 if best == self.challenger else 1) if ahead else 0
         self.challenger = best
         if self.led >= PATIENCE:
@@ -73,9 +89,13 @@ class Memory:
         vars(self).update(state, means=list(state["means"]))
 
 
-def _groups(probs: Tensor, memory: Memory, scores: Scores, variance: str, dp: DataParallel) -> Groups:
+def _groups(
+    probs: Tensor, memory: Memory, scores: Scores, variance: str, dp: DataParallel
+) -> Groups:
     """All M sums from labels and returns; one all-reduce."""
-    returns, masses, mean_return, count = ops.group_returns(dp.sum(ops.group_sums(probs, scores.returns)))
+    returns, masses, mean_return, count = ops.group_returns(
+        dp.sum(ops.group_sums(probs, scores.returns))
+    )
     return Groups(
         probs=probs,
         high_prob=(probs * probs.new_tensor(memory.ranks())).sum(1),
@@ -90,8 +110,11 @@ def _groups(probs: Tensor, memory: Memory, scores: Scores, variance: str, dp: Da
     )
 
 
-def _observe(groups: Groups, scores: Scores, probe_logits: Tensor | None, memory: Memory, dp: DataParallel) -> Metrics:
-    """Advance the memory. Gap and returns are logged in raw score units; what is global already, as the mean of one number."""
+def _observe(
+    groups: Groups, scores: Scores, probe_logits: Tensor | None, memory: Memory, dp: DataParallel
+) -> Metrics:
+    """Advance the memory. Gap and returns are logged in raw score units; what is global already, as
+    the mean of one number."""
     metrics = _metrics(groups)
     weighted = dp.sum((groups.probs.double() * scores.raw.double()[:, None]).sum(0))
     memory.observe((weighted / groups.masses).tolist(), groups.masses.tolist(), scores.std)
@@ -109,7 +132,9 @@ def _metrics(groups: Groups) -> Metrics:
     metrics = {
         "groups/gap": Metric.mean(groups.gap * groups.std),
         "groups/gap_std": Metric.mean(groups.gap),
-        "groups/variance": Metric.mean(ops.group_variance(groups.returns, groups.shares, groups.mean_return, groups.variance)),
+        "groups/variance": Metric.mean(
+            ops.group_variance(groups.returns, groups.shares, groups.mean_return, groups.variance)
+        ),
         "groups/mass_min": Metric.mean(groups.shares.min()),
         "groups/label_entropy": Metric.mean(entropy),
         "groups/high_index": Metric.mean(float(groups.high)),
@@ -126,11 +151,17 @@ def _metrics(groups: Groups) -> Metrics:
 
 def _check_variance(variance: str) -> None:
     if variance not in VARIANCES:
-        raise UserError(f"variance is {variance!r}", where="group_classifier.variance", fix=f"one of {', '.join(VARIANCES)}")
+        raise UserError(
+            f"variance is {variance!r}",
+            where="group_classifier.variance",
+            fix=f"one of {', '.join(VARIANCES)}",
+        )
 
 
 def _one_hot(labels: list[int], num_groups: int, like: Tensor) -> Tensor:
-    return torch.nn.functional.one_hot(torch.tensor(labels, device=like.device), num_groups).to(like.dtype)
+    return torch.nn.functional.one_hot(torch.tensor(labels, device=like.device), num_groups).to(
+        like.dtype
+    )
 
 
 @final
@@ -168,14 +199,20 @@ class NoGroups:
 @register("group_classifier", "critic_head")
 @dataclass
 class CriticHead:
-    """p_i = softmax of a head on the critic's trunk, trained to maximise R_var (algorithm.md 2.2, stage 1)."""
+    """p_i = softmax of a head on the critic's trunk, trained to maximise R_var (algorithm.md 2.2,
+    stage 1)."""
 
     num_groups: int = 2  # M
-    input: str = "prompt"  # prompt: hidden state of the last prompt token, can only learn difficulty | trajectory: of the last token
-    variance: str = "mass"  # mass: weighted by group shares | uniform: the paper's, drawn to outliers
+    # prompt: hidden state of the last prompt token, can only learn difficulty | trajectory: of the
+    # last token
+    input: str = "prompt"
+    # mass: weighted by group shares | uniform: the paper's, drawn to outliers
+    variance: str = "mass"
     beta_critic: float = 1.0  # weight of R_var in the critic's loss
     detach_trunk: bool = False  # true: the group loss does not reach the critic's trunk
-    relabel: bool = False  # true: run the critic again after its update and take the labels from there; costs a forward pass
+    # true: run the critic again after its update and take the labels from there; costs a forward
+    # pass
+    relabel: bool = False
     lr: float = 1e-3  # the head's own learning rate
     init_std: float = 0.02  # never 0: equal labels are a saddle
 
@@ -184,12 +221,22 @@ class CriticHead:
     def __post_init__(self) -> None:
         _check_variance(self.variance)
         if self.input not in ("prompt", "trajectory"):
-            raise UserError(f"input is {self.input!r}", where="group_classifier.input", fix="prompt or trajectory")
+            raise UserError(
+                f"input is {self.input!r}",
+                where="group_classifier.input",
+                fix="prompt or trajectory",
+            )
         if self.num_groups < 1:
-            raise UserError(f"num_groups is {self.num_groups}", where="group_classifier.num_groups", fix="2, or more")
+            raise UserError(
+                f"num_groups is {self.num_groups}",
+                where="group_classifier.num_groups",
+                fix="2, or more",
+            )
         if self.init_std <= 0:
             raise UserError(
-                "a group head that starts at zero never moves: equal labels have no gradient", where="group_classifier.init_std", fix="0.02"
+                "a group head that starts at zero never moves: equal labels have no gradient",
+                where="group_classifier.init_std",
+                fix="0.02",
             )
         self._memory = Memory(self.num_groups)
 
@@ -198,11 +245,15 @@ class CriticHead:
         return HeadSpec(self.num_groups, self.input, self.detach_trunk, self.init_std, self.lr)
 
     def assign(self, group_logits: Tensor | None, rollout: Rollout, scores: Scores) -> Groups:
-        assert group_logits is not None, "the critic was built without the group head that critic_head asks for"
+        assert group_logits is not None, (
+            "the critic was built without the group head that critic_head asks for"
+        )
         return _groups(group_logits.softmax(-1), self._memory, scores, self.variance, self.dp)
 
     def coefficients(self, groups: Groups) -> Tensor:
-        c = ops.group_coefficients(groups.sample_returns, groups.returns, groups.masses, groups.count, groups.variance)
+        c = ops.group_coefficients(
+            groups.sample_returns, groups.returns, groups.masses, groups.count, groups.variance
+        )
         return c.to(groups.probs.dtype)
 
     def observe(self, groups: Groups, scores: Scores, probe_logits: Tensor | None) -> Metrics:
@@ -221,12 +272,14 @@ class CriticHead:
 class LabelledGroups:
     """Groups are given: the row's data source. With known easy and hard sources, the oracle.
 
-    Beside them a head like critic_head's learns on a detached trunk, for groups/auc, groups/ami and groups/flip_rate alone: how much of
-    what is known it finds when nothing follows from what it finds.
+    Beside them a head like critic_head's learns on a detached trunk, for groups/auc, groups/ami and
+    groups/flip_rate alone: how much of what is known it finds when nothing follows from what it
+    finds.
     """
 
     variance: str = "mass"  # mass | uniform
-    groups: dict[str, int] = field(default_factory=dict)  # source -> group 0 … M - 1; {}: every source is a group, in sorted order
+    # source -> group 0 … M - 1; {}: every source is a group, in sorted order
+    groups: dict[str, int] = field(default_factory=dict)
 
     dp: DataParallel = from_runtime("dp")
     sources: tuple[str, ...] = from_runtime("sources")
@@ -238,22 +291,29 @@ class LabelledGroups:
         _check_variance(self.variance)
         if not self.groups and len(self.sources) < 2:
             raise UserError(
-                f"labelled groups need two sources or more; the data have {', '.join(self.sources)}",
+                "labelled groups need two sources or more; the data have"
+                f" {', '.join(self.sources)}",
                 where="group_classifier.name",
                 fix="read data with several sources, or use critic_head",
             )
         self._label = dict(self.groups) or {source: g for g, source in enumerate(self.sources)}
         if lacking := [source for source in self.sources if source not in self._label]:
             raise UserError(
-                f"no group for source {', '.join(lacking)}", where="group_classifier.groups", fix="name every source of the data"
+                f"no group for source {', '.join(lacking)}",
+                where="group_classifier.groups",
+                fix="name every source of the data",
             )
         used = sorted({self._label[source] for source in self.sources})
         if used != list(range(len(used))):
             raise UserError(
-                f"the data's sources use groups {used}", where="group_classifier.groups", fix=f"number them 0 … {len(used) - 1}"
+                f"the data's sources use groups {used}",
+                where="group_classifier.groups",
+                fix=f"number them 0 … {len(used) - 1}",
             )
         self._memory = Memory(len(used))
-        self._observer = CriticHead(num_groups=len(used), variance=self.variance, detach_trunk=True, dp=self.dp)
+        self._observer = CriticHead(
+            num_groups=len(used), variance=self.variance, detach_trunk=True, dp=self.dp
+        )
 
     @property
     def head(self) -> HeadSpec:
@@ -261,7 +321,13 @@ class LabelledGroups:
 
     def assign(self, group_logits: Tensor | None, rollout: Rollout, scores: Scores) -> Groups:
         labels = [self._label[source] for source in rollout.source]
-        given = _groups(_one_hot(labels, len(self._memory.means), scores.raw), self._memory, scores, self.variance, self.dp)
+        given = _groups(
+            _one_hot(labels, len(self._memory.means), scores.raw),
+            self._memory,
+            scores,
+            self.variance,
+            self.dp,
+        )
         return replace(given, observed=self._observer.assign(group_logits, rollout, scores))
 
     def coefficients(self, groups: Groups) -> Tensor:
@@ -287,10 +353,12 @@ class LabelledGroups:
 @register("group_classifier", "random")
 @dataclass
 class RandomGroups:
-    """A control: a group per prompt, drawn once from (seed, prompt id), the same for the whole run and for every replica."""
+    """A control: a group per prompt, drawn once from (seed, prompt id), the same for the whole run
+    and for every replica."""
 
     num_groups: int = 2  # M
-    share: float = 0.5  # mean share of group 0; the others split the rest evenly. Set it to what GIPO's groups had
+    # mean share of group 0; the others split the rest evenly. Set it to what GIPO's groups had
+    share: float = 0.5
     seed: int = 0  # of the draw; its own, so that run.seed may vary
     variance: str = "mass"  # mass | uniform
 
@@ -304,17 +372,29 @@ class RandomGroups:
         _check_variance(self.variance)
         if self.num_groups < 2 or not 0 < self.share < 1:
             raise UserError(
-                f"num_groups {self.num_groups}, share {self.share}", where="group_classifier", fix="num_groups >= 2, 0 < share < 1"
+                f"num_groups {self.num_groups}, share {self.share}",
+                where="group_classifier",
+                fix="num_groups >= 2, 0 < share < 1",
             )
         self._memory = Memory(self.num_groups)
 
     def _label(self, prompt_id: int) -> int:
         u = _uniform(self.seed, prompt_id)
-        return 0 if u < self.share else 1 + int((u - self.share) / (1 - self.share) * (self.num_groups - 1))
+        return (
+            0
+            if u < self.share
+            else 1 + int((u - self.share) / (1 - self.share) * (self.num_groups - 1))
+        )
 
     def assign(self, group_logits: Tensor | None, rollout: Rollout, scores: Scores) -> Groups:
         labels = [self._label(i) for i in rollout.prompt_id.tolist()]
-        return _groups(_one_hot(labels, self.num_groups, scores.raw), self._memory, scores, self.variance, self.dp)
+        return _groups(
+            _one_hot(labels, self.num_groups, scores.raw),
+            self._memory,
+            scores,
+            self.variance,
+            self.dp,
+        )
 
     def coefficients(self, groups: Groups) -> Tensor:
         return torch.zeros_like(groups.probs)

@@ -24,7 +24,9 @@ def _same_for_all(price: float, groups: Groups) -> Tensor:
 def _require_positive(**values: float) -> None:
     for name, value in values.items():
         if not value >= 0:
-            raise UserError(f"{name} is {value}", where=f"kl_controller.{name}", fix="a number >= 0")
+            raise UserError(
+                f"{name} is {value}", where=f"kl_controller.{name}", fix="a number >= 0"
+            )
 
 
 @final
@@ -74,7 +76,8 @@ class FixedKL:
 @register("kl_controller", "adaptive")
 @dataclass
 class AdaptiveKL:
-    """eta <- eta (1 + clip(KL / target - 1, +-0.2) N / horizon), once an iteration, last (Ziegler et al. 2019)."""
+    """eta <- eta (1 + clip(KL / target - 1, +-0.2) N / horizon), once an iteration, last (Ziegler
+    et al. 2019)."""
 
     eta: float = 0.05  # price of a nat of KL at the first iteration
     target: float = 6.0  # nats per response to steer to
@@ -83,7 +86,11 @@ class AdaptiveKL:
     def __post_init__(self) -> None:
         _require_positive(eta=self.eta)
         if self.target <= 0 or self.horizon <= 0:
-            raise UserError(f"target {self.target}, horizon {self.horizon}", where="kl_controller", fix="both must be > 0")
+            raise UserError(
+                f"target {self.target}, horizon {self.horizon}",
+                where="kl_controller",
+                fix="both must be > 0",
+            )
         self._price = self.eta
 
     def coefficients(self, groups: Groups) -> Tensor:
@@ -108,12 +115,15 @@ class GroupAdaptiveKL:
     """Easy data stay close to the reference, hard data may explore (algorithm.md 5.6).
 
     s = clip((EMA gap / sigma - 0.1) / 0.2, 0, 1),   p~_i = 1 - s (1 - p_high_i),
-    coef_i = eta max(floor, p~_i / mean p~ if normalise else p~_i).   The mean is over the global batch; the gap is in units of G already.
+    coef_i = eta max(floor, p~_i / mean p~ if normalise else p~_i).   The mean is over the global
+    batch; the gap is in units of G already.
     """
 
     eta: float = 0.05  # price of a nat of KL, in units of the shaped score
-    floor: float = 0.1  # no sequence pays less than this share of eta: the reward model is least reliable on hard data
-    normalise: bool = True  # divide by the batch mean of p~, so that the KL budget stays that of a fixed price
+    # no sequence pays less than this share of eta: the reward model is least reliable on hard data
+    floor: float = 0.1
+    # divide by the batch mean of p~, so that the KL budget stays that of a fixed price
+    normalise: bool = True
 
     dp: DataParallel = from_runtime("dp")
 
@@ -124,7 +134,9 @@ class GroupAdaptiveKL:
     @property
     def ramp(self) -> float:
         """s, from 0 (the split is not told from noise: everyone pays eta) to 1."""
-        return 0.0 if self._gap is None else min(max((self._gap - RAMP_START) / RAMP_WIDTH, 0.0), 1.0)
+        return (
+            0.0 if self._gap is None else min(max((self._gap - RAMP_START) / RAMP_WIDTH, 0.0), 1.0)
+        )
 
     def coefficients(self, groups: Groups) -> Tensor:
         share = 1 - self.ramp * (1 - groups.high_prob.double())

@@ -1,4 +1,5 @@
-"""What each slot has to offer. A component is a dataclass; whatever has memory can be checkpointed."""
+"""What each slot has to offer. A component is a dataclass; whatever has memory can be
+checkpointed."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Reward(Stateful, Protocol):
         ...
 
     def score(self, rollout: Rollout) -> Scores:
-        """Scores in three forms; advances the running moments, current batch included, non-finite scores left out."""
+        """Scores in three forms; advances the running moments, current batch included, non-finite
+        scores left out."""
         ...
 
 
@@ -45,7 +47,8 @@ class GroupClassifier(Stateful, Protocol):
         ...
 
     def observe(self, groups: Groups, scores: Scores, probe_logits: Tensor | None) -> Metrics:
-        """Advance the memory (which group is high) once an iteration; probe_logits [b, M] of this replica's fixed probe prompts."""
+        """Advance the memory (which group is high) once an iteration; probe_logits [b, M] of this
+        replica's fixed probe prompts."""
         ...
 
 

@@ -21,11 +21,21 @@ COMBINE = ("mean", "min", "mean_minus_std")
 
 
 class Shaping:
-    """From a base score to Scores: penalties, running moments (all history, this batch included), clips (algorithm.md 3)."""
+    """From a base score to Scores: penalties, running moments (all history, this batch included),
+    clips (algorithm.md 3)."""
 
-    def __init__(self, missing_eos_penalty: float, length_penalty: float, normalise: bool, clip: float, dp: DataParallel) -> None:
+    def __init__(
+        self,
+        missing_eos_penalty: float,
+        length_penalty: float,
+        normalise: bool,
+        clip: float,
+        dp: DataParallel,
+    ) -> None:
         if clip < 0:
-            raise UserError(f"clip is {clip}", where="reward.clip", fix="a number > 0, or 0 for none")
+            raise UserError(
+                f"clip is {clip}", where="reward.clip", fix="a number > 0, or 0 for none"
+            )
         self.missing_eos_penalty, self.length_penalty = missing_eos_penalty, length_penalty
         self.normalise, self.clip, self.dp = normalise, clip, dp
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0  # squares: sum of (x - mean)^2
@@ -43,12 +53,22 @@ class Shaping:
         """Advances the moments. Rows that are not finite stay so, and count nowhere."""
         batch_mean = self._advance(raw.double())
         std = self.std
-        scaled = (raw.double() - self.mean) / std if std >= ops.MIN_STD else torch.zeros_like(raw, dtype=torch.float64)
+        scaled = (
+            (raw.double() - self.mean) / std
+            if std >= ops.MIN_STD
+            else torch.zeros_like(raw, dtype=torch.float64)
+        )
         shaped = scaled if self.normalise else raw.double()
         if self.clip > 0:
             shaped = shaped.clamp(-self.clip, self.clip)
         returns = ops.score_returns(raw.double(), batch_mean, std)
-        return Scores(raw=raw, shaped=shaped.to(raw.dtype), returns=returns.to(raw.dtype), parts=parts, std=std)
+        return Scores(
+            raw=raw,
+            shaped=shaped.to(raw.dtype),
+            returns=returns.to(raw.dtype),
+            parts=parts,
+            std=std,
+        )
 
     @property
     def std(self) -> float:
@@ -79,7 +99,8 @@ class Shaping:
 def _model(reward_models: dict[str, RewardModel], name: str, where: str) -> RewardModel:
     if name not in reward_models:
         raise UserError(
-            f"there is no reward model {name!r}; there is {', '.join(sorted(reward_models)) or 'none'}",
+            f"there is no reward model {name!r}; there is"
+            f" {', '.join(sorted(reward_models)) or 'none'}",
             where=where,
             fix=f"add models.{name}.load to the recipe",
         )
@@ -92,7 +113,8 @@ def _model(reward_models: dict[str, RewardModel], name: str, where: str) -> Rewa
 class ModelReward:
     """raw = reward model's score - penalties."""
 
-    missing_eos_penalty: float = 0.0  # taken off a response that was cut at its maximal length, raw score units
+    # taken off a response that was cut at its maximal length, raw score units
+    missing_eos_penalty: float = 0.0
     length_penalty: float = 0.0  # taken off per response token, raw score units
     normalise: bool = True  # PPO's reward = (raw - mean) / std over all history
     clip: float = 0.8  # PPO's reward is cut to +- this; 0: never
@@ -102,7 +124,9 @@ class ModelReward:
 
     def __post_init__(self) -> None:
         self._reward_model = _model(self.reward_models, "reward", "reward.name")
-        self._shaping = Shaping(self.missing_eos_penalty, self.length_penalty, self.normalise, self.clip, self.dp)
+        self._shaping = Shaping(
+            self.missing_eos_penalty, self.length_penalty, self.normalise, self.clip, self.dp
+        )
 
     def raw(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """(raw scores [B], their parts); changes nothing, so evaluation may call it."""
@@ -122,10 +146,12 @@ class ModelReward:
 @register("reward", "function")
 @dataclass
 class FunctionReward:
-    """raw = f(prompt, response, extras) - penalties; f is any importable Python function that returns a number."""
+    """raw = f(prompt, response, extras) - penalties; f is any importable Python function that
+    returns a number."""
 
     function: str = ""  # module:function
-    missing_eos_penalty: float = 0.0  # taken off a response that was cut at its maximal length, raw score units
+    # taken off a response that was cut at its maximal length, raw score units
+    missing_eos_penalty: float = 0.0
     length_penalty: float = 0.0  # taken off per response token, raw score units
     normalise: bool = True  # PPO's reward = (raw - mean) / std over all history
     clip: float = 0.8  # PPO's reward is cut to +- this; 0: never
@@ -134,13 +160,19 @@ class FunctionReward:
 
     def __post_init__(self) -> None:
         self._function = _import_function(self.function)
-        self._shaping = Shaping(self.missing_eos_penalty, self.length_penalty, self.normalise, self.clip, self.dp)
+        self._shaping = Shaping(
+            self.missing_eos_penalty, self.length_penalty, self.normalise, self.clip, self.dp
+        )
 
     def raw(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """(raw scores [B], their parts); changes nothing, so evaluation may call it."""
         rows = zip(rollout.response_text, rollout.extras, strict=True)
-        values = [float(self._function(extras["prompt"], response, extras)) for response, extras in rows]
-        return self._shaping.penalised(torch.tensor(values, dtype=torch.float32, device=rollout.tokens.device), rollout)
+        values = [
+            float(self._function(extras["prompt"], response, extras)) for response, extras in rows
+        ]
+        return self._shaping.penalised(
+            torch.tensor(values, dtype=torch.float32, device=rollout.tokens.device), rollout
+        )
 
     def score(self, rollout: Rollout) -> Scores:
         return self._shaping.scores(*self.raw(rollout))
@@ -154,7 +186,10 @@ class FunctionReward:
 
 def _import_function(path: str) -> Callable[[str, str, dict[str, Any]], float]:
     module, separator, name = path.partition(":")
-    where, fix = "reward.function", "write my_module:my_function; it takes (prompt, response, extras) and returns a number"
+    where, fix = (
+        "reward.function",
+        "write my_module:my_function; it takes (prompt, response, extras) and returns a number",
+    )
     if not (module and separator and name):
         raise UserError(f"{path!r} names no function", where=where, fix=fix)
     try:
@@ -162,7 +197,9 @@ def _import_function(path: str) -> Callable[[str, str, dict[str, Any]], float]:
     except (ImportError, AttributeError) as error:
         raise UserError(f"cannot import {path!r}: {error}", where=where, fix=fix) from error
     if not callable(function):
-        raise UserError(f"{path!r} is a {type(function).__name__}, not a function", where=where, fix=fix)
+        raise UserError(
+            f"{path!r} is a {type(function).__name__}, not a function", where=where, fix=fix
+        )
     return function
 
 
@@ -170,12 +207,15 @@ def _import_function(path: str) -> Callable[[str, str, dict[str, Any]], float]:
 @register("reward", "ensemble")
 @dataclass
 class EnsembleReward:
-    """raw = several reward models combined - penalties: mean, min, or mean - k std over the members (Coste et al. 2024)."""
+    """raw = several reward models combined - penalties: mean, min, or mean - k std over the members
+    (Coste et al. 2024)."""
 
-    members: list[str] = field(default_factory=list)  # keys of the recipe's models block: [reward_a, reward_b]
+    # keys of the recipe's models block: [reward_a, reward_b]
+    members: list[str] = field(default_factory=list)
     combine: str = "mean"  # mean | min | mean_minus_std
     k: float = 1.0  # of mean_minus_std
-    missing_eos_penalty: float = 0.0  # taken off a response that was cut at its maximal length, raw score units
+    # taken off a response that was cut at its maximal length, raw score units
+    missing_eos_penalty: float = 0.0
     length_penalty: float = 0.0  # taken off per response token, raw score units
     normalise: bool = True  # PPO's reward = (raw - mean) / std over all history
     clip: float = 0.8  # PPO's reward is cut to +- this; 0: never
@@ -185,13 +225,23 @@ class EnsembleReward:
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINE:
-            raise UserError(f"combine is {self.combine!r}", where="reward.combine", fix=f"one of {', '.join(COMBINE)}")
+            raise UserError(
+                f"combine is {self.combine!r}",
+                where="reward.combine",
+                fix=f"one of {', '.join(COMBINE)}",
+            )
         if len(set(self.members)) < 2:
             raise UserError(
-                f"an ensemble of {', '.join(self.members) or 'nobody'}", where="reward.members", fix="two different reward models or more"
+                f"an ensemble of {', '.join(self.members) or 'nobody'}",
+                where="reward.members",
+                fix="two different reward models or more",
             )
-        self._models = {name: _model(self.reward_models, name, "reward.members") for name in self.members}
-        self._shaping = Shaping(self.missing_eos_penalty, self.length_penalty, self.normalise, self.clip, self.dp)
+        self._models = {
+            name: _model(self.reward_models, name, "reward.members") for name in self.members
+        }
+        self._shaping = Shaping(
+            self.missing_eos_penalty, self.length_penalty, self.normalise, self.clip, self.dp
+        )
 
     def raw(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """(raw scores [B], their parts); changes nothing, so evaluation may call it."""

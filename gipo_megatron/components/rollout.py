@@ -16,7 +16,8 @@ from gipo_megatron.types import Prompts, Rollout
 @register("rollout", "sampling")
 @dataclass
 class SamplingRollout:
-    """The actor samples its own responses. Keep top_k 0 and top_p 1: log-probabilities are of the whole softmax (algorithm.md 5.7)."""
+    """The actor samples its own responses. Keep top_k 0 and top_p 1: log-probabilities are of the
+    whole softmax (algorithm.md 5.7)."""
 
     temperature: float = 1.0  # of sampling and of every log-probability of this run
     top_k: int = 0  # draw among the k likeliest tokens; 0: off
@@ -29,7 +30,9 @@ class SamplingRollout:
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise UserError(
-                f"temperature is {self.temperature}: a greedy rollout has no gradient", where="rollout.temperature", fix="a number > 0"
+                f"temperature is {self.temperature}: a greedy rollout has no gradient",
+                where="rollout.temperature",
+                fix="a number > 0",
             )
         if not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_response < 0:
             raise UserError(

@@ -1,4 +1,5 @@
-"""One weight per trajectory: what makes the policy care for the groups that lag. Mean weight = 1 before clamping."""
+"""One weight per trajectory: what makes the policy care for the groups that lag. Mean weight = 1
+before clamping."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def _equal_weights(groups: Groups) -> Weights:
 
 
 def _too_small(groups: Groups) -> bool:
-    """One group has less than one sequence's worth of mass (rho_g < 1/N): its mean return says nothing (algorithm.md 5.10)."""
+    """One group has less than one sequence's worth of mass (rho_g < 1/N): its mean return says
+    nothing (algorithm.md 5.10)."""
     return bool(groups.masses.min() < 1)
 
 
@@ -32,13 +34,19 @@ def _clamped(raw: Tensor, groups: Groups, low: float, high: float) -> Weights:
 
 def _check_beta(beta: float) -> None:
     if beta < 0:
-        raise UserError(f"beta is {beta}: it would widen the gap", where="variance_regulariser.beta", fix="a number >= 0")
+        raise UserError(
+            f"beta is {beta}: it would widen the gap",
+            where="variance_regulariser.beta",
+            fix="a number >= 0",
+        )
 
 
 def _check_clamp(low: float, high: float) -> None:
     if not low <= 1 <= high:
         raise UserError(
-            f"min_weight {low}, max_weight {high}", where="variance_regulariser", fix="min_weight <= 1 <= max_weight: the mean weight is 1"
+            f"min_weight {low}, max_weight {high}",
+            where="variance_regulariser",
+            fix="min_weight <= 1 <= max_weight: the mean weight is 1",
         )
 
 
@@ -65,9 +73,11 @@ class NoVariance:
 @register("variance_regulariser", "group_variance")
 @dataclass
 class GroupVariance:
-    """w_i = 1 - beta N dR_var / dJ_i: gradient of the return minus beta R_var (algorithm.md 2.2, stage 2).
+    """w_i = 1 - beta N dR_var / dJ_i: gradient of the return minus beta R_var (algorithm.md 2.2,
+    stage 2).
 
-    `return_ema` > 0 uses an exponential mean of R_g - R_all, which carries less of the within-group noise (algorithm.md 5.11).
+    `return_ema` > 0 uses an exponential mean of R_g - R_all, which carries less of the within-group
+    noise (algorithm.md 5.11).
     """
 
     beta: float = 0.3  # weight of the variance between the groups' returns
@@ -79,15 +89,27 @@ class GroupVariance:
         _check_beta(self.beta)
         _check_clamp(self.min_weight, self.max_weight)
         if not 0 <= self.return_ema < 1:
-            raise UserError(f"return_ema is {self.return_ema}", where="variance_regulariser.return_ema", fix="0 <= return_ema < 1")
+            raise UserError(
+                f"return_ema is {self.return_ema}",
+                where="variance_regulariser.return_ema",
+                fix="0 <= return_ema < 1",
+            )
         self._lead: list[float] | None = None  # R_g - R_all [M], EMA
 
     def weights(self, groups: Groups) -> Weights:
         if len(groups.returns) == 1 or _too_small(groups):
             return _equal_weights(groups)
         lead = self._smoothed(groups)
-        lead = lead - (groups.shares * lead).sum()  # so that the mean weight is 1 whatever the average remembers
-        raw = ops.group_weights(groups.probs, groups.mean_return + lead, groups.shares, groups.mean_return, self.beta, groups.variance)
+        # so that the mean weight is 1 whatever the average remembers
+        lead = lead - (groups.shares * lead).sum()
+        raw = ops.group_weights(
+            groups.probs,
+            groups.mean_return + lead,
+            groups.shares,
+            groups.mean_return,
+            self.beta,
+            groups.variance,
+        )
         return _clamped(raw, groups, self.min_weight, self.max_weight)
 
     def _smoothed(self, groups: Groups) -> Tensor:
@@ -111,7 +133,8 @@ class GroupVariance:
 @register("variance_regulariser", "return_variance")
 @dataclass
 class ReturnVariance:
-    """w_i = 1 - 2 beta (G_i - mean G): the variance of all returns, no groups. An ablation: it widens the gap."""
+    """w_i = 1 - 2 beta (G_i - mean G): the variance of all returns, no groups. An ablation: it
+    widens the gap."""
 
     beta: float = 0.1  # weight of the variance
     min_weight: float = 0.0
@@ -139,7 +162,8 @@ class ReturnVariance:
 @register("variance_regulariser", "group_dro")
 @dataclass
 class GroupDRO:
-    """w_i = sum_g q_g p_ig / rho_g,   q_g proportional to q_g exp(-step R_g), this batch's R_g included (Sagawa et al. 2020)."""
+    """w_i = sum_g q_g p_ig / rho_g,   q_g proportional to q_g exp(-step R_g), this batch's R_g
+    included (Sagawa et al. 2020)."""
 
     step: float = 0.1  # a: how fast q moves to the worst group; R_g in units of G
     min_weight: float = 0.0
@@ -147,13 +171,19 @@ class GroupDRO:
 
     def __post_init__(self) -> None:
         if self.step < 0:
-            raise UserError(f"step is {self.step}", where="variance_regulariser.step", fix="a number >= 0")
+            raise UserError(
+                f"step is {self.step}", where="variance_regulariser.step", fix="a number >= 0"
+            )
         _check_clamp(self.min_weight, self.max_weight)
         self._log_q: list[float] | None = None
 
     def _updated(self, groups: Groups) -> Tensor:
         """log q [M]; unchanged while a group is too small to have a return."""
-        log_q = groups.returns.new_tensor(self._log_q) if self._log_q is not None else torch.zeros_like(groups.returns)
+        log_q = (
+            groups.returns.new_tensor(self._log_q)
+            if self._log_q is not None
+            else torch.zeros_like(groups.returns)
+        )
         if not _too_small(groups):
             log_q = log_q - self.step * groups.returns
         return log_q.log_softmax(0)
@@ -178,7 +208,8 @@ class GroupDRO:
 @register("variance_regulariser", "cvar")
 @dataclass
 class CVaR:
-    """w_i = 1{G_i <= VaR_alpha} / alpha: only the worst share alpha of the global batch counts; rows tied at VaR share what is left."""
+    """w_i = 1{G_i <= VaR_alpha} / alpha: only the worst share alpha of the global batch counts;
+    rows tied at VaR share what is left."""
 
     alpha: float = 0.5  # share of trajectories that is trained on
 
@@ -186,10 +217,14 @@ class CVaR:
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
-            raise UserError(f"alpha is {self.alpha}", where="variance_regulariser.alpha", fix="0 < alpha <= 1")
+            raise UserError(
+                f"alpha is {self.alpha}", where="variance_regulariser.alpha", fix="0 < alpha <= 1"
+            )
 
     def weights(self, groups: Groups) -> Weights:
-        raw = ops.lower_tail_weights(groups.sample_returns.double(), gather_rows(groups.sample_returns, self.dp), self.alpha)
+        raw = ops.lower_tail_weights(
+            groups.sample_returns.double(), gather_rows(groups.sample_returns, self.dp), self.alpha
+        )
         raw = raw.to(groups.sample_returns.dtype)
         return Weights(raw, raw)
 

@@ -1,4 +1,5 @@
-"""The model card of an exported folder: what it is, from which recipe, step and commit, and what was checked."""
+"""The model card of an exported folder: what it is, from which recipe, step and commit, and what
+was checked."""
 
 from __future__ import annotations
 
@@ -6,23 +7,38 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-CLASSES = {None: "AutoModelForCausalLM", "score": "AutoModelForSequenceClassification", "value": "AutoModelForSequenceClassification"}
+CLASSES = {
+    None: "AutoModelForCausalLM",
+    "score": "AutoModelForSequenceClassification",
+    "value": "AutoModelForSequenceClassification",
+}
 KINDS = {None: "language model", "score": "reward model", "value": "critic"}
 
 
-def model_card(role: str, about: Mapping[str, Any], meta: Mapping[str, Any], *, padding: str | None, checks: Sequence[str]) -> str:
-    """README.md. about: a checkpoint's description of the role; meta: the checkpoint's; padding: the token a scorer is padded with."""
+def model_card(
+    role: str,
+    about: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    *,
+    padding: str | None,
+    checks: Sequence[str],
+) -> str:
+    """README.md. about: a checkpoint's description of the role; meta: the checkpoint's; padding:
+    the token a scorer is padded with."""
     head, hub, a = about["head"], meta["hub"], about["architecture"]
     if meta["recipe"]:
-        origin = f"trained with gipo_megatron: recipe `{meta['recipe']}`, step {meta['step']}, commit `{meta['commit']}`"
+        origin = (
+            f"trained with gipo_megatron: recipe `{meta['recipe']}`, step {meta['step']}, commit"
+            f" `{meta['commit']}`"
+        )
     else:
         origin = f"converted with gipo_megatron, commit `{meta['commit']}`, not trained by it"
     parts = [
         _front_matter(head, hub),
         f"# {meta['recipe'] or hub or 'A converted model'}: {role}",
         f"A {KINDS[head]}, {origin}.",
-        f"{a['num_layers']} layers, hidden size {a['hidden_size']}, vocabulary {a['vocab_size']}, {about['dtype']}"
-        + (f"; base model {hub}." if hub else "."),
+        f"{a['num_layers']} layers, hidden size {a['hidden_size']}, vocabulary {a['vocab_size']},"
+        f" {about['dtype']}" + (f"; base model {hub}." if hub else "."),
         _usage(head),
         _head(head, padding),
         _groups(about),
@@ -35,23 +51,51 @@ def model_card(role: str, about: Mapping[str, Any], meta: Mapping[str, Any], *, 
 def _front_matter(head: str | None, hub: str) -> str:
     task = "text-generation" if head is None else "text-classification"
     base = [f"base_model: {hub}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", hub) else []
-    return "\n".join(["---", "library_name: transformers", f"pipeline_tag: {task}", *base, "tags:", "- gipo-megatron", "- rlhf", "---"])
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            f"pipeline_tag: {task}",
+            *base,
+            "tags:",
+            "- gipo-megatron",
+            "- rlhf",
+            "---",
+        ]
+    )
 
 
 def _usage(head: str | None) -> str:
     name = CLASSES[head]
-    lines = [f"from transformers import {name}, AutoTokenizer", f'model = {name}.from_pretrained("PATH", dtype="auto")']
-    return "```python\n" + "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("PATH")']) + "\n```"
+    lines = [
+        f"from transformers import {name}, AutoTokenizer",
+        f'model = {name}.from_pretrained("PATH", dtype="auto")',
+    ]
+    return (
+        "```python\n"
+        + "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("PATH")'])
+        + "\n```"
+    )
 
 
 def _head(head: str | None, padding: str | None) -> str:
     if head is None:
         return ""
-    what = "The score of the whole text" if head == "score" else "The value of the state after the whole text"
+    what = (
+        "The score of the whole text"
+        if head == "score"
+        else "The value of the state after the whole text"
+    )
     text = f"{what} is the one logit, read at the last token that is not padding."
-    text += " It was trained on texts that end with the tokenizer's end-of-text token: cut what a chat template writes after it."
+    text += (
+        " It was trained on texts that end with the tokenizer's end-of-text token: cut what a chat"
+        " template writes after it."
+    )
     if padding is None:
-        return f"{text} No token of this tokenizer is safe to pad with (it must never occur in a text): score one text at a time."
+        return (
+            f"{text} No token of this tokenizer is safe to pad with (it must never occur in a"
+            " text): score one text at a time."
+        )
     return f"{text} Pad on the right, with `{padding}` (the tokenizer does)."
 
 
@@ -60,13 +104,17 @@ def _groups(about: Mapping[str, Any]) -> str:
         return ""
     token = "the last prompt token" if about["group_input"] == "prompt" else "the last token"
     return (
-        f"`group_head.safetensors` holds the group classifier that was learned with it: weight [{about['num_groups']}, hidden], bias "
-        f"[{about['num_groups']}], fp32. softmax(W h + b) of the trunk's last hidden state h at {token} gives the probabilities of the "
-        f"{about['num_groups']} groups. transformers ignores the file; gipo_megatron reads it."
+        "`group_head.safetensors` holds the group classifier that was learned with it: weight"
+        f" [{about['num_groups']}, hidden], bias [{about['num_groups']}], fp32. softmax(W h + b) of"
+        f" the trunk's last hidden state h at {token} gives the probabilities of the"
+        f" {about['num_groups']} groups. transformers ignores the file; gipo_megatron reads it."
     )
 
 
 def _prompts(meta: Mapping[str, Any]) -> str:
     if "template" not in meta:
         return ""
-    return f"Trained with `data.template: {meta['template']}`; the tokenizer's chat template, where it has one, writes conversations so."
+    return (
+        f"Trained with `data.template: {meta['template']}`; the tokenizer's chat template, where it"
+        " has one, writes conversations so."
+    )

@@ -1,4 +1,5 @@
-"""The command line of the two converters: key=value words, messages on one screen, quiet libraries."""
+"""The command line of the two converters: key=value words, messages on one screen, quiet
+libraries."""
 
 from __future__ import annotations
 
@@ -13,10 +14,15 @@ from gipo_megatron.errors import UserError
 BOOLEANS = {"verify": ("true", "false")}
 
 
-def arguments(argv: Sequence[str], required: Sequence[str], optional: Mapping[str, str]) -> dict[str, str]:
-    """key=value words as a dictionary, defaults filled in. Raises UserError for what is none of these keys, or missing."""
+def arguments(
+    argv: Sequence[str], required: Sequence[str], optional: Mapping[str, str]
+) -> dict[str, str]:
+    """key=value words as a dictionary, defaults filled in. Raises UserError for what is none of
+    these keys, or missing."""
     words = dict(optional)
-    known = ", ".join([*(f"{key}=…" for key in required), *(f"{key}={value}" for key, value in optional.items())])
+    known = ", ".join(
+        [*(f"{key}=…" for key in required), *(f"{key}={value}" for key, value in optional.items())]
+    )
     for word in argv:
         key, equals, value = word.partition("=")
         if not equals or not value or (key not in required and key not in optional):
@@ -25,12 +31,15 @@ def arguments(argv: Sequence[str], required: Sequence[str], optional: Mapping[st
             raise UserError(f"{key} is true or false, not {value!r}", where="command line")
         words[key] = value
     if missing := [key for key in required if key not in words]:
-        raise UserError(f"missing: {', '.join(f'{key}=…' for key in missing)}", where="command line", fix=known)
+        raise UserError(
+            f"missing: {', '.join(f'{key}=…' for key in missing)}", where="command line", fix=known
+        )
     return words
 
 
 def return_freed_memory() -> None:
-    """glibc keeps freed blocks of up to 32 MiB for itself, which is most of a model; so large blocks go back to the system at once."""
+    """glibc keeps freed blocks of up to 32 MiB for itself, which is most of a model; so large
+    blocks go back to the system at once."""
     if sys.platform == "linux":
         M_MMAP_THRESHOLD = -3
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)

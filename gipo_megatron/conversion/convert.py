@@ -1,4 +1,5 @@
-"""Hugging Face folder -> checkpoint, checkpoint -> Hugging Face folder, in one process; and a run's own models at any layout."""
+"""Hugging Face folder -> checkpoint, checkpoint -> Hugging Face folder, in one process; and a run's
+own models at any layout."""
 
 from __future__ import annotations
 
@@ -14,13 +15,33 @@ from gipo_megatron.assembly import locate
 from gipo_megatron.conversion.card import model_card
 from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.conversion.staging import refuse_existing, staged
-from gipo_megatron.conversion.verify import check_outputs, check_structure, refuse, release, stored_dtype
+from gipo_megatron.conversion.verify import (
+    check_outputs,
+    check_structure,
+    refuse,
+    release,
+    stored_dtype,
+)
 from gipo_megatron.data.templates import as_chat_template
 from gipo_megatron.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from gipo_megatron.errors import UserError
-from gipo_megatron.hf_config import architecture_from_hf, config_for, config_like, is_classifier, num_labels
+from gipo_megatron.hf_config import (
+    architecture_from_hf,
+    config_for,
+    config_like,
+    is_classifier,
+    num_labels,
+)
 from gipo_megatron.megatron import checkpoint
-from gipo_megatron.megatron.hf import GROUP_HEAD, Seen, differing, ignore, same_group_head, save_group_head, save_hf
+from gipo_megatron.megatron.hf import (
+    GROUP_HEAD,
+    Seen,
+    differing,
+    ignore,
+    same_group_head,
+    save_group_head,
+    save_hf,
+)
 from gipo_megatron.megatron.hf_files import SHARD_BYTES, open_weights
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import load_into
@@ -49,20 +70,34 @@ class Model:
 
     def engine(self, mesh: Mesh, dtype: str, load: Path, seen: Seen = ignore) -> Engine:
         precision = Precision(dtype)
-        engine = Engine(mesh, self.architecture, precision, micro_batch=1, seed=0, head=self.head, group=self.group, initialise=False)
+        engine = Engine(
+            mesh,
+            self.architecture,
+            precision,
+            micro_batch=1,
+            seed=0,
+            head=self.head,
+            group=self.group,
+            initialise=False,
+        )
         load_into(engine, str(load), self.role, seen)
         return engine
 
 
-# --------------------------------------------------------------------------------------------- Hugging Face -> checkpoint
+# ----------------------------------------------------------------------- Hugging Face -> checkpoint
 
 
 def to_megatron(hf: str, out: Path, mesh: Mesh, *, verify: bool, progress: Progress) -> None:
-    """Writes a checkpoint that every role may load, at any layout, from a world of one. Raises UserError; `out` then does not exist."""
+    """Writes a checkpoint that every role may load, at any layout, from a world of one. Raises
+    UserError; `out` then does not exist."""
     refuse_existing(out)
     folder = Path(locate(hf, "hf"))
     if checkpoint.kind(folder) != "huggingface":
-        raise UserError(f"{folder} is a checkpoint already", where="hf", fix="load it as it is: models.<role>.load takes both kinds")
+        raise UserError(
+            f"{folder} is a checkpoint already",
+            where="hf",
+            fix="load it as it is: models.<role>.load takes both kinds",
+        )
     model = _model_of(folder)
     there = any((folder / file).is_file() for file in TOKENIZER_FILES)
     tokenizer = load_tokenizer(str(folder), where="hf") if there else None
@@ -70,10 +105,14 @@ def to_megatron(hf: str, out: Path, mesh: Mesh, *, verify: bool, progress: Progr
         engine = model.engine(mesh, model.dtype, folder, seen)
     with staged(out) as work:
         with progress.waiting("writing the checkpoint"):
-            _write_checkpoint(work, model.role, engine, hf if not Path(hf).exists() else "", tokenizer)
+            _write_checkpoint(
+                work, model.role, engine, hf if not Path(hf).exists() else "", tokenizer
+            )
         load_into(engine, str(work), model.role)
         with progress.tensors("comparing tensors", _total(engine)) as seen:
-            refuse(folder, [("not what was read", differing(folder, engine.export(), mesh, seen=seen))])
+            refuse(
+                folder, [("not what was read", differing(folder, engine.export(), mesh, seen=seen))]
+            )
         progress.line("all tensors of the checkpoint equal the folder's, bit for bit")
         release(engine)
         if verify:
@@ -84,13 +123,22 @@ def to_megatron(hf: str, out: Path, mesh: Mesh, *, verify: bool, progress: Progr
 
 
 def _model_of(folder: Path) -> Model:
-    """Role and dtype, told by content: a language model, one label, or one label beside a group head."""
+    """Role and dtype, told by content: a language model, one label, or one label beside a group
+    head."""
     architecture = architecture_from_hf(folder)
     config = json.loads((folder / "config.json").read_text())
     if is_classifier(config) and num_labels(config) != 1:
-        what = f"a classifier with num_labels {num_labels(config)}; reward models and critics have one"
+        what = (
+            f"a classifier with num_labels {num_labels(config)}; reward models and critics have one"
+        )
         raise UserError(what, where=str(folder / "config.json"), fix="train it with num_labels=1")
-    role = "actor" if not is_classifier(config) else "critic" if (folder / GROUP_HEAD).is_file() else "reward"
+    role = (
+        "actor"
+        if not is_classifier(config)
+        else "critic"
+        if (folder / GROUP_HEAD).is_file()
+        else "reward"
+    )
     group = _saved_group(folder) if role == "critic" else None
     return Model(role, architecture, NAMES[stored_dtype(open_weights(folder))], group)
 
@@ -101,36 +149,74 @@ def _size(folder: Path) -> int:
 
 def _saved_group(folder: Path) -> HeadSpec:
     with safe_open(folder / GROUP_HEAD, framework="pt") as saved:
-        return HeadSpec(saved.get_slice("weight").get_shape()[0], saved.metadata()["input"], detach_trunk=True)
+        return HeadSpec(
+            saved.get_slice("weight").get_shape()[0], saved.metadata()["input"], detach_trunk=True
+        )
 
 
-def _write_checkpoint(out: Path, role: str, engine: Engine, hub: str, tokenizer: Tokenizer | None) -> None:
+def _write_checkpoint(
+    out: Path, role: str, engine: Engine, hub: str, tokenizer: Tokenizer | None
+) -> None:
     mesh = engine.mesh
-    meta: dict[str, Any] = {"step": 0, "recipe": "", "hub": hub, "commit": commit(), "parallel": vars(mesh.parallel)}
+    meta: dict[str, Any] = {
+        "step": 0,
+        "recipe": "",
+        "hub": hub,
+        "commit": commit(),
+        "parallel": vars(mesh.parallel),
+    }
     if tokenizer is not None:
         meta |= {"tokenizer": tokenizer.fingerprint, "chat_template": tokenizer.chat_template}
-    extra: Callable[[Path], None] | None = None if tokenizer is None else lambda work: tokenizer.save(work / "tokenizer")
+    extra: Callable[[Path], None] | None = (
+        None if tokenizer is None else lambda work: tokenizer.save(work / "tokenizer")
+    )
     checkpoint.write(out, {role: engine}, mesh, {}, meta, extra)
 
 
-# --------------------------------------------------------------------------------------------- checkpoint -> Hugging Face
+# ----------------------------------------------------------------------- checkpoint -> Hugging Face
 
 
-def to_hf(path: Path, out: Path, mesh: Mesh, *, role: str = "", verify: bool, progress: Progress, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes one role of a checkpoint as a Hugging Face folder, in a world of one, whatever layout it was trained in.
+def to_hf(
+    path: Path,
+    out: Path,
+    mesh: Mesh,
+    *,
+    role: str = "",
+    verify: bool,
+    progress: Progress,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes one role of a checkpoint as a Hugging Face folder, in a world of one, whatever layout
+    it was trained in.
 
-    role: "" is the policy, or the only one there is. Raises UserError (then `out` does not exist), Mismatch (then OUT.mismatch does).
+    role: "" is the policy, or the only one there is. Raises UserError (then `out` does not exist),
+    Mismatch (then OUT.mismatch does).
     """
     refuse_existing(out)
     meta = checkpoint.read_meta(path)
     role = _role_of(meta, role, path)
     about = meta["roles"][role]
     if "dtype" not in about:
-        fix = "continue that run by one step, or load the checkpoint in a new run, and convert what it writes"
-        raise UserError("this checkpoint was written before conversions were built; it does not say its dtype", where=str(path), fix=fix)
-    group = None if about["num_groups"] is None else HeadSpec(about["num_groups"], about["group_input"], detach_trunk=True)
+        fix = (
+            "continue that run by one step, or load the checkpoint in a new run, and convert what"
+            " it writes"
+        )
+        raise UserError(
+            "this checkpoint was written before conversions were built; it does not say its dtype",
+            where=str(path),
+            fix=fix,
+        )
+    group = (
+        None
+        if about["num_groups"] is None
+        else HeadSpec(about["num_groups"], about["group_input"], detach_trunk=True)
+    )
     model = Model(role, Architecture(**about["architecture"]), about["dtype"], group)
-    tokenizer = load_tokenizer(str(path / "tokenizer"), where=str(path)) if (path / "tokenizer").is_dir() else None
+    tokenizer = (
+        load_tokenizer(str(path / "tokenizer"), where=str(path))
+        if (path / "tokenizer").is_dir()
+        else None
+    )
     with progress.waiting(f"reading {path}"):
         engine = model.engine(mesh, model.dtype, path)
     with staged(out) as work:
@@ -152,14 +238,27 @@ def _role_of(meta: dict[str, Any], role: str, path: Path) -> str:
     there = list(meta["roles"])
     chosen = role or ("actor" if "actor" in there else there[0])
     if chosen not in there:
-        raise UserError(f"the checkpoint has no {chosen!r}", where=str(path), fix=f"role={' or role='.join(there)}")
+        raise UserError(
+            f"the checkpoint has no {chosen!r}",
+            where=str(path),
+            fix=f"role={' or role='.join(there)}",
+        )
     return chosen
 
 
-def export_run(out: Path, role: str, engine: Engine, tokenizer: Tokenizer, meta: dict[str, Any], progress: Progress) -> None:
-    """A run's model as a Hugging Face folder, at the run's own layout, replacing an older one. Collective; rank 0 writes.
+def export_run(
+    out: Path,
+    role: str,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    meta: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """A run's model as a Hugging Face folder, at the run's own layout, replacing an older one.
+    Collective; rank 0 writes.
 
-    Everything is checked but the outputs, for which a whole second model would have to be in memory.
+    Everything is checked but the outputs, for which a whole second model would have to be in
+    memory.
     """
     about = checkpoint.describe(engine)
     if not engine.mesh.is_main:
@@ -167,8 +266,13 @@ def export_run(out: Path, role: str, engine: Engine, tokenizer: Tokenizer, meta:
         return
     with staged(out) as work:
         padding = _write_folder(work, engine, tokenizer, meta, progress)
-        checks = [*_check_written(work, engine, progress), "NOT checked: outputs against transformers (tools/megatron_to_hf.py does it)"]
-        (work / "README.md").write_text(model_card(role, about, meta, padding=padding, checks=checks), encoding="utf-8")
+        checks = [
+            *_check_written(work, engine, progress),
+            "NOT checked: outputs against transformers (tools/megatron_to_hf.py does it)",
+        ]
+        (work / "README.md").write_text(
+            model_card(role, about, meta, padding=padding, checks=checks), encoding="utf-8"
+        )
 
 
 def _others(engine: Engine) -> None:
@@ -181,9 +285,15 @@ def _others(engine: Engine) -> None:
 
 
 def _write_folder(
-    work: Path, engine: Engine, tokenizer: Tokenizer | None, meta: dict[str, Any], progress: Progress, shard_bytes: int = SHARD_BYTES
+    work: Path,
+    engine: Engine,
+    tokenizer: Tokenizer | None,
+    meta: dict[str, Any],
+    progress: Progress,
+    shard_bytes: int = SHARD_BYTES,
 ) -> str | None:
-    """Weights, config.json, generation_config.json, tokenizer, group head. Returns what a model with a head may be padded with."""
+    """Weights, config.json, generation_config.json, tokenizer, group head. Returns what a model
+    with a head may be padded with."""
     if engine.group_head is not None:
         engine.group_head.broadcast()
         save_group_head(work, engine.group_head)
@@ -192,26 +302,38 @@ def _write_folder(
     padding = None
     if tokenizer is not None:
         if "template" in meta:
-            tokenizer = tokenizer.with_chat_template(as_chat_template(meta["template"], tokenizer, meta["style"]))
+            tokenizer = tokenizer.with_chat_template(
+                as_chat_template(meta["template"], tokenizer, meta["style"])
+            )
         if engine.head is not None and (padding := tokenizer.scoring_pad()) is not None:
             tokenizer = tokenizer.with_padding(padding)
         tokenizer.save(work)
-    (work / "config.json").write_text(_config(engine, tokenizer, padding is not None), encoding="utf-8")
+    (work / "config.json").write_text(
+        _config(engine, tokenizer, padding is not None), encoding="utf-8"
+    )
     if engine.head is None and (text := _generation_config(engine, tokenizer)):
         (work / "generation_config.json").write_text(text, encoding="utf-8")
     return padding
 
 
 def _config(engine: Engine, tokenizer: Tokenizer | None, padded: bool) -> str:
-    """The one the model came with, where it came from Hugging Face; else one for its architecture."""
+    """The one the model came with, where it came from Hugging Face; else one for its
+    architecture."""
     dtype = TORCH_NAMES[engine.precision.dtype]
     pad_id = tokenizer.pad_id if tokenizer is not None and padded else None
     if "config.json" in engine.hf_files:
-        return config_like(engine.hf_files["config.json"], dtype, head=engine.head, pad_token_id=pad_id)
+        return config_like(
+            engine.hf_files["config.json"], dtype, head=engine.head, pad_token_id=pad_id
+        )
     tokens: dict[str, Any] = {} if tokenizer is None else _special_ids(tokenizer)
     if engine.head is not None:
         tokens["pad_token_id"] = pad_id
-    return json.dumps(config_for(engine.architecture, dtype, head=engine.head, tokens=tokens), indent=2) + "\n"
+    return (
+        json.dumps(
+            config_for(engine.architecture, dtype, head=engine.head, tokens=tokens), indent=2
+        )
+        + "\n"
+    )
 
 
 def _generation_config(engine: Engine, tokenizer: Tokenizer | None) -> str:
@@ -221,7 +343,11 @@ def _generation_config(engine: Engine, tokenizer: Tokenizer | None) -> str:
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.inner.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.inner.pad_token_id,
+    }
     return {name: number for name, number in ids.items() if number is not None}
 
 
@@ -231,9 +357,16 @@ def _check_written(work: Path, engine: Engine, progress: Progress) -> list[str]:
     if engine.group_head is not None and not same_group_head(work, engine.group_head):
         different.append(GROUP_HEAD)
     refuse(work, [("not what was written", different)])
-    return [check_structure(work, TORCH_NAMES[engine.precision.dtype]), "all tensors read back, bit for bit"]
+    return [
+        check_structure(work, TORCH_NAMES[engine.precision.dtype]),
+        "all tensors read back, bit for bit",
+    ]
 
 
 def _total(engine: Engine) -> int:
-    """Bytes of this rank's weights times the ranks of a replica: close enough for a progress bar."""
-    return sum(p.nbytes for chunk in engine.chunks for p in chunk.parameters()) * engine.mesh.parallel.model
+    """Bytes of this rank's weights times the ranks of a replica: close enough for a progress
+    bar."""
+    return (
+        sum(p.nbytes for chunk in engine.chunks for p in chunk.parameters())
+        * engine.mesh.parallel.model
+    )

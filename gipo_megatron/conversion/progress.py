@@ -43,7 +43,11 @@ class Progress:
             self.line(title)
             yield
             return
-        columns = (rich.progress.SpinnerColumn(), rich.progress.TextColumn("{task.description}"), rich.progress.TimeElapsedColumn())
+        columns = (
+            rich.progress.SpinnerColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TimeElapsedColumn(),
+        )
         with rich.progress.Progress(*columns, console=self.console, transient=True) as bar:
             bar.add_task(title, total=None)
             yield

@@ -17,21 +17,30 @@ class Mismatch(UserError):
 def refuse_existing(out: Path) -> None:
     """UserError where `out` is taken or cannot be written, before anything is read."""
     if out.exists():
-        raise UserError(f"{out} exists already", where="out", fix="choose another folder, or remove it first")
+        raise UserError(
+            f"{out} exists already", where="out", fix="choose another folder, or remove it first"
+        )
     parent = out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {parent}: {error.strerror}", where="out", fix="choose a folder you may write to") from None
+        raise UserError(
+            f"cannot write to {parent}: {error.strerror}",
+            where="out",
+            fix="choose a folder you may write to",
+        ) from None
 
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """Yields OUT.partial; it gets the name OUT when the block ends well, replacing an older OUT.
 
-    A full disk, an error, Ctrl-C: it is removed. A Mismatch: it stays, as OUT.mismatch, to be looked at.
+    A full disk, an error, Ctrl-C: it is removed. A Mismatch: it stays, as OUT.mismatch, to be
+    looked at.
     """
-    work, bad, old = (out.with_name(f"{out.name}.{word}") for word in ("partial", "mismatch", "old"))
+    work, bad, old = (
+        out.with_name(f"{out.name}.{word}") for word in ("partial", "mismatch", "old")
+    )
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -46,12 +55,16 @@ def staged(out: Path) -> Iterator[Path]:
         raise Mismatch(error.what, where=str(bad), fix=error.fix) from None
     except UserError as error:
         shutil.rmtree(work, ignore_errors=True)
-        raise UserError(error.what, where=error.where.replace(str(work), str(out)), fix=error.fix) from None
+        raise UserError(
+            error.what, where=error.where.replace(str(work), str(out)), fix=error.fix
+        ) from None
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
         reason = error.strerror or str(error)
         raise UserError(
-            f"cannot write {out}: {reason}", where="out", fix="make room, or choose another disk; nothing was left there"
+            f"cannot write {out}: {reason}",
+            where="out",
+            fix="make room, or choose another disk; nothing was left there",
         ) from None
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""Whether a Hugging Face folder is what it claims: names, shapes, dtypes and bytes as transformers has them, and the same outputs."""
+"""Whether a Hugging Face folder is what it claims: names, shapes, dtypes and bytes as transformers
+has them, and the same outputs."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from gipo_megatron.conversion.staging import Mismatch
@@ -17,26 +23,46 @@ from gipo_megatron.megatron.hf_files import BYTES, Weights, open_weights
 from gipo_megatron.megatron.roles import outputs
 from gipo_megatron.megatron.schedule import Engine
 
-TOLERANCE = 1e-4  # of the largest output, in fp32: rounding grows with depth; a wrong weight or rotary base is off by far more than this
+# of the largest output, in fp32: rounding grows with depth; a wrong weight or rotary base is off by
+# far more than this
+TOLERANCE = 1e-4
 ROWS, TOKENS = 2, 24
 
 
 def check_structure(folder: Path, dtype: str) -> str:
-    """One line on what agrees. Raises Mismatch naming the tensors that transformers' own model of this config.json has otherwise."""
+    """One line on what agrees. Raises Mismatch naming the tensors that transformers' own model of
+    this config.json has otherwise."""
     weights = open_weights(folder)
-    expected = {name: tuple(p.shape) for name, p in _empty_model(folder).named_parameters()}  # tied ones once, as they are saved
+    # tied ones once, as they are saved
+    expected = {name: tuple(p.shape) for name, p in _empty_model(folder).named_parameters()}
     problems = [
         ("missing", [name for name in expected if name not in weights.shapes]),
         ("not in transformers' model", [name for name in weights.shapes if name not in expected]),
-        ("wrong shape", [n for n, shape in expected.items() if n in weights.shapes and weights.shapes[n] != shape]),
+        (
+            "wrong shape",
+            [
+                n
+                for n, shape in expected.items()
+                if n in weights.shapes and weights.shapes[n] != shape
+            ],
+        ),
         (f"not {dtype}", [name for name, found in weights.dtypes.items() if found != dtype]),
     ]
     refuse(folder, problems)
     size = sum(math.prod(shape) for shape in expected.values()) * BYTES[dtype]
-    written = sum(math.prod(shape) * BYTES[weights.dtypes[name]] for name, shape in weights.shapes.items())
+    written = sum(
+        math.prod(shape) * BYTES[weights.dtypes[name]] for name, shape in weights.shapes.items()
+    )
     if written != size or (stated := _stated_size(folder, size)) != size:
-        raise Mismatch(f"{written} bytes of tensors, transformers' model has {size}; the index states {stated}", where=str(folder))
-    return f"{len(expected)} tensors: names, shapes, {dtype}, {size:,} bytes, as transformers' own model has them"
+        raise Mismatch(
+            f"{written} bytes of tensors, transformers' model has {size}; the index states"
+            f" {stated}",
+            where=str(folder),
+        )
+    return (
+        f"{len(expected)} tensors: names, shapes, {dtype}, {size:,} bytes, as transformers' own"
+        " model has them"
+    )
 
 
 def refuse(folder: Path, problems: list[tuple[str, list[str]]]) -> None:
@@ -48,12 +74,18 @@ def refuse(folder: Path, problems: list[tuple[str, list[str]]]) -> None:
             lines.append(f"  {title} ({len(names)}): {', '.join(names[:8])}{more}")
     if lines:
         fix = "please report this: a conversion that does not verify is a defect"
-        raise Mismatch("the conversion does not verify\n" + "\n".join(lines), where=str(folder), fix=fix)
+        raise Mismatch(
+            "the conversion does not verify\n" + "\n".join(lines), where=str(folder), fix=fix
+        )
 
 
 def _stated_size(folder: Path, otherwise: int) -> int:
     index = folder / "model.safetensors.index.json"
-    return int(json.loads(index.read_text())["metadata"]["total_size"]) if index.is_file() else otherwise
+    return (
+        int(json.loads(index.read_text())["metadata"]["total_size"])
+        if index.is_file()
+        else otherwise
+    )
 
 
 def _empty_model(folder: Path) -> PreTrainedModel:
@@ -62,23 +94,34 @@ def _empty_model(folder: Path) -> PreTrainedModel:
         return _auto_class(config.architectures).from_config(config, dtype=torch.float32)
 
 
-def _auto_class(architectures: list[str]) -> type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]:
-    return AutoModelForSequenceClassification if architectures[0].endswith("ForSequenceClassification") else AutoModelForCausalLM
+def _auto_class(
+    architectures: list[str],
+) -> type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]:
+    return (
+        AutoModelForSequenceClassification
+        if architectures[0].endswith("ForSequenceClassification")
+        else AutoModelForCausalLM
+    )
 
 
 def stored_dtype(weights: Weights) -> str:
-    """The one dtype of a folder's tensors; float32 for a mixture, which loses nothing. Raises Mismatch for what is quantised."""
+    """The one dtype of a folder's tensors; float32 for a mixture, which loses nothing. Raises
+    Mismatch for what is quantised."""
     found = set(weights.dtypes.values())
     if unknown := sorted(found - set(BYTES)):
-        raise Mismatch(f"tensors of dtype {', '.join(unknown)}: quantised weights are not converted", where=weights.where)
+        raise Mismatch(
+            f"tensors of dtype {', '.join(unknown)}: quantised weights are not converted",
+            where=weights.where,
+        )
     return found.pop() if len(found) == 1 else "float32"
 
 
-# --------------------------------------------------------------------------------------------- outputs
+# ------------------------------------------------------------------------------------------ outputs
 
 
 def random_rows(vocab_size: int, forbidden: int | None) -> tuple[Tensor, Tensor]:
-    """Token ids [2, 24] and lengths [2], the first row shorter; the padding id nowhere but in the padding."""
+    """Token ids [2, 24] and lengths [2], the first row shorter; the padding id nowhere but in the
+    padding."""
     ids = torch.randint(0, vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     if forbidden is not None:
         ids[ids == forbidden] = (forbidden + 1) % vocab_size
@@ -87,10 +130,12 @@ def random_rows(vocab_size: int, forbidden: int | None) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def output_difference(folder: Path, engine: Engine) -> tuple[float, float]:
-    """(largest difference, largest output) of an fp32 model of ours and transformers' of `folder`, on random tokens.
+    """(largest difference, largest output) of an fp32 model of ours and transformers' of `folder`,
+    on random tokens.
 
-    Logits [2, 24, V] of a language model at real tokens; scores [2] of a model with a head, padded where config.json names a padding id.
-    Empties `engine`: the two models need not be in memory together.
+    Logits [2, 24, V] of a language model at real tokens; scores [2] of a model with a head, padded
+    where config.json names a padding id. Empties `engine`: the two models need not be in memory
+    together.
     """
     config = AutoConfig.from_pretrained(folder)
     ids, lengths = random_rows(engine.architecture.vocab_size, config.pad_token_id)
@@ -103,7 +148,12 @@ def output_difference(folder: Path, engine: Engine) -> tuple[float, float]:
         ours = ours[real]
     else:
         ours = ours[torch.arange(ROWS), lengths - 1, 0]
-        theirs = torch.cat([_score(model, ids[i : i + 1], int(lengths[i]), config.pad_token_id) for i in range(ROWS)])
+        theirs = torch.cat(
+            [
+                _score(model, ids[i : i + 1], int(lengths[i]), config.pad_token_id)
+                for i in range(ROWS)
+            ]
+        )
     return float((ours - theirs).abs().max()), float(theirs.abs().max())
 
 
@@ -138,6 +188,16 @@ def check_outputs(folder: Path, engine: Engine) -> str:
     difference, largest = output_difference(folder, engine)
     what = "scores" if engine.head is not None else "logits"
     if not difference <= TOLERANCE * max(largest, 1.0):
-        text = f"{what} differ by {difference:.3g} from transformers' (largest {largest:.3g}), though all tensors agree"
-        raise Mismatch(text, where=str(folder), fix="config.json describes another model than these weights are of; please report this")
-    return f"{what} on random tokens within {difference:.2g} of transformers' (largest {largest:.3g}), in fp32"
+        text = (
+            f"{what} differ by {difference:.3g} from transformers' (largest {largest:.3g}), though"
+            " all tensors agree"
+        )
+        raise Mismatch(
+            text,
+            where=str(folder),
+            fix="config.json describes another model than these weights are of; please report this",
+        )
+    return (
+        f"{what} on random tokens within {difference:.2g} of transformers' (largest {largest:.3g}),"
+        " in fp32"
+    )

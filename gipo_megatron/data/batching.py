@@ -1,4 +1,5 @@
-"""Batches as a pure function of (seed, step): any number of replicas, and a resumed run, see the same data."""
+"""Batches as a pure function of (seed, step): any number of replicas, and a resumed run, see the
+same data."""
 
 from __future__ import annotations
 
@@ -26,13 +27,18 @@ HEAD_ROWS = 100  # rows that settle a file's schema
 class Dataset:
     """Rows in a fixed order, tokenised when a batch asks for them.
 
-    Training: position p = step * batch + j is row permutation_e[p mod N] of epoch e = p // N; global row j of a step is row
-    j // dp_size of replica j mod dp_size. Evaluation (`*_at`): the rows named, in their order; row counts are made equal over the
-    replicas by repeating the last row, and the returned `valid` (bool [B]) is False there.
+    Training: position p = step * batch + j is row permutation_e[p mod N] of epoch e = p // N;
+    global row j of a step is row j // dp_size of replica j mod dp_size. Evaluation (`*_at`): the
+    rows named, in their order; row counts are made equal over the replicas by repeating the last
+    row, and the returned `valid` (bool [B]) is False there.
     """
 
-    def __init__(self, examples: Sequence[Example], encoder: Encoder, seed: int, kind: str, tally: Tally) -> None:
-        self.kind = kind  # prompt | sft | preference: preference -> pairs, sft -> examples, prompt -> prompts (which any kind gives)
+    def __init__(
+        self, examples: Sequence[Example], encoder: Encoder, seed: int, kind: str, tally: Tally
+    ) -> None:
+        # prompt | sft | preference: preference -> pairs, sft -> examples, prompt -> prompts (which
+        # any kind gives)
+        self.kind = kind
         self.rows = tuple(examples)
         self.sources = tuple(sorted({example.source for example in self.rows}))
         self._encoder, self._seed, self._tally = encoder, seed, tally
@@ -44,30 +50,45 @@ class Dataset:
     @property
     def report(self) -> list[str]:
         """Rows and drops by reason, rows a source, and what was cut in the batches so far."""
-        counts = {name: sum(example.source == name for example in self.rows) for name in self.sources}
-        return [*self._tally.lines(), *(f"source {name}: {count} rows" for name, count in counts.items()), *self._encoder.lines()]
+        counts = {
+            name: sum(example.source == name for example in self.rows) for name in self.sources
+        }
+        return [
+            *self._tally.lines(),
+            *(f"source {name}: {count} rows" for name, count in counts.items()),
+            *self._encoder.lines(),
+        ]
 
     @property
     def fingerprint(self) -> str:
         """sha256 of the rows: a resumed run can tell that its data changed."""
         digest = hashlib.sha256()
         for example in self.rows:
-            digest.update(repr((example.style, example.prompt, example.responses, example.source)).encode())
+            digest.update(
+                repr((example.style, example.prompt, example.responses, example.source)).encode()
+            )
         return digest.hexdigest()
 
-    # ----------------------------------------------------------------------------------------- training
+    # ------------------------------------------------------------------------------------- training
 
     def order(self, step: int, batch: int) -> list[int]:
         """The dataset rows of the global batch `step`, [batch]."""
         size = len(self.rows)
-        return [self._permutation(p // size)[p % size] for p in range(step * batch, (step + 1) * batch)]
+        return [
+            self._permutation(p // size)[p % size] for p in range(step * batch, (step + 1) * batch)
+        ]
 
-    def prompts(self, step: int, num_prompts: int, responses: int, dp_rank: int = 0, dp_size: int = 1) -> Prompts:
-        """This replica's share of num_prompts * responses rows; global row i is prompt i // responses."""
+    def prompts(
+        self, step: int, num_prompts: int, responses: int, dp_rank: int = 0, dp_size: int = 1
+    ) -> Prompts:
+        """This replica's share of num_prompts * responses rows; global row i is prompt i //
+        responses."""
         count = num_prompts * responses
         order = self.order(step, num_prompts)
         mine = _share(count, dp_rank, dp_size)
-        return self._prompts([order[i // responses] for i in mine], [step * count + i for i in mine])
+        return self._prompts(
+            [order[i // responses] for i in mine], [step * count + i for i in mine]
+        )
 
     def pairs(self, step: int, batch: int, dp_rank: int = 0, dp_size: int = 1) -> Pairs:
         order = self.order(step, batch)
@@ -77,22 +98,29 @@ class Dataset:
         order = self.order(step, batch)
         return self._examples([order[i] for i in _share(batch, dp_rank, dp_size)])
 
-    # ----------------------------------------------------------------------------------------- evaluation
+    # ----------------------------------------------------------------------------------- evaluation
 
-    def prompts_at(self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1) -> tuple[Prompts, Tensor]:
-        """sample_id is the dataset row: sampling noise depends neither on the number of replicas nor on how rows are cut into pieces."""
+    def prompts_at(
+        self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1
+    ) -> tuple[Prompts, Tensor]:
+        """sample_id is the dataset row: sampling noise depends neither on the number of replicas
+        nor on how rows are cut into pieces."""
         rows, valid = _padded(indices, dp_rank, dp_size)
         return self._prompts(rows, rows), valid
 
-    def pairs_at(self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1) -> tuple[Pairs, Tensor]:
+    def pairs_at(
+        self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1
+    ) -> tuple[Pairs, Tensor]:
         rows, valid = _padded(indices, dp_rank, dp_size)
         return self._pairs(rows), valid
 
-    def examples_at(self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1) -> tuple[Sequences, Tensor]:
+    def examples_at(
+        self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1
+    ) -> tuple[Sequences, Tensor]:
         rows, valid = _padded(indices, dp_rank, dp_size)
         return self._examples(rows), valid
 
-    # ----------------------------------------------------------------------------------------- rows to tensors
+    # ------------------------------------------------------------------------------ rows to tensors
 
     def _prompts(self, rows: list[int], sample_ids: list[int]) -> Prompts:
         encoded = {row: self._encoder.prompt(self.rows[row], row) for row in dict.fromkeys(rows)}
@@ -108,7 +136,9 @@ class Dataset:
 
     def _pairs(self, rows: list[int]) -> Pairs:
         assert self.kind == "preference", f"pairs asked of {self.kind} rows"
-        halves = [[self._encoder.sequence(self.rows[row], row, half) for row in rows] for half in (0, 1)]
+        halves = [
+            [self._encoder.sequence(self.rows[row], row, half) for row in rows] for half in (0, 1)
+        ]
         width = max(len(encoded.tokens) for half in halves for encoded in half)
         chosen, rejected = (self._sequences(rows, half, width) for half in halves)
         return Pairs(chosen, rejected, tuple(self.rows[row].source for row in rows))
@@ -123,7 +153,13 @@ class Dataset:
         prompt_lengths = torch.tensor([x.prompt_length for x in encoded])
         position = torch.arange(width)
         mask = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
-        return Sequences(self._pad([x.tokens for x in encoded], width), mask, prompt_lengths, lengths, torch.tensor(rows))
+        return Sequences(
+            self._pad([x.tokens for x in encoded], width),
+            mask,
+            prompt_lengths,
+            lengths,
+            torch.tensor(rows),
+        )
 
     def _pad(self, ids: list[list[int]], width: int = 0) -> Tensor:
         width = max(width, max(len(x) for x in ids))
@@ -132,22 +168,32 @@ class Dataset:
     def _permutation(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             noise = torch.Generator().manual_seed(_seed(self._seed, epoch))
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}  # a batch spans at most a few epochs
+            # a batch spans at most a few epochs
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = torch.randperm(len(self.rows), generator=noise).tolist()
         return self._orders[epoch]
 
 
-def load_data(config: DataConfig, tokenizer: Tokenizer, split: str, seed: int, kind: str) -> Dataset:
+def load_data(
+    config: DataConfig, tokenizer: Tokenizer, split: str, seed: int, kind: str
+) -> Dataset:
     """The rows of `split` (train | test | all) as `kind` (prompt | sft | preference).
 
-    A preference source serves all three: its prompts, each once; its chosen responses. An sft source serves prompts too.
-    Raises UserError: a format that cannot serve the kind, what sources.py and schemas.py refuse, nothing left after the drops.
+    A preference source serves all three: its prompts, each once; its chosen responses. An sft
+    source serves prompts too. Raises UserError: a format that cannot serve the kind, what
+    sources.py and schemas.py refuse, nothing left after the drops.
     """
     if config.format not in FORMATS:
-        raise UserError(f"unknown data.format {config.format!r}", where="data.format", fix=f"use {', '.join(FORMATS)}")
+        raise UserError(
+            f"unknown data.format {config.format!r}",
+            where="data.format",
+            fix=f"use {', '.join(FORMATS)}",
+        )
     if config.format != "planted" and KINDS[config.format] < KINDS[kind]:
         raise UserError(
-            f"data.format {config.format} has no {kind} rows", where="data.format", fix="give a source whose rows hold the responses"
+            f"data.format {config.format} has no {kind} rows",
+            where="data.format",
+            fix="give a source whose rows hold the responses",
         )
     tally, encoder = Tally(), Encoder(config, tokenizer)
     if config.format == "planted":
@@ -155,13 +201,23 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, split: str, seed: int, k
         tally.kept = len(examples)
     else:
         parts = open_parts(config.path, list(config.source), split, config.format)
-        examples = [example for part in parts for example in _read(part, config, split, kind, encoder, tally)]
+        examples = [
+            example
+            for part in parts
+            for example in _read(part, config, split, kind, encoder, tally)
+        ]
     if not examples:
-        raise UserError(f"no {split} rows left of {tally.read}", where=config.path, fix="; ".join(tally.lines()[1:]))
+        raise UserError(
+            f"no {split} rows left of {tally.read}",
+            where=config.path,
+            fix="; ".join(tally.lines()[1:]),
+        )
     return Dataset(examples, encoder, seed, kind, tally)
 
 
-def _read(part: Part, config: DataConfig, split: str, kind: str, encoder: Encoder, tally: Tally) -> list[Example]:
+def _read(
+    part: Part, config: DataConfig, split: str, kind: str, encoder: Encoder, tally: Tally
+) -> list[Example]:
     """The clean rows of one source, each reason of a drop counted."""
     kept: list[Example] = []
     seen: set[object] = set()
@@ -171,7 +227,11 @@ def _read(part: Part, config: DataConfig, split: str, kind: str, encoder: Encode
     for where, row in chain(head, rows):
         try:
             example = schema.read(row, part.source, tally, where)
-            if not part.split and split != "all" and is_held_out(example, config.held_out) != (split == "test"):
+            if (
+                not part.split
+                and split != "all"
+                and is_held_out(example, config.held_out) != (split == "test")
+            ):
                 continue
             encoder.check(example)
             _once((example.prompt, example.responses), "duplicate row", seen)
@@ -198,7 +258,10 @@ def is_held_out(example: Example, share: float) -> bool:
 
 
 def _seed(seed: int, epoch: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"data order {seed} {epoch}".encode()).digest()[:8], "big") >> 1
+    return (
+        int.from_bytes(hashlib.sha256(f"data order {seed} {epoch}".encode()).digest()[:8], "big")
+        >> 1
+    )
 
 
 def _share(count: int, dp_rank: int, dp_size: int) -> range:

@@ -10,7 +10,8 @@ COLUMNS = ("prompt", "chosen", "rejected", "messages", "response", "source")
 
 @dataclass(frozen=True)
 class PlantedConfig:
-    """The generated world of data/planted.py. Its own seed: all stages of a chain share one world, whatever run.seed is."""
+    """The generated world of data/planted.py. Its own seed: all stages of a chain share one world,
+    whatever run.seed is."""
 
     prompts: int = 600  # distinct prompts, held-out ones included
     easy_share: float = 0.5  # share of the prompts that are easy
@@ -18,7 +19,8 @@ class PlantedConfig:
     pairs_per_prompt: int = 6  # preference pairs a prompt; SFT has as many responses a prompt
     label_noise: float = 0.05  # share of the pairs whose label is flipped
     hack: bool = True  # the labels overrate asking back on easy prompts: proxy +1, gold -1
-    hack_share: float = 0.06  # share of such responses among SFT's and in pairs; with hack: false there are none
+    # share of such responses among SFT's and in pairs; with hack: false there are none
+    hack_share: float = 0.06
     seed: int = 0
 
 
@@ -27,13 +29,17 @@ class DataConfig:
     """Where rows come from and how they become tokens."""
 
     format: str = "preference"  # preference | prompt | sft | planted
-    path: str = ""  # a folder, a file (.jsonl .json .csv .parquet, also .gz) or a hub name; unused by planted
-    source: list[str] = field(default_factory=list)  # sub-folders (hub: configurations or folders) to read; [] = all
+    # a folder, a file (.jsonl .json .csv .parquet, also .gz) or a hub name; unused by planted
+    path: str = ""
+    # sub-folders (hub: configurations or folders) to read; [] = all
+    source: list[str] = field(default_factory=list)
     columns: dict[str, str] = field(
         default_factory=dict
     )  # our name -> the file's name; ours: prompt chosen rejected messages response source
-    template: str = "auto"  # auto | chat (the tokenizer's) | hh | plain | chatml | a jinja chat template
+    # auto | chat (the tokenizer's) | hh | plain | chatml | a jinja chat template
+    template: str = "auto"
     max_length: int = 2048  # tokens of prompt + response; a prompt gets what max_response leaves
     max_response: int = 512  # tokens of a response, its end-of-text token included
-    held_out: float = 0.1  # share held back for evaluation where the data have no test split, by a hash of the first turn
+    # share held back for evaluation where the data have no test split, by a hash of the first turn
+    held_out: float = 0.1
     planted: PlantedConfig = field(default_factory=PlantedConfig)

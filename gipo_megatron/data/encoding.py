@@ -1,4 +1,5 @@
-"""Text to tokens: the whole is tokenised, then sliced; long prompts lose turns from the front, long responses their end."""
+"""Text to tokens: the whole is tokenised, then sliced; long prompts lose turns from the front, long
+responses their end."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ TOO_LONG = "the prompt is too long even with its last human turn alone"
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence; its response (tokens from `prompt_length` on) ends in end-of-text unless it was cut."""
+    """One sequence; its response (tokens from `prompt_length` on) ends in end-of-text unless it was
+    cut."""
 
     tokens: list[int]
     prompt_length: int
@@ -24,7 +26,8 @@ class Encoded:
 
 @dataclass
 class Encoder:
-    """Prompts get max_length - max_response tokens, so that a prompt is the same whatever follows it; responses max_response.
+    """Prompts get max_length - max_response tokens, so that a prompt is the same whatever follows
+    it; responses max_response.
 
     Raises UserError when that leaves no room.
     """
@@ -33,12 +36,14 @@ class Encoder:
     tokenizer: Tokenizer
     cuts: dict[str, set[int]] = field(default_factory=dict)  # what was cut -> rows seen so far
     _templates: dict[str, Template] = field(default_factory=dict)
-    _roles: dict[tuple[str, ...], str] = field(default_factory=dict)  # roles in turn -> why the template refuses them, or empty
+    # roles in turn -> why the template refuses them, or empty
+    _roles: dict[tuple[str, ...], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.config.max_response < self.config.max_length:
             raise UserError(
-                f"data.max_length {self.config.max_length} leaves no room for a prompt beside max_response {self.config.max_response}",
+                f"data.max_length {self.config.max_length} leaves no room for a prompt beside"
+                f" max_response {self.config.max_response}",
                 where="data.max_length",
                 fix="make it larger than max_response",
             )
@@ -49,16 +54,20 @@ class Encoder:
         return self.config.max_length - self.config.max_response
 
     def check(self, example: Example) -> None:
-        """Raises BadRow for what no cutting can mend: roles that the template refuses, a last human turn without end.
+        """Raises BadRow for what no cutting can mend: roles that the template refuses, a last human
+        turn without end.
 
-        A token has at least one byte (a few are added; a normaliser may lengthen a text, hence the half), so only texts
-        that could be too long are tokenised here.
+        A token has at least one byte (a few are added; a normaliser may lengthen a text, hence the
+        half), so only texts that could be too long are tokenised here.
         """
         if self._template(example.style).markup:
             self._check_roles(example)
         shortest = list(_shorter(example.prompt))[-1]
         text = self._template(example.style).prompt(shortest)
-        if 2 * len(text.encode()) > self.room - 4 and len(self._ids(text, example.style)) > self.room:
+        if (
+            2 * len(text.encode()) > self.room - 4
+            and len(self._ids(text, example.style)) > self.room
+        ):
             raise BadRow(TOO_LONG)
 
     def prompt(self, example: Example, row: int) -> tuple[list[int], str]:
@@ -69,15 +78,24 @@ class Encoder:
     def sequence(self, example: Example, row: int, response: int) -> Encoded:
         """Prompt and response number `response`, end-of-text appended.
 
-        Where a tokenizer joins the prompt's end with the response's beginning, the joined token is the response's.
+        Where a tokenizer joins the prompt's end with the response's beginning, the joined token is
+        the response's.
         """
         turns, opened, prompt_ids = self._fit(example, row)
-        ids = self._ids(opened + self._template(example.style).response(opened, turns, example.responses[response]), example.style)
-        start = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), min(len(prompt_ids), len(ids)))
+        ids = self._ids(
+            opened
+            + self._template(example.style).response(opened, turns, example.responses[response]),
+            example.style,
+        )
+        start = next(
+            (i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b),
+            min(len(prompt_ids), len(ids)),
+        )
         if start < len(prompt_ids):
             self._cut("responses whose first token reaches back into the prompt", row)
         body = ids[start:]
-        if self.tokenizer.eos_id in body:  # a chat template closes the turn itself; what it writes after that is not learnt
+        # a chat template closes the turn itself; what it writes after that is not learnt
+        if self.tokenizer.eos_id in body:
             body = body[: body.index(self.tokenizer.eos_id)]
         body.append(self.tokenizer.eos_id)
         if len(body) > self.config.max_response:
@@ -110,12 +128,19 @@ class Encoder:
         markup = self._template(style).markup
         ids = self.tokenizer.encode(text, markup=markup)
         bos = self.tokenizer.bos_id
-        return [bos, *ids] if bos is not None and self.tokenizer.begins_with_bos and not markup else ids
+        return (
+            [bos, *ids]
+            if bos is not None and self.tokenizer.begins_with_bos and not markup
+            else ids
+        )
 
     def _check_roles(self, example: Example) -> None:
         """A template refuses by roles, not by words: one try for each row of roles."""
         template = self._template(example.style)
-        roles = (*(turn.role if turn.text.strip() else "" for turn in example.prompt), *("response" for _ in example.responses[:1]))
+        roles = (
+            *(turn.role if turn.text.strip() else "" for turn in example.prompt),
+            *("response" for _ in example.responses[:1]),
+        )
         if roles not in self._roles:
             try:
                 opened = template.prompt(example.prompt)
@@ -132,7 +157,8 @@ class Encoder:
 
 
 def _shorter(turns: tuple[Turn, ...]) -> Iterator[Sequence[Turn]]:
-    """All turns, then fewer and fewer from the front, each beginning with a human turn; the last human turn and a system turn stay."""
+    """All turns, then fewer and fewer from the front, each beginning with a human turn; the last
+    human turn and a system turn stay."""
     system, rest = (turns[:1], turns[1:]) if turns[0].role == "system" else ((), turns)
     yield turns
     for start, turn in enumerate(rest):

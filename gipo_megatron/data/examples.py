@@ -1,4 +1,5 @@
-"""What every source becomes: a prompt in turns, and no, one or two responses. And the count of what was lost on the way."""
+"""What every source becomes: a prompt in turns, and no, one or two responses. And the count of what
+was lost on the way."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One clean row. A transcript's turns keep their white space, so that joining them gives the file's text back."""
+    """One clean row. A transcript's turns keep their white space, so that joining them gives the
+    file's text back."""
 
     style: str  # text | transcript | messages
     prompt: tuple[Turn, ...]
@@ -31,7 +33,8 @@ class BadRow(Exception):
 
 @dataclass
 class Tally:
-    """Rows kept, dropped and changed, by reason; the first place of each reason is kept to show it."""
+    """Rows kept, dropped and changed, by reason; the first place of each reason is kept to show
+    it."""
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -54,5 +57,8 @@ class Tally:
         """For the report: `kept K of N rows`, then one line a reason."""
         lines = [f"kept {self.kept} of {self.read} rows"]
         for verb, counts in (("dropped", self.dropped), ("changed", self.changed)):
-            lines += [f"{verb} {count}: {reason} (first: {self.first[reason]})" for reason, count in sorted(counts.items())]
+            lines += [
+                f"{verb} {count}: {reason} (first: {self.first[reason]})"
+                for reason, count in sorted(counts.items())
+            ]
         return lines

@@ -1,4 +1,5 @@
-"""Rows of a file to Examples: standard and conversational columns (TRL's), HH transcripts, OpenAI's posts and comparisons."""
+"""Rows of a file to Examples: standard and conversational columns (TRL's), HH transcripts, OpenAI's
+posts and comparisons."""
 
 from __future__ import annotations
 
@@ -29,10 +30,16 @@ class Schema:
     Raises UserError naming the columns found when one is missing.
     """
 
-    def __init__(self, format: str, columns: dict[str, str], head: Sequence[dict[str, Any]], where: str) -> None:
+    def __init__(
+        self, format: str, columns: dict[str, str], head: Sequence[dict[str, Any]], where: str
+    ) -> None:
         for ours in columns:
             if ours not in COLUMNS:
-                raise UserError(f"data.columns: {ours!r} is none of our names", where="data.columns", fix="use " + ", ".join(COLUMNS))
+                raise UserError(
+                    f"data.columns: {ours!r} is none of our names",
+                    where="data.columns",
+                    fix="use " + ", ".join(COLUMNS),
+                )
         self.format, self.columns = format, columns
         self._standard, found = tldr.recognise(format, columns, head)
         self._name = {ours: columns.get(ours, ours) for ours in COLUMNS}
@@ -41,7 +48,9 @@ class Schema:
         self._used = set(self._name.values())
         self.has = {ours for ours in COLUMNS if self._name[ours] in found}
         self._require(found, where)
-        self.transcripts = "prompt" not in self.has and any(is_transcript(row.get(self._name["chosen"])) for row in head)
+        self.transcripts = "prompt" not in self.has and any(
+            is_transcript(row.get(self._name["chosen"])) for row in head
+        )
 
     def _require(self, found: list[str], where: str) -> None:
         choices = _NEEDS[self.format]
@@ -49,19 +58,31 @@ class Schema:
         if not missing and any(self.has.issuperset(choice) for choice in choices):
             return
         needs = " or ".join(" + ".join(self._name[ours] for ours in choice) for choice in choices)
-        what = f"data.format {self.format} needs the columns {needs}" + "".join(f"; no column {self._name[ours]!r}" for ours in missing)
+        what = f"data.format {self.format} needs the columns {needs}" + "".join(
+            f"; no column {self._name[ours]!r}" for ours in missing
+        )
         example = f"{{{choices[0][-1]}: {found[-1] if found else 'NAME'}}}"
-        raise UserError(f"{what}; found: {', '.join(found)}", where=where, fix=f"map our names to yours, as in data.columns={example}")
+        raise UserError(
+            f"{what}; found: {', '.join(found)}",
+            where=where,
+            fix=f"map our names to yours, as in data.columns={example}",
+        )
 
     def read(self, row: dict[str, Any], source: str, tally: Tally, where: str) -> Example:
         """The row as an Example. Raises BadRow(reason)."""
         row = self._standard(row)
-        style, prompt, responses = self._preference(row) if self.format == "preference" else self._single(row)
+        style, prompt, responses = (
+            self._preference(row) if self.format == "preference" else self._single(row)
+        )
         responses = tuple(_without_end_mark(text, tally, where) for text in responses)
         _check(prompt, responses)
         if "source" in self.columns:
             source = str(row.get(self._name["source"]))
-        kept = {k: v for k, v in row.items() if k not in self._used and isinstance(v, str | int | float | bool)}
+        kept = {
+            k: v
+            for k, v in row.items()
+            if k not in self._used and isinstance(v, str | int | float | bool)
+        }
         return Example(style, prompt, responses, source, kept)
 
     def _preference(self, row: dict[str, Any]) -> tuple[str, tuple[Turn, ...], tuple[str, ...]]:
@@ -70,10 +91,18 @@ class Schema:
             style, prompt = _prompt(self._value(row, "prompt"))
             return style, prompt, (_response(chosen), _response(rejected))
         if isinstance(chosen, str) and isinstance(rejected, str):
-            (p, x), (q, y) = (split_transcript(chosen), split_transcript(rejected)) if self.transcripts else split_common(chosen, rejected)
+            (p, x), (q, y) = (
+                (split_transcript(chosen), split_transcript(rejected))
+                if self.transcripts
+                else split_common(chosen, rejected)
+            )
             if p != q:
                 raise BadRow("chosen and rejected have different prompts")
-            return ("transcript", transcript_turns(p), (x, y)) if self.transcripts else ("text", (Turn("text", p),), (x, y))
+            return (
+                ("transcript", transcript_turns(p), (x, y))
+                if self.transcripts
+                else ("text", (Turn("text", p),), (x, y))
+            )
         a, b = _messages(chosen), _messages(rejected)
         if len(a) != len(b) or a[:-1] != b[:-1]:
             raise BadRow("chosen and rejected have different prompts")
@@ -99,7 +128,8 @@ class Schema:
 
 
 def _response_column(head: Sequence[dict[str, Any]]) -> str:
-    """Others' names for `response`: TRL's completion, and label where that is text (TL;DR's posts)."""
+    """Others' names for `response`: TRL's completion, and label where that is text (TL;DR's
+    posts)."""
     if any("completion" in row for row in head):
         return "completion"
     return "label" if any(isinstance(row.get("label"), str) for row in head) else "response"
@@ -110,7 +140,8 @@ def is_transcript(text: Any) -> bool:
 
 
 def split_transcript(text: str) -> tuple[str, str]:
-    """(prompt up to and with the last `Assistant:`, response with its leading space). Raises BadRow."""
+    """(prompt up to and with the last `Assistant:`, response with its leading space). Raises
+    BadRow."""
     cut = text.rfind(ASSISTANT)
     if cut < 0:
         raise BadRow("no Assistant turn")
@@ -121,8 +152,11 @@ def split_transcript(text: str) -> tuple[str, str]:
 
 
 def split_common(a: str, b: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Implicit prompt: what two strings begin with, cut back to before the last white space, so that no word is split."""
-    size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """Implicit prompt: what two strings begin with, cut back to before the last white space, so
+    that no word is split."""
+    size = next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
     while size and not a[size - 1].isspace():
         size -= 1
     size = len(a[:size].rstrip())
@@ -130,12 +164,16 @@ def split_common(a: str, b: str) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def transcript_turns(prompt: str) -> tuple[Turn, ...]:
-    """The turns of `…\\n\\nHuman: x\\n\\nAssistant:` without the open last head; text before the first head is a `text` turn."""
+    """The turns of `…\\n\\nHuman: x\\n\\nAssistant:` without the open last head; text before the
+    first head is a `text` turn."""
     if not prompt.endswith(ASSISTANT):
         raise BadRow("the prompt does not end in an open Assistant turn")
     start, *rest = _HEAD.split(prompt[: -len(ASSISTANT)])
     turns = [Turn("text", start)] if start else []
-    return (*turns, *(Turn(HEADS[head], text) for head, text in zip(rest[::2], rest[1::2], strict=True)))
+    return (
+        *turns,
+        *(Turn(HEADS[head], text) for head, text in zip(rest[::2], rest[1::2], strict=True)),
+    )
 
 
 def _prompt(value: str | list[Any]) -> tuple[str, tuple[Turn, ...]]:

@@ -1,9 +1,11 @@
-"""OpenAI's TL;DR data (Stiennon et al. 2020): Reddit posts with their authors' summaries, and comparisons of two summaries.
+"""OpenAI's TL;DR data (Stiennon et al. 2020): Reddit posts with their authors' summaries, and
+comparisons of two summaries.
 
-A row of either becomes a standard one: the prompt of OpenAI's released code, summaries that begin with one space, and the
-subreddit as a column.
+A row of either becomes a standard one: the prompt of OpenAI's released code, summaries that begin
+with one space, and the subreddit as a column.
 
-    posts         {subreddit, title, post, summary}; or with the prompt made already: {prompt, label}, {prompt, completion}
+    posts         {subreddit, title, post, summary}; or with the prompt made already: {prompt,
+    label}, {prompt, completion}
     comparisons   {info: {subreddit, title, post}, summaries: [{text}, {text}], choice: 0 | 1}
 """
 
@@ -19,24 +21,40 @@ Columns = dict[str, Any]
 PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
 POST = ("subreddit", "title", "post")
 COMPARISON = ("info", "summaries", "choice")
-PARTS = {"preference": "comparisons", "sft": "posts", "prompt": "posts"}  # data.format -> where OpenAI's layout keeps its rows
+# data.format -> where OpenAI's layout keeps its rows
+PARTS = {"preference": "comparisons", "sft": "posts", "prompt": "posts"}
 _SUBREDDIT = re.compile(r"SUBREDDIT: r/(\S+)\n")
 
 
 def part_for(format: str, names: Collection[str]) -> str | None:
-    """Which of the sub-folders or configurations `names` serves data.format; None: not OpenAI's layout."""
+    """Which of the sub-folders or configurations `names` serves data.format; None: not OpenAI's
+    layout."""
     return PARTS[format] if PARTS["preference"] in names else None
 
 
-def recognise(format: str, columns: dict[str, str], head: Sequence[Columns]) -> tuple[Callable[[Columns], Columns], list[str]]:
-    """(how a row becomes a standard one, the columns it then has), by the columns of the first rows and those the user mapped."""
+def recognise(
+    format: str, columns: dict[str, str], head: Sequence[Columns]
+) -> tuple[Callable[[Columns], Columns], list[str]]:
+    """(how a row becomes a standard one, the columns it then has), by the columns of the first rows
+    and those the user mapped."""
     found = list(dict.fromkeys(name for row in head for name in row))
     prompt = columns.get("prompt", "prompt")
     if format == "preference" and "chosen" not in columns and {*COMPARISON} <= {*found}:
-        return from_comparison, [*(name for name in found if name not in COMPARISON), "subreddit", "prompt", "chosen", "rejected"]
+        return from_comparison, [
+            *(name for name in found if name not in COMPARISON),
+            "subreddit",
+            "prompt",
+            "chosen",
+            "rejected",
+        ]
     post = {"sft": (*POST, "summary"), "prompt": POST}.get(format, ())
     if post and not {"prompt", "messages"} & {*found, *columns} and {*post} <= {*found}:
-        return from_post, [*(name for name in found if name not in (*POST, "summary")), "subreddit", "prompt", "response"]
+        return from_post, [
+            *(name for name in found if name not in (*POST, "summary")),
+            "subreddit",
+            "prompt",
+            "response",
+        ]
     if "subreddit" not in found and any(_SUBREDDIT.match(str(row.get(prompt))) for row in head):
         return lambda row: {**row, "subreddit": _subreddit(row.get(prompt))}, [*found, "subreddit"]
     return lambda row: row, found
@@ -61,14 +79,21 @@ def from_post(row: Columns) -> Columns:
     """Raises BadRow."""
     rest = {name: value for name, value in row.items() if name not in (*POST, "summary")}
     summary = row.get("summary")
-    return {**rest, **_prompted(row), "response": f" {summary}" if isinstance(summary, str) else None}
+    return {
+        **rest,
+        **_prompted(row),
+        "response": f" {summary}" if isinstance(summary, str) else None,
+    }
 
 
 def _prompted(fields: Columns) -> Columns:
     """Raises BadRow for what is no post: OpenAI compares summaries of news articles, too."""
     if not all(isinstance(fields[name], str) for name in POST):
         raise BadRow("not a Reddit post (a news article?)")
-    return {"subreddit": fields["subreddit"], "prompt": PROMPT.format(**{name: fields[name] for name in POST})}
+    return {
+        "subreddit": fields["subreddit"],
+        "prompt": PROMPT.format(**{name: fields[name] for name in POST}),
+    }
 
 
 def _subreddit(prompt: Any) -> str | None:

@@ -1,4 +1,5 @@
-"""A fragment of a page for each audit: a jinja2 template, always rendered with autoescape. Style as in a run's report."""
+"""A fragment of a page for each audit: a jinja2 template, always rendered with autoescape. Style as
+in a run's report."""
 
 from __future__ import annotations
 
@@ -78,7 +79,11 @@ DOCUMENT = """<!doctype html>
 </html>
 """
 
-TITLES = {"high": "Surest of the high group", "low": "Surest of the low group", "uncertain": "Least sure"}
+TITLES = {
+    "high": "Surest of the high group",
+    "low": "Surest of the low group",
+    "uncertain": "Least sure",
+}
 
 
 def audit_html(audit: Audit) -> str:
@@ -89,22 +94,34 @@ def audit_html(audit: Audit) -> str:
         name=printable(audit.name),
         alarms=audit.alarms,
         facts=facts(audit),
-        associations=[(a.quantity, signed(a.pearson), signed(a.spearman), a.count) for a in audit.associations],
+        associations=[
+            (a.quantity, signed(a.pearson), signed(a.spearman), a.count) for a in audit.associations
+        ],
         sources=[_label(label) for label in audit.sources],
         words=[_label(label) for label in audit.first_words],
         ami=None if audit.source_ami is None else f"{audit.source_ami:.2f}",
         image=base64.b64encode(png).decode(),
         width=width,
         flips="flip_rate" in audit.history,
-        history=[(name, number(y[0]), number(math.fsum(y) / len(y)), number(y[-1])) for name, (_, y) in audit.history.items()],
-        exemplars=[(TITLES[kind], [_exemplar(row) for row in rows]) for kind, rows in audit.exemplars.items()],
+        history=[
+            (name, number(y[0]), number(math.fsum(y) / len(y)), number(y[-1]))
+            for name, (_, y) in audit.history.items()
+        ],
+        exemplars=[
+            (TITLES[kind], [_exemplar(row) for row in rows])
+            for kind, rows in audit.exemplars.items()
+        ],
     )
 
 
 def audit_document(audits: list[Audit]) -> str:
     """A page of its own: no script, no network."""
     css = PAGE.partition("<style>\n")[2].partition("</style>")[0]
-    return _environment().from_string(DOCUMENT).render(style=css, fragments=[audit_html(audit) for audit in audits])
+    return (
+        _environment()
+        .from_string(DOCUMENT)
+        .render(style=css, fragments=[audit_html(audit) for audit in audits])
+    )
 
 
 def facts(audit: Audit) -> str:
@@ -112,11 +129,14 @@ def facts(audit: Audit) -> str:
     where = f" of steps {audit.steps[0]}–{audit.steps[1]}" if audit.steps else ""
     strongest = max(audit.associations, key=lambda a: abs(a.spearman or 0.0))
     follows = (
-        f"p(high) follows {strongest.quantity} most (Spearman {signed(strongest.spearman)})" if strongest.spearman else "it follows nothing"
+        f"p(high) follows {strongest.quantity} most (Spearman {signed(strongest.spearman)})"
+        if strongest.spearman
+        else "it follows nothing"
     )
     return (
-        f"{audit.rows} responses{where}: {100 * audit.share_high:.0f} % in the high group (mean p(high) {audit.mass_high:.2f}), "
-        f"mean entropy {audit.entropy.mean:.3f} of {math.log(2):.3f} nats; {follows}."
+        f"{audit.rows} responses{where}: {100 * audit.share_high:.0f} % in the high group (mean"
+        f" p(high) {audit.mass_high:.2f}), mean entropy {audit.entropy.mean:.3f} of"
+        f" {math.log(2):.3f} nats; {follows}."
     )
 
 
@@ -132,19 +152,31 @@ def _exemplar(row: Exemplar) -> dict[str, str]:
 
 
 def _label(label: Label) -> tuple[str, int, str, str]:
-    return printable(label.name) or "(none)", label.count, f"{label.p_high:.2f}", "–" if label.auc is None else f"{label.auc:.2f}"
+    return (
+        printable(label.name) or "(none)",
+        label.count,
+        f"{label.p_high:.2f}",
+        "–" if label.auc is None else f"{label.auc:.2f}",
+    )
 
 
 def _environment() -> Environment:
-    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
 
 
 def _chart(audit: Audit) -> tuple[bytes, int]:
-    """PNG and its width in pixels on the page: histogram of the entropies and, of a training run, the flip rate over the steps."""
+    """PNG and its width in pixels on the page: histogram of the entropies and, of a training run,
+    the flip rate over the steps."""
     with style():
         flips = audit.history.get("flip_rate")
-        figure, axes = panels(["posterior entropy (nats)", *(["flip rate over training"] if flips else [])])
-        edges = [math.log(2) * k / len(audit.entropy.bins) for k in range(len(audit.entropy.bins) + 1)]
+        figure, axes = panels(
+            ["posterior entropy (nats)", *(["flip rate over training"] if flips else [])]
+        )
+        edges = [
+            math.log(2) * k / len(audit.entropy.bins) for k in range(len(audit.entropy.bins) + 1)
+        ]
         axes[0].stairs(audit.entropy.bins, edges, fill=True, color=colour(0), alpha=0.6)
         axes[0].axvline(math.log(2), color=NEUTRAL, linewidth=0.8, linestyle=":")
         axes[0].set_ylabel("responses")

@@ -1,4 +1,5 @@
-"""The page of an evaluation's report.html: a jinja2 template, always rendered with autoescape. Style as in a run's report."""
+"""The page of an evaluation's report.html: a jinja2 template, always rendered with autoescape.
+Style as in a run's report."""
 
 from gipo_megatron.evaluation.report_page import PAGE
 

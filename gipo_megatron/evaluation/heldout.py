@@ -1,4 +1,5 @@
-"""Held-out evaluation during a run: one function per kind of model, each returning metrics under `eval/`."""
+"""Held-out evaluation during a run: one function per kind of model, each returning metrics under
+`eval/`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from gipo_megatron.types import Metric, Metrics, Pairs, merge_metrics
 
 @dataclass
 class HeldOut:
-    """`rows` held-out rows, evenly spread over all of them (files hold one source after the other), in `batch`-row pieces.
+    """`rows` held-out rows, evenly spread over all of them (files hold one source after the other),
+    in `batch`-row pieces.
 
     Both counts are global. The last piece is padded with rows that do not count.
     """
@@ -63,7 +65,8 @@ def evaluate_reward_model(reward: RewardModel, held_out: HeldOut) -> Metrics:
 
 
 def evaluate_pairs(judge: Callable[[Pairs], tuple[Tensor, Tensor]], held_out: HeldOut) -> Metrics:
-    """eval/{loss, accuracy, margin, pairs} of held-back pairs, and eval/accuracy/<source>; judge: pairs -> loss [b], margin [b]."""
+    """eval/{loss, accuracy, margin, pairs} of held-back pairs, and eval/accuracy/<source>; judge:
+    pairs -> loss [b], margin [b]."""
     metrics: Metrics = {}
     for batch, valid in held_out.pieces(held_out.data.pairs_at):
         loss, margin = judge(batch)
@@ -76,7 +79,9 @@ def evaluate_pairs(judge: Callable[[Pairs], tuple[Tensor, Tensor]], held_out: He
             "eval/pairs": Metric.sum(weights),
         }
         for source in held_out.data.sources:
-            rows = weights * torch.tensor([s == source for s in batch.source], device=weights.device)
+            rows = weights * torch.tensor(
+                [s == source for s in batch.source], device=weights.device
+            )
             new[f"eval/accuracy/{source}"] = Metric.mean(right, rows)
         metrics = merge_metrics(metrics, new)
     return metrics
@@ -93,8 +98,9 @@ def evaluate_policy(
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     """Responses to held-out prompts, the same noise every time.
 
-    eval/{score, kl, length, truncated}, eval/score/<source>, and eval/gold[/<source>] where the data know a gold reward. The score
-    is the reward's raw one; kl is k1, nats per response, of the sampled (truncated) distribution's tokens.
+    eval/{score, kl, length, truncated}, eval/score/<source>, and eval/gold[/<source>] where the
+    data know a gold reward. The score is the reward's raw one; kl is k1, nats per response, of the
+    sampled (truncated) distribution's tokens.
     """
     metrics: Metrics = {}
     samples: list[dict[str, Any]] = []
@@ -102,8 +108,15 @@ def evaluate_policy(
         rollout = actor.generate(prompts, sampling)
         raw, _ = reward.raw(rollout)
         weights = valid.to(raw.device)
-        kl = ops.sequence_sum(actor.logprobs(rollout).logprobs - reference.logprobs(rollout).logprobs, rollout.mask)
-        values = {"score": raw, "kl": kl, "length": rollout.response_lengths.double(), "truncated": (~rollout.finished).double()}
+        kl = ops.sequence_sum(
+            actor.logprobs(rollout).logprobs - reference.logprobs(rollout).logprobs, rollout.mask
+        )
+        values = {
+            "score": raw,
+            "kl": kl,
+            "length": rollout.response_lengths.double(),
+            "truncated": (~rollout.finished).double(),
+        }
         by_source = {"score": raw}
         texts = list(zip(rollout.extras, rollout.response_text, strict=True))
         if gold is not None:
@@ -112,7 +125,10 @@ def evaluate_policy(
         new = {f"eval/{name}": Metric.mean(value, weights) for name, value in values.items()}
         for source in sources:
             rows = weights * torch.tensor([s == source for s in rollout.source], device=raw.device)
-            new |= {f"eval/{name}/{source}": Metric.mean(value, rows) for name, value in by_source.items()}
+            new |= {
+                f"eval/{name}/{source}": Metric.mean(value, rows)
+                for name, value in by_source.items()
+            }
         metrics = merge_metrics(metrics, new)
         samples += [
             {"prompt": extras["prompt"], "response": response, "score": float(score)}
@@ -123,7 +139,8 @@ def evaluate_policy(
 
 
 def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""
+    """95 % interval of a proportion (Wilson 1927): (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 +
+    z²/n)."""
     centre = share + z * z / (2 * count)
     half = z * ((share * (1 - share) + z * z / (4 * count)) / count) ** 0.5
     return (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)

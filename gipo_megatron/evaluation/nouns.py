@@ -1,4 +1,5 @@
-"""What head-to-head evaluation talks about: tasks, prompts, responses, comparisons, verdicts. Plain values, all of them JSON."""
+"""What head-to-head evaluation talks about: tasks, prompts, responses, comparisons, verdicts. Plain
+values, all of them JSON."""
 
 from __future__ import annotations
 
@@ -7,19 +8,23 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 KINDS = ("helpful", "harmless", "summary")  # what a task's answers are judged for
-FIRST, SECOND, TIE, FAILED = "first", "second", "tie", "failed"  # a judge's verdict on one presentation of a pair
-WIN, LOSE = "win", "lose"  # an outcome of both presentations, seen from the subject; TIE and FAILED too
+# a judge's verdict on one presentation of a pair
+FIRST, SECOND, TIE, FAILED = "first", "second", "tie", "failed"
+# an outcome of both presentations, seen from the subject; TIE and FAILED too
+WIN, LOSE = "win", "lose"
 
 
 @dataclass(frozen=True)
 class TaskPrompt:
-    """One prompt of a task. `prompt_id` is a hash of (task, text): the same prompt in every run, whatever its place in the file."""
+    """One prompt of a task. `prompt_id` is a hash of (task, text): the same prompt in every run,
+    whatever its place in the file."""
 
     task: str
     kind: str  # one of KINDS
     prompt_id: str
     text: str  # what the policy is given, template and all
-    question: str  # what a judge and a reader are shown: the conversation without a template's marks
+    # what a judge and a reader are shown: the conversation without a template's marks
+    question: str
     source: str
     reference: str = ""  # the data's own answer, where there is one (never shown to a judge)
 
@@ -34,7 +39,8 @@ class Response:
     text: str
     tokens: int
     finished: bool  # ended by end-of-text, not cut at the maximal length
-    figures: dict[str, float] = field(default_factory=dict)  # score (raw reward), kl (nats against the reference, summed), p_high
+    # score (raw reward), kl (nats against the reference, summed), p_high
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Comparison:
     question: str
     first: str
     second: str
-    extras: dict[str, float] = field(default_factory=dict)  # first_score, second_score: for judges that only compare numbers
+    # first_score, second_score: for judges that only compare numbers
+    extras: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,22 +69,26 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """`judge` answers in the order of its arguments, never fewer; what cannot be judged is FAILED, never guessed. Rank 0 only.
+    """`judge` answers in the order of its arguments, never fewer; what cannot be judged is FAILED,
+    never guessed. Rank 0 only.
 
-    done(n) is called when n more are answered (progress). `name` is shown in reports; `about` is what results.json keeps of it
-    (model, prompts' fingerprint, cost), never a key or a secret.
+    done(n) is called when n more are answered (progress). `name` is shown in reports; `about` is
+    what results.json keeps of it (model, prompts' fingerprint, cost), never a key or a secret.
     """
 
     name: str
 
-    def judge(self, comparisons: Sequence[Comparison], done: Callable[[int], None]) -> list[Verdict]: ...
+    def judge(
+        self, comparisons: Sequence[Comparison], done: Callable[[int], None]
+    ) -> list[Verdict]: ...
 
     def about(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class Duel:
-    """Subject against opponent on one prompt: both presentations, and what follows from them (algorithm.md section 8)."""
+    """Subject against opponent on one prompt: both presentations, and what follows from them
+    (algorithm.md section 8)."""
 
     task: str
     opponent: str
@@ -87,7 +98,8 @@ class Duel:
     opponent_first: Verdict
     subject_tokens: int
     opponent_tokens: int
-    p_high: float | None = None  # the inferred group of the prompt, where a group classifier was given
+    # the inferred group of the prompt, where a group classifier was given
+    p_high: float | None = None
 
     @property
     def outcome(self) -> str:
@@ -102,4 +114,7 @@ class Duel:
     @property
     def flipped(self) -> bool:
         """The judge preferred a place, not an answer: first both times, or second both times."""
-        return self.subject_first.choice == self.opponent_first.choice and self.subject_first.choice in (FIRST, SECOND)
+        return (
+            self.subject_first.choice == self.opponent_first.choice
+            and self.subject_first.choice in (FIRST, SECOND)
+        )

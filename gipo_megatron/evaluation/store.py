@@ -1,4 +1,5 @@
-"""What an evaluation has finished, line by line on disk: killed at any moment and restarted, it repeats none of it."""
+"""What an evaluation has finished, line by line on disk: killed at any moment and restarted, it
+repeats none of it."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from gipo_megatron.evaluation.results import Presentation
 
 
 class Lines:
-    """JSON objects, one a line, only ever appended. A last line without its end (a kill while writing) is cut away on opening.
+    """JSON objects, one a line, only ever appended. A last line without its end (a kill while
+    writing) is cut away on opening.
 
-    The first line keeps `key`. Raises UserError when a file was written under another key, is no such file, or cannot be written.
+    The first line keeps `key`. Raises UserError when a file was written under another key, is no
+    such file, or cannot be written.
     """
 
     def __init__(self, path: str | Path, key: str = "") -> None:
@@ -26,7 +29,8 @@ class Lines:
         head = next(self._objects(), None)
         if head is not None and head != {"key": key}:
             raise UserError(
-                f"{self.path.name} was made by other policies, prompts, or settings, or by another program",
+                f"{self.path.name} was made by other policies, prompts, or settings, or by another"
+                " program",
                 where=str(self.path),
                 fix="choose another run.dir, or remove this file",
             )
@@ -44,15 +48,22 @@ class Lines:
                 os.fsync(file.fileno())
         except OSError as error:
             raise UserError(
-                f"cannot write: {error.strerror}", where=str(self.path), fix="free some space, or choose another run.dir"
+                f"cannot write: {error.strerror}",
+                where=str(self.path),
+                fix="free some space, or choose another run.dir",
             ) from error
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows in their order, the head line left out. UserError for a line that is no JSON object."""
+        """All rows in their order, the head line left out. UserError for a line that is no JSON
+        object."""
         return list(self._objects())[1:]
 
     def broken(self, number: int, why: str) -> UserError:
-        return UserError(f"unreadable line: {why}", where=f"{self.path} line {number}", fix="remove the line: what it held is made again")
+        return UserError(
+            f"unreadable line: {why}",
+            where=f"{self.path} line {number}",
+            fix="remove the line: what it held is made again",
+        )
 
     def _objects(self) -> Iterator[dict[str, Any]]:
         if not self.path.is_file():
@@ -76,7 +87,8 @@ class Lines:
 
 
 class ResponseStore:
-    """The responses of one policy. `key`: a fingerprint of its weights and of the generation settings; `done`: answered prompt_ids."""
+    """The responses of one policy. `key`: a fingerprint of its weights and of the generation
+    settings; `done`: answered prompt_ids."""
 
     def __init__(self, path: str | Path, key: str = "") -> None:
         self._lines = Lines(path, key)
@@ -87,7 +99,8 @@ class ResponseStore:
         self.done.update(response.prompt_id for response in responses)
 
     def read(self) -> list[Response]:
-        """One a prompt, in the order of their first writing. UserError for a line that holds no response."""
+        """One a prompt, in the order of their first writing. UserError for a line that holds no
+        response."""
         found: dict[str, Response] = {}
         for number, row in enumerate(self._lines.read(), 2):
             try:
@@ -99,7 +112,8 @@ class ResponseStore:
 
 
 class VerdictStore:
-    """Verdicts by presentation; one that is written again (a failure that was asked anew) replaces the older one."""
+    """Verdicts by presentation; one that is written again (a failure that was asked anew) replaces
+    the older one."""
 
     def __init__(self, path: str | Path, key: str = "") -> None:
         self._lines = Lines(path, key)
@@ -107,7 +121,12 @@ class VerdictStore:
 
     def append(self, verdicts: Mapping[Presentation, Verdict]) -> None:
         names = ("task", "opponent", "prompt_id", "subject_first")
-        self._lines.append([dict(zip(names, key, strict=True)) | asdict(verdict) for key, verdict in verdicts.items()])
+        self._lines.append(
+            [
+                dict(zip(names, key, strict=True)) | asdict(verdict)
+                for key, verdict in verdicts.items()
+            ]
+        )
         self.done.update(verdicts)
 
     def read(self) -> dict[Presentation, Verdict]:
@@ -115,7 +134,12 @@ class VerdictStore:
         found: dict[Presentation, Verdict] = {}
         for number, row in enumerate(self._lines.read(), 2):
             try:
-                key = (row.pop("task"), row.pop("opponent"), row.pop("prompt_id"), row.pop("subject_first"))
+                key = (
+                    row.pop("task"),
+                    row.pop("opponent"),
+                    row.pop("prompt_id"),
+                    row.pop("subject_first"),
+                )
                 found[key] = Verdict(**row)
             except (KeyError, TypeError) as error:
                 raise self._lines.broken(number, "not a verdict") from error
@@ -126,5 +150,7 @@ def write_prompts(path: str | Path, prompts: Sequence[TaskPrompt]) -> None:
     """All at once, or nothing: the file is the same in every restart."""
     target = Path(path)
     partial = target.with_name(f"{target.name}.partial")
-    partial.write_text("".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts), encoding="utf-8")
+    partial.write_text(
+        "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts), encoding="utf-8"
+    )
     os.replace(partial, target)

@@ -1,4 +1,5 @@
-"""The paper's table 1 from results.json: a row per opponent, win / tie / lose % per task; Markdown and LaTeX (booktabs)."""
+"""The paper's table 1 from results.json: a row per opponent, win / tie / lose % per task; Markdown
+and LaTeX (booktabs)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from gipo_megatron.evaluation.report import printable
 from gipo_megatron.evaluation.statistics import OUTCOMES
 
 LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&",
+    "#": r"\#", "%": r"\%", "_": r"\_",
     "[": "{[}", "]": "{]}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
 }  # fmt: skip
@@ -39,34 +41,70 @@ def opponents(results: Mapping[str, Any]) -> list[str]:
 def totals(results: Mapping[str, Any], opponent: str) -> tuple[int, int, int]:
     """(failed, flipped, n) of one opponent over all tasks."""
     cells = [task[opponent] for task in results["tasks"].values() if opponent in task]
-    return sum(c["failed"] for c in cells), sum(c["flipped"] for c in cells), sum(c["n"] for c in cells)
+    return (
+        sum(c["failed"] for c in cells),
+        sum(c["flipped"] for c in cells),
+        sum(c["n"] for c in cells),
+    )
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
-    """One line per opponent; win, tie and lose in % of the judged prompts with 95 % intervals; failed and flipped are counts."""
+    """One line per opponent; win, tie and lose in % of the judged prompts with 95 % intervals;
+    failed and flipped are counts."""
     tasks = results["tasks"]
-    head = ["judge", "opponent", *(f"{markdown(task)}: {outcome} %" for task in tasks for outcome in OUTCOMES), "failed", "flipped"]
+    head = [
+        "judge",
+        "opponent",
+        *(f"{markdown(task)}: {outcome} %" for task in tasks for outcome in OUTCOMES),
+        "failed",
+        "flipped",
+    ]
     rows = []
     for opponent in opponents(results):
         failed, flipped, n = totals(results, opponent)
         cells = [tasks[task].get(opponent) for task in tasks]
-        shares = [f"{percent(c[o], c['n'])} {interval(c['ci95'][o])}".strip() if c else "–" for c in cells for o in OUTCOMES]
-        rows.append([markdown(judge_name(results)), markdown(opponent), *shares, f"{failed} of {failed + n}", f"{flipped} of {n}"])
+        shares = [
+            f"{percent(c[o], c['n'])} {interval(c['ci95'][o])}".strip() if c else "–"
+            for c in cells
+            for o in OUTCOMES
+        ]
+        rows.append(
+            [
+                markdown(judge_name(results)),
+                markdown(opponent),
+                *shares,
+                f"{failed} of {failed + n}",
+                f"{flipped} of {n}",
+            ]
+        )
     align = ["---", "---", *(["---:"] * (len(head) - 2))]
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
-    title = f"**{markdown(results['subject'])}** against each opponent, in % of the judged prompts, with bootstrap 95 % intervals."
+    title = (
+        f"**{markdown(results['subject'])}** against each opponent, in % of the judged prompts,"
+        " with bootstrap 95 % intervals."
+    )
     return "\n".join([title, "", lines[0], "| " + " | ".join(align) + " |", *lines[1:]]) + "\n"
 
 
 def latex_table(results: Mapping[str, Any]) -> str:
-    """A booktabs table: % in one line, intervals below in small print. Needs \\usepackage{booktabs}."""
+    """A booktabs table: % in one line, intervals below in small print. Needs
+    \\usepackage{booktabs}."""
     tasks = results["tasks"]
     columns = "ll" + "rrr" * len(tasks) + "rr"
     last = [2 + 3 * (i + 1) for i in range(len(tasks))]
-    head = ["Judge", "Opponent", *(rf"\multicolumn{{3}}{{c}}{{{latex(task)}}}" for task in tasks), "Failed", "Flipped"]
+    head = [
+        "Judge",
+        "Opponent",
+        *(rf"\multicolumn{{3}}{{c}}{{{latex(task)}}}" for task in tasks),
+        "Failed",
+        "Flipped",
+    ]
     rules = " ".join(rf"\cmidrule(lr){{{end - 2}-{end}}}" for end in last)
     lines = [
-        rf"% {one_line(results['subject'])} against each opponent, % of the judged prompts, bootstrap 95 % intervals",
+        (
+            rf"% {one_line(results['subject'])} against each opponent, % of the judged prompts,"
+            r" bootstrap 95 % intervals"
+        ),
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         " & ".join(head) + r" \\",
@@ -77,9 +115,20 @@ def latex_table(results: Mapping[str, Any]) -> str:
     for opponent in opponents(results):
         failed, flipped, _ = totals(results, opponent)
         cells = [tasks[task].get(opponent) for task in tasks]
-        shares = [percent(c[o], c["n"]).replace("–", "--") if c else "--" for c in cells for o in OUTCOMES]
-        small = [rf"{{\tiny {interval(c['ci95'][o])}}}" if c and c["n"] else "" for c in cells for o in OUTCOMES]
-        lines.append(" & ".join([latex(judge_name(results)), latex(opponent), *shares, f"{failed}", f"{flipped}"]) + r" \\")
+        shares = [
+            percent(c[o], c["n"]).replace("–", "--") if c else "--" for c in cells for o in OUTCOMES
+        ]
+        small = [
+            rf"{{\tiny {interval(c['ci95'][o])}}}" if c and c["n"] else ""
+            for c in cells
+            for o in OUTCOMES
+        ]
+        lines.append(
+            " & ".join(
+                [latex(judge_name(results)), latex(opponent), *shares, f"{failed}", f"{flipped}"]
+            )
+            + r" \\"
+        )
         lines.append(" & ".join(["", "", *small, "", ""]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 

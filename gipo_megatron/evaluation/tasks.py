@@ -1,4 +1,5 @@
-"""Tasks: the prompts that policies are compared on, held out or out of domain, as the policies are given them."""
+"""Tasks: the prompts that policies are compared on, held out or out of domain, as the policies are
+given them."""
 
 from __future__ import annotations
 
@@ -22,9 +23,20 @@ from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.nouns import TaskPrompt
 
-PAIRS = (("chosen", "rejected"), ("info", "summaries", "choice"))  # preference rows: HH's and TRL's, OpenAI's comparisons
-QUESTIONS = ("prompt", "question", "instruction", "turns", "goal", "messages", "article")  # columns that hold a prompt, the first one wins
-REFERENCES = ("response", "completion", "label", "summary", "reference", "answer", "output", "highlights")
+# preference rows: HH's and TRL's, OpenAI's comparisons
+PAIRS = (("chosen", "rejected"), ("info", "summaries", "choice"))
+# columns that hold a prompt, the first one wins
+QUESTIONS = ("prompt", "question", "instruction", "turns", "goal", "messages", "article")
+REFERENCES = (
+    "response",
+    "completion",
+    "label",
+    "summary",
+    "reference",
+    "answer",
+    "output",
+    "highlights",
+)
 ARTICLE_PROMPT = "Article:\n\n{article}\n\nTL;DR:"  # of OpenAI's code, as is tldr.PROMPT
 SPEAKERS = {"system": "System: ", "user": "Human: ", "assistant": "Assistant: ", "text": ""}
 TOO_LONG = "longer than max_length - max_response tokens: turns would be lost from the front"
@@ -32,27 +44,32 @@ TOO_LONG = "longer than max_length - max_response tokens: turns would be lost fr
 
 @dataclass
 class Task:
-    """One set of prompts, and what answers to them are judged for. (An entry of the recipe's `tasks:`; its defaults live here.)"""
+    """One set of prompts, and what answers to them are judged for. (An entry of the recipe's
+    `tasks:`; its defaults live here.)"""
 
     name: str
     kind: str  # helpful | harmless | summary
     data: str  # a path under data_root, an absolute path, or a hub name
     prompts: int  # how many of its test split, evenly spread over it; all where there are fewer
     template: str = "auto"  # auto | chat | hh | plain | chatml | a jinja chat template
-    source: list[str] = field(default_factory=list)  # sub-folders (hub: configurations) to read; [] = all
+    # sub-folders (hub: configurations) to read; [] = all
+    source: list[str] = field(default_factory=list)
     max_length: int = 1024  # tokens of prompt + response
 
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """`ids`: the tokens of each prompt_id, exactly as training encodes them. `lines`: rows kept and dropped, by reason."""
+    """`ids`: the tokens of each prompt_id, exactly as training encodes them. `lines`: rows kept and
+    dropped, by reason."""
 
     prompts: list[TaskPrompt]
     ids: dict[str, list[int]]
     lines: list[str]
 
 
-def load_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: int) -> list[TaskPrompt]:
+def load_task(
+    task: Task, data_root: str, tokenizer: Tokenizer, max_response: int
+) -> list[TaskPrompt]:
     """The prompts of read_task()."""
     return read_task(task, data_root, tokenizer, max_response).prompts
 
@@ -60,8 +77,9 @@ def load_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: in
 def read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: int) -> LoadedTask:
     """`task.prompts` prompts of the test split, evenly spread over its usable rows.
 
-    A single file is read whole. A folder or hub set without a test split gives the rows that training holds back by default.
-    Raises UserError: nothing there, unreadable (file and line), no column with a prompt (names those found), no prompt left.
+    A single file is read whole. A folder or hub set without a test split gives the rows that
+    training holds back by default. Raises UserError: nothing there, unreadable (file and line), no
+    column with a prompt (names those found), no prompt left.
     """
     try:
         return _read_task(task, data_root, tokenizer, max_response)
@@ -71,16 +89,30 @@ def read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: in
 
 
 def _read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: int) -> LoadedTask:
-    config = DataConfig(format="prompt", template=task.template, max_length=task.max_length, max_response=max_response)
+    config = DataConfig(
+        format="prompt",
+        template=task.template,
+        max_length=task.max_length,
+        max_response=max_response,
+    )
     encoder, tally, notes = Encoder(config, tokenizer), Tally(), []
     found: dict[str, tuple[TaskPrompt, list[int]]] = {}
     path = _locate(task.data, data_root)
     whole = Path(path).is_file()
     for part in open_parts(path, list(task.source), "test", "prompt"):
         if not part.split:
-            rows = "all rows are used" if whole else f"the rows held back by a hash are used ({config.held_out:g} of them)"
-            notes.append(f"{part.source} has no test split: {rows}; held out only if no model was trained on them")
-        for where, example, reference in _examples(part, tally, not (part.split or whole), config.held_out):
+            rows = (
+                "all rows are used"
+                if whole
+                else f"the rows held back by a hash are used ({config.held_out:g} of them)"
+            )
+            notes.append(
+                f"{part.source} has no test split: {rows}; held out only if no model was trained on"
+                " them"
+            )
+        for where, example, reference in _examples(
+            part, tally, not (part.split or whole), config.held_out
+        ):
             try:
                 prompt, ids = _prompt(task, example, reference, encoder, tally.read)
                 if prompt.prompt_id in found:
@@ -91,12 +123,16 @@ def _read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: i
             tally.kept += 1
             found[prompt.prompt_id] = prompt, ids
     if not found:
-        raise UserError(f"no prompts left of {tally.read} rows", where=path, fix="; ".join(tally.lines()[1:]))
+        raise UserError(
+            f"no prompts left of {tally.read} rows", where=path, fix="; ".join(tally.lines()[1:])
+        )
     usable = list(found.values())
     count = min(task.prompts, len(usable))
     chosen = [usable[i * len(usable) // count] for i in range(count)]
     lines = [f"{count} of {len(usable)} prompts", *tally.lines(), *notes]
-    return LoadedTask([prompt for prompt, _ in chosen], {prompt.prompt_id: ids for prompt, ids in chosen}, lines)
+    return LoadedTask(
+        [prompt for prompt, _ in chosen], {prompt.prompt_id: ids for prompt, ids in chosen}, lines
+    )
 
 
 def _locate(data: str, data_root: str) -> str:
@@ -105,7 +141,9 @@ def _locate(data: str, data_root: str) -> str:
     return data if is_hub_name(data) and not local.exists() and not local.suffix else str(local)
 
 
-def _examples(part: Part, tally: Tally, only_held_out: bool, share: float) -> Iterator[tuple[str, Example, str]]:
+def _examples(
+    part: Part, tally: Tally, only_held_out: bool, share: float
+) -> Iterator[tuple[str, Example, str]]:
     """(place, example, reference answer or "") of every clean row."""
     rows = iter(part.rows)
     head = list(islice(rows, HEAD_ROWS))
@@ -121,21 +159,34 @@ def _examples(part: Part, tally: Tally, only_held_out: bool, share: float) -> It
 
 
 class _Reader:
-    """How the rows of one source hold prompts and reference answers, settled once by the columns of its first rows.
+    """How the rows of one source hold prompts and reference answers, settled once by the columns of
+    its first rows.
 
     Raises UserError when no column is known to hold a prompt.
     """
 
     def __init__(self, head: Sequence[dict[str, Any]], source: str) -> None:
-        found = list(dict.fromkeys(name for row in head for name, value in row.items() if value is not None))
+        found = list(
+            dict.fromkeys(name for row in head for name, value in row.items() if value is not None)
+        )
         self.source = source
         self.pairs = any({*columns} <= {*found} for columns in PAIRS)
         self.post = {*POST} <= {*found} and "prompt" not in found
         self.column = next((name for name in QUESTIONS if name in found), "")
         if not (self.pairs or self.post or self.column):
-            needs = f"one of {', '.join(QUESTIONS)}, or {' + '.join(POST)}, or {' + '.join(PAIRS[0])}"
-            raise UserError(f"no column that holds prompts; found: {', '.join(found)}", where=source, fix=f"name the column {needs}")
-        self.schema = Schema("preference", {}, head, source) if self.pairs else Schema("prompt", {}, [{"prompt": ""}], source)
+            needs = (
+                f"one of {', '.join(QUESTIONS)}, or {' + '.join(POST)}, or {' + '.join(PAIRS[0])}"
+            )
+            raise UserError(
+                f"no column that holds prompts; found: {', '.join(found)}",
+                where=source,
+                fix=f"name the column {needs}",
+            )
+        self.schema = (
+            Schema("preference", {}, head, source)
+            if self.pairs
+            else Schema("prompt", {}, [{"prompt": ""}], source)
+        )
 
     def read(self, row: dict[str, Any], tally: Tally, where: str) -> tuple[Example, str]:
         """Raises BadRow."""
@@ -144,7 +195,11 @@ class _Reader:
             return example, example.responses[0]
         value: Any = self._post(row) if self.post else self._question(row)
         reference = _reference(row)
-        if self.column == "messages" and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
+        if (
+            self.column == "messages"
+            and isinstance(value[-1], dict)
+            and value[-1].get("role") == "assistant"
+        ):
             value, reference = value[:-1], str(value[-1].get("content", ""))
         return self.schema.read({"prompt": value}, self.source, tally, where), reference
 
@@ -156,13 +211,18 @@ class _Reader:
     def _question(self, row: dict[str, Any]) -> Any:
         value = row.get(self.column)
         if isinstance(value, list) and value and isinstance(value[0], str):
-            value = value[0]  # the turns of a benchmark: only the first can be asked without an answer to it
+            # the turns of a benchmark: only the first can be asked without an answer to it
+            value = value[0]
         if not isinstance(value, str | list) or not value:
             raise BadRow(f"no value for {self.column}")
         if self.column == "article":
             return ARTICLE_PROMPT.format(article=value)
         more = row.get("input") if self.column == "instruction" else None
-        return f"{value}\n\n{more}" if isinstance(value, str) and isinstance(more, str) and more.strip() else value
+        return (
+            f"{value}\n\n{more}"
+            if isinstance(value, str) and isinstance(more, str) and more.strip()
+            else value
+        )
 
 
 def _reference(row: dict[str, Any]) -> str:
@@ -176,14 +236,27 @@ def _reference(row: dict[str, Any]) -> str:
     return ""
 
 
-def _prompt(task: Task, example: Example, reference: str, encoder: Encoder, row: int) -> tuple[TaskPrompt, list[int]]:
+def _prompt(
+    task: Task, example: Example, reference: str, encoder: Encoder, row: int
+) -> tuple[TaskPrompt, list[int]]:
     """Raises BadRow for what the template refuses and for what does not fit whole."""
     encoder.check(example)
     ids, text = encoder.prompt(example, row)
     if text != choose(task.template, example.style, encoder.tokenizer).prompt(example.prompt):
         raise BadRow(TOO_LONG)
     prompt_id = hashlib.sha256(f"{task.name}\0{text}".encode()).hexdigest()[:16]
-    return TaskPrompt(task.name, task.kind, prompt_id, text, _question(example.prompt), example.source, reference.strip()), ids
+    return (
+        TaskPrompt(
+            task.name,
+            task.kind,
+            prompt_id,
+            text,
+            _question(example.prompt),
+            example.source,
+            reference.strip(),
+        ),
+        ids,
+    )
 
 
 def _question(turns: Sequence[Turn]) -> str:

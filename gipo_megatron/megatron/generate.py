@@ -1,7 +1,8 @@
 """Responses to prompts: the decode loop of one data parallel replica.
 
-Every rank of the replica runs the same loop. The last stage's first tensor rank draws each token and broadcasts it; all else (who has
-finished, when to stop) follows from the tokens, so nothing more is sent.
+Every rank of the replica runs the same loop. The last stage's first tensor rank draws each token
+and broadcasts it; all else (who has finished, when to stop) follows from the tokens, so nothing
+more is sent.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from gipo_megatron.megatron.sampling import check_sampling, pick, uniforms
 from gipo_megatron.specs import Architecture, Sampling
 from gipo_megatron.types import Prompts, Rollout
 
-DROP_SHARE = 8  # finished rows leave the cache when they are one in this many: a copy of the cache costs about one step
+# finished rows leave the cache when they are one in this many: a copy of the cache costs about one
+# step
+DROP_SHARE = 8
 
 
 def generate(
@@ -36,12 +39,14 @@ def generate(
     *,
     room: Room | None = None,
 ) -> Rollout:
-    """Draw one response per row of `prompts` [B, P]; a collective call of the replica's ranks, which all return the same Rollout.
+    """Draw one response per row of `prompts` [B, P]; a collective call of the replica's ranks,
+    which all return the same Rollout.
 
-    A row's tokens depend on its prompt, the weights and (seed, step, sample_id) only: not on the layout, nor on the rows beside it, nor on
-    `room` (the batch runs in slices that fit into it; by default into the memory that is free). generation_logprobs are under
-    softmax(logits / temperature), before truncation and penalty.
-    Raises UserError for sampling keys out of range, for sequences beyond the model's positions, and for logits that are not finite.
+    A row's tokens depend on its prompt, the weights and (seed, step, sample_id) only: not on the
+    layout, nor on the rows beside it, nor on `room` (the batch runs in slices that fit into it; by
+    default into the memory that is free). generation_logprobs are under softmax(logits /
+    temperature), before truncation and penalty. Raises UserError for sampling keys out of range,
+    for sequences beyond the model's positions, and for logits that are not finite.
     """
     check_sampling(sampling)
     prompts = prompts.to(mesh.device)
@@ -53,7 +58,11 @@ def generate(
     if len(prompts):
         longest = int(prompts.lengths.max())
         with torch.inference_mode():
-            loop = _Loop(Decoder(chunks, architecture, mesh, longest + sampling.max_response), sampling, eos_id)
+            loop = _Loop(
+                Decoder(chunks, architecture, mesh, longest + sampling.max_response),
+                sampling,
+                eos_id,
+            )
             need = Need(architecture, mesh.parallel, loop.decoder.dtype.itemsize)
             room = find_room(mesh, need, longest, sampling) if room is None else room
             for rows in _slices(prompts.lengths, sampling.max_response, need.token, room):
@@ -68,7 +77,8 @@ class _Loop:
     eos_id: int
 
     def respond(self, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
-        """Response tokens [b, N], how many of them count [b], and their log-probs [b, N], on every rank."""
+        """Response tokens [b, N], how many of them count [b], and their log-probs [b, N], on every
+        rank."""
         mesh, steps = self.decoder.mesh, self.sampling.max_response
         width = int(prompts.lengths.max())
         cache = self.decoder.allocate(len(prompts), width + steps - 1, prompts.lengths, width)
@@ -76,7 +86,8 @@ class _Loop:
         chooser = _Chooser(mesh, self.sampling, prompts, self.decoder.architecture.vocab_size)
         responses = torch.zeros(len(prompts), steps, dtype=torch.long, device=mesh.device)
         counts = torch.full((len(prompts),), steps, device=mesh.device)
-        rows = torch.arange(len(prompts), device=mesh.device)  # the row of `prompts` in each row of the cache
+        # the row of `prompts` in each row of the cache
+        rows = torch.arange(len(prompts), device=mesh.device)
         finished = torch.zeros_like(rows, dtype=torch.bool)
         for t in range(steps):
             tokens = chooser.choose(logits, rows, t)
@@ -96,7 +107,10 @@ class _Loop:
 
     def _prefill(self, tokens: Tensor, lengths: Tensor, cache: Cache) -> Tensor | None:
         block = max(1, PREFILL_TOKENS // tokens.shape[1])
-        parts = [self.decoder.prefill(tokens[i : i + block], lengths[i : i + block], cache, i) for i in range(0, len(tokens), block)]
+        parts = [
+            self.decoder.prefill(tokens[i : i + block], lengths[i : i + block], cache, i)
+            for i in range(0, len(tokens), block)
+        ]
         done = [part for part in parts if part is not None]
         return torch.cat(done) if done else None
 
@@ -113,9 +127,16 @@ class _Chooser:
         if self.draws:
             self.noise = uniforms(sampling, prompts.sample_id).to(mesh.device)
             if sampling.repetition_penalty != 1:
-                real = torch.arange(prompts.tokens.shape[1], device=mesh.device) < prompts.lengths[:, None]
-                seen = torch.zeros(len(prompts), vocab_size + 1, dtype=torch.bool, device=mesh.device)
-                self.seen = seen.scatter_(1, torch.where(real, prompts.tokens, vocab_size), True)[:, :vocab_size]
+                real = (
+                    torch.arange(prompts.tokens.shape[1], device=mesh.device)
+                    < prompts.lengths[:, None]
+                )
+                seen = torch.zeros(
+                    len(prompts), vocab_size + 1, dtype=torch.bool, device=mesh.device
+                )
+                self.seen = seen.scatter_(1, torch.where(real, prompts.tokens, vocab_size), True)[
+                    :, :vocab_size
+                ]
 
     def choose(self, logits: Tensor | None, rows: Tensor, t: int) -> Tensor:
         """Token number t of `rows` [k], whose logits [k, V] the drawing rank has."""
@@ -132,8 +153,12 @@ class _Chooser:
         if int(tokens.min()) < 0:
             samples = self.sample_id[rows[tokens < 0]].tolist()
             raise UserError(
-                f"generation: the model's logits are not finite for samples {samples[:8]} at response token {t}",
-                fix="the weights are damaged: start again from an earlier checkpoint, with a lower learning rate",
+                f"generation: the model's logits are not finite for samples {samples[:8]} at"
+                f" response token {t}",
+                fix=(
+                    "the weights are damaged: start again from an earlier checkpoint, with a lower"
+                    " learning rate"
+                ),
             )
         return tokens
 
@@ -147,11 +172,14 @@ def _check_lengths(prompts: Prompts, sampling: Sampling, architecture: Architect
     if not len(prompts):
         return
     if int(prompts.lengths.min()) < 1:
-        raise ValueError(f"empty prompts: samples {prompts.sample_id[prompts.lengths < 1].tolist()[:8]}")
+        raise ValueError(
+            f"empty prompts: samples {prompts.sample_id[prompts.lengths < 1].tolist()[:8]}"
+        )
     longest = int(prompts.lengths.max())
     if longest + sampling.max_response > architecture.max_positions:
         raise UserError(
-            f"prompt of {longest} tokens + max_response {sampling.max_response} > the model's {architecture.max_positions} positions",
+            f"prompt of {longest} tokens + max_response {sampling.max_response} > the model's"
+            f" {architecture.max_positions} positions",
             where="data.max_length, data.max_response",
             fix="lower data.max_length or data.max_response",
         )
@@ -183,10 +211,14 @@ def _assemble(
     mask = (index >= 0) & (index < counts[:, None])
     index = index.clamp(0, responses.shape[1] - 1)
     prompt = prompts.tokens.gather(1, position.clamp(max=prompts.tokens.shape[1] - 1))
-    tokens = torch.where(mask, responses.gather(1, index), torch.where(position < lengths[:, None], prompt, pad_id))
+    tokens = torch.where(
+        mask, responses.gather(1, index), torch.where(position < lengths[:, None], prompt, pad_id)
+    )
     finished = responses.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0] == eos_id
     texts = []
-    for row, count, ended in zip(responses.tolist(), counts.tolist(), finished.tolist(), strict=True):
+    for row, count, ended in zip(
+        responses.tolist(), counts.tolist(), finished.tolist(), strict=True
+    ):
         texts.append(decode(row[: count - ended]))  # the end-of-text token is no text
     return Rollout(
         tokens=tokens,

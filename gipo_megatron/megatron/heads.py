@@ -1,4 +1,5 @@
-"""Heads on the trunk: one number a token (value, reward) in the output layer's place, and the group head beside the model."""
+"""Heads on the trunk: one number a token (value, reward) in the output layer's place, and the group
+head beside the model."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
@@ -21,20 +25,26 @@ from gipo_megatron.types import Sequences
 
 
 class ScalarHead(nn.Module):
-    """w · h for every position, in fp32: a critic's value or a reward model's score. Replaces GPTModel.output_layer.
+    """w · h for every position, in fp32: a critic's value or a reward model's score. Replaces
+    GPTModel.output_layer.
 
-    The weight [1, H] has the model's dtype (mcore's optimizer keeps the fp32 copy) and is replicated over the tensor group. Under
-    sequence parallel each rank reads its shard and the outputs are gathered, so the weight's gradient is summed over the group.
+    The weight [1, H] has the model's dtype (mcore's optimizer keeps the fp32 copy) and is
+    replicated over the tensor group. Under sequence parallel each rank reads its shard and the
+    outputs are gathered, so the weight's gradient is summed over the group.
     """
 
     def __init__(self, config: TransformerConfig, device: torch.device) -> None:
         super().__init__()
         self.sequence_parallel = config.sequence_parallel
-        self.weight = nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype, device=device))
+        self.weight = nn.Parameter(
+            torch.empty(1, config.hidden_size, dtype=config.params_dtype, device=device)
+        )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.hidden: Tensor | None = None
 
-    def forward(self, hidden: Tensor, weight: None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden: Tensor, weight: None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
         """[s, b, H] (this rank's shard of s under sequence parallel) -> [s, b, 1]"""
         self.hidden = hidden
         out = F.linear(hidden.float(), self.weight.float())
@@ -42,26 +52,36 @@ class ScalarHead(nn.Module):
             out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
         return out, None
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
-        # Stored under a name of its own: a language model's output layer is never taken for a head, nor a head for it.
-        stored = make_sharded_tensors_for_checkpoint({SCORE: self.state_dict(keep_vars=True)["weight"]}, "", {}, sharded_offsets)
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        # Stored under a name of its own: a language model's output layer is never taken for a head,
+        # nor a head for it.
+        stored = make_sharded_tensors_for_checkpoint(
+            {SCORE: self.state_dict(keep_vars=True)["weight"]}, "", {}, sharded_offsets
+        )
         return {f"{prefix}weight": stored[SCORE]}
 
 
 def take_hidden(chunk: nn.Module) -> Tensor:
-    """The hidden states [s, b, H] that the scalar head of `chunk` has just read (still in the graph), handed out once."""
+    """The hidden states [s, b, H] that the scalar head of `chunk` has just read (still in the
+    graph), handed out once."""
     head = unwrap(chunk).output_layer
-    assert isinstance(head, ScalarHead) and head.hidden is not None, "no forward pass through a scalar head before this"
+    assert isinstance(head, ScalarHead) and head.hidden is not None, (
+        "no forward pass through a scalar head before this"
+    )
     hidden, head.hidden = head.hidden, None
     return hidden
 
 
 class GroupHead:
-    """Group logits from the critic's trunk: W h + b in fp32, W [M, H], read at one token of each sequence.
+    """Group logits from the critic's trunk: W h + b in fp32, W [M, H], read at one token of each
+    sequence.
 
-    It lives on the last stage, outside the model and mcore's optimizer, with its own Adam (0.9, 0.999), gradient sum and clip
-    (norm 1), so that a head that only observes (`detach_trunk`) changes nothing else, bit for bit. On other stages all verbs do nothing.
-    W ~ normal(0, init_std) (algorithm.md 5.4), b = 0.
+    It lives on the last stage, outside the model and mcore's optimizer, with its own Adam (0.9,
+    0.999), gradient sum and clip (norm 1), so that a head that only observes (`detach_trunk`)
+    changes nothing else, bit for bit. On other stages all verbs do nothing. W ~ normal(0, init_std)
+    (algorithm.md 5.4), b = 0.
     """
 
     clip = 1.0
@@ -77,7 +97,8 @@ class GroupHead:
         self.optimizer = HostAdam([self.weight, self.bias], lr=spec.lr, betas=(0.9, 0.999))
 
     def features(self, hidden: Tensor, sequences: Sequences) -> Tensor:
-        """[s, b, H] (a shard of s under sequence parallel) -> [b, H]: the hidden state of the last prompt token, or of the last token."""
+        """[s, b, H] (a shard of s under sequence parallel) -> [b, H]: the hidden state of the last
+        prompt token, or of the last token."""
         lengths = sequences.prompt_lengths if self.spec.input == "prompt" else sequences.lengths
         position = lengths.to(hidden.device) - 1
         if self.spec.detach_trunk:
@@ -89,7 +110,8 @@ class GroupHead:
         local = position - self.mesh.tensor_rank * size
         inside = (local >= 0) & (local < size)
         picked = hidden[local.clamp(0, size - 1), rows] * inside[:, None].to(hidden.dtype)
-        return reduce_from_tensor_model_parallel_region(picked)  # sum forward, identity backward: one rank has the token
+        # sum forward, identity backward: one rank has the token
+        return reduce_from_tensor_model_parallel_region(picked)
 
     def logits(self, hidden: Tensor, sequences: Sequences) -> Tensor:
         """[b, M], fp32"""
@@ -102,15 +124,21 @@ class GroupHead:
         self.optimizer.zero_grad()
 
     def reduce_gradients(self) -> float:
-        """Sums the gradients over the replicas and returns their norm (0 on other stages, and before any backward)."""
+        """Sums the gradients over the replicas and returns their norm (0 on other stages, and
+        before any backward)."""
         if not self.mesh.is_last_stage:
             return 0.0
         for p in self.parameters():
             p.grad = self.mesh.data_parallel.sum(torch.zeros_like(p) if p.grad is None else p.grad)
-        return float(torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])))
+        return float(
+            torch.linalg.vector_norm(
+                torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])
+            )
+        )
 
     def step(self, norm: float) -> None:
-        """One Adam step on gradients that `reduce_gradients` summed to norm `norm`, clipped to norm 1; then forgets them."""
+        """One Adam step on gradients that `reduce_gradients` summed to norm `norm`, clipped to norm
+        1; then forgets them."""
         if not self.mesh.is_last_stage:
             return
         if norm > self.clip:
@@ -124,9 +152,14 @@ class GroupHead:
         """Tensors on the host and the step count; meaningful on the last stage."""
         state: dict[str, Any] = {"step": self.optimizer.param_groups[0].get("step", 0)}
         for name, p in (("weight", self.weight), ("bias", self.bias)):
-            moments = self.optimizer.state[p] or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            moments = self.optimizer.state[p] or {
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
             state[name] = p.detach().cpu().clone()
-            state |= {f"{name}.{key}": value.detach().cpu().clone() for key, value in moments.items()}
+            state |= {
+                f"{name}.{key}": value.detach().cpu().clone() for key, value in moments.items()
+            }
         return state
 
     @torch.no_grad()
@@ -134,11 +167,15 @@ class GroupHead:
         self.optimizer.param_groups[0]["step"] = int(state["step"])
         for name, p in (("weight", self.weight), ("bias", self.bias)):
             p.copy_(state[name])
-            moments = {key: state[f"{name}.{key}"].to(p.device, torch.float32, copy=True) for key in ("exp_avg", "exp_avg_sq")}
+            moments = {
+                key: state[f"{name}.{key}"].to(p.device, torch.float32, copy=True)
+                for key in ("exp_avg", "exp_avg_sq")
+            }
             self.optimizer.state[p] = moments
 
     def sharded_state(self, prefix: str = "group_head.") -> dict[str, Any]:
-        """`state_dict` for dist_checkpointing: the last stage's is written, and read on every stage, at any layout.
+        """`state_dict` for dist_checkpointing: the last stage's is written, and read on every
+        stage, at any layout.
 
         After loading, hand the dictionary, as it comes back, to `load_sharded_state`.
         """
@@ -146,14 +183,20 @@ class GroupHead:
         replica = (stage, self.mesh.tensor_rank, self.mesh.data_parallel.rank)
         state = self.state_dict()
         state["step"] = torch.tensor([state["step"]])
-        return {prefix + k: ShardedTensor.from_rank_offsets(prefix + k, v, replica_id=replica) for k, v in state.items()}
+        return {
+            prefix + k: ShardedTensor.from_rank_offsets(prefix + k, v, replica_id=replica)
+            for k, v in state.items()
+        }
 
     def load_sharded_state(self, state: dict[str, Any], prefix: str = "group_head.") -> None:
         if self.mesh.is_last_stage:
             self.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
 
     def broadcast(self) -> None:
-        """Gives every stage the last stage's weights (so that each rank can describe or save the head)."""
+        """Gives every stage the last stage's weights (so that each rank can describe or save the
+        head)."""
         for p in self.parameters():
             if self.mesh.pipeline_size > 1:
-                dist.broadcast(p.data, src=self.mesh.last_stage_rank, group=self.mesh.pipeline_group)
+                dist.broadcast(
+                    p.data, src=self.mesh.last_stage_rank, group=self.mesh.pipeline_group
+                )

@@ -1,4 +1,5 @@
-"""Weights between Hugging Face folders (Llama 2/3, Mistral, Qwen2, Qwen3) and this rank's model chunks, in both directions."""
+"""Weights between Hugging Face folders (Llama 2/3, Mistral, Qwen2, Qwen3) and this rank's model
+chunks, in both directions."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Architecture
 
 GROUP_HEAD = "group_head.safetensors"
-Seen = Callable[[str, int], None]  # a tensor's name and bytes, once it is through: for progress bars
+# a tensor's name and bytes, once it is through: for progress bars
+Seen = Callable[[str, int], None]
 
 
 def ignore(name: str, size: int) -> None:
@@ -35,11 +37,13 @@ def load_hf(
     head: str | None = None,
     seen: Seen = ignore,
 ) -> tuple[str, ...]:
-    """Copies a Hugging Face model into this rank's chunks, one tensor in memory at a time; every rank reads the folder itself.
+    """Copies a Hugging Face model into this rank's chunks, one tensor in memory at a time; every
+    rank reads the folder itself.
 
-    Returns the names that the source lacks and that keep their initial values: ("score.weight",) when a language model starts a reward
-    model or a critic, else (). The caller of an optimizer follows with `reload_model_params()`.
-    Raises UserError naming missing and unexpected tensors and wrong shapes, before anything is copied.
+    Returns the names that the source lacks and that keep their initial values: ("score.weight",)
+    when a language model starts a reward model or a critic, else (). The caller of an optimizer
+    follows with `reload_model_params()`. Raises UserError naming missing and unexpected tensors and
+    wrong shapes, before anything is copied.
     """
     weights = open_weights(source)
     entries = table(architecture, head)
@@ -59,7 +63,8 @@ def load_hf(
 
 
 def load_group_head(folder: Path, head: GroupHead) -> bool:
-    """A critic's group head from beside its weights, where there is one of this shape; whether it was taken."""
+    """A critic's group head from beside its weights, where there is one of this shape; whether it
+    was taken."""
     path = folder / GROUP_HEAD
     if not path.is_file():
         return False
@@ -72,33 +77,59 @@ def load_group_head(folder: Path, head: GroupHead) -> bool:
 
 def save_group_head(folder: Path, head: GroupHead) -> None:
     """W [M, H] and b [M] in fp32, and which token they read."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in (("weight", head.weight), ("bias", head.bias))}
+    tensors = {
+        name: p.detach().cpu().contiguous()
+        for name, p in (("weight", head.weight), ("bias", head.bias))
+    }
     save_file(tensors, folder / GROUP_HEAD, metadata={"format": "pt", "input": head.spec.input})
 
 
 def same_group_head(folder: Path, head: GroupHead) -> bool:
     """Whether `save_group_head` wrote what it was given."""
     saved = load_file(folder / GROUP_HEAD)
-    return all(torch.equal(saved[name], p.detach().cpu()) for name, p in (("weight", head.weight), ("bias", head.bias)))
+    return all(
+        torch.equal(saved[name], p.detach().cpu())
+        for name, p in (("weight", head.weight), ("bias", head.bias))
+    )
 
 
-def _held(chunks: Sequence[nn.Module], architecture: Architecture) -> dict[str, tuple[Placement, nn.Parameter]]:
-    return {place.name: (place, parameter) for chunk in chunks for place, parameter in placements(chunk, architecture.vocab_size)}
+def _held(
+    chunks: Sequence[nn.Module], architecture: Architecture
+) -> dict[str, tuple[Placement, nn.Parameter]]:
+    return {
+        place.name: (place, parameter)
+        for chunk in chunks
+        for place, parameter in placements(chunk, architecture.vocab_size)
+    }
 
 
-def _check_names(weights: Weights, entries: Sequence[Entry], architecture: Architecture, head: str | None) -> None:
-    expected = {name: shape for entry in entries for name, shape in zip(entry.hf, entry.shapes, strict=True)}
+def _check_names(
+    weights: Weights, entries: Sequence[Entry], architecture: Architecture, head: str | None
+) -> None:
+    expected = {
+        name: shape for entry in entries for name, shape in zip(entry.hf, entry.shapes, strict=True)
+    }
     missing = [name for name in expected if name not in weights.shapes]
     allowed = {HF_OUTPUT} if head is not None or architecture.tied_embeddings else set()
-    unexpected = [n for n in weights.shapes if n not in expected and n not in allowed and not n.endswith("rotary_emb.inv_freq")]
+    unexpected = [
+        n
+        for n in weights.shapes
+        if n not in expected and n not in allowed and not n.endswith("rotary_emb.inv_freq")
+    ]
     wrong = [
         f"{name} is {list(weights.shapes[name])}, not {list(shape)}"
         for name, shape in expected.items()
         if name in weights.shapes and weights.shapes[name] != shape
     ]
-    problems = [_some("missing", missing), _some("unexpected", unexpected), _some("wrong shape", wrong)]
+    problems = [
+        _some("missing", missing),
+        _some("unexpected", unexpected),
+        _some("wrong shape", wrong),
+    ]
     if any(problems):
-        what = "these weights are not of this architecture\n" + "\n".join(f"  {p}" for p in problems if p)
+        what = "these weights are not of this architecture\n" + "\n".join(
+            f"  {p}" for p in problems if p
+        )
         fix = "compare the folder's config.json with the recipe's architecture"
         if weights.shapes.get(HF_SCORE, (1,))[0] != 1:
             fix = "reward models and critics have one label: num_labels 1"
@@ -106,14 +137,20 @@ def _check_names(weights: Weights, entries: Sequence[Entry], architecture: Archi
 
 
 def _check_tied(weights: Weights, architecture: Architecture, head: str | None) -> None:
-    """A config that ties the embeddings beside an output layer of its own: one of the two is wrong."""
+    """A config that ties the embeddings beside an output layer of its own: one of the two is
+    wrong."""
     if head is not None or not architecture.tied_embeddings or HF_OUTPUT not in weights.shapes:
         return
-    if weights.shapes[HF_OUTPUT] != weights.shapes[HF_EMBEDDING] or not torch.equal(weights.read(HF_OUTPUT), weights.read(HF_EMBEDDING)):
+    if weights.shapes[HF_OUTPUT] != weights.shapes[HF_EMBEDDING] or not torch.equal(
+        weights.read(HF_OUTPUT), weights.read(HF_EMBEDDING)
+    ):
         raise UserError(
             f"tie_word_embeddings is true, but {HF_OUTPUT} differs from {HF_EMBEDDING}",
             where=weights.where,
-            fix="set tie_word_embeddings to false in config.json, or take the weights from the model's own repository",
+            fix=(
+                "set tie_word_embeddings to false in config.json, or take the weights from the"
+                " model's own repository"
+            ),
         )
 
 
@@ -124,7 +161,7 @@ def _some(title: str, names: Sequence[str], limit: int = 6) -> str:
     return f"{title} ({len(names)}): " + ", ".join(names[:limit]) + more
 
 
-# --------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 @torch.no_grad()
@@ -133,7 +170,8 @@ def export_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor) in model order, at any TP × PP × VPP, on every rank.
 
-    Collective: every rank of the replica iterates to the end. Tensors are copies, in the model's dtype, on the mesh's device.
+    Collective: every rank of the replica iterates to the end. Tensors are copies, in the model's
+    dtype, on the mesh's device.
     """
     mine = _held(chunks, architecture)
     ranks = dist.get_process_group_ranks(mesh.pipeline_group)
@@ -156,7 +194,9 @@ def _stage(name: str, mesh: Mesh, architecture: Architecture) -> int:
         return 0
     if not name.startswith("decoder.layers."):
         return mesh.pipeline_size - 1
-    layers_per_chunk = architecture.num_layers // (mesh.pipeline_size * mesh.parallel.virtual_pipeline)
+    layers_per_chunk = architecture.num_layers // (
+        mesh.pipeline_size * mesh.parallel.virtual_pipeline
+    )
     return int(name.split(".")[2]) // layers_per_chunk % mesh.pipeline_size
 
 
@@ -169,9 +209,15 @@ def _gather(place: Placement, parameter: Tensor, mesh: Mesh) -> Tensor:
 
 
 def save_hf(
-    folder: Path, weights: Iterator[tuple[str, Tensor]], mesh: Mesh, *, shard_bytes: int = SHARD_BYTES, seen: Seen = ignore
+    folder: Path,
+    weights: Iterator[tuple[str, Tensor]],
+    mesh: Mesh,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    seen: Seen = ignore,
 ) -> None:
-    """Writes exported weights as safetensors shards, one of them in memory. Collective; rank 0 writes. Raises OSError (a full disk)."""
+    """Writes exported weights as safetensors shards, one of them in memory. Collective; rank 0
+    writes. Raises OSError (a full disk)."""
     if not mesh.is_main:
         for _ in weights:
             pass
@@ -183,10 +229,14 @@ def save_hf(
     shards.close()
 
 
-def differing(folder: Path, weights: Iterator[tuple[str, Tensor]], mesh: Mesh, *, seen: Seen = ignore) -> list[str]:
-    """Names of exported weights that a folder lacks or holds otherwise, bit for bit. Collective; rank 0 reads and knows, others return [].
+def differing(
+    folder: Path, weights: Iterator[tuple[str, Tensor]], mesh: Mesh, *, seen: Seen = ignore
+) -> list[str]:
+    """Names of exported weights that a folder lacks or holds otherwise, bit for bit. Collective;
+    rank 0 reads and knows, others return [].
 
-    A folder of another dtype is compared after conversion to the model's (exact when the model's is wider).
+    A folder of another dtype is compared after conversion to the model's (exact when the model's is
+    wider).
     """
     files = open_weights(folder) if mesh.is_main else None
     different = []
@@ -194,7 +244,9 @@ def differing(folder: Path, weights: Iterator[tuple[str, Tensor]], mesh: Mesh, *
         if files is None:
             continue
         mine = tensor.cpu()
-        if files.shapes.get(name) != tuple(mine.shape) or not _same_bits(files.read(name).to(mine.dtype), mine):
+        if files.shapes.get(name) != tuple(mine.shape) or not _same_bits(
+            files.read(name).to(mine.dtype), mine
+        ):
             different.append(name)
         seen(name, tensor.nbytes)
     return different

@@ -1,4 +1,5 @@
-"""Folders of safetensors: what is in them without reading it, one tensor at a time, and written shard by shard."""
+"""Folders of safetensors: what is in them without reading it, one tensor at a time, and written
+shard by shard."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from gipo_megatron.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names; others are quantised or no weights
+# safetensors' names; others are quantised or no weights
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -33,7 +35,8 @@ class Weights:
 def open_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
     """A Hugging Face folder's tensors, or a state dict's.
 
-    Raises UserError for a missing, damaged or truncated file, an unreadable index, and tensors that the index promises in vain.
+    Raises UserError for a missing, damaged or truncated file, an unreadable index, and tensors that
+    the index promises in vain.
     """
     if isinstance(source, Mapping):
         shapes = {name: tuple(t.shape) for name, t in source.items()}
@@ -48,7 +51,11 @@ def open_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
             files[name], shapes[name], dtypes[name] = path, shape, dtype
     if lost := [f"{name} ({file})" for name, file in promised.items() if name not in files]:
         shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
-        raise UserError(f"{INDEX} promises tensors that its files do not hold: {shown}", where=str(folder), fix="download the folder again")
+        raise UserError(
+            f"{INDEX} promises tensors that its files do not hold: {shown}",
+            where=str(folder),
+            fix="download the folder again",
+        )
 
     def read(name: str) -> Tensor:
         with safe_open(files[name], framework="pt") as shard:
@@ -58,14 +65,22 @@ def open_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
 
 
 def _header(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, dtype) of a file's tensors. safetensors compares the header with the file's length, so a cut-off file is found here."""
+    """(name, shape, dtype) of a file's tensors. safetensors compares the header with the file's
+    length, so a cut-off file is found here."""
     try:
         with safe_open(path, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
-            return [(name, tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype())) for name, s in slices.items()]
+            return [
+                (name, tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype()))
+                for name, s in slices.items()
+            ]
     except (OSError, SafetensorError) as error:
         size = f"{path.stat().st_size} bytes" if path.is_file() else "not there"
-        raise UserError(f"cannot read {path.name} ({size}): {error}", where=str(path), fix="download or export this file again") from error
+        raise UserError(
+            f"cannot read {path.name} ({size}): {error}",
+            where=str(path),
+            fix="download or export this file again",
+        ) from error
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -77,7 +92,11 @@ def _index(folder: Path) -> dict[str, str]:
         weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
         return weight_map
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {INDEX}: {error!r}", where=str(path), fix="download or export this file again") from error
+        raise UserError(
+            f"cannot read {INDEX}: {error!r}",
+            where=str(path),
+            fix="download or export this file again",
+        ) from error
 
 
 def _weight_files(folder: Path, promised: Mapping[str, str]) -> list[Path]:
@@ -85,13 +104,21 @@ def _weight_files(folder: Path, promised: Mapping[str, str]) -> list[Path]:
         return [folder / name for name in sorted(set(promised.values()))]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-    fix = f"give a Hugging Face folder with model.safetensors or {INDEX} (a .bin model: save it again as safetensors)"
+    found = (
+        ", ".join(sorted(p.name for p in folder.iterdir())[:8])
+        if folder.is_dir()
+        else "no such folder"
+    )
+    fix = (
+        f"give a Hugging Face folder with model.safetensors or {INDEX} (a .bin model: save it again"
+        " as safetensors)"
+    )
     raise UserError("no safetensors weights here", where=f"{folder} (found: {found})", fix=fix)
 
 
 class Shards:
-    """Collects tensors and writes a file before more than `limit` bytes are in memory; `close` gives the files transformers' names."""
+    """Collects tensors and writes a file before more than `limit` bytes are in memory; `close`
+    gives the files transformers' names."""
 
     def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
         self.folder, self.limit, self.waiting, self.bytes = folder, limit, dict[str, Tensor](), 0
@@ -102,7 +129,8 @@ class Shards:
         self.waiting[name] = tensor
         self.bytes += tensor.nbytes
         self.largest = max(self.largest, tensor.nbytes)
-        if self.bytes + self.largest > self.limit:  # the next one may be as large, and is made before it comes here
+        # the next one may be as large, and is made before it comes here
+        if self.bytes + self.largest > self.limit:
             self._write()
 
     def _write(self) -> None:
@@ -120,9 +148,16 @@ class Shards:
         count = len(self.written)
         weight_map: dict[str, str] = {}
         for number, (path, names, _) in enumerate(self.written, 1):
-            final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            final = (
+                "model.safetensors"
+                if count == 1
+                else f"model-{number:05d}-of-{count:05d}.safetensors"
+            )
             path.rename(self.folder / final)
             weight_map |= dict.fromkeys(names, final)
         if count > 1:
-            index: dict[str, Any] = {"metadata": {"total_size": sum(size for _, _, size in self.written)}, "weight_map": weight_map}
+            index: dict[str, Any] = {
+                "metadata": {"total_size": sum(size for _, _, size in self.written)},
+                "weight_map": weight_map,
+            }
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,4 +1,5 @@
-"""One table per model: every Megatron parameter and the Hugging Face tensors it is made of, read in both directions."""
+"""One table per model: every Megatron parameter and the Hugging Face tensors it is made of, read in
+both directions."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Entry:
     kind: str  # copy | gate_up | qkv
 
     def fuse(self, parts: Sequence[Tensor], a: Architecture) -> Tensor:
-        """qkv: for each key/value group its query heads, its key, its value. gate_up: gate, then up."""
+        """qkv: for each key/value group its query heads, its key, its value. gate_up: gate, then
+        up."""
         if self.kind == "copy":
             return parts[0]
         if self.kind == "gate_up":
@@ -46,7 +48,8 @@ class Entry:
 
 
 def table(a: Architecture, head: str | None = None) -> list[Entry]:
-    """All parameters of a model in model order. With a head, `score.weight` [1, H] (AutoModelForSequenceClassification) ends it."""
+    """All parameters of a model in model order. With a head, `score.weight` [1, H]
+    (AutoModelForSequenceClassification) ends it."""
     h, f, d = a.hidden_size, a.ffn_hidden_size, a.head_dim
     q, kv = a.num_heads * d, a.num_kv_heads * d
     entries = [Entry(EMBEDDING, (HF_EMBEDDING,), ((a.vocab_size, h),), "copy")]
@@ -54,21 +57,63 @@ def table(a: Architecture, head: str | None = None) -> list[Entry]:
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
         qkv = tuple(f"{theirs}self_attn.{x}_proj." for x in "qkv")
         gate_up = tuple(f"{theirs}mlp.{x}_proj.weight" for x in ("gate", "up"))
-        entries.append(Entry(ours + "input_layernorm.weight", (theirs + "input_layernorm.weight",), ((h,),), "copy"))
+        entries.append(
+            Entry(
+                ours + "input_layernorm.weight",
+                (theirs + "input_layernorm.weight",),
+                ((h,),),
+                "copy",
+            )
+        )
         weights = tuple(x + "weight" for x in qkv)
-        entries.append(Entry(ours + "self_attention.linear_qkv.weight", weights, ((q, h), (kv, h), (kv, h)), "qkv"))
+        entries.append(
+            Entry(
+                ours + "self_attention.linear_qkv.weight",
+                weights,
+                ((q, h), (kv, h), (kv, h)),
+                "qkv",
+            )
+        )
         if a.qkv_bias:
             biases = tuple(x + "bias" for x in qkv)
-            entries.append(Entry(ours + "self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)), "qkv"))
+            entries.append(
+                Entry(ours + "self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)), "qkv")
+            )
         if a.qk_norm:
             for x in "qk":
                 entries.append(
-                    Entry(f"{ours}self_attention.{x}_layernorm.weight", (f"{theirs}self_attn.{x}_norm.weight",), ((d,),), "copy")
+                    Entry(
+                        f"{ours}self_attention.{x}_layernorm.weight",
+                        (f"{theirs}self_attn.{x}_norm.weight",),
+                        ((d,),),
+                        "copy",
+                    )
                 )
-        entries.append(Entry(ours + "self_attention.linear_proj.weight", (theirs + "self_attn.o_proj.weight",), ((h, q),), "copy"))
-        entries.append(Entry(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",), ((h,),), "copy"))
+        entries.append(
+            Entry(
+                ours + "self_attention.linear_proj.weight",
+                (theirs + "self_attn.o_proj.weight",),
+                ((h, q),),
+                "copy",
+            )
+        )
+        entries.append(
+            Entry(
+                ours + "pre_mlp_layernorm.weight",
+                (theirs + "post_attention_layernorm.weight",),
+                ((h,),),
+                "copy",
+            )
+        )
         entries.append(Entry(ours + "mlp.linear_fc1.weight", gate_up, ((f, h), (f, h)), "gate_up"))
-        entries.append(Entry(ours + "mlp.linear_fc2.weight", (theirs + "mlp.down_proj.weight",), ((h, f),), "copy"))
+        entries.append(
+            Entry(
+                ours + "mlp.linear_fc2.weight",
+                (theirs + "mlp.down_proj.weight",),
+                ((h, f),),
+                "copy",
+            )
+        )
     entries.append(Entry("decoder.final_layernorm.weight", ("model.norm.weight",), ((h,),), "copy"))
     if head is not None:
         entries.append(Entry(SCORE, (HF_SCORE,), ((1, h),), "copy"))

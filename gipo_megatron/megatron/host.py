@@ -1,8 +1,11 @@
-"""What lets Megatron-Core run on a machine without CUDA: the only redirections of torch.cuda in this project. Also torch's own switches.
+"""What lets Megatron-Core run on a machine without CUDA: the only redirections of torch.cuda in
+this project. Also torch's own switches.
 
-Megatron asks for "the current CUDA device" in many places and for CUDA's generator in a few. `install` answers those calls for the
-whole process; `host_mode` also rewrites literal `device="cuda"` arguments and is only held around schedules, optimizer and checkpoint
-code, because it costs time in every torch call (15 % in a small model's forward). Both do nothing where CUDA is available.
+Megatron asks for "the current CUDA device" in many places and for CUDA's generator in a few.
+`install` answers those calls for the whole process; `host_mode` also rewrites literal
+`device="cuda"` arguments and is only held around schedules, optimizer and checkpoint code, because
+it costs time in every torch call (15 % in a small model's forward). Both do nothing where CUDA is
+available.
 """
 
 from __future__ import annotations
@@ -24,10 +27,15 @@ with warnings.catch_warnings():
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
     import megatron.core.tensor_parallel.random as mcore_random
 
-# What torch and mcore say of each other's older calls: nothing a user could change. Each by its own words, so that all else is heard.
+# What torch and mcore say of each other's older calls: nothing a user could change. Each by its own
+# words, so that all else is heard.
 _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
-    (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
-    (r"`load_state_dict` is deprecated and will be removed in future versions", FutureWarning),  # torch.distributed.checkpoint's
+    (
+        r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+        FutureWarning,
+    ),
+    # torch.distributed.checkpoint's
+    (r"`load_state_dict` is deprecated and will be removed in future versions", FutureWarning),
     (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
 )
 
@@ -35,19 +43,22 @@ _installed = False
 
 
 def silence() -> None:
-    """Filter the known warnings, from here on (until warnings.catch_warnings restores its filters)."""
+    """Filter the known warnings, from here on (until warnings.catch_warnings restores its
+    filters)."""
     for message, category in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message, category)
 
 
 def install() -> None:
-    """Make the process-wide redirections, once. Megatron's Adam is replaced wherever neither Transformer Engine nor apex is installed."""
+    """Make the process-wide redirections, once. Megatron's Adam is replaced wherever neither
+    Transformer Engine nor apex is installed."""
     global _installed
     if _installed:
         return
     _installed = True
     silence()
-    # cuDNN's attention plans every exact shape anew, 50 ms and more; torch 2.11 prefers it on Hopper, and no two of our batches are alike.
+    # cuDNN's attention plans every exact shape anew, 50 ms and more; torch 2.11 prefers it on
+    # Hopper, and no two of our batches are alike.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
         mcore_optimizer.Adam = distrib_optimizer.Adam = HostAdam
@@ -61,21 +72,26 @@ def install() -> None:
     cuda.synchronize = lambda device=None: None
     cuda.current_stream = lambda device=None: None  # mcore 0.19's DDP calls it
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.default_generator.get_state()
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": (
+        torch.default_generator.get_state()
+    )
     mcore_random._set_cuda_rng_state = _set_host_rng_state
 
 
 def make_deterministic() -> None:
-    """From here on only algorithms that give the same bits every time. Before CUDA is used; without CUDA nothing changes.
+    """From here on only algorithms that give the same bits every time. Before CUDA is used; without
+    CUDA nothing changes.
 
-    Not `warn_only`: torch's flash and memory-efficient attention take their deterministic backward pass only where any other
-    operation would be an error. The float cumsum of sampling has a deterministic kernel (pytorch pull request 140887).
+    Not `warn_only`: torch's flash and memory-efficient attention take their deterministic backward
+    pass only where any other operation would be an error. The float cumsum of sampling has a
+    deterministic kernel (pytorch pull request 140887).
     """
     if not torch.cuda.is_available():
         return
     environment.set_deterministic()
     torch.use_deterministic_algorithms(True)
-    # In this mode torch also fills new memory with NaN, to expose reads of it: one more pass over all that is allocated.
+    # In this mode torch also fills new memory with NaN, to expose reads of it: one more pass over
+    # all that is allocated.
     switches: Any = torch.utils.deterministic
     switches.fill_uninitialized_memory = False
 
@@ -85,9 +101,12 @@ def _set_host_rng_state(new_state: Tensor, device: int = -1, graph_safe: bool = 
 
 
 class _HostMode(TorchFunctionMode):
-    """`device="cuda"` means the CPU, `.cuda()` changes nothing, and host tensors answer to the type names that mcore's optimizers test."""
+    """`device="cuda"` means the CPU, `.cuda()` changes nothing, and host tensors answer to the type
+    names that mcore's optimizers test."""
 
-    def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
@@ -107,7 +126,8 @@ def _is_cuda(device: Any) -> bool:
 
 
 def host_mode() -> AbstractContextManager[Any]:
-    """Hold around mcore's schedules, optimizer construction, step, sharded_state_dict and checkpoint load."""
+    """Hold around mcore's schedules, optimizer construction, step, sharded_state_dict and
+    checkpoint load."""
     return nullcontext() if torch.cuda.is_available() else _HostMode()
 
 
@@ -122,11 +142,14 @@ def model_mode() -> Iterator[None]:
 
 
 class HostAdam(torch.optim.Optimizer):
-    """AdamW with the state layout of the fused Adams: the step count in the parameter group, exp_avg and exp_avg_sq per parameter.
+    """AdamW with the state layout of the fused Adams: the step count in the parameter group,
+    exp_avg and exp_avg_sq per parameter.
 
-    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²;  p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+        m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²
+        p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    mcore's distributed optimizer saves and loads this layout in full; torch's AdamW keeps a step tensor per parameter, which it loses.
+    mcore's distributed optimizer saves and loads this layout in full; torch's AdamW keeps a step
+    tensor per parameter, which it loses.
     """
 
     def __init__(
@@ -140,10 +163,17 @@ class HostAdam(torch.optim.Optimizer):
         capturable: bool = False,  # mcore 0.19 passes it
     ) -> None:
         if not adam_w_mode:
-            raise ValueError("HostAdam only decays weights decoupled from the gradient (adam_w_mode=True)")
+            raise ValueError(
+                "HostAdam only decays weights decoupled from the gradient (adam_w_mode=True)"
+            )
         if capturable:
-            raise ValueError("HostAdam counts its steps on the host: it cannot be part of a CUDA graph (capturable=False)")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+            raise ValueError(
+                "HostAdam counts its steps on the host: it cannot be part of a CUDA graph"
+                " (capturable=False)"
+            )
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -165,13 +195,24 @@ class HostAdam(torch.optim.Optimizer):
 
 
 def adam_for(device: torch.device) -> Callable[..., None]:
-    """The implementation of HostAdam's formula: (group, parameters, gradients, first moments, second moments), all in place."""
+    """The implementation of HostAdam's formula: (group, parameters, gradients, first moments,
+    second moments), all in place."""
     return _fused if device.type == "cuda" else _foreach
 
 
-def _fused(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], first: list[Tensor], second: list[Tensor]) -> None:
-    """One kernel: 28 bytes of memory traffic a parameter against 72, and no temporaries. It reads the step count and leaves it."""
-    (beta1, beta2), step = group["betas"], torch.full((), group["step"], dtype=torch.float32, device=params[0].device)
+def _fused(
+    group: dict[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+) -> None:
+    """One kernel: 28 bytes of memory traffic a parameter against 72, and no temporaries. It reads
+    the step count and leaves it."""
+    (beta1, beta2), step = (
+        group["betas"],
+        torch.full((), group["step"], dtype=torch.float32, device=params[0].device),
+    )
     torch._fused_adamw_(
         params,
         grads,
@@ -189,7 +230,13 @@ def _fused(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], fir
     )
 
 
-def _foreach(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], first: list[Tensor], second: list[Tensor]) -> None:
+def _foreach(
+    group: dict[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+) -> None:
     """Seven passes over all parameters at once, one temporary a parameter."""
     (beta1, beta2), lr, step = group["betas"], group["lr"], group["step"]
     if group["weight_decay"]:

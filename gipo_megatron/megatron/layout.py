@@ -1,6 +1,8 @@
-"""Where each parameter's pieces live: whole tensors with layout-free names on one side, this rank's parameters on the other.
+"""Where each parameter's pieces live: whole tensors with layout-free names on one side, this rank's
+parameters on the other.
 
-A layout-free name is the local layer spec's, with the layer's number in the whole model: decoder.layers.7.mlp.linear_fc1.weight.
+A layout-free name is the local layer spec's, with the layer's number in the whole model:
+decoder.layers.7.mlp.linear_fc1.weight.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class Placement:
         return tuple(shape)
 
     def take(self, full: Tensor, rank: int, local: Tensor, tensor_size: int) -> Tensor:
-        """The slice of `full` that rank `rank` holds, shaped like `local`; padding rows of the vocabulary are zero."""
+        """The slice of `full` that rank `rank` holds, shaped like `local`; padding rows of the
+        vocabulary are zero."""
         if self.dim is None:
             return full
         if self.rows is not None:
@@ -66,7 +69,9 @@ class Placement:
             piece = full[min(rank * size, self.rows) : min((rank + 1) * size, self.rows)]
             padding = piece.new_zeros((size - piece.shape[0], *piece.shape[1:]))
             return torch.cat([piece, padding])
-        pieces = [block.chunk(tensor_size, self.dim)[rank] for block in full.chunk(self.blocks, self.dim)]
+        pieces = [
+            block.chunk(tensor_size, self.dim)[rank] for block in full.chunk(self.blocks, self.dim)
+        ]
         return torch.cat(pieces, self.dim) if len(pieces) > 1 else pieces[0]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
@@ -75,7 +80,9 @@ class Placement:
             return parts[0]
         if self.blocks > 1:
             cut = [part.chunk(self.blocks, self.dim) for part in parts]
-            full = torch.cat([piece[block] for block in range(self.blocks) for piece in cut], self.dim)
+            full = torch.cat(
+                [piece[block] for block in range(self.blocks) for piece in cut], self.dim
+            )
         else:
             full = torch.cat(list(parts), self.dim)
         return full if self.rows is None else full[: self.rows]
@@ -91,7 +98,8 @@ def unwrap(chunk: nn.Module) -> GPTModel:
 
 
 def placements(chunk: nn.Module, vocab_size: int) -> Iterator[tuple[Placement, nn.Parameter]]:
-    """Every parameter of a chunk with its place in the whole model. A tied output layer on a later stage bears the embedding's name."""
+    """Every parameter of a chunk with its place in the whole model. A tied output layer on a later
+    stage bears the embedding's name."""
     model = unwrap(chunk)
     for local_name, parameter in model.named_parameters():
         yield _placement(model, local_name, vocab_size), parameter
@@ -101,9 +109,16 @@ def _placement(model: GPTModel, local_name: str, vocab_size: int) -> Placement:
     if local_name == EMBEDDING:
         return Placement(EMBEDDING, dim=0, rows=vocab_size)
     if local_name == OUTPUT:
-        if isinstance(model.output_layer.weight, nn.Parameter) and model.output_layer.weight.shape[0] == 1:
+        if (
+            isinstance(model.output_layer.weight, nn.Parameter)
+            and model.output_layer.weight.shape[0] == 1
+        ):
             return Placement(SCORE)
-        return Placement(EMBEDDING if model.share_embeddings_and_output_weights else OUTPUT, dim=0, rows=vocab_size)
+        return Placement(
+            EMBEDDING if model.share_embeddings_and_output_weights else OUTPUT,
+            dim=0,
+            rows=vocab_size,
+        )
     if local_name in _NORMS:
         return Placement(local_name)
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", local_name)

@@ -1,4 +1,5 @@
-"""Who is where: one process group per kind of parallelism, over torch.distributed and mcore's parallel_state."""
+"""Who is where: one process group per kind of parallelism, over torch.distributed and mcore's
+parallel_state."""
 
 from __future__ import annotations
 
@@ -43,9 +44,11 @@ class DataParallelGroup:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place in the tensor × pipeline × data grid. Ranks run tensor first, then data, then pipeline.
+    """This rank's place in the tensor × pipeline × data grid. Ranks run tensor first, then data,
+    then pipeline.
 
-    A replica is the tensor × pipeline ranks that hold one copy of the model; its ranks all see the same batch.
+    A replica is the tensor × pipeline ranks that hold one copy of the model; its ranks all see the
+    same batch.
     """
 
     parallel: Parallel
@@ -64,16 +67,22 @@ class Mesh:
 
     @staticmethod
     def create(parallel: Parallel, seed: int = 0, deterministic: bool = False) -> Mesh:
-        """Start torch.distributed if need be (torchrun's environment, or one plain process), then mcore's groups and seeds.
+        """Start torch.distributed if need be (torchrun's environment, or one plain process), then
+        mcore's groups and seeds.
 
-        May be called again in the same world with other sizes: the groups are made anew. `deterministic` (host.make_deterministic)
-        holds for the rest of the process. Raises UserError when the world does not factor.
+        May be called again in the same world with other sizes: the groups are made anew.
+        `deterministic` (host.make_deterministic) holds for the rest of the process. Raises
+        UserError when the world does not factor.
         """
         host.install()
         if deterministic:
             host.make_deterministic()
         device = _device()
-        world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+        world = (
+            dist.get_world_size()
+            if dist.is_initialized()
+            else int(os.environ.get("WORLD_SIZE", "1"))
+        )
         check_factors(parallel, world)
         if not dist.is_initialized():
             _start(device)
@@ -82,7 +91,9 @@ class Mesh:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+            ),
         )
         _seed(seed)
         data = parallel_state.get_data_parallel_group()
@@ -95,7 +106,9 @@ class Mesh:
             tensor_size=parallel.tensor,
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
             pipeline_size=parallel.pipeline,
-            data_parallel=DataParallelGroup(dist.get_rank(data), dist.get_world_size(data), data, device),
+            data_parallel=DataParallelGroup(
+                dist.get_rank(data), dist.get_world_size(data), data, device
+            ),
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
             model_group=parallel_state.get_model_parallel_group(),
@@ -153,13 +166,21 @@ def check_factors(parallel: Parallel, world: int) -> None:
     """Raises UserError naming every factor when the sizes make no grid of `world` ranks."""
     sizes = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data ?"
     if min(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline) < 1:
-        raise UserError(f"a parallel size is below 1: {sizes}, virtual_pipeline {parallel.virtual_pipeline}", where="parallel", fix="use 1")
+        raise UserError(
+            f"a parallel size is below 1: {sizes}, virtual_pipeline {parallel.virtual_pipeline}",
+            where="parallel",
+            fix="use 1",
+        )
     if world % parallel.model:
-        multiple = f"start a multiple of {parallel.model} processes, or change parallel.tensor or parallel.pipeline"
+        multiple = (
+            f"start a multiple of {parallel.model} processes, or change parallel.tensor or"
+            " parallel.pipeline"
+        )
         raise UserError(f"{sizes} ≠ world {world}", where="parallel", fix=multiple)
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise UserError(
-            f"virtual_pipeline {parallel.virtual_pipeline} splits pipeline stages, but pipeline is 1",
+            f"virtual_pipeline {parallel.virtual_pipeline} splits pipeline stages, but pipeline"
+            " is 1",
             where="parallel.virtual_pipeline",
             fix="set parallel.pipeline above 1, or parallel.virtual_pipeline to 1",
         )
@@ -174,13 +195,16 @@ def _device() -> torch.device:
 
 
 def _start(device: torch.device) -> None:
-    """On CUDA bound to this rank's device: NCCL connects here, not in the first collective, and a barrier need not guess the device."""
+    """On CUDA bound to this rank's device: NCCL connects here, not in the first collective, and a
+    barrier need not guess the device."""
     cuda = device.type == "cuda"
     backend, bound = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, device_id=bound)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound
+        )
 
 
 def _store() -> dist.Store:
@@ -188,7 +212,8 @@ def _store() -> dist.Store:
 
 
 def _seed(seed: int) -> None:
-    """mcore's trackers. On a host they live in torch's one global generator, which is put back: nothing here draws from it."""
+    """mcore's trackers. On a host they live in torch's one global generator, which is put back:
+    nothing here draws from it."""
     before = torch.default_generator.get_state()
     model_parallel_cuda_manual_seed(seed)
     torch.default_generator.set_state(before)

@@ -1,4 +1,5 @@
-"""Megatron's GPTModel for Llama-like decoders, built for this rank's place in the mesh, with weights that do not depend on it."""
+"""Megatron's GPTModel for Llama-like decoders, built for this rank's place in the mesh, with
+weights that do not depend on it."""
 
 from __future__ import annotations
 
@@ -11,10 +12,16 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -32,7 +39,11 @@ HEADS = ("value", "score")
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
 }
 
 
@@ -46,17 +57,22 @@ def build_chunks(
     seed: int = 0,
     initialise: bool = True,
 ) -> list[GPTModel]:
-    """This rank's model chunks, one per virtual pipeline stage; `head` is None (language model), "value" or "score".
+    """This rank's model chunks, one per virtual pipeline stage; `head` is None (language model),
+    "value" or "score".
 
-    Without `initialise` the weights are whatever the memory held (a load follows); a head is always initialised.
-    Without labels a chunk returns, on the last stage, logits [b, s, V / tensor] in the model's dtype, or the head's [b, s, 1] in fp32.
-    Raises UserError when the architecture cannot be split over the mesh, or asks for what is not built.
+    Without `initialise` the weights are whatever the memory held (a load follows); a head is always
+    initialised. Without labels a chunk returns, on the last stage, logits [b, s, V / tensor] in the
+    model's dtype, or the head's [b, s, 1] in fp32. Raises UserError when the architecture cannot be
+    split over the mesh, or asks for what is not built.
     """
     assert head is None or head in HEADS, head
     check_split(architecture, mesh.parallel)
     config = transformer_config(architecture, mesh.parallel, precision, recompute)
     with host.host_mode():
-        chunks = [_chunk(architecture, mesh, config, head, stage) for stage in range(mesh.parallel.virtual_pipeline)]
+        chunks = [
+            _chunk(architecture, mesh, config, head, stage)
+            for stage in range(mesh.parallel.virtual_pipeline)
+        ]
     initialise_weights(chunks, architecture, mesh, seed, only_head=not initialise)
     return chunks
 
@@ -71,26 +87,42 @@ def check_split(architecture: Architecture, parallel: Parallel) -> None:
     ):
         if size % tensor:
             fix = f"choose a tensor size that divides {size}"
-            raise UserError(f"{size} {what} do not divide over tensor {tensor}", where="parallel.tensor", fix=fix)
+            raise UserError(
+                f"{size} {what} do not divide over tensor {tensor}",
+                where="parallel.tensor",
+                fix=fix,
+            )
     if architecture.num_layers % stages:
         cut = f"pipeline {parallel.pipeline} × virtual_pipeline {parallel.virtual_pipeline}"
         what = f"{architecture.num_layers} layers do not divide over {cut}"
-        raise UserError(what, where="parallel.pipeline", fix=f"choose sizes whose product divides {architecture.num_layers}")
+        raise UserError(
+            what,
+            where="parallel.pipeline",
+            fix=f"choose sizes whose product divides {architecture.num_layers}",
+        )
     rope_frequencies(architecture)
 
 
 def padded_vocab(architecture: Architecture, tensor: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up, so that all ranks hold as many; the same for every tensor size that divides 64."""
+    """Rows of the embedding: the vocabulary rounded up, so that all ranks hold as many; the same
+    for every tensor size that divides 64."""
     multiple = math.lcm(VOCAB_MULTIPLE, tensor)
     return math.ceil(architecture.vocab_size / multiple) * multiple
 
 
-def transformer_config(architecture: Architecture, parallel: Parallel, precision: Precision, recompute: str = "none") -> TransformerConfig:
-    """mcore's configuration. Raises UserError for an unknown recompute or what `precision.check` refuses."""
+def transformer_config(
+    architecture: Architecture, parallel: Parallel, precision: Precision, recompute: str = "none"
+) -> TransformerConfig:
+    """mcore's configuration. Raises UserError for an unknown recompute or what `precision.check`
+    refuses."""
     number_formats.check(precision)
     number_formats.check_widths(precision, architecture, parallel)
     if recompute not in RECOMPUTE:
-        raise UserError(f"unknown recompute {recompute!r}", where="recompute", fix=f"one of {', '.join(RECOMPUTE)}")
+        raise UserError(
+            f"unknown recompute {recompute!r}",
+            where="recompute",
+            fix=f"one of {', '.join(RECOMPUTE)}",
+        )
     cuda = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -110,10 +142,13 @@ def transformer_config(architecture: Architecture, parallel: Parallel, precision
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline
+        if parallel.virtual_pipeline > 1
+        else None,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # mcore ties variable lengths to it, even without experts
+        # mcore ties variable lengths to it, even without experts
+        moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
         perform_initialization=False,  # see initialise_weights
         use_cpu_initialization=not cuda,
@@ -128,7 +163,9 @@ def transformer_config(architecture: Architecture, parallel: Parallel, precision
     )
 
 
-def _chunk(architecture: Architecture, mesh: Mesh, config: TransformerConfig, head: str | None, stage: int) -> GPTModel:
+def _chunk(
+    architecture: Architecture, mesh: Mesh, config: TransformerConfig, head: str | None, stage: int
+) -> GPTModel:
     virtual = stage if mesh.parallel.virtual_pipeline > 1 else None
     model = GPTModel(
         config=config,
@@ -150,12 +187,18 @@ def _chunk(architecture: Architecture, mesh: Mesh, config: TransformerConfig, he
 
 
 def _block_spec(config: TransformerConfig, virtual: int | None) -> TransformerBlockSubmodules:
-    """bf16 layers are Transformer Engine's where it can be used. fp32 ones never: it multiplies fp32 matrices in TF32, with 10 bits."""
+    """bf16 layers are Transformer Engine's where it can be used. fp32 ones never: it multiplies
+    fp32 matrices in TF32, with 10 bits."""
     if config.bf16 and number_formats.transformer_engine_usable():
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
+        layer, norm = (
+            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm),
+            TENorm,
+        )
     else:
         layer, norm = _local_layer(config), RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=virtual), layer_norm=norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=virtual), layer_norm=norm
+    )
 
 
 def _local_layer(config: TransformerConfig) -> ModuleSpec:
@@ -166,18 +209,25 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
     attention = parts.self_attention.submodules
     attention.core_attention = CausalAttention
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = ModuleSpec(module=RMSNorm, params={"shard": False})
+        attention.q_layernorm = attention.k_layernorm = ModuleSpec(
+            module=RMSNorm, params={"shard": False}
+        )
     return layer
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · w, over the last dimension; works on a shard of the sequence, which mcore's own refuses."""
+    """x / sqrt(mean(x²) + eps) · w, over the last dimension; works on a shard of the sequence,
+    which mcore's own refuses."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, shard: bool = True) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, shard: bool = True
+    ) -> None:
         super().__init__()
         self.eps = eps
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight = nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        )
         self.weight.sequence_parallel = config.sequence_parallel and shard  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,7 +235,8 @@ class RMSNorm(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Core attention through torch's scaled_dot_product_attention. Sequences are right-padded, so causal is all the mask there is."""
+    """Core attention through torch's scaled_dot_product_attention. Sequences are right-padded, so
+    causal is all the mask there is."""
 
     def __init__(
         self,
@@ -211,40 +262,66 @@ class CausalAttention(nn.Module):
         packed_seq_params: object = None,
     ) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads · d]"""
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None, "causal attention only"
+        assert attention_mask is None and attention_bias is None and packed_seq_params is None, (
+            "causal attention only"
+        )
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.shape[2] != key.shape[2]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+        )
         return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
 
 def rope_frequencies(architecture: Architecture) -> Tensor:
-    """Inverse wavelengths of RoPE, fp32 [head_dim / 2]: base^(-2i / d), scaled as Hugging Face's `rope_scaling` block says.
+    """Inverse wavelengths of RoPE, fp32 [head_dim / 2]: base^(-2i / d), scaled as Hugging Face's
+    `rope_scaling` block says.
 
-    linear: f / factor. llama3: long waves f / factor, short waves f, in between a linear blend in (old length / wavelength).
-    Raises UserError for any other rope_type.
+    linear: f / factor. llama3: long waves f / factor, short waves f, in between a linear blend in
+    (old length / wavelength). Raises UserError for any other rope_type.
     """
     d, scaling = architecture.head_dim, architecture.rope_scaling
     f = 1.0 / (architecture.rope_base ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d))
-    kind = "default" if scaling is None else scaling["rope_type"] if "rope_type" in scaling else scaling["type"]
+    kind = (
+        "default"
+        if scaling is None
+        else scaling["rope_type"]
+        if "rope_type" in scaling
+        else scaling["type"]
+    )
     if scaling is None or kind == "default":
         return f
     if kind == "linear":
         return f / scaling["factor"]
     if kind == "llama3":
-        low, high, old = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_position_embeddings"]
+        low, high, old = (
+            scaling["low_freq_factor"],
+            scaling["high_freq_factor"],
+            scaling["original_max_position_embeddings"],
+        )
         waves = old / (2 * math.pi / f)  # how many wavelengths the old context held
         blend = ((waves - low) / (high - low)).clamp(0, 1)
         return (1 - blend) * f / scaling["factor"] + blend * f
-    raise UserError(f"RoPE scaling {kind!r} is not built", where="rope_scaling", fix="a model with rope_type default, linear or llama3")
+    raise UserError(
+        f"RoPE scaling {kind!r} is not built",
+        where="rope_scaling",
+        fix="a model with rope_type default, linear or llama3",
+    )
 
 
 @torch.no_grad()
-def initialise_weights(chunks: list[GPTModel], architecture: Architecture, mesh: Mesh, seed: int, only_head: bool = False) -> None:
-    """Weights ~ normal(0, 0.02), of layers that write to the residual normal(0, 0.02 / sqrt(2 L)); norms 1, biases 0.
+def initialise_weights(
+    chunks: list[GPTModel],
+    architecture: Architecture,
+    mesh: Mesh,
+    seed: int,
+    only_head: bool = False,
+) -> None:
+    """Weights ~ normal(0, 0.02), of layers that write to the residual normal(0, 0.02 / sqrt(2 L));
+    norms 1, biases 0.
 
-    Each whole tensor has a generator of its own, keyed by (seed, its name in the whole model), and is cut afterwards: every layout
-    starts from the same weights.
+    Each whole tensor has a generator of its own, keyed by (seed, its name in the whole model), and
+    is cut afterwards: every layout starts from the same weights.
     """
     for chunk in chunks:
         for place, parameter in placements(chunk, architecture.vocab_size):
@@ -256,13 +333,19 @@ def initialise_weights(chunks: list[GPTModel], architecture: Architecture, mesh:
                 parameter.zero_()
             else:
                 shape = place.full_shape(parameter, mesh.tensor_size)
-                full = torch.randn(shape, generator=generator_for(seed, place.name)) * _init_std(place.name, architecture)
+                full = torch.randn(shape, generator=generator_for(seed, place.name)) * _init_std(
+                    place.name, architecture
+                )
                 parameter.copy_(place.take(full, mesh.tensor_rank, parameter, mesh.tensor_size))
 
 
 def _init_std(name: str, architecture: Architecture) -> float:
     residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-    assert residual or name in (EMBEDDING, OUTPUT, SCORE) or name.endswith(("linear_qkv.weight", "linear_fc1.weight")), name
+    assert (
+        residual
+        or name in (EMBEDDING, OUTPUT, SCORE)
+        or name.endswith(("linear_qkv.weight", "linear_fc1.weight"))
+    ), name
     return INIT_STD / math.sqrt(2 * architecture.num_layers) if residual else INIT_STD
 
 

@@ -24,9 +24,10 @@ from gipo_megatron.megatron.microbatches import MicroBatch
 class _TwoWayP2P(P2PCommunicator):
     """Neighbour to neighbour messages of the interleaved schedule, activations and gradients apart.
 
-    With two stages both neighbours are the same rank, and messages between two ranks are matched by order alone: mcore's own
-    communicator then takes an activation for a gradient (with equal shapes unnoticed). Here activations travel in the pipeline's group
-    and gradients, when there are two stages, in the world's. Every tensor is preceded by its shape.
+    With two stages both neighbours are the same rank, and messages between two ranks are matched by
+    order alone: mcore's own communicator then takes an activation for a gradient (with equal shapes
+    unnoticed). Here activations travel in the pipeline's group and gradients, when there are two
+    stages, in the world's. Every tensor is preceded by its shape.
     """
 
     def _communicate(
@@ -40,14 +41,24 @@ class _TwoWayP2P(P2PCommunicator):
         wait_on_reqs: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, None]:
         host_int: dict[str, Any] = {"dtype": torch.int64, "device": torch.cuda.current_device()}
-        sent = [None if t is None else torch.tensor(t.shape, **host_int) for t in (tensor_send_next, tensor_send_prev)]
-        shapes = [torch.zeros(3, **host_int) if wanted else None for wanted in (recv_prev, recv_next)]
+        sent = [
+            None if t is None else torch.tensor(t.shape, **host_int)
+            for t in (tensor_send_next, tensor_send_prev)
+        ]
+        shapes = [
+            torch.zeros(3, **host_int) if wanted else None for wanted in (recv_prev, recv_next)
+        ]
         pending, arriving = self._post(sent[0], shapes[0], sent[1], shapes[1])
-        for request in arriving:  # not the sends: at the ends of a schedule the peer may want its tensors before it asks for these
+        # not the sends: at the ends of a schedule the peer may want its tensors before it asks for
+        # these
+        for request in arriving:
             request.wait()
         dtype, device = self.config.pipeline_dtype, torch.cuda.current_device()
         received = [
-            None if shape is None else torch.empty(shape.tolist(), dtype=dtype, device=device, requires_grad=True) for shape in shapes
+            None
+            if shape is None
+            else torch.empty(shape.tolist(), dtype=dtype, device=device, requires_grad=True)
+            for shape in shapes
         ]
         more, arriving = self._post(tensor_send_next, received[0], tensor_send_prev, received[1])
         for request in arriving + pending + more:
@@ -55,7 +66,11 @@ class _TwoWayP2P(P2PCommunicator):
         return received[0], received[1], None
 
     def _post(
-        self, send_next: Tensor | None, recv_prev: Tensor | None, send_prev: Tensor | None, recv_next: Tensor | None
+        self,
+        send_next: Tensor | None,
+        recv_prev: Tensor | None,
+        send_prev: Tensor | None,
+        recv_next: Tensor | None,
     ) -> tuple[list[dist.Work], list[dist.Work]]:
         """(sends, receives) on their way."""
         forward = self.pp_group
@@ -65,9 +80,12 @@ class _TwoWayP2P(P2PCommunicator):
         sent: list[dist.Work] = []
         received: list[dist.Work] = []
         for send, receive in zip(sends, receives, strict=True):
-            # even ranks send first, odd ranks receive first: NCCL runs the operations of a group in order
+            # even ranks send first, odd ranks receive first: NCCL runs the operations of a group in
+            # order
             ways = [(dist.isend, send, sent), (dist.irecv, receive, received)]
-            for verb, (tensor, peer, group), requests in ways if self.pp_group.rank() % 2 == 0 else ways[::-1]:
+            for verb, (tensor, peer, group), requests in (
+                ways if self.pp_group.rank() % 2 == 0 else ways[::-1]
+            ):
                 if tensor is not None:
                     request = verb(tensor.detach(), peer, group=group)
                     assert request is not None, "this rank is not in the group"
@@ -82,7 +100,9 @@ def _groups() -> ProcessGroupCollection:
     groups.pp = parallel_state.get_pipeline_model_parallel_group()
     groups.embd = parallel_state.get_embedding_group(check_initialized=False)
     groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
-    groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
+    groups.dp_cp = parallel_state.get_data_parallel_group(
+        with_context_parallel=True, partial_data_parallel=False
+    )
     return groups
 
 
@@ -94,13 +114,23 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def run(chunks: list[Any], slots: list[MicroBatch], finish: Callable[[MicroBatch, Tensor], Any], *, forward_only: bool) -> list[Any]:
-    """What `finish(slot, output)` returned for each slot, on the last stage; [] on the others. `chunks`: plain or DDP-wrapped.
+def run(
+    chunks: list[Any],
+    slots: list[MicroBatch],
+    finish: Callable[[MicroBatch, Tensor], Any],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """What `finish(slot, output)` returned for each slot, on the last stage; [] on the others.
+    `chunks`: plain or DDP-wrapped.
 
-    forward_only: `finish` may return anything; otherwise mcore's triple (loss, integer count, anything), and the last is listed.
+    forward_only: `finish` may return anything; otherwise mcore's triple (loss, integer count,
+    anything), and the last is listed.
     """
 
-    def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def forward_step(
+        iterator: Iterator[MicroBatch], chunk: Any
+    ) -> tuple[Tensor, Callable[..., Any]]:
         slot = next(iterator)
         with host.model_mode():
             out = chunk(slot.sequences.tokens, None, None)
@@ -110,7 +140,8 @@ def run(chunks: list[Any], slots: list[MicroBatch], finish: Callable[[MicroBatch
     arguments = {
         "forward_step_func": forward_step,
         "num_microbatches": len(slots),
-        "seq_length": slots[0].sequences.tokens.shape[1],  # not what later slots have: shapes are sent along
+        # not what later slots have: shapes are sent along
+        "seq_length": slots[0].sequences.tokens.shape[1],
         "micro_batch_size": len(slots[0].sequences),
         "forward_only": forward_only,
         "collect_non_loss_data": forward_only,
@@ -118,7 +149,9 @@ def run(chunks: list[Any], slots: list[MicroBatch], finish: Callable[[MicroBatch
     stages = dist.get_world_size(parallel_state.get_pipeline_model_parallel_group())
     with quiet():
         if len(chunks) == 1:
-            return get_forward_backward_func(stages, None)(data_iterator=iter(slots), model=chunks[0], **arguments)
+            return get_forward_backward_func(stages, None)(
+                data_iterator=iter(slots), model=chunks[0], **arguments
+            )
         config.batch_p2p_comm = False
         groups = _groups()
         return get_forward_backward_func(stages, len(chunks))(
@@ -130,6 +163,11 @@ def run(chunks: list[Any], slots: list[MicroBatch], finish: Callable[[MicroBatch
         )
 
 
-def _finish(finish: Callable[[MicroBatch, Tensor], Any], slot: MicroBatch, out: Tensor, non_loss_data: bool = False) -> Any:
+def _finish(
+    finish: Callable[[MicroBatch, Tensor], Any],
+    slot: MicroBatch,
+    out: Tensor,
+    non_loss_data: bool = False,
+) -> Any:
     with host.model_mode():
         return finish(slot, out)

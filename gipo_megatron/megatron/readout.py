@@ -1,7 +1,8 @@
-"""What a model's raw output says of each token. The causal shift of this project lives here, and nowhere else.
+"""What a model's raw output says of each token. The causal shift of this project lives here, and
+nowhere else.
 
 position      0    1    2    3    4           output at t-1 is about token t:
-tokens       p0   p1   y0   y1  pad             logprobs[b, t] = log softmax(logits[b, t-1])[token_t]
+tokens       p0   p1   y0   y1  pad             logprobs[b, t] = log softmax(logits[b, t-1])[y_t]
 mask          .    .    1    1    .             values[b, t]   = head(hidden[b, t-1])
 model output o0   o1   o2   o3   o4           score[b]         = head(hidden[b, length-1]), no shift
 used for y0 ______/    |
@@ -20,8 +21,8 @@ from gipo_megatron.megatron.heads import GroupHead
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.types import CriticOutput, Sequences, TokenStats
 
-# Of one fp32 copy of a row chunk's logits: on a CPU a chunk stays in its caches; on a GPU small chunks would cost more time in
-# kernel launches (about 50 a chunk) than in arithmetic.
+# Of one fp32 copy of a row chunk's logits: on a CPU a chunk stays in its caches; on a GPU small
+# chunks would cost more time in kernel launches (about 50 a chunk) than in arithmetic.
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 
 
@@ -30,7 +31,8 @@ def chunk_bytes(device: torch.device) -> int:
 
 
 def response_positions(mask: Tensor) -> Tensor:
-    """int64 [n], the places of the masked tokens in the flattened mask [b, T]; for a mask on the host, where this waits for nothing."""
+    """int64 [n], the places of the masked tokens in the flattened mask [b, T]; for a mask on the
+    host, where this waits for nothing."""
     assert not bool(mask[:, 0].any()), "the first token is inside the mask, but nothing predicts it"
     return mask.flatten().nonzero().squeeze(1)
 
@@ -45,25 +47,39 @@ def token_stats(
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> TokenStats:
-    """Log-probs (and entropies, in nats) of softmax(logits / temperature) for the tokens inside the mask; zero elsewhere.
+    """Log-probs (and entropies, in nats) of softmax(logits / temperature) for the tokens inside the
+    mask; zero elsewhere.
 
-    `logits` [b, T, V' / tensor] is this rank's share of the padded vocabulary and is not changed; columns from vocab_size on do not exist.
-    `positions` are the `response_positions` of the mask, on the logits' device: no value is read back from it.
-    Both results are fp32 [b, T], the same on every rank of the tensor group, and carry gradients; an entropy that the loss does not
-    use costs nothing in the backward pass. Nothing of the size of the logits is made in fp32 (row chunks of CHUNK_BYTES), and only masked
-    positions are read. A collective's cost: two small all-reduces per row chunk.
+    `logits` [b, T, V' / tensor] is this rank's share of the padded vocabulary and is not changed;
+    columns from vocab_size on do not exist. `positions` are the `response_positions` of the mask,
+    on the logits' device: no value is read back from it. Both results are fp32 [b, T], the same on
+    every rank of the tensor group, and carry gradients; an entropy that the loss does not use costs
+    nothing in the backward pass. Nothing of the size of the logits is made in fp32 (row chunks of
+    CHUNK_BYTES), and only masked positions are read. A collective's cost: two small all-reduces per
+    row chunk.
     """
-    assert temperature > 0, "log-probs are taken at the sampling temperature, which is not 0 in training"
+    assert temperature > 0, (
+        "log-probs are taken at the sampling temperature, which is not 0 in training"
+    )
     mask = sequences.mask
-    assert mask.shape == logits.shape[:2], f"mask {tuple(mask.shape)} and logits {tuple(logits.shape)}"
+    assert mask.shape == logits.shape[:2], (
+        f"mask {tuple(mask.shape)} and logits {tuple(logits.shape)}"
+    )
     shard = _Shard(vocab_size, logits.shape[2], mesh)
     read = positions - 1  # the shift: flat position t-1 is in the same row, because t > 0
-    logprobs, entropies = _TokenStats.apply(logits, read, sequences.tokens.flatten()[positions], shard, 1.0 / temperature, entropy)
-    return TokenStats(_place(logprobs, positions, mask), _place(entropies, positions, mask) if entropy else None)
+    logprobs, entropies = _TokenStats.apply(
+        logits, read, sequences.tokens.flatten()[positions], shard, 1.0 / temperature, entropy
+    )
+    return TokenStats(
+        _place(logprobs, positions, mask), _place(entropies, positions, mask) if entropy else None
+    )
 
 
-def critic_output(raw: Tensor, hidden: Tensor, sequences: Sequences, group_head: GroupHead | None) -> CriticOutput:
-    """Values [b, T] from the value head's raw output [b, T, 1], zero outside the mask; group logits [b, M] from `hidden` [s, b, H]."""
+def critic_output(
+    raw: Tensor, hidden: Tensor, sequences: Sequences, group_head: GroupHead | None
+) -> CriticOutput:
+    """Values [b, T] from the value head's raw output [b, T, 1], zero outside the mask; group logits
+    [b, M] from `hidden` [s, b, H]."""
     mask = sequences.mask
     values = torch.zeros(mask.shape, dtype=torch.float32, device=raw.device)
     values[:, 1:] = raw[:, :-1, 0]
@@ -78,11 +94,16 @@ def last_token_score(raw: Tensor, sequences: Sequences) -> Tensor:
 
 
 def _place(values: Tensor, position: Tensor, like: Tensor) -> Tensor:
-    return torch.zeros(like.numel(), dtype=values.dtype, device=values.device).index_put((position,), values).view(like.shape)
+    return (
+        torch.zeros(like.numel(), dtype=values.dtype, device=values.device)
+        .index_put((position,), values)
+        .view(like.shape)
+    )
 
 
 class _Shard:
-    """This rank's share of the vocabulary: columns first … first + width - 1 of the whole, then padding."""
+    """This rank's share of the vocabulary: columns first … first + width - 1 of the whole, then
+    padding."""
 
     def __init__(self, vocab_size: int, columns: int, mesh: Mesh) -> None:
         self.first = mesh.tensor_rank * columns
@@ -105,18 +126,29 @@ class _Shard:
 
 
 class _TokenStats(torch.autograd.Function):
-    """With x = logits / T over the real columns, z = Σ exp x:  logp = x_y - log z,  H = log z - Σ p x.
+    """With x = logits / T over the real columns and z = Σ exp x:
 
-    ∂logp/∂x = onehot_y - p;  ∂H/∂x = -p (log p + H).  The backward pass has no collective: it keeps the logits and two numbers a row.
+    logp = x_y - log z,  H = log z - Σ p x,
+    ∂logp/∂x = onehot_y - p,  ∂H/∂x = -p (log p + H).
+
+    The backward pass has no collective: it keeps the logits and two numbers a row.
     The gradient of an output that the loss does not use is None there.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, rows: Tensor, tokens: Tensor, shard: _Shard, scale: float, entropy: bool
+        ctx: Any,
+        logits: Tensor,
+        rows: Tensor,
+        tokens: Tensor,
+        shard: _Shard,
+        scale: float,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         flat = logits.reshape(-1, shard.columns)
-        logprobs, entropies, log_z = (torch.empty(len(rows), dtype=torch.float32, device=logits.device) for _ in range(3))
+        logprobs, entropies, log_z = (
+            torch.empty(len(rows), dtype=torch.float32, device=logits.device) for _ in range(3)
+        )
         step = shard.rows_per_chunk(logits.device)
         for start in range(0, len(rows), step):
             cut = slice(start, start + step)
@@ -145,7 +177,9 @@ class _TokenStats(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         logits, rows, tokens, log_z, entropies = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_z)
@@ -161,11 +195,18 @@ class _TokenStats(torch.autograd.Function):
             p[:, shard.width :] = 0.0
             factor = -grad_logprobs[cut, None].float()
             if grad_entropies is not None:
-                factor = logp.add_(entropies[cut, None]).mul_(grad_entropies[cut, None]).neg_().add_(factor)
+                factor = (
+                    logp.add_(entropies[cut, None])
+                    .mul_(grad_entropies[cut, None])
+                    .neg_()
+                    .add_(factor)
+                )
             g = p.mul_(factor)
             del logp, factor
             column, inside = shard.targets(tokens[cut])
-            g.scatter_add_(1, column[:, None], torch.where(inside, grad_logprobs[cut].float(), 0.0)[:, None])
+            g.scatter_add_(
+                1, column[:, None], torch.where(inside, grad_logprobs[cut].float(), 0.0)[:, None]
+            )
             grad[rows[cut]] = g.mul_(ctx.scale).to(grad.dtype)
             del p, g
         return grad.view(logits.shape), None, None, None, None, None

@@ -1,11 +1,14 @@
-"""Where a model's tensors live between calls: idle models on the host, a reference swapped into the policy's place.
+"""Where a model's tensors live between calls: idle models on the host, a reference swapped into the
+policy's place.
 
-A tensor is moved by emptying its storage, never by rebinding it: mcore's parameters, gradients and optimizer shards are views into
-flat buffers, and a view of an emptied and refilled storage is valid again.
+A tensor is moved by emptying its storage, never by rebinding it: mcore's parameters, gradients and
+optimizer shards are views into flat buffers, and a view of an emptied and refilled storage is valid
+again.
 
-Host buffers are pinned where there is a GPU, once, and kept: pinning 14 GB takes seconds. Copies between them and the GPU do not
-block the host. They, the kernels before and after, and the memory that is freed and given out again, are all in the order of one CUDA
-stream, and nothing on the host reads a parked buffer, so nothing has to wait.
+Host buffers are pinned where there is a GPU, once, and kept: pinning 14 GB takes seconds. Copies
+between them and the GPU do not block the host. They, the kernels before and after, and the memory
+that is freed and given out again, are all in the order of one CUDA stream, and nothing on the host
+reads a parked buffer, so nothing has to wait.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ PIECE_BYTES = 2**20  # what is smaller is not cut further
 
 
 def pieces(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Flat views that cover contiguous `tensors`, of a power of two of bytes each, but for rests below 1 MiB.
+    """Flat views that cover contiguous `tensors`, of a power of two of bytes each, but for rests
+    below 1 MiB.
 
     torch rounds every pinned buffer up to a power of two: 4.1 GB in one piece would pin 8.
     """
@@ -61,20 +65,29 @@ class _Parked:
 class Shelf:
     """A set of tensors that is in use, or parked on the host. Tensors may share storages.
 
-    keep: False for tensors whose contents are void between uses (gradients); they come back as zeros.
+    keep: False for tensors whose contents are void between uses (gradients); they come back as
+    zeros.
     """
 
     find: Callable[[], Iterable[Tensor]]
     keep: bool = True
     parked: list[_Parked] = field(default_factory=list)
-    buffers: dict[int, list[Tensor]] = field(default_factory=dict)  # by storage: the last park's, for the next one
+    # by storage: the last park's, for the next one
+    buffers: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def park(self) -> None:
         if self.parked:
             return
-        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in self.find() if t.untyped_storage().size()}
-        self.parked = [_Parked(s, s.size(), self._copied(key, s) if self.keep else []) for key, s in storages.items()]
+        storages = {
+            t.untyped_storage()._cdata: t.untyped_storage()
+            for t in self.find()
+            if t.untyped_storage().size()
+        }
+        self.parked = [
+            _Parked(s, s.size(), self._copied(key, s) if self.keep else [])
+            for key, s in storages.items()
+        ]
         self.buffers = {key: item.copy for key, item in zip(storages, self.parked, strict=True)}
         for storage in storages.values():
             storage.resize_(0)
@@ -104,12 +117,15 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
 
 
 class Residency:
-    """Keeps at most one offloaded model on the device: whoever is used next sends the idle one to the host.
+    """Keeps at most one offloaded model on the device: whoever is used next sends the idle one to
+    the host.
 
-    So several steps of one model in a row move nothing. weights: needed by every use; training: gradients and optimizer state.
+    So several steps of one model in a row move nothing. weights: needed by every use; training:
+    gradients and optimizer state.
     """
 
-    _awake: ClassVar[weakref.WeakSet[Residency]] = weakref.WeakSet()  # one per process, as the device is
+    # one per process, as the device is
+    _awake: ClassVar[weakref.WeakSet[Residency]] = weakref.WeakSet()
 
     def __init__(self, offload: str, weights: Shelf, training: tuple[Shelf, ...]) -> None:
         if offload not in ("none", "cpu"):
@@ -141,7 +157,8 @@ class Residency:
             other._park()
 
     def _park(self) -> None:
-        for shelf in (self.weights, *self.training):  # fp32 master weights are the weights themselves: parked, and restored, with them
+        # fp32 master weights are the weights themselves: parked, and restored, with them
+        for shelf in (self.weights, *self.training):
             shelf.park()
         Residency._awake.discard(self)
 
@@ -163,7 +180,8 @@ def host_copies(live: list[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def swapped(live: list[Tensor], other: list[Tensor]) -> Iterator[None]:
-    """`live` holds the values of `other` (tensors, or their `host_copies`) inside, and its own again afterwards, whatever happened.
+    """`live` holds the values of `other` (tensors, or their `host_copies`) inside, and its own
+    again afterwards, whatever happened.
 
     No optimizer call inside. Raises ValueError when the sizes differ.
     """

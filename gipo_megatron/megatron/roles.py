@@ -1,4 +1,5 @@
-"""Actor, reference, critic and reward model on Megatron-Core: an Engine each, and what is read from its last stage."""
+"""Actor, reference, critic and reward model on Megatron-Core: an Engine each, and what is read from
+its last stage."""
 
 from __future__ import annotations
 
@@ -26,17 +27,21 @@ from gipo_megatron.types import CriticOutput, Output, Prompts, Rollout, Rows, To
 
 
 def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
-    """Fill a model with weights, told by content: an HF folder, a checkpoint, or "random" (what it was built with).
+    """Fill a model with weights, told by content: an HF folder, a checkpoint, or "random" (what it
+    was built with).
 
-    Returns what was taken ("random", "huggingface", or the checkpoint's role). Collective.
-    Raises UserError when nothing fits, or when config.json describes another model than this one, in whatever number.
+    Returns what was taken ("random", "huggingface", or the checkpoint's role). Collective. Raises
+    UserError when nothing fits, or when config.json describes another model than this one, in
+    whatever number.
     """
     if load == "random":
         return load
     path = Path(load)
     if kind(path) == "checkpoint":
         return load_weights(path, role, engine)
-    check_architecture(path / "config.json", asdict(architecture_from_hf(path)), engine.architecture)
+    check_architecture(
+        path / "config.json", asdict(architecture_from_hf(path)), engine.architecture
+    )
     with engine.residency.use(training=engine.optimisation is not None):
         load_hf(path, engine.chunks, engine.mesh, engine.architecture, head=engine.head, seen=seen)
         if engine.group_head is not None:
@@ -48,8 +53,11 @@ def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
 
 @torch.no_grad()
 def outputs(engine: Engine, ids: Tensor) -> Tensor:
-    """Logits [b, T, V], or a head's [b, T, 1], of whole rows of tokens; for one process that holds the whole model."""
-    assert engine.mesh.world == 1 and len(engine.chunks) == 1, "needs the whole model in one process"
+    """Logits [b, T, V], or a head's [b, T, 1], of whole rows of tokens; for one process that holds
+    the whole model."""
+    assert engine.mesh.world == 1 and len(engine.chunks) == 1, (
+        "needs the whole model in one process"
+    )
     with engine.ready():
         out: Tensor = engine.chunks[0](ids.to(engine.mesh.device), None, None)
     if engine.head is not None:
@@ -62,7 +70,9 @@ def language_readout(engine: Engine, temperature: float, entropy: bool) -> Reado
     """Log-probs (and entropy) of the response tokens at `temperature`."""
 
     def read(logits: Tensor, slot: MicroBatch) -> Output:
-        assert slot.positions is not None, "the first token is inside the mask, but nothing predicts it"
+        assert slot.positions is not None, (
+            "the first token is inside the mask, but nothing predicts it"
+        )
         return token_stats(
             logits,
             slot.sequences,
@@ -77,7 +87,8 @@ def language_readout(engine: Engine, temperature: float, entropy: bool) -> Reado
 
 
 class MegatronActor:
-    """The policy. `temperature` is the one it samples and trains at; without `optimisation` it only generates and scores."""
+    """The policy. `temperature` is the one it samples and trains at; without `optimisation` it only
+    generates and scores."""
 
     def __init__(
         self,
@@ -107,13 +118,27 @@ class MegatronActor:
             offload=offload,
             initialise=load == "random",
         )
-        self.eos_id, self.pad_id, self.decode, self.temperature = eos_id, pad_id, decode, temperature
+        self.eos_id, self.pad_id, self.decode, self.temperature = (
+            eos_id,
+            pad_id,
+            decode,
+            temperature,
+        )
         self.loaded_from = load_into(self.engine, load, "actor")
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         engine = self.engine
         with engine.ready():
-            return generate(engine.chunks, engine.architecture, engine.mesh, prompts, sampling, self.eos_id, self.pad_id, self.decode)
+            return generate(
+                engine.chunks,
+                engine.architecture,
+                engine.mesh,
+                prompts,
+                sampling,
+                self.eos_id,
+                self.pad_id,
+                self.decode,
+            )
 
     def logprobs(self, batch: Rows, entropy: bool = False) -> TokenStats:
         stats = self.engine.forward(batch, language_readout(self.engine, self.temperature, entropy))
@@ -121,7 +146,8 @@ class MegatronActor:
         return stats
 
     def readout(self, logits: Tensor, slot: MicroBatch) -> Output:
-        """What the losses see. The entropy comes with the log-probs' own collectives, and has a gradient where a loss uses it."""
+        """What the losses see. The entropy comes with the log-probs' own collectives, and has a
+        gradient where a loss uses it."""
         return language_readout(self.engine, self.temperature, entropy=True)(logits, slot)
 
     def update(self, *parts: Part) -> Update:
@@ -134,8 +160,9 @@ class MegatronActor:
 class MegatronReference:
     """The frozen policy that KL is measured from.
 
-    live: with offload "cpu", a policy of the same architecture: the reference then has no model of its own, only a host copy of its
-    weights that is swapped into the policy's model for each call. Must be made before the policy is trained or restored.
+    live: with offload "cpu", a policy of the same architecture: the reference then has no model of
+    its own, only a host copy of its weights that is swapped into the policy's model for each call.
+    Must be made before the policy is trained or restored.
     """
 
     def __init__(
@@ -158,14 +185,24 @@ class MegatronReference:
             self.loaded_from = self._copy(load, seed, architecture)
             return
         self.engine = Engine(
-            mesh, architecture, precision, micro_batch=micro_batch, seed=seed, offload=offload, initialise=load == "random"
+            mesh,
+            architecture,
+            precision,
+            micro_batch=micro_batch,
+            seed=seed,
+            offload=offload,
+            initialise=load == "random",
         )
         self.loaded_from = load_into(self.engine, load, "reference")
 
     def _copy(self, load: str, seed: int, architecture: Architecture) -> str:
         engine = self.engine
         if architecture != engine.architecture:
-            raise UserError("the reference is of another architecture than the actor", where="models.reference", fix="offload: none")
+            raise UserError(
+                "the reference is of another architecture than the actor",
+                where="models.reference",
+                fix="offload: none",
+            )
         with engine.swapped(engine.snapshot()):
             engine.scaling.write({})  # what is loaded brings its own, or has none
             if load == "random":
@@ -190,7 +227,8 @@ class MegatronReference:
 
 
 class MegatronCritic:
-    """Value of each token's state and, with a HeadSpec, group logits of each sequence, from one trunk."""
+    """Value of each token's state and, with a HeadSpec, group logits of each sequence, from one
+    trunk."""
 
     def __init__(
         self,
@@ -222,7 +260,9 @@ class MegatronCritic:
         self.loaded_from = load_into(self.engine, load, "critic")
 
     def readout(self, raw: Tensor, slot: MicroBatch) -> Output:
-        return critic_output(raw, take_hidden(self.engine.chunks[-1]), slot.sequences, self.engine.group_head)
+        return critic_output(
+            raw, take_hidden(self.engine.chunks[-1]), slot.sequences, self.engine.group_head
+        )
 
     def evaluate(self, batch: Rows) -> CriticOutput:
         output = self.engine.forward(batch, self.readout)

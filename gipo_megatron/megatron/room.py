@@ -1,8 +1,10 @@
-"""How many prompts generate at once: the memory that a device has left, over what a row's cache and its logits take of it.
+"""How many prompts generate at once: the memory that a device has left, over what a row's cache and
+its logits take of it.
 
     a GPU    state of the models │ work on a block of prompts │ rows: keys and values, logits │ 5 %
 
-Generation with larger slices takes fewer steps, so on a GPU it takes all that is free. The planner uses the same functions.
+Generation with larger slices takes fewer steps, so on a GPU it takes all that is free. The planner
+uses the same functions.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ from gipo_megatron.megatron.sampling import pick_bytes
 from gipo_megatron.specs import Architecture, Parallel, Sampling
 
 PREFILL_TOKENS = 8192  # of one block of prompts; bounds its activations
-FRAGMENTATION = 0.05  # of a GPU's memory: what the caching allocator cannot hand out, and what NCCL allocates late, outside it
+# of a GPU's memory: what the caching allocator cannot hand out, and what NCCL allocates late,
+# outside it
+FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that generation takes on one rank of a replica: on the one that needs most, so that all cut the batch alike."""
+    """Bytes that generation takes on one rank of a replica: on the one that needs most, so that all
+    cut the batch alike."""
 
     architecture: Architecture
     parallel: Parallel
@@ -36,26 +41,36 @@ class Need:
     def token(self) -> int:
         """Keys and values of one token."""
         a = self.architecture
-        return 2 * self.layers * (a.num_kv_heads // self.parallel.tensor) * a.head_dim * self.itemsize
+        return (
+            2 * self.layers * (a.num_kv_heads // self.parallel.tensor) * a.head_dim * self.itemsize
+        )
 
     def prefill(self, tokens: int) -> int:
-        """At work in one layer of decode.Decoder on a block of prompts, in its attention or, with what that leaves, its feed-forward part.
+        """At work in one layer of decode.Decoder on a block of prompts, in its attention or, with
+        what that leaves, its feed-forward part.
 
-        Three residual streams; of attention RoPE's temporaries, then the fused projection, rotated queries and keys, and the output.
+        Three residual streams; of attention RoPE's temporaries, then the fused projection, rotated
+        queries and keys, and the output.
         """
         a, tensor = self.architecture, self.parallel.tensor
         query, key = (heads * a.head_dim // tensor for heads in (a.num_heads, a.num_kv_heads))
         feed = a.ffn_hidden_size // tensor
-        return tokens * self.itemsize * (3 * a.hidden_size + max(5 * query + 6 * key, 3 * (query + key + feed)))
+        return (
+            tokens
+            * self.itemsize
+            * (3 * a.hidden_size + max(5 * query + 6 * key, 3 * (query + key + feed)))
+        )
 
     def logits(self, sampling: Sampling) -> int:
-        """One row's in a step: gathered and joined in the model's dtype, then what drawing a token makes of them."""
+        """One row's in a step: gathered and joined in the model's dtype, then what drawing a token
+        makes of them."""
         return self.architecture.vocab_size * (2 * self.itemsize + pick_bytes(sampling))
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that rows which generate at once may fill on each rank, and how many of them a row takes beside its cache."""
+    """Bytes that rows which generate at once may fill on each rank, and how many of them a row
+    takes beside its cache."""
 
     size: int
     row: int = 0
@@ -79,7 +94,8 @@ def room_in(free: int, total: int, need: Need, prompt: int, sampling: Sampling) 
 
 
 def free_memory(device: torch.device) -> tuple[int, int] | None:
-    """(bytes free, bytes in all) of a GPU; free is also what torch's allocator holds and does not use. None on a CPU."""
+    """(bytes free, bytes in all) of a GPU; free is also what torch's allocator holds and does not
+    use. None on a CPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -87,7 +103,8 @@ def free_memory(device: torch.device) -> tuple[int, int] | None:
 
 
 def find_room(mesh: Mesh, need: Need, prompt: int, sampling: Sampling) -> Room:
-    """The room on the rank of this replica that has least of it. Collective on a GPU; on a CPU a fixed size."""
+    """The room on the rank of this replica that has least of it. Collective on a GPU; on a CPU a
+    fixed size."""
     memory = free_memory(mesh.device)
     if memory is None:
         return HOST_ROOM

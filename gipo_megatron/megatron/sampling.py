@@ -1,7 +1,7 @@
 """The arithmetic of drawing one token: no model, no collectives, no state.
 
-Noise is one uniform per (seed, step, sample_id, position) from a counter-based generator (Philox), so a row's response depends
-neither on the rows beside it nor on the rank that draws it.
+Noise is one uniform per (seed, step, sample_id, position) from a counter-based generator (Philox),
+so a row's response depends neither on the rows beside it nor on the rank that draws it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ def check_sampling(sampling: Sampling) -> None:
         problems.append(f"repetition_penalty {sampling.repetition_penalty} <= 0 (1 is off)")
     if problems:
         raise UserError(
-            "sampling: " + "; ".join(problems), where="the rollout's or the evaluation's sampling keys", fix="bring each into its range"
+            "sampling: " + "; ".join(problems),
+            where="the rollout's or the evaluation's sampling keys",
+            fix="bring each into its range",
         )
 
 
 def uniforms(sampling: Sampling, sample_id: Tensor) -> Tensor:
-    """U[0, 1) float64 [B, max_response] on the host; row b is Philox(key=(seed, step), counter=(0, 0, sample_id[b], 0)).
+    """U[0, 1) float64 [B, max_response] on the host; row b is Philox(key=(seed, step), counter=(0,
+    0, sample_id[b], 0)).
 
     A shorter max_response gives a prefix of the longer one's noise.
     """
@@ -49,29 +52,37 @@ def uniforms(sampling: Sampling, sample_id: Tensor) -> Tensor:
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Repetition penalty: x / penalty if x > 0 else x * penalty, where `seen` (bool [b, V]). Source: CTRL (Keskar 2019), as in HF."""
+    """Repetition penalty: x / penalty if x > 0 else x * penalty, where `seen` (bool [b, V]).
+    Source: CTRL (Keskar 2019), as in HF."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf outside the top-k tokens (ties with the k-th stay), then outside the smallest set whose probability reaches top_p. [b, V]
+    """-inf outside the top-k tokens (ties with the k-th stay), then outside the smallest set whose
+    probability reaches top_p. [b, V]
 
-    Among equal logits at top-p's border the lower token ids stay, so the result does not depend on the sort.
+    Among equal logits at top-p's border the lower token ids stay, so the result does not depend on
+    the sort.
     """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:
         ordered, index = logits.sort(descending=True, stable=True)
         probs = ordered.double().softmax(-1)
-        outside = probs.cumsum(-1) - probs >= top_p  # the mass before a token already suffices; never true of the first one
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter_(1, index, outside), float("-inf"))
+        # the mass before a token already suffices; never true of the first one
+        outside = probs.cumsum(-1) - probs >= top_p
+        logits = logits.masked_fill(
+            torch.zeros_like(outside).scatter_(1, index, outside), float("-inf")
+        )
     return logits
 
 
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse CDF: the first token whose cumulative softmax exceeds `uniform` [b]; and logsumexp [b] of the float32 logits [b, V].
+    """Inverse CDF: the first token whose cumulative softmax exceeds `uniform` [b]; and logsumexp
+    [b] of the float32 logits [b, V].
 
-    A token of probability 0 is never drawn. Float64 sums, so that layouts which differ in the last bit of a logit agree on the token.
+    A token of probability 0 is never drawn. Float64 sums, so that layouts which differ in the last
+    bit of a logit agree on the token.
     """
     peak = logits.amax(-1, keepdim=True)
     mass = (logits - peak).exp_().cumsum(-1, dtype=torch.float64)
@@ -82,17 +93,20 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pick_bytes(sampling: Sampling) -> int:
-    """Bytes that `pick` needs at most for each logit of a row: fp32, its exponential and a sum in fp64; a sort and its sums beside them."""
+    """Bytes that `pick` needs at most for each logit of a row: fp32, its exponential and a sum in
+    fp64; a sort and its sums beside them."""
     truncated = sampling.top_p < 1 or sampling.top_k > 0
     return 64 if truncated or sampling.repetition_penalty != 1 else 16
 
 
-def pick(logits: Tensor, sampling: Sampling, uniform: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+def pick(
+    logits: Tensor, sampling: Sampling, uniform: Tensor, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Tokens [b] (-1 where the logits are not finite) and their log-probs [b].
 
-    Order as in Hugging Face: repetition penalty, temperature, top-k, top-p. The log-prob is under softmax(logits / temperature)
-    (temperature 1 when greedy) before penalty and truncation: what the training forward recomputes. `seen` bool [b, V] is
-    needed only with a repetition penalty.
+    Order as in Hugging Face: repetition penalty, temperature, top-k, top-p. The log-prob is under
+    softmax(logits / temperature) (temperature 1 when greedy) before penalty and truncation: what
+    the training forward recomputes. `seen` bool [b, V] is needed only with a repetition penalty.
     """
     logits = logits.float()
     if sampling.temperature not in (0, 1):
@@ -100,7 +114,8 @@ def pick(logits: Tensor, sampling: Sampling, uniform: Tensor, seen: Tensor | Non
     scores = logits
     if sampling.repetition_penalty != 1:
         assert seen is not None
-        scores = penalise(logits, seen, sampling.repetition_penalty)  # scales logits, so it commutes with the temperature
+        # scales logits, so it commutes with the temperature
+        scores = penalise(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         tokens, logsumexp = scores.argmax(-1), logits.logsumexp(-1)
     else:

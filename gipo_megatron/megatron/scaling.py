@@ -1,19 +1,22 @@
-"""The state that FP8's delayed scaling keeps beside the weights: four tensors of each matrix product, here read, written, kept and stored.
+"""The state that FP8's delayed scaling keeps beside the weights: four tensors of each matrix
+product, here read, written, kept and stored.
 
-Delayed scaling takes a tensor's scale from the largest values (amax) of earlier passes. Transformer Engine 2.11 keeps in each module,
-in fp8_meta["scaling_fwd"] for input, weight and output, and in fp8_meta["scaling_bwd"] for the gradients,
+Delayed scaling takes a tensor's scale from the largest values (amax) of earlier passes. Transformer
+Engine 2.11 keeps in each module, in fp8_meta["scaling_fwd"] for input, weight and output, and in
+fp8_meta["scaling_bwd"] for the gradients,
 
     scale         fp32 [n]       n = 3 forward, 2 backward, times the module's matrix products
     amax_history  fp32 [1024, n] row 0 holds the pass at hand
 
-    a pass writes its largest values into row 0, also under no_grad: an inference pass would count in the next scale;
-    a training pass, when it leaves the autocast, turns rows into scales and ages the histories of *all* models of this process;
-    a model that never trained has scale 1: weights of size 0.02 then lie where e4m3 has one or two bits.
+    a pass writes its largest values into row 0, also under no_grad: an inference pass would count
+    in the next scale; a training pass, when it leaves the autocast, turns rows into scales and ages
+    the histories of *all* models of this process; a model that never trained has scale 1: weights
+    of size 0.02 then lie where e4m3 has one or two bits.
 
-So `Scaling` copies the state when training has changed it, puts the copy back around every other pass, and runs a model
-that has none in bf16. It copies into the tensors that are there: the quantizers hold views of them. Transformer Engine's
-own extra state is a pickle, which can run code when it is read; here the tensors are stored as tensors, and such bytes are
-never read.
+So `Scaling` copies the state when training has changed it, puts the copy back around every other
+pass, and runs a model that has none in bf16. It copies into the tensors that are there: the
+quantizers hold views of them. Transformer Engine's own extra state is a pickle, which can run code
+when it is read; here the tensors are stored as tensors, and such bytes are never read.
 """
 
 from __future__ import annotations
@@ -43,13 +46,16 @@ FIELDS = {
     "amax_history_bwd": ("scaling_bwd", "amax_history"),
 }
 
-ScalingState = dict[str, dict[str, Tensor]]  # "chunk.module" -> the four tensors, by the names of FIELDS
+# "chunk.module" -> the four tensors, by the names of FIELDS
+ScalingState = dict[str, dict[str, Tensor]]
 
 
 class Scaling:
-    """The FP8 scaling state of one model: changed by its training and by loading, by nothing else. Without delayed scaling it does nothing.
+    """The FP8 scaling state of one model: changed by its training and by loading, by nothing else.
+    Without delayed scaling it does nothing.
 
-    A copy of what these left is kept on the device; what all other passes did, also other models', is undone from it.
+    A copy of what these left is kept on the device; what all other passes did, also other models',
+    is undone from it.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], precision: Precision) -> None:
@@ -59,13 +65,18 @@ class Scaling:
         self._kept: ScalingState | None = None
 
     def read(self) -> ScalingState:
-        """The state that training or loading left, on the modules' device; empty for a model that never trained in FP8."""
+        """The state that training or loading left, on the modules' device; empty for a model that
+        never trained in FP8."""
         return self._kept if self._kept is not None else self.live()
 
     def live(self) -> ScalingState:
         """A copy of what the modules hold now."""
         found = {name: _tensors(module) for name, module in self._modules.items()}
-        return {name: {field: t.clone() for field, t in tensors.items()} for name, tensors in found.items() if tensors}
+        return {
+            name: {field: t.clone() for field, t in tensors.items()}
+            for name, tensors in found.items()
+            if tensors
+        }
 
     @torch.no_grad()
     def write(self, state: ScalingState) -> None:
@@ -79,7 +90,8 @@ class Scaling:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """For the model's own training passes: they go on from the state that the last ones left, and leave the next one."""
+        """For the model's own training passes: they go on from the state that the last ones left,
+        and leave the next one."""
         self._undo()
         self._kept = None
         yield
@@ -87,7 +99,8 @@ class Scaling:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """For forward-only passes: the state as training left it, and left as it was; bf16 where there is none."""
+        """For forward-only passes: the state as training left it, and left as it was; bf16 where
+        there is none."""
         if not self.active:
             yield
             return
@@ -115,20 +128,33 @@ class Scaling:
 
     @torch.no_grad()
     def _undo(self) -> None:
-        """The kept copy, back into the modules: no value is read on the host, so no pass waits for the device."""
+        """The kept copy, back into the modules: no value is read on the host, so no pass waits for
+        the device."""
         if self._kept:
-            live = [tensor for name in self._kept for tensor in _tensors(self._modules[name]).values()]
-            torch._foreach_copy_(live, [tensor for tensors in self._kept.values() for tensor in tensors.values()])
+            live = [
+                tensor for name in self._kept for tensor in _tensors(self._modules[name]).values()
+            ]
+            torch._foreach_copy_(
+                live, [tensor for tensors in self._kept.values() for tensor in tensors.values()]
+            )
 
-    # ------------------------------------------------------------------------------------------- checkpoints
+    # ---------------------------------------------------------------------------------- checkpoints
 
     def to_save(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, ShardedTensor]]:
-        """The state as sharded tensors. `parts`: the chunks' sharded state dicts, whose extra states name each module's place."""
+        """The state as sharded tensors. `parts`: the chunks' sharded state dicts, whose extra
+        states name each module's place."""
         state = self.read()
-        return {name: {f: _sharded(place, f, state[name][f]) for f in FIELDS} for name, place in self._places(parts) if name in state}
+        return {
+            name: {f: _sharded(place, f, state[name][f]) for f in FIELDS}
+            for name, place in self._places(parts)
+            if name in state
+        }
 
-    def to_load(self, parts: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, dict[str, ShardedTensor]]:
-        """Empty sharded tensors for what the checkpoint of a model in `folder` has; none where it was trained without delayed scaling.
+    def to_load(
+        self, parts: Sequence[Mapping[str, Any]], folder: Path
+    ) -> dict[str, dict[str, ShardedTensor]]:
+        """Empty sharded tensors for what the checkpoint of a model in `folder` has; none where it
+        was trained without delayed scaling.
 
         Raises UserError when it has Transformer Engine's pickles instead.
         """
@@ -137,16 +163,24 @@ class Scaling:
         stored = torch_checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
         if any(EXTRA_STATE in key for key in stored):
             raise UserError(
-                "the checkpoint has FP8 scaling state as pickles of Transformer Engine, which can run code and are not read",
+                "the checkpoint has FP8 scaling state as pickles of Transformer Engine, which can"
+                " run code and are not read",
                 where=str(folder),
                 fix="set precision.fp8 to tensorwise, which needs no scaling state",
             )
         wanted: dict[str, dict[str, ShardedTensor]] = {}
         for name, place in self._places(parts):
-            about: dict[str, Any] = {field: stored[_key(place, field)] for field in FIELDS if _key(place, field) in stored}
+            about: dict[str, Any] = {
+                field: stored[_key(place, field)]
+                for field in FIELDS
+                if _key(place, field) in stored
+            }
             if about:
                 axes = len(place.global_shape)
-                wanted[name] = {f: _sharded(place, f, torch.empty(found.size[axes:])) for f, found in about.items()}
+                wanted[name] = {
+                    f: _sharded(place, f, torch.empty(found.size[axes:]))
+                    for f, found in about.items()
+                }
         return wanted
 
     def _places(self, parts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ShardedObject]]:
@@ -157,7 +191,10 @@ class Scaling:
 
 def without_extra_states(chunks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Chunks' sharded state dicts, the weights alone."""
-    return {name: {key: value for key, value in part.items() if not key.endswith(EXTRA_STATE)} for name, part in chunks.items()}
+    return {
+        name: {key: value for key, value in part.items() if not key.endswith(EXTRA_STATE)}
+        for name, part in chunks.items()
+    }
 
 
 def _key(place: ShardedObject, field: str) -> str:
@@ -165,16 +202,26 @@ def _key(place: ShardedObject, field: str) -> str:
 
 
 def _sharded(place: ShardedObject, field: str, data: Tensor) -> ShardedTensor:
-    """`data` where mcore has the module's extra state: its layer of all layers. Tensor ranks and replicas share amax, so one is stored."""
-    offsets = [(axis, place.global_offset[axis], size) for axis, size in enumerate(place.global_shape)]
-    return ShardedTensor.from_rank_offsets(_key(place, field), data, *offsets, replica_id=place.replica_id, prepend_axis_num=len(offsets))
+    """`data` where mcore has the module's extra state: its layer of all layers. Tensor ranks and
+    replicas share amax, so one is stored."""
+    offsets = [
+        (axis, place.global_offset[axis], size) for axis, size in enumerate(place.global_shape)
+    ]
+    return ShardedTensor.from_rank_offsets(
+        _key(place, field),
+        data,
+        *offsets,
+        replica_id=place.replica_id,
+        prepend_axis_num=len(offsets),
+    )
 
 
-# ------------------------------------------------------------------------------------------------- Transformer Engine's modules
+# --------------------------------------------------------------------- Transformer Engine's modules
 
 
 def _scaled_modules(chunks: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """ "chunk.module" -> module that multiplies with its own weights. Its attention has the same attributes, but computes in bf16."""
+    """ "chunk.module" -> module that multiplies with its own weights. Its attention has the same
+    attributes, but computes in bf16."""
     return {
         f"{i}.{name}": module
         for i, chunk in enumerate(chunks)
@@ -184,16 +231,21 @@ def _scaled_modules(chunks: Sequence[nn.Module]) -> dict[str, nn.Module]:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The live tensors, by the names of FIELDS; none before the first FP8 pass, by the switches that Transformer Engine itself reads."""
+    """The live tensors, by the names of FIELDS; none before the first FP8 pass, by the switches
+    that Transformer Engine itself reads."""
     te: Any = module
     if not (te.fp8_meta["fp8_checkpoint"] or te.fp8 or te.fp8_calibration):
         return {}
-    return {field: getattr(te.fp8_meta[place], attribute) for field, (place, attribute) in FIELDS.items()}
+    return {
+        field: getattr(te.fp8_meta[place], attribute)
+        for field, (place, attribute) in FIELDS.items()
+    }
 
 
 def _set(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
     te: Any = module
-    if not te.fp8_meta_tensors_initialized:  # it has not run in FP8 yet: make the tensors, as its first pass would
+    # it has not run in FP8 yet: make the tensors, as its first pass would
+    if not te.fp8_meta_tensors_initialized:
         te.fp8_meta["recipe"] = get_fp8_recipe(te.config)
         te.fp8_meta["num_gemms"] = saved["scale_fwd"].numel() // FORWARD_TENSORS
         te.init_fp8_meta_tensors(te.fp8_meta["recipe"])

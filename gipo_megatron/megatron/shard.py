@@ -1,7 +1,9 @@
-"""What any rank of any world would hold of a model, found without allocating it: the real modules, on the meta device.
+"""What any rank of any world would hold of a model, found without allocating it: the real modules,
+on the meta device.
 
-The process pretends to be one rank of the world (torch's fake backend: groups without peers, collectives that do nothing), builds what
-Engine builds, and counts the storages. Nothing here may run where a real process group is: a plan is a process of its own.
+The process pretends to be one rank of the world (torch's fake backend: groups without peers,
+collectives that do nothing), builds what Engine builds, and counts the storages. Nothing here may
+run where a real process group is: a plan is a process of its own.
 """
 
 from __future__ import annotations
@@ -30,12 +32,15 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part of one model, in bytes. Of tensors that share a storage it is counted once, as weights rather than optimizer."""
+    """One rank's part of one model, in bytes. Of tensors that share a storage it is counted once,
+    as weights rather than optimizer."""
 
     rank: int
     stage: int  # pipeline rank
     chunk_layers: tuple[int, ...]  # decoder layers of each model chunk
-    parameters: int  # of the whole model's, those that this pipeline stage holds: without padding, copies, and the split over tensor
+    # of the whole model's, those that this pipeline stage holds: without padding, copies, and the
+    # split over tensor
+    parameters: int
     weights: int
     gradients: int  # mcore's fp32 buffer; 0 for a model that is not trained
     optimizer: int  # fp32 masters and Adam's moments of this rank's share
@@ -51,9 +56,14 @@ class Shard:
 
 @contextmanager
 def pretend(parallel: Parallel, world: int, rank: int) -> Iterator[Mesh]:
-    """The mesh of rank `rank` of `world`, without the others. Raises UserError when the world does not factor."""
-    assert not dist.is_initialized(), "a plan needs a process of its own: this one is in a process group"
-    assert not torch.cuda.is_available(), "a plan is made without GPUs: start it with CUDA_VISIBLE_DEVICES empty"
+    """The mesh of rank `rank` of `world`, without the others. Raises UserError when the world does
+    not factor."""
+    assert not dist.is_initialized(), (
+        "a plan needs a process of its own: this one is in a process group"
+    )
+    assert not torch.cuda.is_available(), (
+        "a plan is made without GPUs: start it with CUDA_VISIBLE_DEVICES empty"
+    )
     real = dist.new_group
 
     def fake_group(ranks: list[int], **arguments: Any) -> Any:
@@ -64,7 +74,11 @@ def pretend(parallel: Parallel, world: int, rank: int) -> Iterator[Mesh]:
     try:
         with patch.object(dist, "new_group", fake_group):
             mesh = Mesh.create(parallel)
-        with torch.device(META), _PlainTypes(), patch.object(torch.cuda, "current_device", lambda: META):
+        with (
+            torch.device(META),
+            _PlainTypes(),
+            patch.object(torch.cuda, "current_device", lambda: META),
+        ):
             yield replace(mesh, device=META, data_parallel=replace(mesh.data_parallel, device=META))
     finally:
         if mesh is not None:
@@ -74,15 +88,25 @@ def pretend(parallel: Parallel, world: int, rank: int) -> Iterator[Mesh]:
 
 
 class _PlainTypes(TorchFunctionMode):
-    """A meta tensor answers to its host type's name, which host.host_mode turns into the one that mcore's optimizers test for."""
+    """A meta tensor answers to its host type's name, which host.host_mode turns into the one that
+    mcore's optimizers test for."""
 
-    def __torch_function__(self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Iterable, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
-        return result.replace("torch.meta.", "torch.") if func is Tensor.type and isinstance(result, str) else result
+        return (
+            result.replace("torch.meta.", "torch.")
+            if func is Tensor.type and isinstance(result, str)
+            else result
+        )
 
 
-def build(architecture: Architecture, mesh: Mesh, precision: Precision, *, head: str | None, trained: bool) -> Shard:
-    """The shard that `mesh`'s rank (of `pretend`) holds. FP8 keeps its weights in bf16, so it is built as bf16.
+def build(
+    architecture: Architecture, mesh: Mesh, precision: Precision, *, head: str | None, trained: bool
+) -> Shard:
+    """The shard that `mesh`'s rank (of `pretend`) holds. FP8 keeps its weights in bf16, so it is
+    built as bf16.
 
     Raises UserError when the architecture cannot be split over the mesh.
     """
@@ -107,7 +131,12 @@ def build(architecture: Architecture, mesh: Mesh, precision: Precision, *, head:
         gradients = [b.grad_data for w in wrapped for b in w.buffers]
         states = [p for group in optimizer.param_groups for p in group["params"]]
         for part in optimizer.chained_optimizers:
-            states += [x for state in part.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+            states += [
+                x
+                for state in part.optimizer.state.values()
+                for x in state.values()
+                if isinstance(x, Tensor)
+            ]
     return Shard(
         rank=mesh.rank,
         stage=mesh.pipeline_rank,
@@ -129,5 +158,10 @@ def num_bytes(tensors: Iterable[Tensor], but: Iterable[Tensor] = ()) -> int:
 def groups(parallel: Parallel, world: int) -> dict[str, list[list[int]]]:
     """Global ranks of every tensor, pipeline and data parallel group, in mcore's own order."""
     data = world // parallel.model
-    ranks = RankGenerator(tp=parallel.tensor, ep=1, dp=data, pp=parallel.pipeline, cp=1, order="tp-cp-ep-dp-pp")
-    return {name: ranks.get_ranks(token) for name, token in (("tensor", "tp"), ("pipeline", "pp"), ("data", "dp"))}
+    ranks = RankGenerator(
+        tp=parallel.tensor, ep=1, dp=data, pp=parallel.pipeline, cp=1, order="tp-cp-ep-dp-pp"
+    )
+    return {
+        name: ranks.get_ranks(token)
+        for name, token in (("tensor", "tp"), ("pipeline", "pp"), ("data", "dp"))
+    }

@@ -1,15 +1,18 @@
 """Bytes that a pass through one rank's layers needs beside the model's state.
 
-Counted like Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models, section 4), for the modules this
-project builds: fused attention keeps no s × s matrix, nothing is dropped out, the feed-forward layer is SwiGLU, norms are RMSNorm.
-Per layer and token, in elements of the model's dtype, tensor size t, sequence parallel size u (t or 1):
+Counted like Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models,
+section 4), for the modules this project builds: fused attention keeps no s × s matrix, nothing is
+dropped out, the feed-forward layer is SwiGLU, norms are RMSNorm. Per layer and token, in elements
+of the model's dtype, tensor size t, sequence parallel size u (t or 1):
 
-    norms         2 H/u in, 2 H/u out                        query, key    after RoPE: (Q + K)/t, Q = heads · d, K = key-value heads · d
-    value         a view: keeps the fused (Q + 2K)/t         attention     output Q/t, and log-sum-exp 4 bytes a head
+    norms         2 H/u in, 2 H/u out
+    value         a view: keeps the fused (Q + 2K)/t
+    query, key    after RoPE: (Q + K)/t, Q = heads · d, K = key-value heads · d
+    attention     output Q/t, and log-sum-exp 4 bytes a head
     feed-forward  fused gate and up 2F/t, product F/t
 
-recompute selective drops the feed-forward layer's; full keeps a layer's input only. What is dropped is there again for one layer at a
-time in the backward pass.
+recompute selective drops the feed-forward layer's; full keeps a layer's input only. What is dropped
+is there again for one layer at a time in the backward pass.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from gipo_megatron.megatron.room import PREFILL_TOKENS, Need
 from gipo_megatron.specs import Architecture, Parallel, Sampling
 
 FP32 = 4
-READOUT_COPIES = 3  # fp32 row chunks that readout.token_stats holds at once: two, and one in the model's dtype
+# fp32 row chunks that readout.token_stats holds at once: two, and one in the model's dtype
+READOUT_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -87,15 +91,20 @@ def layer_kept(slot: Slot, recompute: str) -> int:
     rows = FP32 * slot.tokens
     norms = 4 * slot.residual + 2 * rows // slot.shards
     attention = slot.query + slot.key + (slot.query + 2 * slot.key) + slot.query
-    if a.qk_norm:  # the norms' inputs: the query's is a copy unless a group has one query; the key's is a view of the fused projection
-        attention += (slot.query if a.num_heads > a.num_kv_heads else 0) + rows * (a.num_heads + a.num_kv_heads) // slot.parallel.tensor
+    # the norms' inputs: the query's is a copy unless a group has one query; the key's is a view of
+    # the fused projection
+    if a.qk_norm:
+        attention += (slot.query if a.num_heads > a.num_kv_heads else 0) + rows * (
+            a.num_heads + a.num_kv_heads
+        ) // slot.parallel.tensor
     rope = 4 * slot.length * a.head_dim * slot.itemsize  # cos and sin, for queries and for keys
     statistics = rows * a.num_heads // slot.parallel.tensor  # log-sum-exp
     return norms + attention + rope + statistics + (3 * slot.feed if recompute == "none" else 0)
 
 
 def in_flight(parallel: Parallel, stage: int, slots: int) -> int:
-    """Passes through a model chunk whose backward pass is still to come, at most: 1F1B, interleaved with a virtual pipeline."""
+    """Passes through a model chunk whose backward pass is still to come, at most: 1F1B, interleaved
+    with a virtual pipeline."""
     p, v = parallel.pipeline, parallel.virtual_pipeline
     if p == 1:
         return 1
@@ -106,7 +115,8 @@ def in_flight(parallel: Parallel, stage: int, slots: int) -> int:
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes of one pass. `layer` and `logits` are never there at once, nor anything else with `step`."""
+    """Bytes of one pass. `layer` and `logits` are never there at once, nor anything else with
+    `step`."""
 
     activations: int = 0  # kept for the backward pass, all micro-batches in flight
     layer: int = 0  # at work in one layer
@@ -121,23 +131,44 @@ class Pass:
 
 
 def _output(slot: Slot, head: bool, weight_gradient: bool) -> int:
-    """The last stage's output layer and readout: the logits in two layouts, or one and their gradient; a head reads fp32."""
-    ends = 2 * slot.residual + (slot.hidden if slot.shards > 1 else 0)  # the final norm; a gathered input
+    """The last stage's output layer and readout: the logits in two layouts, or one and their
+    gradient; a head reads fp32."""
+    # the final norm; a gathered input
+    ends = 2 * slot.residual + (slot.hidden if slot.shards > 1 else 0)
     if head:
         return ends + slot.residual // slot.itemsize * FP32 * (2 if weight_gradient else 1)
     a = slot.architecture
-    gradient = padded_vocab(a, slot.parallel.tensor) // slot.parallel.tensor * a.hidden_size * slot.itemsize if weight_gradient else 0
+    gradient = (
+        padded_vocab(a, slot.parallel.tensor)
+        // slot.parallel.tensor
+        * a.hidden_size
+        * slot.itemsize
+        if weight_gradient
+        else 0
+    )
     chunk = min(chunk_bytes(slot.device), slot.logits // slot.itemsize * FP32)
     return ends + 2 * slot.logits + gradient + READOUT_COPIES * chunk
 
 
-def training(slot: Slot, recompute: str, chunk_layers: tuple[int, ...], stage: int, slots: int, head: bool, moments: int) -> Pass:
-    """Forward and backward of one optimizer step of `slots` micro-batches; `moments`: bytes of one of Adam's moments on this rank."""
+def training(
+    slot: Slot,
+    recompute: str,
+    chunk_layers: tuple[int, ...],
+    stage: int,
+    slots: int,
+    head: bool,
+    moments: int,
+) -> Pass:
+    """Forward and backward of one optimizer step of `slots` micro-batches; `moments`: bytes of one
+    of Adam's moments on this rank."""
     parallel, a = slot.parallel, slot.architecture
     passing_on = slot.residual if parallel.pipeline > 1 else 0
-    kept = in_flight(parallel, stage, slots) * (max(chunk_layers) * layer_kept(slot, recompute) + passing_on)
+    kept = in_flight(parallel, stage, slots) * (
+        max(chunk_layers) * layer_kept(slot, recompute) + passing_on
+    )
     again = {"none": 0, "selective": 3 * slot.feed, "full": layer_kept(slot, "none")}[recompute]
-    matrix = 2 * a.ffn_hidden_size * a.hidden_size * slot.itemsize // parallel.tensor  # gradient of gate and up, in the model's dtype
+    # gradient of gate and up, in the model's dtype
+    matrix = 2 * a.ffn_hidden_size * a.hidden_size * slot.itemsize // parallel.tensor
     layer = again + 3 * slot.feed + 2 * slot.residual + slot.hidden + matrix
     output = _output(slot, head, weight_gradient=True) if stage == parallel.pipeline - 1 else 0
     return Pass(activations=kept, layer=layer, logits=output, step=moments)
@@ -147,7 +178,12 @@ def forward(slot: Slot, stage: int, head: bool) -> Pass:
     """A pass without gradients: one layer at a time, nothing kept."""
     attention = 5 * slot.query + 3 * slot.key
     layer = 2 * slot.residual + slot.hidden + max(attention, 3 * slot.feed)
-    return Pass(layer=layer, logits=_output(slot, head, weight_gradient=False) if stage == slot.parallel.pipeline - 1 else 0)
+    return Pass(
+        layer=layer,
+        logits=(
+            _output(slot, head, weight_gradient=False) if stage == slot.parallel.pipeline - 1 else 0
+        ),
+    )
 
 
 def need_of(slot: Slot) -> Need:
@@ -159,7 +195,8 @@ def generation(slot: Slot, rows: int, max_length: int, sampling: Sampling, stage
     """Prefill of the longest prompts, then decoding, of `rows` sequences at once."""
     need, prompt = need_of(slot), max(1, max_length - sampling.max_response)
     cache = rows * (max_length - 1) * need.token
-    leaving = cache // (2 * need.layers)  # a tensor of the cache is there twice while finished rows leave it
+    # a tensor of the cache is there twice while finished rows leave it
+    leaving = cache // (2 * need.layers)
     layer = max(need.prefill(max(1, min(rows, PREFILL_TOKENS // prompt)) * prompt), leaving)
     logits = rows * need.logits(sampling) if stage == slot.parallel.pipeline - 1 else 0
     return Pass(layer=layer, logits=logits, cache=cache, rows=rows)

@@ -60,11 +60,23 @@ class BatchPlan:
         slots = f"{self.slots} micro-batch{'es' if self.slots > 1 else ''}"
         found = []
         if self.prompts is not None:
-            found.append(f"{self.prompts} prompts × {self.responses} responses = {self.rows} sequences an iteration")
-        found.append(f"{self.rows} {noun} / {replicas} = {self.rows_per_replica} each, of at most {self.max_length} tokens")
-        found.append(f"{self.minibatch} {noun} an optimizer step = {replicas} × {slots} of {self.micro_batch}")
+            found.append(
+                f"{self.prompts} prompts × {self.responses} responses = {self.rows} sequences an"
+                " iteration"
+            )
+        found.append(
+            f"{self.rows} {noun} / {replicas} = {self.rows_per_replica} each, of at most"
+            f" {self.max_length} tokens"
+        )
+        found.append(
+            f"{self.minibatch} {noun} an optimizer step = {replicas} × {slots} of"
+            f" {self.micro_batch}"
+        )
         epochs = "" if self.epochs == 1 else f"{self.epochs} epochs × "
-        steps = f"{epochs}{self.rows} / {self.minibatch} = {self.updates} optimizer step{'s' if self.updates > 1 else ''}"
+        steps = (
+            f"{epochs}{self.rows} / {self.minibatch} = {self.updates} optimizer"
+            f" step{'s' if self.updates > 1 else ''}"
+        )
         return [*found, f"{steps} an iteration, of each model that is trained"]
 
 
@@ -73,7 +85,11 @@ def batch_plan(recipe: Recipe) -> BatchPlan:
     batch, block = recipe.batch, recipe.algorithm
     if block["name"] not in PLANNED:
         known = f"one of {', '.join(PLANNED)}"
-        raise UserError(f"there is no plan for the algorithm {block['name']!r}", where="algorithm.name", fix=known)
+        raise UserError(
+            f"there is no plan for the algorithm {block['name']!r}",
+            where="algorithm.name",
+            fix=known,
+        )
     rollout = block["name"] == "ppo"
     return BatchPlan(
         replicas=recipe.data_parallel,
@@ -85,5 +101,6 @@ def batch_plan(recipe: Recipe) -> BatchPlan:
         prompts=batch.prompts if rollout else None,
         responses=batch.responses,
         max_length=recipe.data.max_length,
-        max_response=(block["rollout"]["max_response"] if rollout else 0) or recipe.data.max_response,
+        max_response=(block["rollout"]["max_response"] if rollout else 0)
+        or recipe.data.max_response,
     )

@@ -1,4 +1,5 @@
-"""Floating point operations of an iteration, and how long it may take: an estimate from data-sheet rates and the assumptions below."""
+"""Floating point operations of an iteration, and how long it may take: an estimate from data-sheet
+rates and the assumptions below."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from gipo_megatron.planning.memory import Footprint, Phase, slot_of
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.telemetry.performance import PEAK_FLOPS, flops
 
-ASSUMED_MFU = 0.40  # share of the peak that matrix products reach, forward and backward, tensor parallel traffic included
+# share of the peak that matrix products reach, forward and backward, tensor parallel traffic
+# included
+ASSUMED_MFU = 0.40
 DECODE_KERNELS = 22  # a layer of decode.Decoder launches about as many
 LAUNCH_SECONDS = 5e-6  # of one kernel
 REDUCE_SECONDS = 20e-6  # of one small all-reduce inside a node; a decoded layer has two
@@ -29,7 +32,8 @@ class Gpu:
     bandwidth: float  # bytes/s of its own memory
 
 
-# By memory in GiB, which is all a recipe says. 80 GiB is taken for an H100 (an A100 of 80 GiB: 312 TFLOP/s, no FP8, 2.04 TB/s).
+# By memory in GiB, which is all a recipe says. 80 GiB is taken for an H100 (an A100 of 80 GiB: 312
+# TFLOP/s, no FP8, 2.04 TB/s).
 GPUS = {
     40: Gpu("A100 40 GB", PEAK_FLOPS["A100"], 0.0, 1.56e12),
     80: Gpu("H100 SXM", PEAK_FLOPS["H100"], 1979e12, 3.35e12),
@@ -73,7 +77,8 @@ def bubble(recipe: Recipe, slots: int) -> float:
 
 
 def timing(recipe: Recipe, footprint: Footprint, gpus_per_node: int) -> Timing:
-    """One iteration, every sequence at its longest. An upper bound of the work; the rates are assumed, not measured."""
+    """One iteration, every sequence at its longest. An upper bound of the work; the rates are
+    assumed, not measured."""
     batch, gpu = batch_plan(recipe), gpu_of(recipe)
     works: list[Work] = []
     for phase in footprint.phases:
@@ -85,18 +90,28 @@ def timing(recipe: Recipe, footprint: Footprint, gpus_per_node: int) -> Timing:
         elif phase.name.endswith("update"):
             works.append(_update(recipe, footprint, batch, gpu, role, gpus_per_node))
         else:
-            works.append(_matrix(recipe, gpu, phase.name, 1, 0.0, batch.tokens, batch.scoring_slots))
-    moved = sum(phase.moved for phase in footprint.phases if "once" not in phase.name and phase.name != "save")
+            works.append(
+                _matrix(recipe, gpu, phase.name, 1, 0.0, batch.tokens, batch.scoring_slots)
+            )
+    moved = sum(
+        phase.moved
+        for phase in footprint.phases
+        if "once" not in phase.name and phase.name != "save"
+    )
     return Timing(gpu, tuple(works), moved / HOST_BANDWIDTH)
 
 
 def peak_rate(recipe: Recipe, gpu: Gpu) -> float:
-    """FLOP/s of the layers' matrix products in training and scoring; generation computes in bf16 always."""
+    """FLOP/s of the layers' matrix products in training and scoring; generation computes in bf16
+    always."""
     return gpu.fp8 if recipe.precision.fp8 != "none" and gpu.fp8 else gpu.bf16
 
 
-def _matrix(recipe: Recipe, gpu: Gpu, name: str, count: float, again: float, tokens: int, slots: int) -> Work:
-    """`count` passes over `tokens` tokens, `again` of them a second time, at the assumed share of the peak."""
+def _matrix(
+    recipe: Recipe, gpu: Gpu, name: str, count: float, again: float, tokens: int, slots: int
+) -> Work:
+    """`count` passes over `tokens` tokens, `again` of them a second time, at the assumed share of
+    the peak."""
     architecture = recipe.model.architecture
     peak = gpu.bf16 if name == "rollout" else peak_rate(recipe, gpu)
     useful, extra = flops(architecture, tokens, count), flops(architecture, tokens, again)
@@ -104,27 +119,50 @@ def _matrix(recipe: Recipe, gpu: Gpu, name: str, count: float, again: float, tok
     return Work(name, useful, extra, seconds)
 
 
-def _update(recipe: Recipe, footprint: Footprint, batch: BatchPlan, gpu: Gpu, role: str, per_node: int) -> Work:
+def _update(
+    recipe: Recipe, footprint: Footprint, batch: BatchPlan, gpu: Gpu, role: str, per_node: int
+) -> Work:
     a, shard, replicas = recipe.model.architecture, footprint.roles[role], batch.replicas
     feed = 3 * a.hidden_size * a.ffn_hidden_size
     attention = 2 * a.hidden_size * a.head_dim * (a.num_heads + a.num_kv_heads)
-    again = {"none": 0.0, "selective": feed / (feed + attention), "full": 1.0}[recipe.memory.recompute]
-    work = _matrix(recipe, gpu, f"{role} update", 3 * batch.epochs, again * batch.epochs, batch.tokens, batch.slots)
+    again = {"none": 0.0, "selective": feed / (feed + attention), "full": 1.0}[
+        recipe.memory.recompute
+    ]
+    work = _matrix(
+        recipe,
+        gpu,
+        f"{role} update",
+        3 * batch.epochs,
+        again * batch.epochs,
+        batch.tokens,
+        batch.slots,
+    )
     one_node = recipe.parallel.pipeline == 1 and recipe.world <= per_node
     link = NVLINK_BANDWIDTH if one_node else NODE_BANDWIDTH
-    exchange = (shard.gradients + shard.weights) * (replicas - 1) / replicas / link  # gradients scattered, weights gathered
+    # gradients scattered, weights gathered
+    exchange = (shard.gradients + shard.weights) * (replicas - 1) / replicas / link
     return Work(work.name, work.flops, work.recomputed, work.seconds + batch.updates * exchange)
 
 
-def _rollout(recipe: Recipe, footprint: Footprint, phase: Phase, batch: BatchPlan, gpu: Gpu) -> Work:
-    """Prefill at the assumed share of the peak; each decoded token reads the weights and half-full caches, or waits for launches."""
+def _rollout(
+    recipe: Recipe, footprint: Footprint, phase: Phase, batch: BatchPlan, gpu: Gpu
+) -> Work:
+    """Prefill at the assumed share of the peak; each decoded token reads the weights and half-full
+    caches, or waits for launches."""
     parallel, shard = recipe.parallel, footprint.roles["actor"]
     prompts = batch.rows * (batch.max_length - batch.max_response)
     prefill = _matrix(recipe, gpu, "rollout", 1, 0.0, prompts, 1)
-    launching = shard.layers * (DECODE_KERNELS * LAUNCH_SECONDS + (2 * REDUCE_SECONDS if parallel.tensor > 1 else 0.0))
+    launching = shard.layers * (
+        DECODE_KERNELS * LAUNCH_SECONDS + (2 * REDUCE_SECONDS if parallel.tensor > 1 else 0.0)
+    )
     row = (batch.max_length - batch.max_response / 2) * need_of(slot_of(recipe)).token
     whole, rest = divmod(batch.rows_per_replica, phase.work.rows)
     slices = [phase.work.rows] * whole + [rest] * bool(rest)
     step = sum(max((shard.weights + rows * row) / gpu.bandwidth, launching) for rows in slices)
     decode = flops(recipe.model.architecture, batch.rows * batch.max_response, 1)
-    return Work("rollout", prefill.flops + decode, 0.0, prefill.seconds + batch.max_response * parallel.pipeline * step)
+    return Work(
+        "rollout",
+        prefill.flops + decode,
+        0.0,
+        prefill.seconds + batch.max_response * parallel.pipeline * step,
+    )

@@ -1,4 +1,5 @@
-"""What lies on one GPU in each phase of an iteration: the models' state as residency.Residency moves it, and what the phase works with."""
+"""What lies on one GPU in each phase of an iteration: the models' state as residency.Residency
+moves it, and what the phase works with."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ class State:
     optimizer: int = 0
 
     def __add__(self, other: State) -> State:
-        return State(self.weights + other.weights, self.gradients + other.gradients, self.optimizer + other.optimizer)
+        return State(
+            self.weights + other.weights,
+            self.gradients + other.gradients,
+            self.optimizer + other.optimizer,
+        )
 
     @property
     def total(self) -> int:
@@ -60,8 +65,11 @@ class Footprint:
     stage: int
     roles: dict[str, Shard]
     phases: tuple[Phase, ...]
-    host: int  # bytes of host memory of this rank for all that is offloaded; pinned in powers of two (residency.pieces), so no more
-    staged: tuple[int, int]  # bytes of host memory that a save needs at most, on the first replica's rank and on another's
+    # bytes of host memory of this rank for all that is offloaded; pinned in powers of two
+    # (residency.pieces), so no more
+    host: int
+    # bytes of host memory that a save needs at most, on the first replica's rank and on another's
+    staged: tuple[int, int]
 
     @property
     def worst(self) -> Phase:
@@ -74,11 +82,12 @@ def budget(gpu_memory_gib: int) -> int:
 
 
 def staging(gradients: int, replicas: int) -> tuple[int, int]:
-    """Host memory in which mcore gathers a model's optimizer for a save: on the first replica's rank, and on another replica's.
+    """Host memory in which mcore gathers a model's optimizer for a save: on the first replica's
+    rank, and on another replica's.
 
-    Masters and two moments are fp32, each as large as the gradient buffer. Every rank copies its share of the three. The first keeps
-    the three whole, receives one at a time from all replicas, and joins it: that is three more, as what it received and joined last
-    is still there.
+    Masters and two moments are fp32, each as large as the gradient buffer. Every rank copies its
+    share of the three. The first keeps the three whole, receives one at a time from all replicas,
+    and joins it: that is three more, as what it received and joined last is still there.
     """
     share = 3 * gradients // replicas
     return share + 3 * gradients + 3 * gradients, share
@@ -90,8 +99,13 @@ def head_of(role: str) -> str | None:
 
 
 def swapped(recipe: Recipe) -> bool:
-    """Whether the reference is a host copy in the actor's modules (assembly.RoleBuilder.reference), without a model of its own."""
-    return "reference" in recipe.models and recipe.models["reference"].offload == "cpu" and not precomputed(recipe)
+    """Whether the reference is a host copy in the actor's modules (assembly.RoleBuilder.reference),
+    without a model of its own."""
+    return (
+        "reference" in recipe.models
+        and recipe.models["reference"].offload == "cpu"
+        and not precomputed(recipe)
+    )
 
 
 def precomputed(recipe: Recipe) -> bool:
@@ -115,7 +129,8 @@ class Device:
         return self.recipe.models[role].offload == "cpu"
 
     def use(self, role: str, trains: bool = False) -> int:
-        """Bytes moved to have `role` on the device; other models that are offloaded go to the host (gradients are not copied)."""
+        """Bytes moved to have `role` on the device; other models that are offloaded go to the host
+        (gradients are not copied)."""
         if not self.offloaded(role):
             return 0
         moved = 0
@@ -124,7 +139,11 @@ class Device:
                 moved += state.weights + state.optimizer
                 self.present[other] = State()
         before, whole = self.present[role], self.whole(role)
-        after = whole if trains or before.optimizer else replace(whole, gradients=before.gradients, optimizer=0)
+        after = (
+            whole
+            if trains or before.optimizer
+            else replace(whole, gradients=before.gradients, optimizer=0)
+        )
         self.present[role] = after
         return moved + after.weights - before.weights + after.optimizer - before.optimizer
 
@@ -133,7 +152,8 @@ class Device:
         return sum(self.present.values(), State())
 
     def build(self, role: str) -> Phase:
-        """Made whole; mcore copies the weights of a trained model into one buffer, then the first copy goes."""
+        """Made whole; mcore copies the weights of a trained model into one buffer, then the first
+        copy goes."""
         for other in self.present:
             if self.offloaded(other):
                 self.present[other] = State()
@@ -149,19 +169,26 @@ class Device:
 
 
 def footprints(recipe: Recipe, stages: Sequence[dict[str, Shard]]) -> tuple[Footprint, ...]:
-    """One rank of each of these pipeline stages. All generate as many rows at once as the one with the least room."""
+    """One rank of each of these pipeline stages. All generate as many rows at once as the one with
+    the least room."""
     alone = [footprint(recipe, roles) for roles in stages]
     rows = [phase.work.rows for found in alone for phase in found.phases if phase.work.rows]
     return tuple(footprint(recipe, roles, min(rows)) for roles in stages) if rows else tuple(alone)
 
 
 def footprint(recipe: Recipe, roles: dict[str, Shard], together: int | None = None) -> Footprint:
-    """The phases of one iteration on the rank whose shards these are, set-up first; each phase at its most.
+    """The phases of one iteration on the rank whose shards these are, set-up first; each phase at
+    its most.
 
-    together: rows that generate at once, where other ranks of the replica have less room than this one.
+    together: rows that generate at once, where other ranks of the replica have less room than this
+    one.
     """
     device = Device(recipe, roles)
-    order = [role for role in ("actor", "critic", *(r for r in roles if r.startswith("reward")), "reference") if role in roles]
+    order = [
+        role
+        for role in ("actor", "critic", *(r for r in roles if r.startswith("reward")), "reference")
+        if role in roles
+    ]
     phases: list[Phase] = []
     for role in order:
         if role == "reference" and (precomputed(recipe) or swapped(recipe)):
@@ -169,7 +196,9 @@ def footprint(recipe: Recipe, roles: dict[str, Shard], together: int | None = No
         phases.append(device.build(role))
     if precomputed(recipe):
         device.build("reference")
-        phases.append(Calls(recipe, roles, device).forward("reference, all pairs, once", "reference"))
+        phases.append(
+            Calls(recipe, roles, device).forward("reference, all pairs, once", "reference")
+        )
         device.present.pop("reference")
     set_up = max(phases, key=lambda phase: phase.peak)
     once = [phase for phase in phases if "once" in phase.name]
@@ -180,7 +209,9 @@ def footprint(recipe: Recipe, roles: dict[str, Shard], together: int | None = No
     staged = staging(max(roles[role].gradients for role in recipe.trained), recipe.data_parallel)
     any_role = next(iter(roles.values()))
     named = [set_up] if set_up not in once else []
-    return Footprint(any_role.rank, any_role.stage, roles, (*named, *once, *iteration, save), host, staged)
+    return Footprint(
+        any_role.rank, any_role.stage, roles, (*named, *once, *iteration, save), host, staged
+    )
 
 
 def _iteration(recipe: Recipe, calls: Calls) -> list[Phase]:
@@ -191,7 +222,11 @@ def _iteration(recipe: Recipe, calls: Calls) -> list[Phase]:
         classifier: Any = registry.lookup("group_classifier", block["group_classifier"]["name"])
         phases = [calls.generate("rollout", "actor")]
         phases += [calls.forward(f"{role} scores", role) for role in rewards]
-        phases += [calls.forward("actor log-probs", "actor"), calls.reference(), calls.forward("critic values", "critic")]
+        phases += [
+            calls.forward("actor log-probs", "actor"),
+            calls.reference(),
+            calls.forward("critic values", "critic"),
+        ]
         phases += [calls.update("critic update", "critic"), calls.update("actor update", "actor")]
         if classifier.head is not None:
             phases.append(calls.forward("group probe", "critic"))
@@ -214,7 +249,9 @@ class Calls:
     def slot(self) -> Slot:
         return slot_of(self.recipe)
 
-    def _phase(self, name: str, role: str, work: Callable[[Shard], Pass], trains: bool = False) -> Phase:
+    def _phase(
+        self, name: str, role: str, work: Callable[[Shard], Pass], trains: bool = False
+    ) -> Phase:
         moved = self.device.use(role, trains)
         return Phase(name, self.device.state, work(self.shards[role]), moved)
 
@@ -234,39 +271,60 @@ class Calls:
         total = self.recipe.hardware.gpu_memory_gib * GIB
         if not total:
             return HOST_ROOM
-        return room_in(total - CONTEXT_BYTES - self.device.state.total, total, need_of(self.slot), prompt, sampling)
+        return room_in(
+            total - CONTEXT_BYTES - self.device.state.total,
+            total,
+            need_of(self.slot),
+            prompt,
+            sampling,
+        )
 
     def forward(self, name: str, role: str) -> Phase:
-        return self._phase(name, role, lambda shard: forward(self.slot, shard.stage, head_of(role) is not None))
+        return self._phase(
+            name, role, lambda shard: forward(self.slot, shard.stage, head_of(role) is not None)
+        )
 
     def reference(self) -> Phase:
-        """Its own model; or its weights in the actor's place, whose own are kept beside on the device meanwhile."""
+        """Its own model; or its weights in the actor's place, whose own are kept beside on the
+        device meanwhile."""
         if not swapped(self.recipe):
             return self.forward("reference log-probs", "reference")
         phase, weights = self.forward("reference log-probs", "actor"), self.shards["actor"].weights
-        return replace(phase, state=phase.state + State(weights=weights), moved=phase.moved + weights)
+        return replace(
+            phase, state=phase.state + State(weights=weights), moved=phase.moved + weights
+        )
 
     def update(self, name: str, role: str) -> Phase:
         batch, head = batch_plan(self.recipe), head_of(role) is not None
-        states = 3 if self.recipe.precision.dtype == "bf16" else 2  # master weights and two moments; in fp32 the weights are the masters
+        # master weights and two moments; in fp32 the weights are the masters
+        states = 3 if self.recipe.precision.dtype == "bf16" else 2
         on_cpu = not self.recipe.hardware.gpu_memory_gib
 
         def work(shard: Shard) -> Pass:
             recompute = self.recipe.memory.recompute
             moments = shard.optimizer // states if on_cpu else 0  # a GPU's Adam is fused
-            found = training(self.slot, recompute, shard.chunk_layers, shard.stage, batch.slots, head, moments)
+            found = training(
+                self.slot, recompute, shard.chunk_layers, shard.stage, batch.slots, head, moments
+            )
             if self.recipe.precision.fp8 == "none":
                 return found
-            # Transformer Engine keeps FP8 copies of each layer's weights, by rows and by columns, until backward
+            # Transformer Engine keeps FP8 copies of each layer's weights, by rows and by columns,
+            # until backward
             return replace(found, activations=found.activations + shard.weights)
 
         return self._phase(name, role, work, trains=True)
 
     def save(self) -> Phase:
-        """One trained model after the other, on the device for it. Nothing is beside it there: weights are copied to the host one tensor at
-        a time, and the optimizer is gathered in host memory (`staging`)."""
-        phases = [self._phase("save", role, lambda shard: Pass(), trains=True) for role in self.recipe.trained]
-        return replace(max(phases, key=lambda phase: phase.peak), moved=sum(phase.moved for phase in phases))
+        """One trained model after the other, on the device for it. Nothing is beside it there:
+        weights are copied to the host one tensor at a time, and the optimizer is gathered in host
+        memory (`staging`)."""
+        phases = [
+            self._phase("save", role, lambda shard: Pass(), trains=True)
+            for role in self.recipe.trained
+        ]
+        return replace(
+            max(phases, key=lambda phase: phase.peak), moved=sum(phase.moved for phase in phases)
+        )
 
 
 def slot_of(recipe: Recipe) -> Slot:
@@ -275,4 +333,11 @@ def slot_of(recipe: Recipe) -> Slot:
     device = torch.device("cuda" if recipe.hardware.gpu_memory_gib else "cpu")
     length = padded_length(batch.max_length, widths, device)
     itemsize = DTYPES[recipe.precision.dtype].itemsize
-    return Slot(recipe.model.architecture, recipe.parallel, itemsize, batch.micro_batch * batch.sequences_per_row, length, device)
+    return Slot(
+        recipe.model.architecture,
+        recipe.parallel,
+        itemsize,
+        batch.micro_batch * batch.sequences_per_row,
+        length,
+        device,
+    )

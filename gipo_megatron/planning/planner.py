@@ -1,4 +1,5 @@
-"""A recipe's plan: layout, sizes, phases, batch, time. Builds meta shards of the ranks that can be the heaviest."""
+"""A recipe's plan: layout, sizes, phases, batch, time. Builds meta shards of the ranks that can be
+the heaviest."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Plan:
 
     @property
     def saving(self) -> int:
-        """Bytes of host memory that a save needs at most on the node with most ranks of the first replica."""
+        """Bytes of host memory that a save needs at most on the node with most ranks of the first
+        replica."""
         firsts = [rank // self.gpus_per_node for rank, *_ in self.groups["data"]]
         most = max(firsts.count(node) for node in set(firsts))
         ranks = min(self.gpus_per_node, self.recipe.world)
@@ -49,7 +51,9 @@ class Plan:
 
     def spanning(self, kind: str) -> int:
         """How many groups of a kind have ranks on several nodes."""
-        return sum(len({rank // self.gpus_per_node for rank in group}) > 1 for group in self.groups[kind])
+        return sum(
+            len({rank // self.gpus_per_node for rank in group}) > 1 for group in self.groups[kind]
+        )
 
 
 @dataclass
@@ -61,7 +65,10 @@ class Planner:
     def plan(self, recipe: Recipe) -> Plan:
         """Raises UserError when the model cannot be split as the recipe says."""
         stages = recipe.parallel.pipeline
-        found = {stage: self._roles(recipe, stage) for stage in sorted({0, min(1, stages - 1), stages - 1})}
+        found = {
+            stage: self._roles(recipe, stage)
+            for stage in sorted({0, min(1, stages - 1), stages - 1})
+        }
         parameters = {}
         for role in recipe.models:
             middle = found[min(1, stages - 1)][role].parameters * max(0, stages - 2)
@@ -83,18 +90,36 @@ class Planner:
     def _roles(self, recipe: Recipe, stage: int) -> dict[str, Shard]:
         """The shards of a stage's first rank: its first tensor rank, its first replica."""
         kinds = {role: (head_of(role), role in recipe.trained) for role in recipe.models}
-        architecture, parallel, precision, world = recipe.model.architecture, recipe.parallel, recipe.precision, recipe.world
-        keys = {role: (repr(architecture), parallel, precision.dtype, world, stage, *kind) for role, kind in kinds.items()}
+        architecture, parallel, precision, world = (
+            recipe.model.architecture,
+            recipe.parallel,
+            recipe.precision,
+            recipe.world,
+        )
+        keys = {
+            role: (repr(architecture), parallel, precision.dtype, world, stage, *kind)
+            for role, kind in kinds.items()
+        }
         if any(key not in self.shards for key in keys.values()):
             rank = stage * (world // parallel.pipeline)
-            built = build_shards(architecture, parallel, precision, world, rank, set(kinds.values()))
+            built = build_shards(
+                architecture, parallel, precision, world, rank, set(kinds.values())
+            )
             self.shards |= {keys[role]: built[kind] for role, kind in kinds.items()}
         return {role: self.shards[key] for role, key in keys.items()}
 
 
 def build_shards(
-    architecture: Architecture, parallel: Parallel, precision: Precision, world: int, rank: int, kinds: set[tuple[str | None, bool]]
+    architecture: Architecture,
+    parallel: Parallel,
+    precision: Precision,
+    world: int,
+    rank: int,
+    kinds: set[tuple[str | None, bool]],
 ) -> dict[tuple[str | None, bool], Shard]:
     """(head, trained) -> what `rank` holds of such a model."""
     with pretend(parallel, world, rank) as mesh:
-        return {(head, trained): build(architecture, mesh, precision, head=head, trained=trained) for head, trained in kinds}
+        return {
+            (head, trained): build(architecture, mesh, precision, head=head, trained=trained)
+            for head, trained in kinds
+        }

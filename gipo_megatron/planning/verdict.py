@@ -1,4 +1,5 @@
-"""Does it fit, and if not, which change is the cheapest that makes it fit: each is tried with the same arithmetic."""
+"""Does it fit, and if not, which change is the cheapest that makes it fit: each is tried with the
+same arithmetic."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from gipo_megatron.planning.memory import GIB
 from gipo_megatron.planning.planner import NODE, Plan, Planner
 from gipo_megatron.recipe.schema import Recipe
 
-Vary = Callable[[Sequence[str]], Recipe]  # more key=value words -> the recipe with them; UserError when that is no recipe
+# more key=value words -> the recipe with them; UserError when that is no recipe
+Vary = Callable[[Sequence[str]], Recipe]
 RECOMPUTE = ("none", "selective", "full")  # by what is computed again
 
 
@@ -43,7 +45,8 @@ class Verdict:
 
 
 def judge(plan: Plan, planner: Planner, vary: Vary) -> Verdict:
-    """The plan against its GPU. Changes are tried alone, from the cheapest to the dearest, then added up; the first that fits is named.
+    """The plan against its GPU. Changes are tried alone, from the cheapest to the dearest, then
+    added up; the first that fits is named.
 
     A plan that fits is tried with less recomputation, too.
     """
@@ -53,7 +56,9 @@ def judge(plan: Plan, planner: Planner, vary: Vary) -> Verdict:
 
     def tried(parts: tuple[Part, ...]) -> Change | None:
         try:
-            return Change(parts, planner.plan(vary([word for part in parts for word in part.words])))
+            return Change(
+                parts, planner.plan(vary([word for part in parts for word in part.words]))
+            )
         except UserError:  # does not divide, or is not built
             return None
 
@@ -66,7 +71,11 @@ def judge(plan: Plan, planner: Planner, vary: Vary) -> Verdict:
             continue
         if change.plan.fits:
             for part in reversed(parts):  # what is not needed any more, the dearest first
-                less = tried(tuple(kept for kept in change.parts if kept is not part)) if len(change.parts) > 1 else None
+                less = (
+                    tried(tuple(kept for kept in change.parts if kept is not part))
+                    if len(change.parts) > 1
+                    else None
+                )
                 change = less if less is not None and less.plan.fits else change
             return Verdict(False, warnings, change=change)
         if closest is None or change.plan.heaviest.worst.peak < closest.plan.heaviest.worst.peak:
@@ -75,15 +84,16 @@ def judge(plan: Plan, planner: Planner, vary: Vary) -> Verdict:
 
 
 def _needless(plan: Plan, tried: Callable[[tuple[Part, ...]], Change | None]) -> Iterator[str]:
-    """Warn of recomputation that the memory does not need, and name the cheapest setting that fits."""
+    """Warn of recomputation that the memory does not need, and name the cheapest setting that
+    fits."""
     current = plan.recipe.memory.recompute
     for name in RECOMPUTE[: RECOMPUTE.index(current)]:
         change = tried((Part((f"memory.recompute={name}",), ""),))
         if change is not None and change.plan.fits:
             less = change.plan.heaviest.worst
             yield (
-                f"memory.recompute={current} computes activations twice without need: memory.recompute={name} fits, too "
-                f"({less.peak / GIB:.1f} GiB in {less.name!r})"
+                f"memory.recompute={current} computes activations twice without need:"
+                f" memory.recompute={name} fits, too ({less.peak / GIB:.1f} GiB in {less.name!r})"
             )
             return
 
@@ -93,8 +103,14 @@ def changes(recipe: Recipe, gpus_per_node: int) -> Iterator[tuple[Part, ...]]:
     kinds = [
         [Part(words, "smaller matrix products") for words in _smaller_batches(recipe)],
         [Part(words, "activations computed twice") for words in _recompute(recipe)],
-        [Part(words, "models travel between host and GPU in every iteration") for words in _offload(recipe)],
-        [Part(words, "traffic inside each layer, fewer replicas") for words in _tensor(recipe, gpus_per_node)],
+        [
+            Part(words, "models travel between host and GPU in every iteration")
+            for words in _offload(recipe)
+        ],
+        [
+            Part(words, "traffic inside each layer, fewer replicas")
+            for words in _tensor(recipe, gpus_per_node)
+        ],
         [Part(words, "pipeline bubbles, fewer replicas") for words in _pipeline(recipe)],
         [Part(words, "more GPUs") for words in _more(recipe)],
     ]
@@ -113,7 +129,10 @@ def _smaller_batches(recipe: Recipe) -> list[tuple[str, ...]]:
 
 
 def _recompute(recipe: Recipe) -> list[tuple[str, ...]]:
-    return [(f"memory.recompute={name}",) for name in RECOMPUTE[RECOMPUTE.index(recipe.memory.recompute) + 1 :]]
+    return [
+        (f"memory.recompute={name}",)
+        for name in RECOMPUTE[RECOMPUTE.index(recipe.memory.recompute) + 1 :]
+    ]
 
 
 def _offload(recipe: Recipe) -> list[tuple[str, ...]]:
@@ -128,7 +147,11 @@ def _offload(recipe: Recipe) -> list[tuple[str, ...]]:
         "all": list(recipe.models),
     }
     for roles in idle.values():
-        words = tuple(f"models.{role}.offload=cpu" for role in roles if role in recipe.models and recipe.models[role].offload == "none")
+        words = tuple(
+            f"models.{role}.offload=cpu"
+            for role in roles
+            if role in recipe.models and recipe.models[role].offload == "none"
+        )
         if words and words not in found:
             found.append(words)
     return found
@@ -156,7 +179,11 @@ def _more(recipe: Recipe) -> list[tuple[str, ...]]:
     """More GPUs, for replicas and, where there was not even a node of them, for wider layers."""
     found: list[tuple[str, ...]] = []
     for world in (recipe.world * more for more in (2, 4, 8, 16)):
-        size = (f"world={world}",) if recipe.hardware.gpus >= NODE else (f"world={world}", f"hardware.gpus={world}")
+        size = (
+            (f"world={world}",)
+            if recipe.hardware.gpus >= NODE
+            else (f"world={world}", f"hardware.gpus={world}")
+        )
         found.append(size)
         if recipe.parallel.tensor < min(world, NODE) and recipe.world < NODE:
             found.append((*size, f"parallel.tensor={min(world, NODE)}", "parallel.sequence=true"))
@@ -168,9 +195,15 @@ def _warnings(plan: Plan) -> Iterator[str]:
     if plan.spanning("tensor"):
         best = max(n for n in range(1, parallel.tensor + 1) if plan.gpus_per_node % n == 0)
         yield (
-            f"tensor groups of {parallel.tensor} ranks reach over several nodes of {plan.gpus_per_node}: every layer waits for the "
-            f"network; parallel.tensor={best} stays inside a node"
+            f"tensor groups of {parallel.tensor} ranks reach over several nodes of"
+            f" {plan.gpus_per_node}: every layer waits for the network; parallel.tensor={best}"
+            " stays inside a node"
         )
-    if parallel.pipeline > 1 and plan.batch.slots * parallel.virtual_pipeline < 2 * (parallel.pipeline - 1):
+    if parallel.pipeline > 1 and plan.batch.slots * parallel.virtual_pipeline < 2 * (
+        parallel.pipeline - 1
+    ):
         idle = (parallel.pipeline - 1) / (plan.batch.slots * parallel.virtual_pipeline)
-        yield f"the pipeline idles {idle:.0%} of its busy time: more micro-batches (a larger batch.minibatch, a smaller micro_batch)"
+        yield (
+            f"the pipeline idles {idle:.0%} of its busy time: more micro-batches (a larger"
+            " batch.minibatch, a smaller micro_batch)"
+        )

@@ -1,4 +1,5 @@
-"""The architecture of the weights to load, read from their config.json or meta.json, so that no recipe retypes it."""
+"""The architecture of the weights to load, read from their config.json or meta.json, so that no
+recipe retypes it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from gipo_megatron.specs import Architecture
 
 KEY = "model.architecture"
 FIELDS = tuple(f.name for f in dataclasses.fields(Architecture))
-REQUIRED = frozenset(f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING)
+REQUIRED = frozenset(
+    f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING
+)
 FORMAT = "gipo_megatron"  # what meta.json says in a checkpoint of this project
 FROM_WEIGHTS = "model/from_weights"  # the fragment that takes a written architecture back
 
@@ -50,37 +53,53 @@ class Reading:
 
     tree: Block  # with model.architecture filled in
     problems: list[Problem] = field(default_factory=list)
-    settled: bool = False  # why architecture keys are missing has been said, or follows from another problem
+    # why architecture keys are missing has been said, or follows from another problem
+    settled: bool = False
 
 
 def read_architecture(tree: Block, draft: Block, loads: Mapping[str, str]) -> Reading:
-    """`tree` with every unwritten key of model.architecture as the weights say it; written ones must agree with them.
+    """`tree` with every unwritten key of model.architecture as the weights say it; written ones
+    must agree with them.
 
-    draft: the same tree, completed and resolved, which knows what `load` is.  loads: {key that names weights: role they are of}.
+    draft: the same tree, completed and resolved, which knows what `load` is.  loads: {key that
+    names weights: role they are of}.
     """
     block = _architecture_block(tree)
     if block is None:  # something else stands there, which the schema will say
         return Reading(tree)
-    written = {key: node for key, node in block.children.items() if key in FIELDS and not _is_missing(node)}
+    written = {
+        key: node for key, node in block.children.items() if key in FIELDS and not _is_missing(node)
+    }
     sources, run_dir = _sources(tree, draft, loads), str(_value(draft, "run.dir"))
     found, problems = _read_all(sources, run_dir, network=False)
-    if not found and not problems and not written.keys() >= REQUIRED:  # only now is the network worth its seconds
+    # only now is the network worth its seconds
+    if not found and not problems and not written.keys() >= REQUIRED:
         sources = _with_hub(sources, draft)
         found, problems = _read_all(sources, run_dir, network=True)
     if found:
-        problems += [problem for other in found[1:] if (problem := _disagreement(found[0], other)) is not None]
-        problems += _contradictions(found[0], {key: _leaf(draft, f"{KEY}.{key}") for key in written})
-        values = {key: written.get(key, Leaf(value, found[0].path)) for key, value in found[0].values.items()}
+        problems += [
+            problem
+            for other in found[1:]
+            if (problem := _disagreement(found[0], other)) is not None
+        ]
+        problems += _contradictions(
+            found[0], {key: _leaf(draft, f"{KEY}.{key}") for key in written}
+        )
+        values = {
+            key: written.get(key, Leaf(value, found[0].path))
+            for key, value in found[0].values.items()
+        }
         return Reading(_replaced(tree, {**block.children, **values}), problems)
     if not problems and not written and loads and all(source.load != MISSING for source in sources):
         problems.append(_unsaid(sources))
-    # Where somebody writes an architecture, what is left out has its default; a bare `???` of a base recipe must not hide it.
+    # Where somebody writes an architecture, what is left out has its default; a bare `???` of a
+    # base recipe must not hide it.
     defaulted = set(FIELDS) - REQUIRED - written.keys() if written else set()
     kept = {key: node for key, node in block.children.items() if key not in defaulted}
     return Reading(_replaced(tree, kept), problems, settled=not written or bool(problems))
 
 
-# --------------------------------------------------------------------------------------------- in the tree
+# -------------------------------------------------------------------------------------- in the tree
 
 
 def _is_missing(node: Node | None) -> bool:
@@ -118,7 +137,8 @@ def _value(tree: Block, key: str) -> Any:
 
 
 def _sources(tree: Block, draft: Block, loads: Mapping[str, str]) -> list[Source]:
-    """One for each folder that is loaded, named by the key that says the folder itself rather than `${models.actor.load}`."""
+    """One for each folder that is loaded, named by the key that says the folder itself rather than
+    `${models.actor.load}`."""
     sources: dict[str, Source] = {}
     for key in sorted(loads, key=lambda key: "${" in str(_value(tree, key))):
         leaf = _leaf(draft, key)
@@ -129,15 +149,21 @@ def _sources(tree: Block, draft: Block, loads: Mapping[str, str]) -> list[Source
 
 def _with_hub(sources: list[Source], draft: Block) -> list[Source]:
     hub = _leaf(draft, "model.hub")
-    if not hub.value or not isinstance(hub.value, str) or hub.value in [source.load for source in sources]:
+    if (
+        not hub.value
+        or not isinstance(hub.value, str)
+        or hub.value in [source.load for source in sources]
+    ):
         return sources
     return [*sources, Source("model.hub", hub.value, hub.origin, "")]
 
 
-# --------------------------------------------------------------------------------------------- on disk, on the hub
+# ------------------------------------------------------------------------------ on disk, on the hub
 
 
-def _read_all(sources: Sequence[Source], run_dir: str, network: bool) -> tuple[list[Found], list[Problem]]:
+def _read_all(
+    sources: Sequence[Source], run_dir: str, network: bool
+) -> tuple[list[Found], list[Problem]]:
     found: list[Found] = []
     problems: list[Problem] = []
     for source in sources:
@@ -151,7 +177,8 @@ def _read_all(sources: Sequence[Source], run_dir: str, network: bool) -> tuple[l
 
 
 def _read(source: Source, run_dir: str, network: bool) -> Found | None:
-    """None where there is nothing to ask: random weights, a stage that is not trained yet. Raises UserError for what cannot be read."""
+    """None where there is nothing to ask: random weights, a stage that is not trained yet. Raises
+    UserError for what cannot be read."""
     if source.load in ("random", MISSING):
         return None
     folder = Path(source.load)
@@ -161,11 +188,17 @@ def _read(source: Source, run_dir: str, network: bool) -> Found | None:
     if meta.is_file() and (content := _checkpoint_meta(meta)) is not None:
         return Found(source, str(meta), _of_checkpoint(content, source.role, meta))
     if (folder / "config.json").is_file():
-        return Found(source, str(folder / "config.json"), _of_folder(folder, str(folder / "config.json")))
+        return Found(
+            source, str(folder / "config.json"), _of_folder(folder, str(folder / "config.json"))
+        )
     newest = folder / "final"
     raise UserError(
         f"{folder} is neither a checkpoint (meta.json) nor a Hugging Face folder (config.json)",
-        fix=f"{source.key}={newest}" if newest.exists() else "give the folder of one checkpoint, or of one Hugging Face model",
+        fix=(
+            f"{source.key}={newest}"
+            if newest.exists()
+            else "give the folder of one checkpoint, or of one Hugging Face model"
+        ),
     )
 
 
@@ -174,17 +207,25 @@ def _checkpoint_meta(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable meta.json: {error}", fix="use another checkpoint") from None
+        raise UserError(
+            f"{path}: unreadable meta.json: {error}", fix="use another checkpoint"
+        ) from None
     return content if isinstance(content, dict) and content.get("format") == FORMAT else None
 
 
 def _of_checkpoint(meta: Mapping[str, Any], role: str, path: Path) -> dict[str, Any]:
-    """One recipe made all roles of a checkpoint, so they share their architecture; a critic may start from a checkpoint without one."""
+    """One recipe made all roles of a checkpoint, so they share their architecture; a critic may
+    start from a checkpoint without one."""
     try:
         roles = meta["roles"]
-        return asdict(Architecture(**roles[role if role in roles else next(iter(roles))]["architecture"]))
+        return asdict(
+            Architecture(**roles[role if role in roles else next(iter(roles))]["architecture"])
+        )
     except (KeyError, TypeError, StopIteration) as error:
-        raise UserError(f"{path} describes no architecture that this program knows: {error}", fix="use another checkpoint") from None
+        raise UserError(
+            f"{path} describes no architecture that this program knows: {error}",
+            fix="use another checkpoint",
+        ) from None
 
 
 def _of_folder(folder: Path, name: str) -> dict[str, Any]:
@@ -204,19 +245,24 @@ def _read_hub(source: Source, network: bool) -> Found | None:
         return Found(source, name, _of_folder(Path(cached).parent, name))
     if not network:
         return None
-    fix = "download the model and load its folder, or add with=model/NAME (recipes/model/), which writes an architecture"
+    fix = (
+        "download the model and load its folder, or add with=model/NAME (recipes/model/), which"
+        " writes an architecture"
+    )
     reach_hub(source.load, source.key, fix)
-    # Not into the cache: a snapshot there that holds config.json alone would pass for the model itself.
+    # Not into the cache: a snapshot there that holds config.json alone would pass for the model
+    # itself.
     with tempfile.TemporaryDirectory() as folder:
         try:
             hf_hub_download(source.load, "config.json", local_dir=folder)
-        except (OSError, ValueError) as error:  # all that the client raises: no such model, no access, no config.json
+        # all that the client raises: no such model, no access, no config.json
+        except (OSError, ValueError) as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             raise UserError(f"cannot get {name}: {reason}", fix=fix) from None
         return Found(source, name, _of_folder(Path(folder), name))
 
 
-# --------------------------------------------------------------------------------------------- problems
+# ----------------------------------------------------------------------------------------- problems
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -225,7 +271,10 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _scaling(block: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rope_type": block.get("type"), **{key: value for key, value in block.items() if key != "type"}}
+    return {
+        "rope_type": block.get("type"),
+        **{key: value for key, value in block.items() if key != "type"},
+    }
 
 
 def _disagreement(first: Found, other: Found) -> Problem | None:
@@ -234,16 +283,25 @@ def _disagreement(first: Found, other: Found) -> Problem | None:
         return None
     theirs = ", ".join(f"{key} {other.values[key]} ≠ {first.values[key]}" for key in keys)
     what = f"another architecture than {first.source.key}'s: {theirs} ({other.path} ≠ {first.path})"
-    return Problem(other.source.key, what, other.source.origin, "all models of a run share one architecture: load weights of one kind")
+    return Problem(
+        other.source.key,
+        what,
+        other.source.origin,
+        "all models of a run share one architecture: load weights of one kind",
+    )
 
 
 def _contradictions(found: Found, written: Mapping[str, Leaf]) -> list[Problem]:
-    """One problem for each file that writes another architecture (or the command line), whatever the number of keys."""
+    """One problem for each file that writes another architecture (or the command line), whatever
+    the number of keys."""
     places: dict[str, list[str]] = {}
     for key, leaf in written.items():
         if leaf.value != MISSING and not _same(leaf.value, found.values[key]):
             places.setdefault(leaf.origin.rsplit(":", 1)[0], []).append(key)
-    return [_contradiction(found, place, {key: written[key] for key in keys}) for place, keys in places.items()]
+    return [
+        _contradiction(found, place, {key: written[key] for key in keys})
+        for place, keys in places.items()
+    ]
 
 
 def _contradiction(found: Found, place: str, wrong: Mapping[str, Leaf]) -> Problem:
@@ -253,11 +311,26 @@ def _contradiction(found: Found, place: str, wrong: Mapping[str, Leaf]) -> Probl
         fix = "remove it: the architecture is read from the weights"
     else:
         fix = f"add with={FROM_WEIGHTS}: the architecture is then read from the weights"
-    return Problem(KEY, f"another than that of the weights to load: {theirs} ({place} ≠ {found.path})", first, fix)
+    return Problem(
+        KEY,
+        f"another than that of the weights to load: {theirs} ({place} ≠ {found.path})",
+        first,
+        fix,
+    )
 
 
 def _unsaid(sources: Sequence[Source]) -> Problem:
-    reasons = [f"{s.key} is random" if s.load == "random" else f"{s.load!r} ({s.key}) is not on this machine" for s in sources]
-    fix = f"add with=model/NAME (recipes/model/), which writes one, or load a Hugging Face folder or a checkpoint: {sources[0].key}=DIR"
+    reasons = [
+        (
+            f"{s.key} is random"
+            if s.load == "random"
+            else f"{s.load!r} ({s.key}) is not on this machine"
+        )
+        for s in sources
+    ]
+    fix = (
+        "add with=model/NAME (recipes/model/), which writes one, or load a Hugging Face folder or"
+        f" a checkpoint: {sources[0].key}=DIR"
+    )
     what = f"missing: it is not written, and no weights say it: {'; '.join(reasons)}"
     return Problem(KEY, what, sources[0].origin, fix, known=False)

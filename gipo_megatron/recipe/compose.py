@@ -1,4 +1,5 @@
-"""From a command line to a checked recipe: files, fragments, overrides, interpolation. All problems come back together."""
+"""From a command line to a checked recipe: files, fragments, overrides, interpolation. All problems
+come back together."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ from gipo_megatron.recipe.source import (
 )
 from gipo_megatron.recipe.validate import Completion, Conversion
 
-FRAGMENTS = ("base", "model", "hardware", "data")  # folders of recipes/ that are parts of recipes, not recipes
+# folders of recipes/ that are parts of recipes, not recipes
+FRAGMENTS = ("base", "model", "hardware", "data")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Arguments:
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Raises RecipeErrors for words that are not key=value, a recipe given twice or not at all, and unreadable values."""
+    """Raises RecipeErrors for words that are not key=value, a recipe given twice or not at all, and
+    unreadable values."""
     problems: list[Problem] = []
     recipe: list[str] = []
     fragments: list[str] = []
@@ -63,7 +66,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         path = tuple(key.split("."))
         if not equals or not all(path) or key.startswith("-"):
             problems.append(
-                Problem("", f"cannot read the argument {word!r}", COMMAND_LINE, "write recipe=NAME, with=FRAGMENT,… or key.path=value")
+                Problem(
+                    "",
+                    f"cannot read the argument {word!r}",
+                    COMMAND_LINE,
+                    "write recipe=NAME, with=FRAGMENT,… or key.path=value",
+                )
             )
         elif key == "recipe":
             recipe.append(value)
@@ -71,7 +79,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             fragments += [name for name in value.split(",") if name]
         elif key == "world":
             if not value.isdigit() or int(value) == 0:
-                problems.append(Problem("world", f"needs a number of processes, not {value!r}", COMMAND_LINE))
+                problems.append(
+                    Problem("world", f"needs a number of processes, not {value!r}", COMMAND_LINE)
+                )
             else:
                 world = int(value)
         else:
@@ -81,7 +91,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
                 problems.append(Problem(key, error.what, error.where, error.fix))
     if len(recipe) != 1 or not recipe[0]:
         what = "which recipe?" if not recipe else f"one recipe at a time, not {', '.join(recipe)}"
-        problems.append(Problem("recipe", what, COMMAND_LINE, "recipe=NAME; tools/recipe.py list shows the names"))
+        problems.append(
+            Problem(
+                "recipe", what, COMMAND_LINE, "recipe=NAME; tools/recipe.py list shows the names"
+            )
+        )
     if problems:
         raise RecipeErrors("command line", problems)
     return Arguments(recipe[0], tuple(fragments), world, overrides)
@@ -94,7 +108,7 @@ def _nested(path: KeyPath, node: Node) -> Block:
     return node
 
 
-# --------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def recipe_names(root: Path, fragments: bool = False) -> list[str]:
@@ -103,23 +117,34 @@ def recipe_names(root: Path, fragments: bool = False) -> list[str]:
     return [n for n in names if fragments or n.split("/")[0] not in FRAGMENTS]
 
 
-def find_recipe(name: str, root: Path, where: str = COMMAND_LINE, beside: Path | None = None) -> Path:
-    """The file of a recipe or a fragment: below `root`, else a path (./ and ../ count from the file that names it). Raises UserError."""
+def find_recipe(
+    name: str, root: Path, where: str = COMMAND_LINE, beside: Path | None = None
+) -> Path:
+    """The file of a recipe or a fragment: below `root`, else a path (./ and ../ count from the file
+    that names it). Raises UserError."""
     local = (beside or Path()) / name if name.startswith(".") else Path(name)
     for candidate in (root / f"{name}.yaml", local, local.with_name(local.name + ".yaml")):
         if candidate.suffix == ".yaml" and candidate.is_file():
             return candidate
-    raise UserError(f"there is no recipe {name!r}", where=where, fix=suggest(name, recipe_names(root, fragments=True)))
+    raise UserError(
+        f"there is no recipe {name!r}",
+        where=where,
+        fix=suggest(name, recipe_names(root, fragments=True)),
+    )
 
 
 def display(path: Path, root: Path) -> str:
-    """How messages and origins name a recipe file: from the repository's folder, where it lies inside."""
+    """How messages and origins name a recipe file: from the repository's folder, where it lies
+    inside."""
     resolved, home = path.resolve(), root.resolve().parent
-    return resolved.relative_to(home).as_posix() if resolved.is_relative_to(home) else path.as_posix()
+    return (
+        resolved.relative_to(home).as_posix() if resolved.is_relative_to(home) else path.as_posix()
+    )
 
 
 class Files:
-    """Reads recipe files depth first; problems are collected, and a file that cannot be read counts as empty."""
+    """Reads recipe files depth first; problems are collected, and a file that cannot be read counts
+    as empty."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -145,7 +170,14 @@ class Files:
         node = own.children.get("defaults", Leaf([], own.origin))
         names = node.value if isinstance(node, Leaf) else None
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            self.problems.append(Problem("defaults", "needs a list of recipe names", node.origin, "defaults: [base/gipo, model/tiny]"))
+            self.problems.append(
+                Problem(
+                    "defaults",
+                    "needs a list of recipe names",
+                    node.origin,
+                    "defaults: [base/gipo, model/tiny]",
+                )
+            )
             return merged
         for name in names:
             found = self.find(name, node.origin, path.parent)
@@ -153,8 +185,12 @@ class Files:
                 continue
             above = (*chain, path.resolve())
             if found.resolve() in above:
-                cycle = " → ".join(display(p, self.root) for p in (*above[above.index(found.resolve()) :], found))
-                self.problems.append(Problem("defaults", f"a cycle: {cycle}", node.origin, "remove one of these"))
+                cycle = " → ".join(
+                    display(p, self.root) for p in (*above[above.index(found.resolve()) :], found)
+                )
+                self.problems.append(
+                    Problem("defaults", f"a cycle: {cycle}", node.origin, "remove one of these")
+                )
                 continue
             merged = merge(merged, self.load(found, above))
         return merged
@@ -168,23 +204,27 @@ class Files:
 
     def _over_defaults(self, path: Path, own: Block, chain: tuple[Path, ...]) -> Block:
         inherited = self.inherited(path, own, chain)
-        return merge(inherited, Block({k: v for k, v in own.children.items() if k != "defaults"}, own.origin))
+        return merge(
+            inherited, Block({k: v for k, v in own.children.items() if k != "defaults"}, own.origin)
+        )
 
 
-# --------------------------------------------------------------------------------------------- composition
+# -------------------------------------------------------------------------------------- composition
 
 
 def compose(argv: Sequence[str], root: Path, world: int | None = None) -> Recipe:
     """The recipe a command line describes, checked.
 
-    The number of processes is `world=` on the command line, else `world`, else WORLD_SIZE, else the recipe's hardware.gpus,
-    else as few as its parallel sizes allow. Raises RecipeErrors with every problem found.
+    The number of processes is `world=` on the command line, else `world`, else WORLD_SIZE, else the
+    recipe's hardware.gpus, else as few as its parallel sizes allow. Raises RecipeErrors with every
+    problem found.
     """
     return checked(*merged(argv, root, world))
 
 
 def merged(argv: Sequence[str], root: Path, world: int | None = None) -> tuple[Block, str, int]:
-    """What a command line describes, not yet checked: the tree, the recipe's name, the number of processes (0: not said).
+    """What a command line describes, not yet checked: the tree, the recipe's name, the number of
+    processes (0: not said).
 
     Raises RecipeErrors with every file and word that cannot be read.
     """
@@ -197,27 +237,42 @@ def merged(argv: Sequence[str], root: Path, world: int | None = None) -> tuple[B
     tree = merge(tree, arguments.overrides)
     if files.problems:
         raise RecipeErrors(arguments.recipe, files.problems)
-    return tree, arguments.recipe, arguments.world or world or int(os.environ.get("WORLD_SIZE", "0"))
+    return (
+        tree,
+        arguments.recipe,
+        arguments.world or world or int(os.environ.get("WORLD_SIZE", "0")),
+    )
 
 
 def checked(tree: Block, name: str, world: int = 0) -> Recipe:
     """The typed recipe of a merged tree. Raises RecipeErrors with every problem found."""
     problems = load_components(tree)
     completion, conversion = Completion(), Conversion()
-    draft = resolve(Completion().complete(tree, Recipe), [])  # which weights are loaded; its problems come again below
+    # which weights are loaded; its problems come again below
+    draft = resolve(Completion().complete(tree, Recipe), [])
     needs = needed(draft)
     reading = read_architecture(tree, draft, {f"models.{role}.load": role for role in needs.roles})
     problems += reading.problems
     tree = resolve(completion.complete(reading.tree, Recipe), completion.problems)
     # A model that nothing asks for may stay as its base recipe left it, without weights to load.
     found = [p for p in completion.problems if p.known or not unneeded(p.key, needs)]
-    implied = [p for p in found if reading.settled and not p.known and p.key.startswith(f"{ARCHITECTURE}.")]
+    implied = [
+        p for p in found if reading.settled and not p.known and p.key.startswith(f"{ARCHITECTURE}.")
+    ]
     problems += [p for p in found if p not in implied]
-    sections = {f.name: conversion.section(tree, Recipe, f.name) for f in registry.recipe_fields(Recipe)}
-    sections["algorithm"] = conversion.component(tree.children["algorithm"], "algorithm", ("algorithm",))
+    sections = {
+        f.name: conversion.section(tree, Recipe, f.name) for f in registry.recipe_fields(Recipe)
+    }
+    sections["algorithm"] = conversion.component(
+        tree.children["algorithm"], "algorithm", ("algorithm",)
+    )
     problems += conversion.problems
     if sections["models"] is not None:
-        left = {role: config for role, config in sections["models"].items() if config is not None or not unneeded(f"models.{role}.", needs)}
+        left = {
+            role: config
+            for role, config in sections["models"].items()
+            if config is not None or not unneeded(f"models.{role}.", needs)
+        }
         sections["models"] = left
     world = world or check.default_world(sections["hardware"], sections["parallel"])
     report = check.cross_check(sections, tree, needs, world)
@@ -226,11 +281,19 @@ def checked(tree: Block, name: str, world: int = 0) -> Recipe:
         raise RecipeErrors(name, problems or implied)
     sections["models"] = {role: sections["models"][role] for role in needs.roles}
     warnings = tuple(map(str, report.warnings))
-    return Recipe(**sections, name=name, world=world, trained=needs.trained, warnings=warnings, tree=pruned(tree, needs))
+    return Recipe(
+        **sections,
+        name=name,
+        world=world,
+        trained=needs.trained,
+        warnings=warnings,
+        tree=pruned(tree, needs),
+    )
 
 
 def load_components(tree: Block) -> list[Problem]:
-    """Registers what the package brings, then the recipe's plugins: modules on the path or in the current folder."""
+    """Registers what the package brings, then the recipe's plugins: modules on the path or in the
+    current folder."""
     for package in (components, algorithms):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
@@ -243,9 +306,21 @@ def load_components(tree: Block) -> list[Problem]:
     for name in node.value:
         try:
             importlib.import_module(str(name))
-        except Exception as error:  # a plugin is somebody else's code: whatever it raises is a problem of this recipe
-            fix = "plugins are modules on PYTHONPATH or in the current folder" if isinstance(error, ModuleNotFoundError) else ""
-            problems.append(Problem("plugins", f"cannot import {name!r}: {type(error).__name__}: {error}", node.origin, fix))
+        # a plugin is somebody else's code: whatever it raises is a problem of this recipe
+        except Exception as error:
+            fix = (
+                "plugins are modules on PYTHONPATH or in the current folder"
+                if isinstance(error, ModuleNotFoundError)
+                else ""
+            )
+            problems.append(
+                Problem(
+                    "plugins",
+                    f"cannot import {name!r}: {type(error).__name__}: {error}",
+                    node.origin,
+                    fix,
+                )
+            )
     return problems
 
 
@@ -257,7 +332,8 @@ def resolve(tree: Block, problems: list[Problem]) -> Block:
 
     def refuse(path: KeyPath, leaf: Leaf, error: OmegaConfBaseException) -> None:
         values[path] = MISSING
-        if not isinstance(error, InterpolationToMissingValueError):  # what it points at has been reported itself
+        # what it points at has been reported itself
+        if not isinstance(error, InterpolationToMissingValueError):
             what = f"cannot resolve {leaf.value!r}: {str(error).splitlines()[0]}"
             problems.append(Problem(".".join(path), what, leaf.origin, known=False))
 
@@ -272,7 +348,11 @@ def resolve(tree: Block, problems: list[Problem]) -> Block:
         if path not in values:
             try:
                 value = functools.reduce(lambda node, key: node[key], path, config)
-                values[path] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+                values[path] = (
+                    OmegaConf.to_container(value, resolve=True)
+                    if OmegaConf.is_config(value)
+                    else value
+                )
             except OmegaConfBaseException as error:
                 refuse(path, leaf, error)
     return _replaced(tree, values)

@@ -1,4 +1,5 @@
-"""What a recipe's components ask the runner for: which models, which of them trained, and so which keys are read."""
+"""What a recipe's components ask the runner for: which models, which of them trained, and so which
+keys are read."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from gipo_megatron.recipe.source import Block, Leaf, Node
 from gipo_megatron.recipe.validate import hints
 from gipo_megatron.roles import Trainable
 
-ROLLOUT_KEYS = ("batch.prompts", "batch.responses", *(f"evaluation.{f.name}" for f in fields(Evaluation)), "run.stop.kl_above")
+ROLLOUT_KEYS = (
+    "batch.prompts",
+    "batch.responses",
+    *(f"evaluation.{f.name}" for f in fields(Evaluation)),
+    "run.stop.kl_above",
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,11 @@ def needed(tree: Block) -> Needs:
 
     def visit(node: Node | None, slot: str, outermost: bool) -> None:
         name = node.children.get("name") if isinstance(node, Block) else None
-        cls = registry.lookup(slot, name.value) if isinstance(name, Leaf) and isinstance(name.value, str) else None
+        cls = (
+            registry.lookup(slot, name.value)
+            if isinstance(name, Leaf) and isinstance(name.value, str)
+            else None
+        )
         if cls is None:
             return
         assert isinstance(node, Block)
@@ -43,12 +53,17 @@ def needed(tree: Block) -> Needs:
             asked.add(f.metadata["runtime"])
             if f.metadata["runtime"] in ROLES:
                 roles.append(f.metadata["runtime"])
-                # An algorithm updates the trainable roles that it asks for itself; a component only asks them questions.
+                # An algorithm updates the trainable roles that it asks for itself; a component only
+                # asks them questions.
                 if outermost and Trainable in typing.cast(type, hints(cls)[f.name]).__mro__:
                     trained.append(f.metadata["runtime"])
         if "reward_models" in (f.metadata["runtime"] for f in registry.runtime_fields(cls)):
             members = node.children.get("members")
-            roles.extend(map(str, members.value) if isinstance(members, Leaf) and isinstance(members.value, list) else ["reward"])
+            roles.extend(
+                map(str, members.value)
+                if isinstance(members, Leaf) and isinstance(members.value, list)
+                else ["reward"]
+            )
         for f in registry.component_fields(cls):
             visit(node.children.get(f.name), f.metadata["slot"], False)
 
@@ -63,17 +78,34 @@ def is_role(name: str) -> bool:
 def unneeded(key: str, needs: Needs) -> bool:
     """Whether `key` belongs to a model that nothing in the recipe asks for."""
     parts = key.split(".")
-    return len(parts) > 1 and parts[0] == "models" and is_role(parts[1]) and parts[1] not in needs.roles
+    return (
+        len(parts) > 1
+        and parts[0] == "models"
+        and is_role(parts[1])
+        and parts[1] not in needs.roles
+    )
 
 
 def pruned(tree: Block, needs: Needs) -> Block:
     """The tree without what this recipe never reads, so that it can be read again as a recipe."""
-    drop = {f"models.{role}.{key}" for role in needs.roles if role not in needs.trained for key in TRAINING_KEYS}
+    drop = {
+        f"models.{role}.{key}"
+        for role in needs.roles
+        if role not in needs.trained
+        for key in TRAINING_KEYS
+    }
     drop |= set() if needs.rollout else {"evaluation", *ROLLOUT_KEYS}
 
     def keep(block: Block, path: str) -> Block:
-        children = {key: child for key, child in block.children.items() if path + key not in drop and not unneeded(path + key, needs)}
-        below = {key: keep(child, f"{path}{key}.") if isinstance(child, Block) else child for key, child in children.items()}
+        children = {
+            key: child
+            for key, child in block.children.items()
+            if path + key not in drop and not unneeded(path + key, needs)
+        }
+        below = {
+            key: keep(child, f"{path}{key}.") if isinstance(child, Block) else child
+            for key, child in children.items()
+        }
         return Block(below, block.origin)
 
     return keep(tree, "")

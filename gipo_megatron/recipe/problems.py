@@ -1,4 +1,5 @@
-"""What is wrong with a recipe: every problem at once, each with its key, its file and what was probably meant."""
+"""What is wrong with a recipe: every problem at once, each with its key, its file and what was
+probably meant."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Problem:
     what: str
     where: str = ""  # file:line or "command line"
     fix: str = ""
-    known: bool = True  # False: the value is absent or points at nothing, which is no problem for what nobody reads
+    # False: the value is absent or points at nothing, which is no problem for what nobody reads
+    known: bool = True
 
     def __str__(self) -> str:
         lines = [f"{self.key}: {self.what}" if self.key else self.what]
@@ -52,15 +54,19 @@ def suggest(word: str, options: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]!r}?"
-    shown = ", ".join(known[:SHOWN]) + (f" and {len(known) - SHOWN} more" if len(known) > SHOWN else "")
+    shown = ", ".join(known[:SHOWN]) + (
+        f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    )
     return f"known here: {shown}" if known else ""
 
 
 def fail(error: UserError, patience: float = 30.0) -> NoReturn:
-    """Print `error` once and leave with exit code 2; under torchrun rank 0 prints and every rank exits 2.
+    """Print `error` once and leave with exit code 2; under torchrun rank 0 prints and every rank
+    exits 2.
 
-    torchrun ends all ranks as soon as one is gone, so the others give rank 0 up to `patience` seconds to be the first, and to be gone.
-    Who is still there then knows what rank 0, busy or waiting, does not, and says it.
+    torchrun ends all ranks as soon as one is gone, so the others give rank 0 up to `patience`
+    seconds to be the first, and to be gone. Who is still there then knows what rank 0, busy or
+    waiting, does not, and says it.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank:

@@ -21,7 +21,11 @@ class Range:
         """Why `value` is out of range; empty when it is not."""
         if self.low is not None and (value <= self.low if self.open else value < self.low):
             return f"{value!r} must be {'above' if self.open else 'at least'} {self.low:g}"
-        return f"{value!r} must be at most {self.high:g}" if self.high is not None and value > self.high else ""
+        return (
+            f"{value!r} must be at most {self.high:g}"
+            if self.high is not None and value > self.high
+            else ""
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,16 @@ class OneOf:
         return "" if value in self.options else f"{value!r} is not one of {', '.join(self.options)}"
 
 
-SLOTS = ("algorithm", "rollout", "reward", "group_classifier", "variance_regulariser", "kl_controller", "advantage", "judge")
+SLOTS = (
+    "algorithm",
+    "rollout",
+    "reward",
+    "group_classifier",
+    "variance_regulariser",
+    "kl_controller",
+    "advantage",
+    "judge",
+)
 
 _registry: dict[tuple[str, str], type] = {}
 
@@ -50,9 +63,14 @@ def register(slot: str, name: str) -> Callable[[type[C]], type[C]]:
 
     def add(cls: type[C]) -> type[C]:
         if slot not in SLOTS:
-            raise ValueError(f"unknown slot {slot!r} for {cls.__name__}; slots are {', '.join(SLOTS)}")
+            raise ValueError(
+                f"unknown slot {slot!r} for {cls.__name__}; slots are {', '.join(SLOTS)}"
+            )
         if _registry.setdefault((slot, name), cls) is not cls:
-            raise ValueError(f"{slot} {name!r} is taken by {_registry[slot, name].__module__}.{_registry[slot, name].__name__}")
+            raise ValueError(
+                f"{slot} {name!r} is taken by"
+                f" {_registry[slot, name].__module__}.{_registry[slot, name].__name__}"
+            )
         return cls
 
     return add
@@ -95,11 +113,18 @@ def build(slot: str, block: Mapping[str, Any], runtime: Mapping[str, Any]) -> An
     Raises ValueError when the runtime lacks an object that the component asks for.
     """
     cls = _registry[slot, block["name"]]
-    arguments: dict[str, Any] = {f.name: block[f.name] for f in recipe_fields(cls) if f.name in block}
+    arguments: dict[str, Any] = {
+        f.name: block[f.name] for f in recipe_fields(cls) if f.name in block
+    }
     for f in runtime_fields(cls):
         if f.metadata["runtime"] not in runtime:
-            raise ValueError(f"{slot} {block['name']!r} asks the runner for {f.metadata['runtime']!r}, which this recipe does not make")
+            raise ValueError(
+                f"{slot} {block['name']!r} asks the runner for {f.metadata['runtime']!r}, which"
+                " this recipe does not make"
+            )
         arguments[f.name] = runtime[f.metadata["runtime"]]
     for f in component_fields(cls):
-        arguments[f.name] = build(f.metadata["slot"], block.get(f.name) or {"name": f.metadata["default"]}, runtime)
+        arguments[f.name] = build(
+            f.metadata["slot"], block.get(f.name) or {"name": f.metadata["default"]}, runtime
+        )
     return cls(**arguments)

@@ -1,4 +1,5 @@
-"""The fixed sections of a recipe. A field is a key; its default here is the only one. Components bring their own keys."""
+"""The fixed sections of a recipe. A field is a key; its default here is the only one. Components
+bring their own keys."""
 
 from __future__ import annotations
 
@@ -22,8 +23,10 @@ class ModelConfig:
     """One role's weights and, where the algorithm trains it, its optimiser."""
 
     load: str  # a checkpoint of this project, a Hugging Face folder or hub name, or `random`
-    lr: Annotated[float, Range(0, open=True)] | None = None  # required for a role that is trained, refused for one that is not
-    schedule: Annotated[str, OneOf("constant", "cosine", "linear")] = "constant"  # after the warm-up
+    # required for a role that is trained, refused for one that is not
+    lr: Annotated[float, Range(0, open=True)] | None = None
+    # after the warm-up
+    schedule: Annotated[str, OneOf("constant", "cosine", "linear")] = "constant"
     warmup_steps: NotNegative = 0  # optimizer steps from 0 to lr
     weight_decay: Annotated[float, Range(0)] = 0.0
     clip_grad: Annotated[float, Range(0, open=True)] = 1.0  # largest global gradient norm
@@ -42,12 +45,14 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Memory:
-    recompute: Annotated[str, OneOf("none", "selective", "full")] = "none"  # activations computed again in the backward pass
+    # activations computed again in the backward pass
+    recompute: Annotated[str, OneOf("none", "selective", "full")] = "none"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """In sequences (in pairs for a reward model and DPO). micro_batch is per replica; the others count all replicas together."""
+    """In sequences (in pairs for a reward model and DPO). micro_batch is per replica; the others
+    count all replicas together."""
 
     prompts: Count = 64  # prompts an iteration
     responses: Count = 4  # responses a prompt
@@ -70,10 +75,15 @@ class Run:
     keep: Count = 2  # newest checkpoints that stay; `best` and `final` stay anyway
     eval_every: NotNegative = 50  # iterations between held-out evaluations; 0: none
     eval_prompts: Count = 64  # held-out prompts, examples or pairs of one evaluation
-    resume: str = "auto"  # auto: from the newest checkpoint of run.dir | never: refuse a used run.dir | a checkpoint's path
+    # auto: from the newest checkpoint of run.dir | never: refuse a used run.dir | a checkpoint's
+    # path
+    resume: str = "auto"
     export_hf: bool = False  # write the final weights as a Hugging Face folder, too
-    max_skipped: Count = 3  # consecutive steps with a non-finite loss or gradient before the run stops
-    loggers: list[Annotated[str, OneOf("console", "tensorboard", "wandb")]] = field(default_factory=lambda: ["console", "tensorboard"])
+    # consecutive steps with a non-finite loss or gradient before the run stops
+    max_skipped: Count = 3
+    loggers: list[Annotated[str, OneOf("console", "tensorboard", "wandb")]] = field(
+        default_factory=lambda: ["console", "tensorboard"]
+    )
     stop: Stop = field(default_factory=Stop)
 
 
@@ -89,7 +99,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the recipe is written for; used by checks and planning when torchrun has not said how many there are."""
+    """What the recipe is written for; used by checks and planning when torchrun has not said how
+    many there are."""
 
     gpus: NotNegative = 0  # 0: CPU, any number of processes
     gpu_memory_gib: NotNegative = 0
@@ -120,7 +131,8 @@ class Recipe:
 
     name: str = composed()
     world: int = composed()  # processes the checks were made for
-    trained: tuple[str, ...] = composed()  # roles the algorithm updates; the other models only answer
+    # roles the algorithm updates; the other models only answer
+    trained: tuple[str, ...] = composed()
     warnings: tuple[str, ...] = composed()
     tree: Block = composed()  # every value with its origin
 
@@ -138,13 +150,21 @@ _POSITIVE = Range(1)
 _SHARE = Range(0, 1)
 RANGES: dict[type, dict[str, Range | OneOf]] = {
     Parallel: {"tensor": _POSITIVE, "pipeline": _POSITIVE, "virtual_pipeline": _POSITIVE},
-    Precision: {"dtype": OneOf("fp32", "bf16"), "fp8": OneOf("none", "delayed", "tensorwise", "blockwise")},
+    Precision: {
+        "dtype": OneOf("fp32", "bf16"),
+        "fp8": OneOf("none", "delayed", "tensorwise", "blockwise"),
+    },
     Architecture: {
         **{f.name: _POSITIVE for f in dataclasses.fields(Architecture) if f.type == "int"},
         "rope_base": Range(0, open=True),
         "norm_eps": Range(0, open=True),
     },
-    DataConfig: {"format": OneOf(*FORMATS), "max_length": Range(2), "max_response": _POSITIVE, "held_out": _SHARE},
+    DataConfig: {
+        "format": OneOf(*FORMATS),
+        "max_length": Range(2),
+        "max_response": _POSITIVE,
+        "held_out": _SHARE,
+    },
     PlantedConfig: {
         "prompts": Range(4),
         "pairs_per_prompt": _POSITIVE,

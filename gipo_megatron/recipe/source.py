@@ -48,7 +48,11 @@ class _Dumper(yaml.SafeDumper):
 _SCALARS = (
     ("bool", r"^(?:true|True|false|False)$", "tTfF"),
     ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789"),
-    ("float", r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+    (
+        "float",
+        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$",
+        "-+.0123456789",
+    ),
     ("null", r"^(?:~|null|Null|)$", ["~", "n", "N", ""]),
 )
 for _cls in (_Loader, _Dumper):
@@ -58,7 +62,14 @@ for _cls in (_Loader, _Dumper):
 
 def dump_value(value: Any) -> str:
     """One line of YAML that parses back to `value`."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9, sort_keys=False)
+    text = yaml.dump(
+        value,
+        Dumper=_Dumper,
+        default_flow_style=True,
+        allow_unicode=True,
+        width=10**9,
+        sort_keys=False,
+    )
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -80,25 +91,35 @@ def parse_yaml(text: str, file: str) -> Block:
     except yaml.YAMLError as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         raise UserError(
-            f"not valid YAML: {error.problem if isinstance(error, yaml.MarkedYAMLError) else error}",
+            "not valid YAML:"
+            f" {error.problem if isinstance(error, yaml.MarkedYAMLError) else error}",
             where=f"{file}:{mark.line + 1}" if mark else file,
             fix='inside {…} quote "${…}", "???" and text with colons',
         ) from None
 
 
 def parse_value(text: str, path: KeyPath, origin: str) -> Node:
-    """The value of `key=text` on the command line; nothing after `=` is the empty string. Raises UserError."""
+    """The value of `key=text` on the command line; nothing after `=` is the empty string. Raises
+    UserError."""
     if text == "":
         return Leaf("", origin)
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return Leaf(text, origin) if node is None else _tree(loader, node, origin, path, line_numbers=False)
+        return (
+            Leaf(text, origin)
+            if node is None
+            else _tree(loader, node, origin, path, line_numbers=False)
+        )
     except yaml.YAMLError:
-        raise UserError(f"cannot read the value {text!r}", where=origin, fix="quote it: key='…'") from None
+        raise UserError(
+            f"cannot read the value {text!r}", where=origin, fix="quote it: key='…'"
+        ) from None
 
 
-def _tree(loader: _Loader, node: yaml.Node, file: str, path: KeyPath, line_numbers: bool = True) -> Node:
+def _tree(
+    loader: _Loader, node: yaml.Node, file: str, path: KeyPath, line_numbers: bool = True
+) -> Node:
     origin = f"{file}:{node.start_mark.line + 1}" if line_numbers else file
     if not isinstance(node, yaml.MappingNode):
         value = loader.construct_object(node, deep=True)
@@ -111,7 +132,10 @@ def _tree(loader: _Loader, node: yaml.Node, file: str, path: KeyPath, line_numbe
         if not isinstance(key, str):
             key = str(key_node.value)
         if key in children:
-            raise UserError(f"{'.'.join((*path, key))} is given twice", where=f"{file}:{key_node.start_mark.line + 1}")
+            raise UserError(
+                f"{'.'.join((*path, key))} is given twice",
+                where=f"{file}:{key_node.start_mark.line + 1}",
+            )
         children[key] = _tree(loader, value_node, file, (*path, key), line_numbers)
     return Block(children, origin)
 
@@ -122,11 +146,16 @@ def is_slot(path: KeyPath) -> bool:
 
 
 def merge(base: Block, child: Block, path: KeyPath = ()) -> Block:
-    """Both; the child wins. In a component, a child that changes a block's `name` replaces the whole block."""
+    """Both; the child wins. In a component, a child that changes a block's `name` replaces the
+    whole block."""
     merged = dict(base.children)
     for key, node in child.children.items():
         old = merged.get(key)
-        if isinstance(old, Block) and isinstance(node, Block) and not _renamed(old, node, (*path, key)):
+        if (
+            isinstance(old, Block)
+            and isinstance(node, Block)
+            and not _renamed(old, node, (*path, key))
+        ):
             merged[key] = merge(old, node, (*path, key))
         else:
             merged[key] = node
@@ -157,7 +186,8 @@ def leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Leaf]]:
 
 
 def to_yaml(block: Block, origins: bool = True) -> str:
-    """YAML that parses back to the same values; with `origins`, each line ends in a comment that says who wrote it."""
+    """YAML that parses back to the same values; with `origins`, each line ends in a comment that
+    says who wrote it."""
     lines: list[tuple[str, str]] = []
 
     def write(node: Block, indent: str) -> None:
@@ -173,4 +203,6 @@ def to_yaml(block: Block, origins: bool = True) -> str:
     if not origins:
         return "".join(f"{text}\n" for text, _ in lines)
     width = min(60, max((len(text) for text, origin in lines if origin), default=0))
-    return "".join(f"{text:<{width}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines)
+    return "".join(
+        f"{text:<{width}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines
+    )

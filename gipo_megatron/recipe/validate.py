@@ -1,4 +1,5 @@
-"""A tree against dataclasses: defaults filled in, unknown and missing keys, types, ranges. Nothing is raised, all is collected."""
+"""A tree against dataclasses: defaults filled in, unknown and missing keys, types, ranges. Nothing
+is raised, all is collected."""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ from gipo_megatron.recipe.registry import OneOf, Range
 from gipo_megatron.recipe.schema import RANGES
 from gipo_megatron.recipe.source import DEFAULT, MISSING, Block, KeyPath, Leaf, Node, plain
 
-NOT_BUILT = {("parallel", "context"): "context parallelism", ("parallel", "expert"): "expert parallelism"}
+NOT_BUILT = {
+    ("parallel", "context"): "context parallelism",
+    ("parallel", "expert"): "expert parallelism",
+}
 
 
 @functools.cache
@@ -45,21 +49,30 @@ def _listed(hint: Any) -> type | None:
 
 
 def _items(node: Node, path: KeyPath) -> list[tuple[KeyPath, Block | None]]:
-    """(path, block) of each item of a list of blocks, `tasks[0]` and on; None for what is no block. A list has one origin."""
+    """(path, block) of each item of a list of blocks, `tasks[0]` and on; None for what is no block.
+    A list has one origin."""
     values = node.value if isinstance(node, Leaf) and isinstance(node.value, list) else []
     blocks = [
-        Block({k: Leaf(v, node.origin) for k, v in value.items()}, node.origin) if isinstance(value, dict) else None for value in values
+        Block({k: Leaf(v, node.origin) for k, v in value.items()}, node.origin)
+        if isinstance(value, dict)
+        else None
+        for value in values
     ]
     return [((*path[:-1], f"{path[-1]}[{i}]"), block) for i, block in enumerate(blocks)]
 
 
 def _is_dict(hint: Any) -> bool:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    options = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
     return any(typing.get_origin(option) is dict or option is dict for option in options)
 
 
 class Completion:
-    """First pass: a tree with every key of `cls`, those not written at their default; unknown and missing keys are problems."""
+    """First pass: a tree with every key of `cls`, those not written at their default; unknown and
+    missing keys are problems."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -75,49 +88,86 @@ class Completion:
         for f in dataclasses.fields(cls):
             child = block.children.get(f.name)
             if f in parts:
-                children[f.name] = self.component(child, f.metadata["slot"], f.metadata["default"], (*path, f.name), block.origin)
+                children[f.name] = self.component(
+                    child, f.metadata["slot"], f.metadata["default"], (*path, f.name), block.origin
+                )
             elif f in fields:
-                children[f.name] = self._field(child, f, hints(cls)[f.name], (*path, f.name), block.origin)
+                children[f.name] = self._field(
+                    child, f, hints(cls)[f.name], (*path, f.name), block.origin
+                )
         return Block(children, block.origin)
 
-    def component(self, node: Node | None, slot: str, default: str, path: KeyPath, parent: str) -> Node:
+    def component(
+        self, node: Node | None, slot: str, default: str, path: KeyPath, parent: str
+    ) -> Node:
         key = ".".join(path)
         if node is None or (isinstance(node, Block) and "name" not in node.children and default):
             written = node.children if isinstance(node, Block) else {}
-            node = Block({"name": Leaf(default or MISSING, DEFAULT), **written}, node.origin if node else DEFAULT)
+            node = Block(
+                {"name": Leaf(default or MISSING, DEFAULT), **written},
+                node.origin if node else DEFAULT,
+            )
         if not isinstance(node, Block):
-            self.problems.append(Problem(key, f"must be {{name: …}}, not {node.value!r}", node.origin))
+            self.problems.append(
+                Problem(key, f"must be {{name: …}}, not {node.value!r}", node.origin)
+            )
             return node
         name = node.children.get("name", Leaf(MISSING, node.origin))
         if not isinstance(name, Leaf) or name.value == MISSING:
-            self.problems.append(Problem(f"{key}.name", "missing", node.origin or parent, f"one of {', '.join(registry.names(slot))}"))
+            self.problems.append(
+                Problem(
+                    f"{key}.name",
+                    "missing",
+                    node.origin or parent,
+                    f"one of {', '.join(registry.names(slot))}",
+                )
+            )
             return node
         cls = registry.lookup(slot, name.value) if isinstance(name.value, str) else None
         if cls is None:
             fix = suggest(str(name.value), registry.names(slot))
-            self.problems.append(Problem(f"{key}.name", f"there is no {slot} {name.value!r}", name.origin, fix))
+            self.problems.append(
+                Problem(f"{key}.name", f"there is no {slot} {name.value!r}", name.origin, fix)
+            )
             return node
         return self.complete(node, cls, path, slot)
 
-    def _field(self, node: Node | None, f: dataclasses.Field[Any], hint: Any, path: KeyPath, parent: str) -> Node:
+    def _field(
+        self, node: Node | None, f: dataclasses.Field[Any], hint: Any, path: KeyPath, parent: str
+    ) -> Node:
         key = ".".join(path)
         each = _blocks_of(hint)
         if each is not None or dataclasses.is_dataclass(hint):
             block = Block({}, DEFAULT) if node is None else node
             if not isinstance(block, Block):
-                self.problems.append(Problem(key, f"must be a block of keys, not {block.value!r}", block.origin))
+                self.problems.append(
+                    Problem(key, f"must be a block of keys, not {block.value!r}", block.origin)
+                )
                 return block
             if each is None:
                 return self.complete(block, hint, path)
-            return Block({k: self._field(child, f, each, (*path, k), block.origin) for k, child in block.children.items()}, block.origin)
+            return Block(
+                {
+                    k: self._field(child, f, each, (*path, k), block.origin)
+                    for k, child in block.children.items()
+                },
+                block.origin,
+            )
         if isinstance(node, Block) and _is_dict(hint):
             return Leaf(plain(node), node.origin)
-        asked = isinstance(node, Leaf) and node.value == MISSING  # `???`: a recipe leaves it to its children, whatever the default
+        # `???`: a recipe leaves it to its children, whatever the default
+        asked = isinstance(node, Leaf) and node.value == MISSING
         if node is None or asked:
             default = MISSING if asked else _default(f)
             if default == MISSING:
                 self.problems.append(
-                    Problem(key, "missing", parent if node is None else node.origin, f"set it in the recipe, or {key}=…", known=False)
+                    Problem(
+                        key,
+                        "missing",
+                        parent if node is None else node.origin,
+                        f"set it in the recipe, or {key}=…",
+                        known=False,
+                    )
                 )
             return Leaf(default, DEFAULT if node is None else node.origin)
         item = _listed(hint)
@@ -129,7 +179,8 @@ class Completion:
         if not items:
             return node
         completed = [
-            value if block is None else plain(self.complete(block, cls, at)) for (at, block), value in zip(items, node.value, strict=True)
+            value if block is None else plain(self.complete(block, cls, at))
+            for (at, block), value in zip(items, node.value, strict=True)
         ]
         return Leaf(completed, node.origin)
 
@@ -137,7 +188,14 @@ class Completion:
         key = ".".join(path)
         if path in NOT_BUILT:
             if plain(node) != 1:
-                self.problems.append(Problem(key, f"{NOT_BUILT[path]} is not built yet", node.origin, "remove it, or set it to 1"))
+                self.problems.append(
+                    Problem(
+                        key,
+                        f"{NOT_BUILT[path]} is not built yet",
+                        node.origin,
+                        "remove it, or set it to 1",
+                    )
+                )
             return
         readers = [n for n in registry.names(slot) if path[-1] in _keys_of(slot, n)] if slot else []
         if readers:
@@ -167,7 +225,21 @@ def _not_yet(*_: Any) -> Any:
 
 
 _VERBS = (
-    *("getattr", "call", "contains", "iter", "len", "getitem", "bool", "eq", "ne", "lt", "le", "gt", "ge"),
+    *(
+        "getattr",
+        "call",
+        "contains",
+        "iter",
+        "len",
+        "getitem",
+        "bool",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+    ),
     *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "mod"),
 )
 for _verb in _VERBS:
@@ -179,7 +251,8 @@ class Wrong(Exception):
 
 
 class Conversion:
-    """Second pass: a completed tree to typed values; wrong types and values out of range are problems."""
+    """Second pass: a completed tree to typed values; wrong types and values out of range are
+    problems."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -194,7 +267,10 @@ class Conversion:
         if not isinstance(node, Block):
             return None
         before = len(self.problems)
-        values = {f.name: self._field(node.children[f.name], cls, f.name, path) for f in registry.recipe_fields(cls)}
+        values = {
+            f.name: self._field(node.children[f.name], cls, f.name, path)
+            for f in registry.recipe_fields(cls)
+        }
         if len(self.problems) > before or any(v is Wrong for v in values.values()):
             return None
         return self._guarded(lambda: cls(**values), node, path)
@@ -207,16 +283,26 @@ class Conversion:
         if cls is None:
             return None
         before = len(self.problems)
-        values = {f.name: self._field(node.children[f.name], cls, f.name, path) for f in registry.recipe_fields(cls)}
+        values = {
+            f.name: self._field(node.children[f.name], cls, f.name, path)
+            for f in registry.recipe_fields(cls)
+        }
         if len(self.problems) == before and Wrong not in values.values():
             runtime = {f.name: _Later() for f in registry.runtime_fields(cls)}
             self._guarded(lambda: cls(**values, **runtime), node, path)
         for f in registry.component_fields(cls):
-            values[f.name] = self.component(node.children[f.name], f.metadata["slot"], (*path, f.name))
-        return None if len(self.problems) > before or Wrong in values.values() else {"name": name.value, **values}
+            values[f.name] = self.component(
+                node.children[f.name], f.metadata["slot"], (*path, f.name)
+            )
+        return (
+            None
+            if len(self.problems) > before or Wrong in values.values()
+            else {"name": name.value, **values}
+        )
 
     def _guarded(self, make: Callable[[], Any], node: Block, path: KeyPath) -> Any:
-        """A dataclass may refuse its values in __post_init__: ValueError, or UserError whose `where` ends in the key."""
+        """A dataclass may refuse its values in __post_init__: ValueError, or UserError whose
+        `where` ends in the key."""
         try:
             return make()
         except NotYet:
@@ -224,7 +310,11 @@ class Conversion:
         except UserError as error:
             key = error.where.rsplit(".", 1)[-1]
             if key in node.children:
-                self.problems.append(Problem(".".join((*path, key)), error.what, node.children[key].origin, error.fix))
+                self.problems.append(
+                    Problem(
+                        ".".join((*path, key)), error.what, node.children[key].origin, error.fix
+                    )
+                )
             else:
                 self.problems.append(Problem(".".join(path), error.what, _written(node), error.fix))
         except ValueError as error:
@@ -242,7 +332,9 @@ class Conversion:
             block = self.instance(node, typing.cast(type, hint), key)
             return Wrong if block is None else block
         if isinstance(node, Block):
-            self.problems.append(Problem(".".join(key), f"needs {spell(hint)}, not a block of keys", node.origin))
+            self.problems.append(
+                Problem(".".join(key), f"needs {spell(hint)}, not a block of keys", node.origin)
+            )
             return Wrong
         if node.value == MISSING:
             return Wrong
@@ -278,7 +370,8 @@ def refuse(value: Any, marks: list[Any]) -> None:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """`value` as `hint` wants it (an int is a float, a list may become a tuple; nothing else changes). Raises Wrong."""
+    """`value` as `hint` wants it (an int is a float, a list may become a tuple; nothing else
+    changes). Raises Wrong."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         converted = convert(value, arguments[0])
@@ -295,7 +388,11 @@ def convert(value: Any, hint: Any) -> Any:
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
             raise Wrong(f"needs {spell(hint)}, not {_describe(value)}")
-        return {convert(k, arguments[0]): convert(v, arguments[1]) for k, v in value.items()} if arguments else value
+        return (
+            {convert(k, arguments[0]): convert(v, arguments[1]) for k, v in value.items()}
+            if arguments
+            else value
+        )
     if hint is float and type(value) is int:
         return float(value)
     if hint in (bool, int, float, str):
@@ -331,10 +428,23 @@ def spell(hint: Any) -> str:
         return "a block of keys"
     if dataclasses.is_dataclass(hint):
         return "blocks of keys"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        type(None): "null",
+    }
     return names[hint] if hint in names else str(hint)
 
 
 def _describe(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a block of keys"}
+    kinds = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a block of keys",
+    }
     return "null" if value is None else f"{value!r} ({kinds[type(value)]})"

@@ -1,4 +1,5 @@
-"""What a person watching the run should be told, with the number, the threshold and what to do about it."""
+"""What a person watching the run should be told, with the number, the threshold and what to do
+about it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BASELINE_STEPS = 10
-CLEAR_STEPS = 5  # quiet steps in a row before an alert may be raised again: a metric that hovers at its threshold is told once
+# quiet steps in a row before an alert may be raised again: a metric that hovers at its threshold is
+# told once
+CLEAR_STEPS = 5
 ALWAYS_FINITE = (
     "loss",
     "grad_norm",
@@ -20,17 +23,26 @@ ALWAYS_FINITE = (
 
 @dataclass
 class Alerts:
-    """The recipe's `alerts:` block. Each alert is raised once as it begins, and again only after CLEAR_STEPS quiet steps."""
+    """The recipe's `alerts:` block. Each alert is raised once as it begins, and again only after
+    CLEAR_STEPS quiet steps."""
 
     mass_min: float = 0.05  # groups/mass_min below this: the groups have collapsed
-    response_split: float = 0.8  # groups/response_split (an AUC) above this: groups are "good or bad response", not easy or hard prompt
+    # groups/response_split (an AUC) above this: groups are "good or bad response", not easy or hard
+    # prompt
+    response_split: float = 0.8
     kl_above: float | None = 50.0  # kl/mean, nats per response; null: off
-    length_drift: float = 2.0  # rollout/length_mean grew or shrank by this factor since the run's first steps
-    repetition: float = 0.5  # share of responses that equal another one (1 - rollout/distinct), above this
+    # rollout/length_mean grew or shrank by this factor since the run's first steps
+    length_drift: float = 2.0
+    # share of responses that equal another one (1 - rollout/distinct), above this
+    repetition: float = 0.5
     non_finite: bool = True  # any infinity, or NaN in a loss, gradient norm, score or KL
 
-    raised: dict[str, int] = field(default_factory=dict, init=False, repr=False, metadata={"state": True})
-    lengths: list[float] = field(default_factory=list, init=False, repr=False, metadata={"state": True})
+    raised: dict[str, int] = field(
+        default_factory=dict, init=False, repr=False, metadata={"state": True}
+    )
+    lengths: list[float] = field(
+        default_factory=list, init=False, repr=False, metadata={"state": True}
+    )
 
     def check(self, values: Mapping[str, float], step: int) -> list[str]:
         """Alerts that begin with this step's values: metric, value, threshold, what to do.
@@ -58,29 +70,46 @@ class Alerts:
     def _conditions(self, values: Mapping[str, float]) -> Iterator[tuple[str, bool, str]]:
         if self.non_finite:
             bad = sorted(name for name, value in values.items() if _is_bad(name, value))
-            listed = ", ".join(f"{name} = {values[name]}" for name in bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-            yield "non_finite", bool(bad), f"not finite: {listed}; lower the learning rate, or look at the step's samples for broken rows"
+            listed = ", ".join(f"{name} = {values[name]}" for name in bad[:5]) + (
+                f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            )
+            yield (
+                "non_finite",
+                bool(bad),
+                (
+                    f"not finite: {listed}; lower the learning rate, or look at the step's samples"
+                    " for broken rows"
+                ),
+            )
 
         if (mass := _finite(values, "groups/mass_min")) is not None:
             yield (
                 "mass_min",
                 mass < self.mass_min,
-                f"groups/mass_min = {mass:.3g} < {self.mass_min:g}: a group has collapsed; lower group_classifier.lr, "
-                "or use group_classifier.variance=mass",
+                (
+                    f"groups/mass_min = {mass:.3g} < {self.mass_min:g}: a group has collapsed;"
+                    " lower group_classifier.lr, or use group_classifier.variance=mass"
+                ),
             )
         if (auc := _finite(values, "groups/response_split")) is not None:
             yield (
                 "response_split",
                 auc > self.response_split,
-                f"groups/response_split = {auc:.3g} > {self.response_split:g}: within a prompt the groups follow the response's score, "
-                "not the prompt's difficulty; use group_classifier.input=prompt",
+                (
+                    f"groups/response_split = {auc:.3g} > {self.response_split:g}: within a prompt"
+                    " the groups follow the response's score, not the prompt's difficulty; use"
+                    " group_classifier.input=prompt"
+                ),
             )
         if self.kl_above is not None and (kl := _finite(values, "kl/mean")) is not None:
             yield (
                 "kl_above",
                 kl > self.kl_above,
-                f"kl/mean = {kl:.3g} > {self.kl_above:g} nats per response: the policy is leaving the reference; "
-                "raise kl_controller.eta, lower models.actor.lr, or stop earlier",
+                (
+                    f"kl/mean = {kl:.3g} > {self.kl_above:g} nats per response: the policy is"
+                    " leaving the reference; raise kl_controller.eta, lower models.actor.lr, or"
+                    " stop earlier"
+                ),
             )
         yield from self._length(values)
         for name in ("rollout/distinct", "rollout/repetition"):
@@ -89,8 +118,11 @@ class Alerts:
                 yield (
                     name,
                     repeated > self.repetition,
-                    f"{name} = {value:.3g}, repeated share {repeated:.3g} > {self.repetition:g}: responses repeat themselves; "
-                    "read samples.jsonl, raise kl_controller.eta or stop earlier",
+                    (
+                        f"{name} = {value:.3g}, repeated share {repeated:.3g} >"
+                        f" {self.repetition:g}: responses repeat themselves; read samples.jsonl,"
+                        " raise kl_controller.eta or stop earlier"
+                    ),
                 )
 
     def _length(self, values: Mapping[str, float]) -> Iterator[tuple[str, bool, str]]:
@@ -104,8 +136,12 @@ class Alerts:
         yield (
             "length_drift",
             drifted,
-            f"rollout/length_mean = {length:.4g}, was {start:.4g} over the first {BASELINE_STEPS} steps, beyond the factor "
-            f"{self.length_drift:g}: look at groups/high_corr_length and samples.jsonl; if the reward model likes length, penalise it",
+            (
+                f"rollout/length_mean = {length:.4g}, was {start:.4g} over the first"
+                f" {BASELINE_STEPS} steps, beyond the factor {self.length_drift:g}: look at"
+                " groups/high_corr_length and samples.jsonl; if the reward model likes length,"
+                " penalise it"
+            ),
         )
 
 
@@ -118,5 +154,7 @@ def _is_bad(name: str, value: float) -> bool:
     if name == "reward/non_finite":
         return value != 0
     if math.isnan(value):
-        return name == "kl/mean" or (not name.startswith(("groups/", "source/")) and name.rsplit("/", 1)[-1] in ALWAYS_FINITE)
+        return name == "kl/mean" or (
+            not name.startswith(("groups/", "source/")) and name.rsplit("/", 1)[-1] in ALWAYS_FINITE
+        )
     return math.isinf(value)

@@ -1,4 +1,5 @@
-"""A live progress bar on a terminal, one line a step everywhere else, and the same lines in log.txt."""
+"""A live progress bar on a terminal, one line a step everywhere else, and the same lines in
+log.txt."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """Time left, from the mean of the last steps' seconds (the first step compiles, allocates and loads: it counts only alone)."""
+    """Time left, from the mean of the last steps' seconds (the first step compiles, allocates and
+    loads: it counts only alone)."""
 
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
@@ -71,11 +73,14 @@ class Pace:
 def step_line(step: int, total_steps: int, values: Mapping[str, float], left: float) -> str:
     width = len(str(total_steps))
     seconds = f"  {values['time/step_seconds']:.2f} s" if "time/step_seconds" in values else ""
-    return f"step {step:>{width}}/{total_steps}  {key_figures(values)}{seconds}  left {duration(left)}"
+    return (
+        f"step {step:>{width}}/{total_steps}  {key_figures(values)}{seconds}  left {duration(left)}"
+    )
 
 
 class LogFile:
-    """log.txt: one line a step, alerts, and where a run was resumed. Nothing is ever cut from it."""
+    """log.txt: one line a step, alerts, and where a run was resumed. Nothing is ever cut from
+    it."""
 
     def __init__(self, path: Path, total_steps: int) -> None:
         self._path, self._total = path, total_steps
@@ -111,13 +116,24 @@ class LogFile:
 
 
 class Console:
-    """The terminal of rank 0: a bar with phase and time left over the key figures; plain lines when nobody watches live."""
+    """The terminal of rank 0: a bar with phase and time left over the key figures; plain lines when
+    nobody watches live."""
 
-    def __init__(self, total_steps: int, title: str, stream: TextIO | None = None, *, live: bool | None = None) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        title: str,
+        stream: TextIO | None = None,
+        *,
+        live: bool | None = None,
+    ) -> None:
         self._total = total_steps
         self._pace = Pace(total_steps)
-        self._figures: dict[str, float] = {}  # last known: held-out figures stay between evaluations
-        self._console = rich.console.Console(file=stream or sys.stdout, force_terminal=live, highlight=False, soft_wrap=True)
+        # last known: held-out figures stay between evaluations
+        self._figures: dict[str, float] = {}
+        self._console = rich.console.Console(
+            file=stream or sys.stdout, force_terminal=live, highlight=False, soft_wrap=True
+        )
         self._live: Live | None = None
         if self._console.is_terminal:
             self._bar = Progress(
@@ -130,7 +146,9 @@ class Console:
                 console=self._console,
             )
             self._task = self._bar.add_task(title, total=total_steps, left="-:--", phase="")
-            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=4
+            )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         left = self._pace.step(step)
@@ -165,4 +183,7 @@ class Console:
             self._live.stop()
 
     def _render(self) -> rich.console.RenderableType:
-        return rich.console.Group(self._bar.get_renderable(), Text("  " + key_figures(self._figures), overflow="ellipsis", no_wrap=True))
+        return rich.console.Group(
+            self._bar.get_renderable(),
+            Text("  " + key_figures(self._figures), overflow="ellipsis", no_wrap=True),
+        )

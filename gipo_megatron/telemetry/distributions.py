@@ -9,17 +9,29 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from gipo_megatron.telemetry.runs import Group
-from gipo_megatron.telemetry.style import MAX_SMALL, NEUTRAL, SMALLEST, Drawn, colour, panels, shared_legend, visible
+from gipo_megatron.telemetry.style import (
+    MAX_SMALL,
+    NEUTRAL,
+    SMALLEST,
+    Drawn,
+    colour,
+    panels,
+    shared_legend,
+    visible,
+)
 
 MAX_POINTS = 1500  # of a scatter
 TAIL = 0.1  # of the responses, in CVaR
 
 
 def _part(group: Group, keys: tuple[str, ...], part: str) -> np.ndarray:
-    """[N, len(keys)] of the samples that have them all: of all steps, or of the first or last fifth of the steps."""
+    """[N, len(keys)] of the samples that have them all: of all steps, or of the first or last fifth
+    of the steps."""
     rows = []
     for run in group.runs:
-        there = [row for row in run.samples if all(isinstance(row.get(k), (int, float)) for k in keys)]
+        there = [
+            row for row in run.samples if all(isinstance(row.get(k), (int, float)) for k in keys)
+        ]
         steps = sorted({row["step"] for row in there})
         fifth = max(1, len(steps) // 5)
         wanted = set({"all": steps, "start": steps[:fifth], "end": steps[-fifth:]}[part])
@@ -27,13 +39,14 @@ def _part(group: Group, keys: tuple[str, ...], part: str) -> np.ndarray:
     return np.array(rows, dtype=float).reshape(-1, len(keys))
 
 
-# --------------------------------------------------------------------------------------------- tails
+# -------------------------------------------------------------------------------------------- tails
 
 
 @dataclass(frozen=True)
 class Tails:
-    """Shape of a sample of scores. skew = m₃/m₂^1.5 and kurtosis = m₄/m₂² − 3 (both 0 for a Gaussian; m_k central moments, None where all
-    are equal); cvar: mean of the lowest 10 %, the response on its edge counted in part."""
+    """Shape of a sample of scores. skew = m₃/m₂^1.5 and kurtosis = m₄/m₂² − 3 (both 0 for a
+    Gaussian; m_k central moments, None where all are equal); cvar: mean of the lowest 10 %, the
+    response on its edge counted in part."""
 
     count: int
     mean: float
@@ -44,7 +57,8 @@ class Tails:
 
     def __str__(self) -> str:
         shape = [
-            f"{name} {value:+.2f}" if value is not None else f"{name} –" for name, value in (("skew", self.skew), ("kurt", self.kurtosis))
+            f"{name} {value:+.2f}" if value is not None else f"{name} –"
+            for name, value in (("skew", self.skew), ("kurt", self.kurtosis))
         ]
         return f"{', '.join(shape)}, CVaR₁₀ {self.cvar:+.2f}"
 
@@ -57,7 +71,8 @@ def tails(values: Sequence[float] | np.ndarray) -> Tails:
     centred = x - x.mean()
     m2, m3, m4 = (float((centred**k).mean()) for k in (2, 3, 4))
     spread = m2 > (1e-12 * max(1.0, abs(float(x.mean())))) ** 2
-    weight = np.clip(TAIL * len(x) - np.arange(len(x)), 0, 1)  # 1 for each response inside the tail, a fraction for the one on its edge
+    # 1 for each response inside the tail, a fraction for the one on its edge
+    weight = np.clip(TAIL * len(x) - np.arange(len(x)), 0, 1)
     return Tails(
         count=len(x),
         mean=float(x.mean()),
@@ -68,7 +83,7 @@ def tails(values: Sequence[float] | np.ndarray) -> Tails:
     )
 
 
-# --------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> str:
@@ -78,25 +93,38 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def p_high(groups: list[Group]) -> Drawn:
-    """p(high group) against score and against length, end of training: a row per run. What it follows is what the groups mean."""
-    return scatter_p_high([(g.label, _part(g, ("p_high", "score", "length"), "end")) for g in groups])
+    """p(high group) against score and against length, end of training: a row per run. What it
+    follows is what the groups mean."""
+    return scatter_p_high(
+        [(g.label, _part(g, ("p_high", "score", "length"), "end")) for g in groups]
+    )
 
 
 def scatter_p_high(systems: Sequence[tuple[str, np.ndarray]]) -> Drawn:
-    """systems: label, [N, 3] of p_high, score and length in tokens; a row each, those whose p_high varies."""
-    found = [(i, label, points) for i, (label, points) in enumerate(systems) if len(points) and np.ptp(points[:, 0]) > 0][:MAX_SMALL]
+    """systems: label, [N, 3] of p_high, score and length in tokens; a row each, those whose p_high
+    varies."""
+    found = [
+        (i, label, points)
+        for i, (label, points) in enumerate(systems)
+        if len(points) and np.ptp(points[:, 0]) > 0
+    ][:MAX_SMALL]
     if not found:
         return "no samples with p_high (varying), score and length"
     titles = []
     for _, system, points in found:
         name = f"{system}: " if len(found) > 1 else "p(high group) "
-        titles += [f"{name}against {what}, {_correlation(points[:, k], points[:, 0])}" for k, what in ((1, "score"), (2, "length"))]
+        titles += [
+            f"{name}against {what}, {_correlation(points[:, k], points[:, 0])}"
+            for k, what in ((1, "score"), (2, "length"))
+        ]
     figure, axes = panels(titles, sharey=True)
     for row, (i, _, points) in enumerate(found):
         thinned = points[:: -(-len(points) // MAX_POINTS)]
         for k, label in ((1, "score"), (2, "response length (tokens)")):
             axis = axes[2 * row + k - 1]
-            axis.scatter(thinned[:, k], thinned[:, 0], s=7, color=colour(i), alpha=0.45, linewidths=0)
+            axis.scatter(
+                thinned[:, k], thinned[:, 0], s=7, color=colour(i), alpha=0.45, linewidths=0
+            )
             axis.set_xlabel(label)
             axis.set_ylabel("p(high group)" if k == 1 else "")
             axis.set_ylim(-0.03, 1.03)
@@ -104,27 +132,49 @@ def scatter_p_high(systems: Sequence[tuple[str, np.ndarray]]) -> Drawn:
 
 
 def score_bins(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Edges for histograms of all parts beside each other, without the rarest outliers; as many as the smallest part bears."""
+    """Edges for histograms of all parts beside each other, without the rarest outliers; as many as
+    the smallest part bears."""
     everything = np.concatenate(list(parts))
     low, high = np.quantile(everything, (0.002, 0.998))
     span = max(high - low, 1e-6)
-    return np.linspace(low - 0.02 * span, high + 0.02 * span, 1 + min(30, max(8, round(min(len(part) for part in parts) ** 0.5))))
+    return np.linspace(
+        low - 0.02 * span,
+        high + 0.02 * span,
+        1 + min(30, max(8, round(min(len(part) for part in parts) ** 0.5))),
+    )
 
 
 def reward_distribution(groups: list[Group]) -> Drawn:
-    """Histogram of scores: the first fifth of the steps in grey, the last fifth in colour, a panel per run, the same bins; their tails."""
-    found = [(i, g, _part(g, ("score",), "start")[:, 0], _part(g, ("score",), "end")[:, 0]) for i, g in enumerate(groups)]
+    """Histogram of scores: the first fifth of the steps in grey, the last fifth in colour, a panel
+    per run, the same bins; their tails."""
+    found = [
+        (i, g, _part(g, ("score",), "start")[:, 0], _part(g, ("score",), "end")[:, 0])
+        for i, g in enumerate(groups)
+    ]
     found = [f for f in found if len(f[2]) and len(f[3])][:MAX_SMALL]
     if not found:
         return "no samples with a score"
     bins = score_bins([part for _, _, start, end in found for part in (start, end)])
     figure, axes = panels([visible(g.label) for _, g, _, _ in found], sharey=True, sharex=True)
     for axis, (i, _, start, end) in zip(axes, found, strict=True):
-        for values, fill, label in ((start, NEUTRAL, "start of the run (grey)"), (end, colour(i), "end of the run")):
+        for values, fill, label in (
+            (start, NEUTRAL, "start of the run (grey)"),
+            (end, colour(i), "end of the run"),
+        ):
             share = np.full(len(values), 1 / len(values))
-            clipped = np.clip(values, bins[0], bins[-1])  # rare outliers are counted in the outermost bins
-            axis.hist(clipped, bins.tolist(), weights=share, color=fill, alpha=0.3 if values is start else 0.5, label=label)
-            axis.axvline(values.mean(), color=fill, linewidth=1.2, linestyle="--" if values is start else "-")
+            # rare outliers are counted in the outermost bins
+            clipped = np.clip(values, bins[0], bins[-1])
+            axis.hist(
+                clipped,
+                bins.tolist(),
+                weights=share,
+                color=fill,
+                alpha=0.3 if values is start else 0.5,
+                label=label,
+            )
+            axis.axvline(
+                values.mean(), color=fill, linewidth=1.2, linestyle="--" if values is start else "-"
+            )
         axis.set_xlabel("score")
         axis.tick_params(labelbottom=True)
     for axis, (i, _, start, end) in zip(axes, found, strict=True):
@@ -139,4 +189,14 @@ def reward_distribution(groups: list[Group]) -> Drawn:
 def _note(axis: Axes, text: str, ink: str, line: int) -> None:
     """A line of small print in the upper left corner."""
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-    axis.annotate(text, (0, 1), (3, -2 - 9 * line), "axes fraction", "offset points", va="top", fontsize=SMALLEST, color=ink, bbox=paper)
+    axis.annotate(
+        text,
+        (0, 1),
+        (3, -2 - 9 * line),
+        "axes fraction",
+        "offset points",
+        va="top",
+        fontsize=SMALLEST,
+        color=ink,
+        bbox=paper,
+    )

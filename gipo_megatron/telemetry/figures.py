@@ -1,4 +1,5 @@
-"""The figures of one or several runs, from their folders. A figure without data is not drawn but named with its reason."""
+"""The figures of one or several runs, from their folders. A figure without data is not drawn but
+named with its reason."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ class Figures:
     missing: dict[str, str]  # name -> what the runs lack
 
 
-def draw(runs: Sequence[Run], figures: Mapping[str, Callable[[list[Group]], Drawn]] = FIGURES) -> Figures:
+def draw(
+    runs: Sequence[Run], figures: Mapping[str, Callable[[list[Group]], Drawn]] = FIGURES
+) -> Figures:
     """All of `figures`; runs that differ only in their seed are one line with a band."""
     groups = group_by_seed(runs)
     drawn: dict[str, Figure] = {}
@@ -53,13 +56,18 @@ def draw(runs: Sequence[Run], figures: Mapping[str, Callable[[list[Group]], Draw
     return Figures(drawn, missing)
 
 
-def write_figures(run_dirs: Sequence[str | Path], out: str | Path, formats: Sequence[str] = FORMATS) -> tuple[list[Path], dict[str, str]]:
-    """Draws into `out`; returns the files written and {figure: why it was not drawn}. Raises UserError as load_run does."""
+def write_figures(
+    run_dirs: Sequence[str | Path], out: str | Path, formats: Sequence[str] = FORMATS
+) -> tuple[list[Path], dict[str, str]]:
+    """Draws into `out`; returns the files written and {figure: why it was not drawn}. Raises
+    UserError as load_run does."""
     figures = draw([load_run(d) for d in run_dirs])
     return save(figures.drawn, out, formats), figures.missing
 
 
-def save(figures: Mapping[str, Figure], out: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+def save(
+    figures: Mapping[str, Figure], out: str | Path, formats: Sequence[str] = FORMATS
+) -> list[Path]:
     """One file per figure and format, `out`/<name>.<format>."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +82,9 @@ def save(figures: Mapping[str, Figure], out: str | Path, formats: Sequence[str] 
 
 def rendered(figure: Figure, kind: str) -> bytes:
     """The figure's file as png, svg or pdf; the same bytes for the same figure."""
-    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[kind]
+    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[
+        kind
+    ]
     buffer = io.BytesIO()
     with style():
         figure.savefig(buffer, format=kind, dpi=160, facecolor="white", metadata=metadata)

@@ -1,4 +1,5 @@
-"""From every replica's metrics to one row of numbers; how long each phase took; how much memory it needed."""
+"""From every replica's metrics to one row of numbers; how long each phase took; how much memory it
+needed."""
 
 from __future__ import annotations
 
@@ -19,19 +20,24 @@ EXTREMES = ("min", "max")
 
 
 def reduce_metrics(metrics: Metrics, dp: DataParallel) -> dict[str, float]:
-    """The numbers to log, over all replicas: one sum for everything that adds, one maximum for both extremes (min x = -max -x).
+    """The numbers to log, over all replicas: one sum for everything that adds, one maximum for both
+    extremes (min x = -max -x).
 
-    Replicas compare names, kinds and sizes first (two numbers), because sums of different layouts would hang or mix metrics.
-    A NaN in an extreme survives: its count travels with the sums (what a maximum makes of NaN differs between back ends).
+    Replicas compare names, kinds and sizes first (two numbers), because sums of different layouts
+    would hang or mix metrics. A NaN in an extreme survives: its count travels with the sums (what a
+    maximum makes of NaN differs between back ends).
 
-    Raises AssertionError on every replica when they do not hold the same metrics, naming those of this replica that others lack.
+    Raises AssertionError on every replica when they do not hold the same metrics, naming those of
+    this replica that others lack.
     """
     _assert_same_layout(metrics, dp)
     if not metrics:
         return {}
     added = {name: m for name, m in metrics.items() if m.kind not in EXTREMES}
     extreme = {name: m for name, m in metrics.items() if m.kind in EXTREMES}
-    signs = torch.tensor([1.0 if m.kind == "max" else -1.0 for m in extreme.values()], dtype=torch.float64)
+    signs = torch.tensor(
+        [1.0 if m.kind == "max" else -1.0 for m in extreme.values()], dtype=torch.float64
+    )
     bounds = _join([m.parts for m in extreme.values()])
     sums = _join([m.parts for m in added.values()] + [bounds.isnan().double()])
     signed = torch.where(bounds.isnan(), -torch.inf, bounds * signs.to(bounds.device))
@@ -41,7 +47,11 @@ def reduce_metrics(metrics: Metrics, dp: DataParallel) -> dict[str, float]:
     highest = torch.where(sums[len(sums) - len(extreme) :] > 0, torch.nan, highest * signs)
 
     reduced: dict[str, Metric] = {}
-    for (name, m), parts in zip(added.items(), sums.split([len(m.parts) for m in added.values()] + [len(extreme)]), strict=False):
+    for (name, m), parts in zip(
+        added.items(),
+        sums.split([len(m.parts) for m in added.values()] + [len(extreme)]),
+        strict=False,
+    ):
         reduced[name] = Metric(m.kind, parts)
     for (name, m), value in zip(extreme.items(), highest, strict=True):
         reduced[name] = Metric(m.kind, value.reshape(1))
@@ -66,7 +76,10 @@ def _assert_same_layout(metrics: Metrics, dp: DataParallel) -> None:
         return
     keys = {name: f"{name}|{m.kind}|{len(m.parts)}" for name, m in metrics.items()}
     mine = float(_digest("\n".join(keys.values())))
-    device = next((m.parts.device for m in metrics.values() if m.parts.device.type != "cpu"), torch.device("cpu"))
+    device = next(
+        (m.parts.device for m in metrics.values() if m.parts.device.type != "cpu"),
+        torch.device("cpu"),
+    )
     high, low = dp.max(torch.tensor([mine, -mine], dtype=torch.float64, device=device)).tolist()
     if high == -low:
         return
@@ -76,17 +89,29 @@ def _assert_same_layout(metrics: Metrics, dp: DataParallel) -> None:
         present[_digest(key) % buckets] = 1.0
     total = dp.sum(present)
     lacking = [name for name, key in keys.items() if total[_digest(key) % buckets] < dp.size]
-    detail = f"not all others have {', '.join(lacking)}" if lacking else "the others have more of them, or another order"
-    raise AssertionError(f"replica {dp.rank} of {dp.size}: the replicas do not log the same metrics; {detail}")
+    detail = (
+        f"not all others have {', '.join(lacking)}"
+        if lacking
+        else "the others have more of them, or another order"
+    )
+    raise AssertionError(
+        f"replica {dp.rank} of {dp.size}: the replicas do not log the same metrics; {detail}"
+    )
 
 
 class PhaseTimer:
-    """Seconds of a step by phase. A phase inside another stops the outer one's clock, so phases add up to the step.
+    """Seconds of a step by phase. A phase inside another stops the outer one's clock, so phases add
+    up to the step.
 
-    `on_change(name)` is called as a phase begins and, with the outer phase's name or "", as it ends.
+    `on_change(name)` is called as a phase begins and, with the outer phase's name or "", as it
+    ends.
     """
 
-    def __init__(self, on_change: Callable[[str], None] | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        on_change: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._on_change = on_change
         self._clock = clock
         self._open: list[str] = []
@@ -106,20 +131,27 @@ class PhaseTimer:
             self._tell()
 
     def metrics(self) -> Metrics:
-        """{time/step_seconds, time/<phase>} since the last call (the slowest replica counts); starts the next step's clocks."""
+        """{time/step_seconds, time/<phase>} since the last call (the slowest replica counts);
+        starts the next step's clocks."""
         self._switch()
         now = self._clock()
         seconds = {"step_seconds": now - self._began, **self._seconds}
         self._seconds, self._began = {}, now
-        return {f"time/{name}": Metric.max(torch.tensor([value], dtype=torch.float64)) for name, value in seconds.items()}
+        return {
+            f"time/{name}": Metric.max(torch.tensor([value], dtype=torch.float64))
+            for name, value in seconds.items()
+        }
 
     def _switch(self) -> None:
         """Book the time since the last switch on the innermost open phase."""
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # kernels are asynchronous: without this their time lands in the next phase
+            # kernels are asynchronous: without this their time lands in the next phase
+            torch.cuda.synchronize()
         now = self._clock()
         if self._open:
-            self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._mark
+            self._seconds[self._open[-1]] = (
+                self._seconds.get(self._open[-1], 0.0) + now - self._mark
+            )
         self._mark = now
 
     def _tell(self) -> None:
@@ -128,10 +160,13 @@ class PhaseTimer:
 
 
 def memory_metrics() -> Metrics:
-    """{memory/peak_gib: accelerator memory at its highest since the last call (CUDA only), memory/host_rss_gib: this process}."""
+    """{memory/peak_gib: accelerator memory at its highest since the last call (CUDA only),
+    memory/host_rss_gib: this process}."""
     rss = torch.tensor([psutil.Process().memory_info().rss / GIB])
     metrics = {"memory/host_rss_gib": Metric.max(rss)}
     if torch.cuda.is_initialized():
-        metrics["memory/peak_gib"] = Metric.max(torch.tensor([torch.cuda.max_memory_allocated() / GIB]))
+        metrics["memory/peak_gib"] = Metric.max(
+            torch.tensor([torch.cuda.max_memory_allocated() / GIB])
+        )
         torch.cuda.reset_peak_memory_stats()
     return metrics

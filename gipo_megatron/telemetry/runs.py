@@ -38,7 +38,11 @@ class Run:
 
     def series(self, metric: str) -> Points:
         """Where the metric is there and finite."""
-        points = [(int(row["step"]), float(row[metric])) for row in self.rows if _is_number(row.get(metric))]
+        points = [
+            (int(row["step"]), float(row[metric]))
+            for row in self.rows
+            if _is_number(row.get(metric))
+        ]
         return [step for step, _ in points], [value for _, value in points]
 
     def first(self, metric: str) -> float | None:
@@ -63,9 +67,19 @@ class Run:
         if self.recipe is not None:
             algorithm = self.recipe["algorithm"]
             if algorithm["name"] == "ppo":
-                return "GIPO" if "variance_regulariser" in algorithm and algorithm["variance_regulariser"]["name"] != "none" else "PPO"
+                return (
+                    "GIPO"
+                    if "variance_regulariser" in algorithm
+                    and algorithm["variance_regulariser"]["name"] != "none"
+                    else "PPO"
+                )
             return {"reward_model": "RM"}.get(algorithm["name"], algorithm["name"].upper())
-        for metric, stage in (("reward/score_mean", "PPO"), ("rm/loss", "RM"), ("dpo/loss", "DPO"), ("sft/loss", "SFT")):
+        for metric, stage in (
+            ("reward/score_mean", "PPO"),
+            ("rm/loss", "RM"),
+            ("dpo/loss", "DPO"),
+            ("sft/loss", "SFT"),
+        ):
             if metric in self.names:
                 return stage
         return "run"
@@ -79,10 +93,16 @@ def load_run(path: str | Path) -> Run:
     """Raises UserError: no such folder, no metrics.jsonl, an unreadable line or recipe."""
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"no run folder {str(path)!r}", fix="give the folder a run wrote (recipe key run.dir)")
+        raise UserError(
+            f"no run folder {str(path)!r}", fix="give the folder a run wrote (recipe key run.dir)"
+        )
     if not (folder / "metrics.jsonl").is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise UserError("no metrics.jsonl in the run folder", where=str(path), fix=f"it holds {found}; did the run finish its first step?")
+        raise UserError(
+            "no metrics.jsonl in the run folder",
+            where=str(path),
+            fix=f"it holds {found}; did the run finish its first step?",
+        )
     recipe = folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
     environment = folder / "environment.json"
@@ -102,18 +122,25 @@ def _parse(path: Path, text: str) -> dict[str, Any] | None:
     try:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError("recipe.yaml is not YAML", where=str(path), fix=str(error).splitlines()[0]) from None
+        raise UserError(
+            "recipe.yaml is not YAML", where=str(path), fix=str(error).splitlines()[0]
+        ) from None
     if recipe is not None and not (
-        isinstance(recipe, dict) and isinstance(recipe.get("algorithm"), dict) and "name" in recipe["algorithm"]
+        isinstance(recipe, dict)
+        and isinstance(recipe.get("algorithm"), dict)
+        and "name" in recipe["algorithm"]
     ):
         raise UserError(
-            "recipe.yaml names no algorithm", where=str(path), fix="a run writes its expanded recipe there; remove the file to go without"
+            "recipe.yaml names no algorithm",
+            where=str(path),
+            fix="a run writes its expanded recipe there; remove the file to go without",
         )
     return recipe
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows; none when there is no file. A last line cut short (a run is writing, or was killed) is left out.
+    """The rows; none when there is no file. A last line cut short (a run is writing, or was killed)
+    is left out.
 
     Raises UserError naming file and line for anything else that is not an object with a step.
     """
@@ -129,14 +156,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             if number == len(lines):
                 continue
-            raise UserError("not a JSON line", where=f"{path}:{number}", fix="delete that line") from None
+            raise UserError(
+                "not a JSON line", where=f"{path}:{number}", fix="delete that line"
+            ) from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError("a row without a step", where=f"{path}:{number}", fix="every line is one object with an integer `step`")
+            raise UserError(
+                "a row without a step",
+                where=f"{path}:{number}",
+                fix="every line is one object with an integer `step`",
+            )
         rows.append(row)
     return rows
 
 
-# --------------------------------------------------------------------------------------------- seeds
+# -------------------------------------------------------------------------------------------- seeds
 
 
 @dataclass(frozen=True)
@@ -150,20 +183,35 @@ class Group:
         return list(dict.fromkeys(name for run in self.runs for name in run.names))
 
     def band(self, metric: str) -> tuple[list[int], list[float], list[float], list[float]]:
-        """Steps, mean, lowest and highest over the runs; steps that every run with the metric has."""
-        curves = [dict(zip(*points, strict=True)) for run in self.runs if (points := run.series(metric))[0]]
+        """Steps, mean, lowest and highest over the runs; steps that every run with the metric
+        has."""
+        curves = [
+            dict(zip(*points, strict=True))
+            for run in self.runs
+            if (points := run.series(metric))[0]
+        ]
         if not curves:
             return [], [], [], []
         steps = sorted(set.intersection(*(set(c) for c in curves)))
         values = [[c[s] for c in curves] for s in steps]
-        return steps, [math.fsum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+        return (
+            steps,
+            [math.fsum(v) / len(v) for v in values],
+            [min(v) for v in values],
+            [max(v) for v in values],
+        )
 
 
 def group_by_seed(runs: Sequence[Run]) -> list[Group]:
-    """Runs whose recipes are equal but for seeds, folders and loggers, together; runs without a recipe alone. Order of first appearance."""
+    """Runs whose recipes are equal but for seeds, folders and loggers, together; runs without a
+    recipe alone. Order of first appearance."""
     groups: dict[str, list[Run]] = {}
     for i, run in enumerate(runs):
-        key = f"run {i}" if run.recipe is None else json.dumps(_without_seed(run.recipe), sort_keys=True, default=str)
+        key = (
+            f"run {i}"
+            if run.recipe is None
+            else json.dumps(_without_seed(run.recipe), sort_keys=True, default=str)
+        )
         groups.setdefault(key, []).append(run)
     labels = [_label(members) for members in groups.values()]
     clash = {label for label in labels if labels.count(label) > 1}
@@ -175,12 +223,17 @@ def group_by_seed(runs: Sequence[Run]) -> list[Group]:
 
 def _without_seed(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if k not in ("seed", "loggers") and (key, k) != ("run", "dir")}
+        kept = {
+            k: v
+            for k, v in value.items()
+            if k not in ("seed", "loggers") and (key, k) != ("run", "dir")
+        }
         return {k: _without_seed(v, k) for k, v in kept.items()}
     if isinstance(value, list):
         return [_without_seed(v) for v in value]
     if isinstance(value, str):
-        return re.sub(r"seed[=_-]?\d+", "seed", value)  # a chain of one seed: loads from runs/sft_seed3
+        # a chain of one seed: loads from runs/sft_seed3
+        return re.sub(r"seed[=_-]?\d+", "seed", value)
     return value
 
 
@@ -192,7 +245,8 @@ def _label(members: list[Run]) -> str:
         while not run.name.startswith(common):
             common = common[:-1]
     common = re.sub(r"[-_.,]?(run\.)?(seed)?[=_-]?$", "", common)
-    named = common or members[0].path.resolve().parent.name  # a sweep's folders are called by the seed alone
+    # a sweep's folders are called by the seed alone
+    named = common or members[0].path.resolve().parent.name
     return f"{named} ({len(members)} seeds)"
 
 

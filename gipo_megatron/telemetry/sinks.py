@@ -32,24 +32,36 @@ class Sink(Protocol):
         ...
 
     def resume(self, step: int) -> None:
-        """Continue after `step`, the checkpoint's; whatever is there of later steps goes. 0: from the beginning, nothing stays."""
+        """Continue after `step`, the checkpoint's; whatever is there of later steps goes. 0: from
+        the beginning, nothing stays."""
         ...
 
     def close(self) -> None: ...
 
 
 def make_sinks(
-    loggers: Sequence[str], run_dir: str | Path, total_steps: int, *, name: str = "", config: Mapping[str, Any] | None = None
+    loggers: Sequence[str],
+    run_dir: str | Path,
+    total_steps: int,
+    *,
+    name: str = "",
+    config: Mapping[str, Any] | None = None,
 ) -> list[Sink]:
-    """The sinks a recipe asks for in `run.loggers`. metrics.jsonl, samples.jsonl and log.txt are always written: reports read them.
+    """The sinks a recipe asks for in `run.loggers`. metrics.jsonl, samples.jsonl and log.txt are
+    always written: reports read them.
 
-    `name` and `config` (the expanded recipe) are shown by W&B. Raises UserError for an unknown logger.
+    `name` and `config` (the expanded recipe) are shown by W&B. Raises UserError for an unknown
+    logger.
     """
     for logger in loggers:
         if logger not in LOGGERS:
             close = difflib.get_close_matches(logger, LOGGERS, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UserError(f"unknown logger {logger!r}", where="run.loggers", fix=f"{hint}loggers are {', '.join(LOGGERS)}")
+            raise UserError(
+                f"unknown logger {logger!r}",
+                where="run.loggers",
+                fix=f"{hint}loggers are {', '.join(LOGGERS)}",
+            )
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     sinks: list[Sink] = [Jsonl(folder), LogFile(folder / "log.txt", total_steps)]
@@ -63,7 +75,8 @@ def make_sinks(
 
 
 class Jsonl:
-    """metrics.jsonl (one object a step), samples.jsonl, alerts.jsonl; every row is flushed. Numbers that are not finite become null."""
+    """metrics.jsonl (one object a step), samples.jsonl, alerts.jsonl; every row is flushed. Numbers
+    that are not finite become null."""
 
     FILES = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl")
 
@@ -98,7 +111,9 @@ class Jsonl:
         if name not in self._open:
             self._open[name] = (self._folder / name).open("a", encoding="utf-8", newline="\n")
         for row in rows:
-            self._open[name].write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+            self._open[name].write(
+                json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+            )
         self._open[name].flush()
 
 
@@ -116,7 +131,8 @@ def _finite(value: Any) -> Any:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Keep rows of steps <= `step`; the file is replaced whole, never left half-written. A last line cut short by a kill goes.
+    """Keep rows of steps <= `step`; the file is replaced whole, never left half-written. A last
+    line cut short by a kill goes.
 
     Raises UserError for an unreadable line before the last.
     """
@@ -131,7 +147,9 @@ def _cut(path: Path, step: int) -> None:
             if number == len(lines):  # no newline after it: the write was interrupted
                 continue
             raise UserError(
-                "cannot resume: not a JSON line", where=f"{path}:{number}", fix="delete that line, or move the file away"
+                "cannot resume: not a JSON line",
+                where=f"{path}:{number}",
+                fix="delete that line, or move the file away",
             ) from None
         if row["step"] <= step:
             kept.append(line + b"\n")
@@ -156,7 +174,10 @@ class TensorBoard:
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         for i, row in enumerate(rows[:TEXT_SAMPLES]):
             text = "\n\n".join(f"{key}: {value}" for key, value in row.items())
-            self._events().add_text(f"samples/{i}", "\n".join("    " + line for line in text.splitlines()), step)  # indented: shown as is
+            # indented: shown as is
+            self._events().add_text(
+                f"samples/{i}", "\n".join("    " + line for line in text.splitlines()), step
+            )
 
     def alert(self, step: int, message: str) -> None:
         self._events().add_text("alerts", message, step)
@@ -175,18 +196,19 @@ class TensorBoard:
 
     def _events(self) -> Any:
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import: only those pay who use it
+            # slow to import: only those pay who use it
+            from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
         return self._writer
 
 
 class Wandb:
-    """Weights & Biases, all files inside the run folder. Never asks: without a login (or with WANDB_MODE=offline) it runs offline,
-    to be uploaded with `wandb sync --append`.
+    """Weights & Biases, all files inside the run folder. Never asks: without a login (or with
+    WANDB_MODE=offline) it runs offline, to be uploaded with `wandb sync --append`.
 
-    The run's id is kept in the folder and every row carries its step, so a resumed run continues its curves; rows that were logged
-    before are dropped by W&B.
+    The run's id is kept in the folder and every row carries its step, so a resumed run continues
+    its curves; rows that were logged before are dropped by W&B.
     """
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
@@ -202,7 +224,9 @@ class Wandb:
         import wandb
 
         columns = list(rows[0])
-        table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows[:TEXT_SAMPLES]])
+        table = wandb.Table(
+            columns=columns, data=[[row[c] for c in columns] for row in rows[:TEXT_SAMPLES]]
+        )
         self._started().log({"samples": table}, step=step)
 
     def alert(self, step: int, message: str) -> None:
@@ -217,7 +241,8 @@ class Wandb:
         self.close()
         if step == 0:  # another run from now on: W&B cannot take rows back
             (self._folder / "wandb_id").unlink(missing_ok=True)
-        self._started()  # now, not in the first step: what is wrong with W&B shows before anything is computed
+        # now, not in the first step: what is wrong with W&B shows before anything is computed
+        self._started()
 
     def close(self) -> None:
         if self._run is not None:
@@ -226,7 +251,8 @@ class Wandb:
 
     def _started(self) -> Any:
         if self._run is None:
-            # what wandb would put into the home folder, which on a cluster may be full, slow or read-only
+            # what wandb would put into the home folder, which on a cluster may be full, slow or
+            # read-only
             os.environ.setdefault("WANDB_CACHE_DIR", str(self._folder / "wandb"))
             os.environ.setdefault("WANDB_DATA_DIR", str(self._folder / "wandb"))
             import wandb
@@ -235,9 +261,17 @@ class Wandb:
             known = identity.exists()
             if not known:
                 identity.write_text(uuid.uuid4().hex[:12] + "\n")
-            mode = os.environ["WANDB_MODE"] if "WANDB_MODE" in os.environ else ("online" if wandb.login(prompt=False) else "offline")
+            mode = (
+                os.environ["WANDB_MODE"]
+                if "WANDB_MODE" in os.environ
+                else ("online" if wandb.login(prompt=False) else "offline")
+            )
             if mode == "online" and not wandb.login(prompt=False):
-                raise UserError("W&B has no API key", where="WANDB_MODE=online", fix="run `wandb login` once, or set WANDB_MODE=offline")
+                raise UserError(
+                    "W&B has no API key",
+                    where="WANDB_MODE=online",
+                    fix="run `wandb login` once, or set WANDB_MODE=offline",
+                )
             try:
                 self._run = wandb.init(
                     dir=str(self._folder),
@@ -247,10 +281,18 @@ class Wandb:
                     config=dict(self._config),
                     mode=mode,  # type: ignore[arg-type]
                     resume="allow" if known and mode == "online" else None,
-                    settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, init_timeout=60),
+                    settings=wandb.Settings(
+                        silent=True,
+                        console="off",
+                        disable_git=True,
+                        save_code=False,
+                        init_timeout=60,
+                    ),
                 )
             except wandb.errors.Error as error:
                 raise UserError(
-                    f"W&B did not start: {error}", where="run.loggers", fix="set WANDB_MODE=offline, or remove wandb"
+                    f"W&B did not start: {error}",
+                    where="run.loggers",
+                    fix="set WANDB_MODE=offline, or remove wandb",
                 ) from error
         return self._run

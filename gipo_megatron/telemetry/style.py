@@ -1,4 +1,5 @@
-"""How figures look: colours that survive colour blindness and grey print, sizes for a column of text."""
+"""How figures look: colours that survive colour blindness and grey print, sizes for a column of
+text."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
-COLUMN, PAGE = 3.3, 6.75  # inches: a figure of one panel is one column of a paper wide, any other the text of both columns
+# inches: a figure of one panel is one column of a paper wide, any other the text of both columns
+COLUMN, PAGE = 3.3, 6.75
 SMALLEST = 7  # points: no text in a figure is smaller, printed at that width
 HEIGHTS = (2.3, 2.3, 2.0)  # inches, of a panel beside none, one or two others
 NEUTRAL = "#666666"
@@ -67,13 +69,21 @@ def marker(index: int) -> str:
 
 
 def panels(
-    titles: list[str], columns: int = 2, *, sharex: bool = False, sharey: bool = False, height: float | None = None
+    titles: list[str],
+    columns: int = 2,
+    *,
+    sharex: bool = False,
+    sharey: bool = False,
+    height: float | None = None,
 ) -> tuple[Figure, list[Axes]]:
-    """One figure with a titled panel each, at most `columns` beside each other. height: inches of a panel, where not as usual."""
+    """One figure with a titled panel each, at most `columns` beside each other. height: inches of a
+    panel, where not as usual."""
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
     height = HEIGHTS[min(columns, 3) - 1] if height is None else height
-    figure = Figure(figsize=(COLUMN if columns == 1 else PAGE, height * rows + 0.35), layout="constrained")
+    figure = Figure(
+        figsize=(COLUMN if columns == 1 else PAGE, height * rows + 0.35), layout="constrained"
+    )
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
     for spare in axes[len(titles) :]:
         spare.remove()

@@ -1,4 +1,5 @@
-"""SFT, reward model and DPO against TRL's trainers: the same rows as text, the same weights; tokens, losses and gradients."""
+"""SFT, reward model and DPO against TRL's trainers: the same rows as text, the same weights;
+tokens, losses and gradients."""
 
 from __future__ import annotations
 
@@ -32,12 +33,18 @@ from tests.parity import tiny
 
 pytestmark = [
     pytest.mark.global_rng,
-    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL: pip install -e '.[dev]'"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("trl") is None, reason="needs TRL: pip install -e '.[dev]'"
+    ),
 ]
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = replace(tiny.ARCHITECTURE, vocab_size=259, max_positions=128)
 ROWS = [
-    {"prompt": "What is two plus two?", "chosen": " Four.", "rejected": " Two and two, as everybody knows."},
+    {
+        "prompt": "What is two plus two?",
+        "chosen": " Four.",
+        "rejected": " Two and two, as everybody knows.",
+    },
     {"prompt": "Name a colour.", "chosen": " Red, or a deep blue.", "rejected": " No."},
     {"prompt": "Where does the sun rise?", "chosen": " In the east.", "rejected": " In the west."},
     {"prompt": "Say nothing.", "chosen": " …", "rejected": " I will say a lot about that."},
@@ -73,9 +80,13 @@ def config() -> LlamaConfig:
 
 
 def save_models(folder: Path) -> None:
-    """policy/, reference/ (the policy, moved a little) and reward/ (the policy's trunk with a score head)."""
+    """policy/, reference/ (the policy, moved a little) and reward/ (the policy's trunk with a score
+    head)."""
     with torch.random.fork_rng():
-        policy, reward = LlamaForCausalLM(config()), AutoModelForSequenceClassification.from_config(config())
+        policy, reward = (
+            LlamaForCausalLM(config()),
+            AutoModelForSequenceClassification.from_config(config()),
+        )
     g = tiny.generator(1)
     with torch.no_grad():
         for name, p in policy.named_parameters():
@@ -98,9 +109,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_models(folder)
     byte_tokenizer().save(folder / "tokenizer")
     worker = Path(__file__).with_name("trl_worker.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+    }
     done = subprocess.run(
-        [sys.executable, str(worker), str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, str(worker), str(folder)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -133,7 +154,13 @@ class Gradients:
 
 
 def role(cls: type, folder: Path, **more: Any) -> Any:
-    common = {"architecture": ARCHITECTURE, "precision": Precision("fp32"), "micro_batch": 2, "seed": 0, "load": str(folder)}
+    common = {
+        "architecture": ARCHITECTURE,
+        "precision": Precision("fp32"),
+        "micro_batch": 2,
+        "seed": 0,
+        "load": str(folder),
+    }
     return cls(mesh=Mesh.create(Parallel()), **common, **more)
 
 
@@ -145,11 +172,16 @@ def actor(folder: Path) -> Gradients:
 def agree(mine: Gradients, loss: float, batch: Any, trl: dict[str, Any]) -> None:
     """The same tokens, the loss within 1e-4, every tensor's gradient within 1e-4."""
     sequences = batch.sequences
-    tokens = [row[:length].tolist() for row, length in zip(sequences.tokens, sequences.lengths.tolist(), strict=True)]
+    tokens = [
+        row[:length].tolist()
+        for row, length in zip(sequences.tokens, sequences.lengths.tolist(), strict=True)
+    ]
     assert sorted(tokens) == sorted(trl["tokens"]) and len(tokens) >= len(ROWS)
     assert loss == pytest.approx(trl["loss"], abs=1e-4, rel=1e-4)
     errors = tiny.relative_errors(mine.found, trl["gradients"])
-    assert len(errors) == 39 and max(errors.values()) < 1e-4, max(errors.items(), key=lambda item: item[1])
+    assert len(errors) == 39 and max(errors.values()) < 1e-4, max(
+        errors.items(), key=lambda item: item[1]
+    )
 
 
 @pytest.mark.parametrize("case", DPO_KEYS)
@@ -175,11 +207,18 @@ def test_sft(folder: Path, theirs: dict[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(("case", "centre"), [("rm", 0.0), ("rm/centred", 0.1)])
-def test_reward_model(case: str, centre: float, folder: Path, theirs: dict[str, dict[str, Any]]) -> None:
-    """TRL's loss holds the centring; our metric is the preference term alone, so the second is compared by its gradient."""
-    reward = Gradients(role(MegatronRewardModel, folder / "reward", optimisation=Optimisation(lr=1e-3)))
+def test_reward_model(
+    case: str, centre: float, folder: Path, theirs: dict[str, dict[str, Any]]
+) -> None:
+    """TRL's loss holds the centring; our metric is the preference term alone, so the second is
+    compared by its gradient."""
+    reward = Gradients(
+        role(MegatronRewardModel, folder / "reward", optimisation=Optimisation(lr=1e-3))
+    )
     batch, _ = rows_as("preference", folder).pairs_at(range(len(ROWS)))
-    page = RewardModelling(centre=centre, reward=reward, pairs=lambda step: batch, phase=lambda name: nullcontext())  # type: ignore[arg-type]
+    page = RewardModelling(
+        centre=centre, reward=reward, pairs=lambda step: batch, phase=lambda name: nullcontext()
+    )  # type: ignore[arg-type]
     loss = page.step(0).metrics["rm/loss"].result()
     if centre:
         scores = reward.role.score(batch)

@@ -1,4 +1,5 @@
-"""DPO's losses by hand and against autograd on whole sequences; a reference that is asked once says what a live one does."""
+"""DPO's losses by hand and against autograd on whole sequences; a reference that is asked once says
+what a live one does."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.algorithms.dpo import DPO
-from gipo_megatron.algorithms.dpo_reference import LiveReference, PrecomputedReference, ReferredPairs, Split
+from gipo_megatron.algorithms.dpo_reference import (
+    LiveReference,
+    PrecomputedReference,
+    ReferredPairs,
+    Split,
+)
 from gipo_megatron.errors import UserError
 from gipo_megatron.roles import DataParallel, SingleReplica
 from gipo_megatron.types import Pairs, Rows, Sequences, TokenStats
@@ -34,7 +40,13 @@ def half(seed: int, lengths: Sequence[int]) -> Sequences:
     tokens = torch.randint(1, 9, (ROWS, 6), generator=torch.Generator().manual_seed(seed))
     ends = torch.tensor(lengths)
     position = torch.arange(6)
-    return Sequences(tokens, (position >= 2) & (position < ends[:, None]), torch.full((ROWS,), 2), ends, torch.arange(ROWS))
+    return Sequences(
+        tokens,
+        (position >= 2) & (position < ends[:, None]),
+        torch.full((ROWS,), 2),
+        ends,
+        torch.arange(ROWS),
+    )
 
 
 def pairs() -> Pairs:
@@ -55,12 +67,17 @@ def policy(seed: int = 0, **changes: Any) -> TorchActor:
 def dpo(reference: Any = None, actor: Any = None, **keys: Any) -> DPO:
     reference = reference or LiveReference(policy(seed=5))
     return DPO(
-        **keys, actor=actor or policy(), reference=reference, pairs=lambda step: pairs(), phase=lambda name: contextlib.nullcontext()
+        **keys,
+        actor=actor or policy(),
+        reference=reference,
+        pairs=lambda step: pairs(),
+        phase=lambda name: contextlib.nullcontext(),
     )
 
 
 def flat(values: list[list[float]]) -> TokenStats:
-    """Log-probs at the response tokens of `pairs()`'s first rows, all chosen before all rejected."""
+    """Log-probs at the response tokens of `pairs()`'s first rows, all chosen before all
+    rejected."""
     rows = pairs().block(0, len(values) // 2).sequences
     logprobs = torch.zeros(rows.mask.shape)
     logprobs[rows.mask] = torch.tensor([x for row in values for x in row])
@@ -85,7 +102,11 @@ REFERENCE = torch.tensor([[-4.0, -5.0], [-1.0, -3.0]])  # log-ratios: 1.0, -1.0 
             ],
         ),
         ({"beta": 0.5, "loss": "ipo"}, [1.0, -1.0], [1.0, 9.0]),  # (h - 1)^2, h = 2, -2
-        ({"beta": 1.0, "length_normalise": True}, [0.75, -1.25], [math.log1p(math.exp(-0.75)), math.log1p(math.exp(1.25))]),
+        (
+            {"beta": 1.0, "length_normalise": True},
+            [0.75, -1.25],
+            [math.log1p(math.exp(-0.75)), math.log1p(math.exp(1.25))],
+        ),
     ],
     ids=["sigmoid", "smoothed", "ipo", "mean"],
 )
@@ -105,7 +126,9 @@ def test_loss_by_hand(keys: dict[str, Any], margins: list[float], losses: list[f
 
 
 def test_rewards_by_hand() -> None:
-    figures = dpo(beta=0.5).objective(flat(SAID), ReferredPairs(pairs().block(0, 2), REFERENCE)).metrics
+    figures = (
+        dpo(beta=0.5).objective(flat(SAID), ReferredPairs(pairs().block(0, 2), REFERENCE)).metrics
+    )
     assert figures["chosen_reward"].result() == pytest.approx(0.5 * (1.0 - 0.5) / 2)
     assert figures["rejected_reward"].result() == pytest.approx(0.5 * (-1.0 + 1.5) / 2)
 
@@ -113,7 +136,11 @@ def test_rewards_by_hand() -> None:
 def test_extreme_margins_are_finite() -> None:
     output = flat([[-1e4, 0.0], [0.0, 0.0, 0.0, 0.0]])
     output.logprobs.requires_grad_()
-    total, _ = dpo(beta=1.0).objective(output, ReferredPairs(pairs().block(0, 1), torch.zeros(1, 2))).terms["preference"]
+    total, _ = (
+        dpo(beta=1.0)
+        .objective(output, ReferredPairs(pairs().block(0, 1), torch.zeros(1, 2)))
+        .terms["preference"]
+    )
     total.backward()
     assert float(total.detach()) == pytest.approx(1e4)
     assert output.logprobs.grad is not None and output.logprobs.grad.abs().max() == 1.0
@@ -123,28 +150,42 @@ def gradients(algorithm: DPO, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Of one step. Gradients, not weights after Adam: Adam hides a factor."""
     actor: TorchActor = algorithm.actor  # type: ignore[assignment]
     found: list[Tensor] = []
-    monkeypatch.setattr(actor._stepper, "step", lambda dp: found.extend(dp.sum(p.grad) for p in actor.parameters) or 0.0)
+    monkeypatch.setattr(
+        actor._stepper,
+        "step",
+        lambda dp: found.extend(dp.sum(p.grad) for p in actor.parameters) or 0.0,
+    )
     algorithm.step(0)
     return found
 
 
 @pytest.mark.parametrize("keys", VARIANTS, ids=str)
-def test_gradients_are_those_of_the_whole_batch_for_any_micro_batch(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_those_of_the_whole_batch_for_any_micro_batch(
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against softmax over whole sequences, written out row by row."""
     actor, reference, batch = policy(), policy(seed=5), pairs()
 
     def log_ratio(rows: Sequences, i: int) -> Tensor:
         at = torch.arange(6)[rows.mask[i]]
-        logps = [model.logits(rows.tokens[i : i + 1])[0].log_softmax(-1)[at, rows.tokens[i, at]] for model in (actor, reference)]
+        logps = [
+            model.logits(rows.tokens[i : i + 1])[0].log_softmax(-1)[at, rows.tokens[i, at]]
+            for model in (actor, reference)
+        ]
         difference = logps[0] - logps[1].detach()
         return difference.mean() if keys.get("length_normalise") else difference.sum()
 
-    h = torch.stack([log_ratio(batch.chosen, i) - log_ratio(batch.rejected, i) for i in range(ROWS)])
+    h = torch.stack(
+        [log_ratio(batch.chosen, i) - log_ratio(batch.rejected, i) for i in range(ROWS)]
+    )
     beta, eps = keys.get("beta", 0.1), keys.get("label_smoothing", 0.0)
     if keys.get("loss") == "ipo":
         each = (h - 0.5 / beta) ** 2
     else:
-        each = -(1 - eps) * (1 / (1 + (-beta * h).exp())).log() - eps * (1 / (1 + (beta * h).exp())).log()
+        each = (
+            -(1 - eps) * (1 / (1 + (-beta * h).exp())).log()
+            - eps * (1 / (1 + (beta * h).exp())).log()
+        )
     expected = torch.autograd.grad(each.mean(), actor.parameters)
     compared = 0
     for size in (0, 1, 2, 4):
@@ -159,11 +200,18 @@ def test_preferences_are_learnt() -> None:
     start = policy()
     algorithm = dpo(reference=LiveReference(policy()), actor=policy(lr=0.03))
     rows = [algorithm.step(step).metrics for step in range(30)]
-    assert rows[0].keys() == {f"dpo/{name}" for name in ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "grad_norm")}
-    assert rows[0]["dpo/loss"].result() == pytest.approx(math.log(2)), "the policy is its reference: h = 0"
+    assert rows[0].keys() == {
+        f"dpo/{name}"
+        for name in ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "grad_norm")
+    }
+    assert rows[0]["dpo/loss"].result() == pytest.approx(math.log(2)), (
+        "the policy is its reference: h = 0"
+    )
     assert rows[-1]["dpo/accuracy"].result() == 1.0
     assert rows[-1]["dpo/loss"].result() < 0.5 * rows[0]["dpo/loss"].result()
-    before, after = (response.logprobs(pairs()).logprobs.sum(1).chunk(2) for response in (start, algorithm.actor))
+    before, after = (
+        response.logprobs(pairs()).logprobs.sum(1).chunk(2) for response in (start, algorithm.actor)
+    )
     assert ((after[0] - before[0]) > (after[1] - before[1])).all()
 
 
@@ -174,7 +222,7 @@ def test_combinations_that_are_refused() -> None:
         dpo(loss="ipo", label_smoothing=0.1)
 
 
-# --------------------------------------------------------------------------------------------- the reference, asked once
+# ------------------------------------------------------------------------ the reference, asked once
 
 
 class Counting(TorchActor):
@@ -204,7 +252,11 @@ class Maker:
 
 
 def once(
-    maker: Any, rows: Sequence[int] = range(ROWS), held_out: Sequence[int] = (), dp: DataParallel | None = None, identity: str = "x"
+    maker: Any,
+    rows: Sequence[int] = range(ROWS),
+    held_out: Sequence[int] = (),
+    dp: DataParallel | None = None,
+    identity: str = "x",
 ) -> PrecomputedReference:
     splits = {"train": Split(rows, pairs_at), "held_out": Split(held_out, pairs_at)}
     return PrecomputedReference(maker, splits, dp or SingleReplica(), batch=4, identity=identity)
@@ -217,12 +269,20 @@ def test_asked_once_says_what_a_live_one_does() -> None:
     for _ in range(2):
         told = reference.refer("train", pairs())
         torch.testing.assert_close(told.reference, live.reference)
-        torch.testing.assert_close(reference.refer("held_out", pairs_at([4, 1], 0, 1)[0]).reference, live.reference[[4, 1]])
+        torch.testing.assert_close(
+            reference.refer("held_out", pairs_at([4, 1], 0, 1)[0]).reference, live.reference[[4, 1]]
+        )
     assert (len(maker.made), maker.alive) == (1, 0)
-    algorithms = [dpo(reference=live_or_not) for live_or_not in (LiveReference(policy(seed=5)), once(maker))]
-    first, second = ([algorithm.step(step).metrics for step in range(3)] for algorithm in algorithms)
+    algorithms = [
+        dpo(reference=live_or_not) for live_or_not in (LiveReference(policy(seed=5)), once(maker))
+    ]
+    first, second = (
+        [algorithm.step(step).metrics for step in range(3)] for algorithm in algorithms
+    )
     for mine, its in zip(first, second, strict=True):
-        assert {k: m.result() for k, m in mine.items()} == pytest.approx({k: m.result() for k, m in its.items()}, rel=1e-5)
+        assert {k: m.result() for k, m in mine.items()} == pytest.approx(
+            {k: m.result() for k, m in its.items()}, rel=1e-5
+        )
 
 
 def test_resume_asks_nothing_again_and_more_rows_only_for_themselves() -> None:
@@ -238,7 +298,10 @@ def test_resume_asks_nothing_again_and_more_rows_only_for_themselves() -> None:
     assert len(maker.made) == 1
 
     asked: list[Counting] = []
-    longer = once(lambda: asked.append(model := Counting(9, hidden=8, seed=5, init_std=0.5)) or model, held_out=[5])
+    longer = once(
+        lambda: asked.append(model := Counting(9, hidden=8, seed=5, init_std=0.5)) or model,
+        held_out=[5],
+    )
     longer.load_state_dict(state)
     assert torch.equal(longer.refer("train", pairs()).reference[:4], told)
     assert [model.asked for model in asked] == [2]
@@ -267,7 +330,8 @@ def test_state_survives_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("rows", [range(ROWS), [0, 2, 3, 4, 5]], ids=["even", "odd"])
 def test_every_replica_knows_all_rows(rows: Sequence[int]) -> None:
-    """The table of two replicas is that of one, so a resumed run may have another number of them."""
+    """The table of two replicas is that of one, so a resumed run may have another number of
+    them."""
     alone = once(Maker(), rows)
     alone.refer("train", pairs().block(0, 1))
 
@@ -280,5 +344,7 @@ def test_every_replica_knows_all_rows(rows: Sequence[int]) -> None:
     told = run_replicas(2, work)
     for sums, reference in told:
         assert sums.keys() == alone.sums["train"].keys() == set(rows)
-        assert all(sums[row] == pytest.approx(both, rel=1e-6) for row, both in alone.sums["train"].items())
+        assert all(
+            sums[row] == pytest.approx(both, rel=1e-6) for row, both in alone.sums["train"].items()
+        )
         assert reference.shape == (2, 2)

@@ -1,4 +1,5 @@
-"""PPO's losses against a loop over tokens, its resume, its splits over replicas and micro-batches, what it does with non-finite numbers."""
+"""PPO's losses against a loop over tokens, its resume, its splits over replicas and micro-batches,
+what it does with non-finite numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +24,14 @@ DP = SingleReplica()
 
 
 def gipo(dp: Any = DP, micro_batch: int = 0, **settings: Any) -> PPO:
-    return make_ppo(dp, CriticHead(lr=0.02, dp=dp), GroupVariance(beta=0.3), GroupAdaptiveKL(dp=dp), micro_batch, **settings)
+    return make_ppo(
+        dp,
+        CriticHead(lr=0.02, dp=dp),
+        GroupVariance(beta=0.3),
+        GroupAdaptiveKL(dp=dp),
+        micro_batch,
+        **settings,
+    )
 
 
 def plain(**settings: Any) -> PPO:
@@ -40,10 +48,19 @@ def experience() -> Experience:
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
     probs = draw(BATCH, 2).softmax(-1)
-    return Experience(rollout, -draw(*shape).exp(), draw(*shape), draw(*shape), draw(*shape), 1 + draw(BATCH), probs, draw(BATCH, 2))
+    return Experience(
+        rollout,
+        -draw(*shape).exp(),
+        draw(*shape),
+        draw(*shape),
+        draw(*shape),
+        1 + draw(BATCH),
+        probs,
+        draw(BATCH, 2),
+    )
 
 
-# --------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def test_actor_loss_is_the_loop_over_tokens() -> None:
@@ -60,7 +77,9 @@ def test_actor_loss_is_the_loop_over_tokens() -> None:
     assert tokens > BATCH
     assert (batch.weights < 0).any()
     loss = plain(clip=clip, entropy=bonus).actor_loss(output, batch)
-    assert {name: (pytest.approx(float(value)), unit) for name, (value, unit) in loss.terms.items()} == {
+    assert {
+        name: (pytest.approx(float(value)), unit) for name, (value, unit) in loss.terms.items()
+    } == {
         "policy": (expected, "token"),
         "entropy": (-bonus * entropy, "token"),
     }
@@ -80,17 +99,22 @@ def test_critic_loss_is_the_loop_over_tokens() -> None:
     gain = 0.0
     for b in range(BATCH):
         scale = sum(math.exp(float(x)) for x in logits[b])
-        gain += sum(float(c) * math.exp(float(x)) / scale for c, x in zip(batch.group_coefficients[b], logits[b], strict=True))
+        gain += sum(
+            float(c) * math.exp(float(x)) / scale
+            for c, x in zip(batch.group_coefficients[b], logits[b], strict=True)
+        )
     ppo = make_ppo(DP, CriticHead(beta_critic=0.7, dp=DP), NoVariance(), FixedKL(), value_clip=clip)
     loss = ppo.critic_loss(CriticOutput(values, logits), batch)
-    assert {name: (pytest.approx(float(value)), unit) for name, (value, unit) in loss.terms.items()} == {
+    assert {
+        name: (pytest.approx(float(value)), unit) for name, (value, unit) in loss.terms.items()
+    } == {
         "value": (expected, "token"),
         "group": (-0.7 * gain, "sequence"),
     }
     assert set(ppo.critic_loss(CriticOutput(values, None), batch).terms) == {"value"}
 
 
-# --------------------------------------------------------------------------------------------- one page, many layouts
+# --------------------------------------------------------------------------- one page, many layouts
 
 
 def numbers(ppo: PPO, step: int) -> dict[str, float]:
@@ -127,7 +151,7 @@ def test_micro_batches_change_nothing(micro_batch: int) -> None:
         assert_close(numbers(a, step), numbers(b, step), rel=1e-4)
 
 
-# --------------------------------------------------------------------------------------------- state
+# -------------------------------------------------------------------------------------------- state
 
 
 def copy_models(source: PPO, target: PPO) -> None:
@@ -135,7 +159,11 @@ def copy_models(source: PPO, target: PPO) -> None:
         assert isinstance(a, (TorchActor, TorchCritic))
         assert isinstance(b, (TorchActor, TorchCritic))
         steppers = [(a._stepper, b._stepper)]
-        if isinstance(a, TorchCritic) and isinstance(b, TorchCritic) and a._group_stepper is not None:
+        if (
+            isinstance(a, TorchCritic)
+            and isinstance(b, TorchCritic)
+            and a._group_stepper is not None
+        ):
             assert b._group_stepper is not None
             steppers.append((a._group_stepper, b._group_stepper))
         for x, y in steppers:
@@ -148,8 +176,15 @@ def copy_models(source: PPO, target: PPO) -> None:
 def test_a_resumed_run_is_the_run(kind: str) -> None:
     def make() -> PPO:
         if kind == "gipo":
-            return make_ppo(DP, CriticHead(lr=0.02, dp=DP), GroupVariance(return_ema=0.5), GroupAdaptiveKL(dp=DP))
-        return make_ppo(DP, CriticHead(num_groups=3, relabel=True, dp=DP), GroupDRO(), AdaptiveKL(horizon=100))
+            return make_ppo(
+                DP,
+                CriticHead(lr=0.02, dp=DP),
+                GroupVariance(return_ema=0.5),
+                GroupAdaptiveKL(dp=DP),
+            )
+        return make_ppo(
+            DP, CriticHead(num_groups=3, relabel=True, dp=DP), GroupDRO(), AdaptiveKL(horizon=100)
+        )
 
     straight, stopped = make(), make()
     for step in range(3):
@@ -161,7 +196,9 @@ def test_a_resumed_run_is_the_run(kind: str) -> None:
     for step in range(3, 5):
         a, b = numbers(straight, step), numbers(resumed, step)
         assert a.keys() == b.keys()
-        assert all(a[name] == b[name] or (math.isnan(a[name]) and math.isnan(b[name])) for name in a)
+        assert all(
+            a[name] == b[name] or (math.isnan(a[name]) and math.isnan(b[name])) for name in a
+        )
 
 
 def test_the_critic_warms_up_alone() -> None:
@@ -175,11 +212,18 @@ def test_the_critic_warms_up_alone() -> None:
 
 
 def test_minibatches_are_blocks_in_order_every_epoch() -> None:
-    blocks = [(index, batch.row_ids.tolist()) for index, batch in plain()._minibatches(experience())]
-    assert blocks == [(0, list(range(8))), (1, list(range(8, 16))), (2, list(range(8))), (3, list(range(8, 16)))]
+    blocks = [
+        (index, batch.row_ids.tolist()) for index, batch in plain()._minibatches(experience())
+    ]
+    assert blocks == [
+        (0, list(range(8))),
+        (1, list(range(8, 16))),
+        (2, list(range(8))),
+        (3, list(range(8, 16))),
+    ]
 
 
-# --------------------------------------------------------------------------------------------- numbers that are not
+# ----------------------------------------------------------------------------- numbers that are not
 
 
 class Broken:
@@ -202,16 +246,22 @@ def test_a_score_that_is_no_number_skips_the_step_everywhere(size: int) -> None:
     assert run_replicas(size, work) == [({"rollout": (5,)}, 1.0, True)] * size
 
 
-# --------------------------------------------------------------------------------------------- what a step shows
+# -------------------------------------------------------------------------------- what a step shows
 
 
 def test_a_step_shows_the_stable_names() -> None:
     """design.md section 9, as far as PPO itself logs them."""
     result = gipo().step(0)
-    groups = "gap gap_std variance mass_min label_entropy high_index flip_rate return_high return_low return_worst auc ami"
+    groups = (
+        "gap gap_std variance mass_min label_entropy high_index flip_rate return_high return_low"
+        " return_worst auc ami"
+    )
     per_group = "return score kl length entropy clip_fraction"
     expected = {
-        *(f"rollout/{x}" for x in ("length_mean", "truncated", "logprob_gap_mean", "logprob_gap_max")),
+        *(
+            f"rollout/{x}"
+            for x in ("length_mean", "truncated", "logprob_gap_mean", "logprob_gap_max")
+        ),
         *(f"reward/{x}" for x in ("score_mean", "score_std")),
         *(f"kl/{x}" for x in ("mean", "coef_mean")),
         *(f"groups/{x}" for x in groups.split()),

@@ -25,7 +25,12 @@ def pairs() -> Pairs:
 
 def modelling(centre: float = 0.0, lr: float = 3e-3) -> RewardModelling:
     reward = TorchRewardModel(9, hidden=16, lr=lr)
-    return RewardModelling(centre=centre, reward=reward, pairs=lambda step: pairs(), phase=lambda name: contextlib.nullcontext())
+    return RewardModelling(
+        centre=centre,
+        reward=reward,
+        pairs=lambda step: pairs(),
+        phase=lambda name: contextlib.nullcontext(),
+    )
 
 
 def test_loss_by_hand() -> None:

@@ -1,7 +1,9 @@
-"""What TRL's trainers make of some rows and weights: trl_worker.py FOLDER, in a process of its own (TRL patches transformers as it loads).
+"""What TRL's trainers make of some rows and weights: trl_worker.py FOLDER, in a process of its own
+(TRL patches transformers as it loads).
 
-FOLDER holds rows.json ({prompt, chosen, rejected} each), tokenizer/, policy/, reference/ and reward/ (Hugging Face folders).
-Writes FOLDER/trl.pt: case -> {loss, gradients, tokens}, each of the whole batch.
+FOLDER holds rows.json ({prompt, chosen, rejected} each), tokenizer/, policy/, reference/ and
+reward/ (Hugging Face folders). Writes FOLDER/trl.pt: case -> {loss, gradients, tokens}, each of the
+whole batch.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ DPO_CASES: dict[str, dict[str, Any]] = {
     "dpo/precomputed": {"loss_type": ["sigmoid"], "beta": 0.5, "precompute_ref_log_probs": True},
     "dpo/ipo_mean": {"loss_type": ["ipo"], "beta": 0.1},  # TRL's ipo is always of means
     "dpo/sigmoid_mean": {"loss_type": ["sigmoid_norm"], "beta": 2.0},
-    "dpo/smoothed": {"loss_type": ["aot"], "beta": 0.5, "label_smoothing": 0.2},  # of one pair at a time it is smoothed DPO
+    # of one pair at a time it is smoothed DPO
+    "dpo/smoothed": {"loss_type": ["aot"], "beta": 0.5, "label_smoothing": 0.2},
 }
 COMMON = {
     "report_to": [],
@@ -45,33 +48,66 @@ def outcome(trainer: Any) -> dict[str, Any]:
         loss = trainer.compute_loss(trainer.model, dict(batch)) / len(batches)
         loss.backward()
         total += float(loss.detach())
-    gradients = {name.removeprefix("module."): p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-    tokens: list[Tensor] = [row[kept.bool()] for b in batches for row, kept in zip(b["input_ids"], b["attention_mask"], strict=True)]
+    gradients = {
+        name.removeprefix("module."): p.grad.clone()
+        for name, p in trainer.model.named_parameters()
+        if p.grad is not None
+    }
+    tokens: list[Tensor] = [
+        row[kept.bool()]
+        for b in batches
+        for row, kept in zip(b["input_ids"], b["attention_mask"], strict=True)
+    ]
     return {"loss": total, "gradients": gradients, "tokens": [row.tolist() for row in tokens]}
 
 
 def causal(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     rows = json.loads((folder / "rows.json").read_text())
     pairs = datasets.Dataset.from_list(rows)
-    examples = datasets.Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+    examples = datasets.Dataset.from_list(
+        [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     found: dict[str, Any] = {}
 
     def setting(config: type, size: int = len(rows), **more: Any) -> Any:
-        return config(str(folder / "out"), per_device_train_batch_size=size, per_device_eval_batch_size=size, **COMMON, **more)
+        return config(
+            str(folder / "out"),
+            per_device_train_batch_size=size,
+            per_device_eval_batch_size=size,
+            **COMMON,
+            **more,
+        )
 
     for name, keys in DPO_CASES.items():
         args = setting(DPOConfig, 1 if name == "dpo/smoothed" else len(rows), **keys)
         policy, reference = causal(folder / "policy"), causal(folder / "reference")
-        found[name] = outcome(DPOTrainer(policy, reference, args=args, train_dataset=pairs, eval_dataset=pairs, processing_class=tokenizer))
+        found[name] = outcome(
+            DPOTrainer(
+                policy,
+                reference,
+                args=args,
+                train_dataset=pairs,
+                eval_dataset=pairs,
+                processing_class=tokenizer,
+            )
+        )
     sft = setting(SFTConfig)
     found["sft"] = outcome(
-        SFTTrainer(causal(folder / "policy"), args=sft, train_dataset=examples, eval_dataset=examples, processing_class=tokenizer)
+        SFTTrainer(
+            causal(folder / "policy"),
+            args=sft,
+            train_dataset=examples,
+            eval_dataset=examples,
+            processing_class=tokenizer,
+        )
     )
     for name, centre in (("rm", None), ("rm/centred", 0.1)):
         reward = AutoModelForSequenceClassification.from_pretrained(
@@ -79,7 +115,15 @@ def main() -> None:
         )
         reward.config.pad_token_id = tokenizer.pad_token_id
         args = setting(RewardConfig, center_rewards_coefficient=centre)
-        found[name] = outcome(RewardTrainer(reward, args=args, train_dataset=pairs, eval_dataset=pairs, processing_class=tokenizer))
+        found[name] = outcome(
+            RewardTrainer(
+                reward,
+                args=args,
+                train_dataset=pairs,
+                eval_dataset=pairs,
+                processing_class=tokenizer,
+            )
+        )
     torch.save(found, folder / "trl.pt")
 
 

@@ -21,7 +21,9 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def test_returns_are_not_whitened() -> None:
     rewards, values, mask = inputs()
     white, returns = GeneralisedAdvantage(dp=SingleReplica()).estimate(rewards, values, mask)
-    plain, same = GeneralisedAdvantage(whiten=False, dp=SingleReplica()).estimate(rewards, values, mask)
+    plain, same = GeneralisedAdvantage(whiten=False, dp=SingleReplica()).estimate(
+        rewards, values, mask
+    )
     assert torch.equal(returns, same)
     torch.testing.assert_close((plain + values)[mask], returns[mask])
     assert abs(float(white[mask].mean())) < 1e-6

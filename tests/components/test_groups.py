@@ -11,7 +11,13 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from gipo_megatron.algorithms.ppo_metrics import split_metrics
-from gipo_megatron.components.groups import CriticHead, LabelledGroups, Memory, NoGroups, RandomGroups
+from gipo_megatron.components.groups import (
+    CriticHead,
+    LabelledGroups,
+    Memory,
+    NoGroups,
+    RandomGroups,
+)
 from gipo_megatron.errors import UserError
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.types import Groups, Metrics, Scores
@@ -29,7 +35,7 @@ def logits_of(probs: list[list[float]]) -> Tensor:
     return torch.tensor(probs, dtype=torch.float64).log()
 
 
-# --------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def feed(memory: Memory, *rounds: tuple[float, float], std: float = 1.0) -> list[int]:
@@ -84,13 +90,15 @@ def test_flip_rate() -> None:
     assert memory.flip_rate([0, 1, 0, 1]) == 0.0
 
 
-# --------------------------------------------------------------------------------------------- classifiers
+# -------------------------------------------------------------------------------------- classifiers
 
 
 def test_critic_head_by_hand() -> None:
     classifier = CriticHead(dp=DP)
     raw = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    groups = classifier.assign(logits_of([[0.75, 0.25], [0.5, 0.5]]), rollout_of(["a", "b"]), scores_of(raw, std=2.0))
+    groups = classifier.assign(
+        logits_of([[0.75, 0.25], [0.5, 0.5]]), rollout_of(["a", "b"]), scores_of(raw, std=2.0)
+    )
     assert groups.probs.tolist() == [pytest.approx([0.75, 0.25]), pytest.approx([0.5, 0.5])]
     assert groups.masses.tolist() == pytest.approx([1.25, 0.75])
     assert groups.returns.tolist() == pytest.approx([0.2, -1 / 3])
@@ -105,11 +113,18 @@ def test_critic_head_by_hand() -> None:
 
 def test_assign_is_pure() -> None:
     classifier = CriticHead(dp=DP)
-    arguments = (logits_of([[0.7, 0.3], [0.2, 0.8]]), rollout_of(["a", "b"]), scores_of(torch.tensor([1.0, 2.0])))
+    arguments = (
+        logits_of([[0.7, 0.3], [0.2, 0.8]]),
+        rollout_of(["a", "b"]),
+        scores_of(torch.tensor([1.0, 2.0])),
+    )
     before = classifier.state_dict()
     first, second = classifier.assign(*arguments), classifier.assign(*arguments)
     assert classifier.state_dict() == before
-    assert all(torch.equal(getattr(first, f), getattr(second, f)) for f in ("probs", "returns", "masses", "high_prob"))
+    assert all(
+        torch.equal(getattr(first, f), getattr(second, f))
+        for f in ("probs", "returns", "masses", "high_prob")
+    )
 
 
 def test_metrics_are_in_raw_units() -> None:
@@ -148,18 +163,30 @@ def test_none_is_one_group_of_certainty() -> None:
     assert (classifier.coefficients(groups) == 0).all()
     assert classifier.head is None
     found = values(classifier.observe(groups, scores, None))
-    assert (found["gap"], found["variance"], found["mass_min"], found["return_high"], found["return_low"]) == (0, 0, 1, 1, 1)
+    assert (
+        found["gap"],
+        found["variance"],
+        found["mass_min"],
+        found["return_high"],
+        found["return_low"],
+    ) == (0, 0, 1, 1, 1)
 
 
 def test_labelled_groups_may_be_mapped() -> None:
     classifier = LabelledGroups(groups={"a": 1, "b": 0, "c": 1}, dp=DP, sources=("a", "b", "c"))
-    groups = classifier.assign(torch.zeros(3, 2), rollout_of(["a", "b", "c"]), scores_of(torch.zeros(3)))
+    groups = classifier.assign(
+        torch.zeros(3, 2), rollout_of(["a", "b", "c"]), scores_of(torch.zeros(3))
+    )
     assert groups.probs.argmax(1).tolist() == [1, 0, 1]
 
 
 def test_a_head_learns_beside_given_labels() -> None:
-    """It is critic_head's in all but its effect: given labels are used, learned ones are measured against them."""
-    oracle, alone = LabelledGroups(dp=DP, sources=("easy", "hard")), CriticHead(detach_trunk=True, dp=DP)
+    """It is critic_head's in all but its effect: given labels are used, learned ones are measured
+    against them."""
+    oracle, alone = (
+        LabelledGroups(dp=DP, sources=("easy", "hard")),
+        CriticHead(detach_trunk=True, dp=DP),
+    )
     rollout = rollout_of(["easy", "easy", "hard", "hard"])
     scores = scores_of(torch.tensor([2.0, 1.0, -1.0, 0.0], dtype=torch.float64))
     logits = logits_of([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]])  # hard labels 0 0 1 0
@@ -169,7 +196,8 @@ def test_a_head_learns_beside_given_labels() -> None:
 
     found = values(split_metrics(groups, scores, rollout, ("easy", "hard"), DP))
     assert found["ami"] == pytest.approx(adjusted_mutual_info_score([0, 0, 1, 1], [0, 0, 1, 0]))
-    assert found["auc"] == 0.75  # p_high of easy 0.9, 0.6 against 0.2, 0.7 of hard: three of four pairs in order
+    # p_high of easy 0.9, 0.6 against 0.2, 0.7 of hard: three of four pairs in order
+    assert found["auc"] == 0.75
 
     mine = oracle.observe(groups, scores, logits)
     alone.observe(learned, scores, logits)
@@ -183,14 +211,23 @@ def test_a_head_learns_beside_given_labels() -> None:
 
 @pytest.mark.parametrize(
     ("mapping", "sources", "message"),
-    [({}, ("a",), "two sources"), ({"a": 0}, ("a", "b"), "no group for source b"), ({"a": 0, "b": 2}, ("a", "b"), r"\[0, 2\]")],
+    [
+        ({}, ("a",), "two sources"),
+        ({"a": 0}, ("a", "b"), "no group for source b"),
+        ({"a": 0, "b": 2}, ("a", "b"), r"\[0, 2\]"),
+    ],
 )
-def test_labels_that_do_not_fit_the_data(mapping: dict[str, int], sources: tuple[str, ...], message: str) -> None:
+def test_labels_that_do_not_fit_the_data(
+    mapping: dict[str, int], sources: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         LabelledGroups(groups=mapping, dp=DP, sources=sources)
 
 
-@pytest.mark.parametrize("settings", [{"variance": "robust"}, {"input": "response"}, {"num_groups": 0}, {"init_std": 0.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"variance": "robust"}, {"input": "response"}, {"num_groups": 0}, {"init_std": 0.0}],
+)
 def test_bad_settings_are_explained(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError) as error:
         CriticHead(dp=DP, **settings)
@@ -201,21 +238,36 @@ def test_random_groups_are_fixed_per_prompt() -> None:
     ids = list(range(4000))
     rollout = rollout_of(["a"] * 4000, ids)
     scores = scores_of(torch.zeros(4000))
-    labels = RandomGroups(num_groups=3, share=0.2, seed=5, dp=DP).assign(None, rollout, scores).probs.argmax(1)
-    again = RandomGroups(num_groups=3, share=0.2, seed=5, dp=DP).assign(None, rollout, scores).probs.argmax(1)
-    other = RandomGroups(num_groups=3, share=0.2, seed=6, dp=DP).assign(None, rollout, scores).probs.argmax(1)
+    labels = (
+        RandomGroups(num_groups=3, share=0.2, seed=5, dp=DP)
+        .assign(None, rollout, scores)
+        .probs.argmax(1)
+    )
+    again = (
+        RandomGroups(num_groups=3, share=0.2, seed=5, dp=DP)
+        .assign(None, rollout, scores)
+        .probs.argmax(1)
+    )
+    other = (
+        RandomGroups(num_groups=3, share=0.2, seed=6, dp=DP)
+        .assign(None, rollout, scores)
+        .probs.argmax(1)
+    )
     assert torch.equal(labels, again)
     assert not torch.equal(labels, other)
     shares = torch.bincount(labels).double() / 4000
     assert shares.tolist() == pytest.approx([0.2, 0.4, 0.4], abs=0.03)  # 4 standard errors
 
 
-# --------------------------------------------------------------------------------------------- memory over replicas and restarts
+# ---------------------------------------------------------------- memory over replicas and restarts
 
 
 def test_observation_does_not_depend_on_the_number_of_replicas() -> None:
     raw = torch.linspace(-2, 3, 8, dtype=torch.float64)
-    rollout, probe = rollout_of(["a", "b"] * 4), torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    rollout, probe = (
+        rollout_of(["a", "b"] * 4),
+        torch.randn(8, 2, generator=torch.Generator().manual_seed(0)),
+    )
     logits = torch.randn(8, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def work(dp: Any) -> tuple[dict[str, Any], float]:
@@ -223,8 +275,12 @@ def test_observation_does_not_depend_on_the_number_of_replicas() -> None:
         rate = math.nan
         for sign in (1, -1):
             scores = scores_of(raw[dp.rank :: dp.size])
-            groups: Groups = classifier.assign(logits[dp.rank :: dp.size], replica_rows(rollout, dp), scores)
-            rate = values(classifier.observe(groups, scores, sign * probe[dp.rank :: dp.size]))["flip_rate"]
+            groups: Groups = classifier.assign(
+                logits[dp.rank :: dp.size], replica_rows(rollout, dp), scores
+            )
+            rate = values(classifier.observe(groups, scores, sign * probe[dp.rank :: dp.size]))[
+                "flip_rate"
+            ]
         return classifier.state_dict(), rate
 
     one, rate = work(DP)

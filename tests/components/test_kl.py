@@ -15,7 +15,15 @@ def groups(high: list[float], gap: float = 0.0) -> Groups:
     p = torch.tensor(high, dtype=torch.float64)
     returns = torch.tensor([gap, 0.0], dtype=torch.float64)
     return Groups(
-        torch.stack([p, 1 - p], 1), p, torch.zeros_like(p), returns, torch.tensor([2.0, 2.0]), torch.tensor(0.0), len(high), 0, 1.0
+        torch.stack([p, 1 - p], 1),
+        p,
+        torch.zeros_like(p),
+        returns,
+        torch.tensor([2.0, 2.0]),
+        torch.tensor(0.0),
+        len(high),
+        0,
+        1.0,
     )
 
 
@@ -28,7 +36,12 @@ def test_none_and_fixed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kl", "expected"), [(12.0, 0.1 * (1 + 0.2 * 4 / 100)), (6.6, 0.1 * (1 + 0.1 * 4 / 100)), (0.0, 0.1 * (1 - 0.2 * 4 / 100))]
+    ("kl", "expected"),
+    [
+        (12.0, 0.1 * (1 + 0.2 * 4 / 100)),
+        (6.6, 0.1 * (1 + 0.1 * 4 / 100)),
+        (0.0, 0.1 * (1 - 0.2 * 4 / 100)),
+    ],
 )
 def test_zieglers_rule(kl: float, expected: float) -> None:
     controller = AdaptiveKL(eta=0.1, target=6.0, horizon=100)
@@ -54,7 +67,9 @@ def test_everyone_pays_the_same_until_there_is_a_gap() -> None:
     assert after(-2.0).coefficients(batch).tolist() == [0.1, 0.1]
 
 
-@pytest.mark.parametrize(("gap", "ramp"), [(0.1, 0.0), (0.15, 0.25), (0.2, 0.5), (0.3, 1.0), (2.0, 1.0)])
+@pytest.mark.parametrize(
+    ("gap", "ramp"), [(0.1, 0.0), (0.15, 0.25), (0.2, 0.5), (0.3, 1.0), (2.0, 1.0)]
+)
 def test_ramp(gap: float, ramp: float) -> None:
     assert after(gap).ramp == pytest.approx(ramp)
 
@@ -63,13 +78,19 @@ def test_half_ramp_by_hand() -> None:
     """s = 0.5: p~ = 1 - 0.5 (1 - p) = 0.55, 0.95; their mean is 0.75."""
     batch = groups([0.1, 0.9])
     assert after(0.2, normalise=False).coefficients(batch).tolist() == pytest.approx([0.055, 0.095])
-    assert after(0.2).coefficients(batch).tolist() == pytest.approx([0.1 * 0.55 / 0.75, 0.1 * 0.95 / 0.75])
+    assert after(0.2).coefficients(batch).tolist() == pytest.approx(
+        [0.1 * 0.55 / 0.75, 0.1 * 0.95 / 0.75]
+    )
 
 
 def test_floor() -> None:
     batch = groups([0.0, 0.02, 1.0])
-    assert after(1.0, normalise=False).coefficients(batch).tolist() == pytest.approx([0.01, 0.01, 0.1])
-    assert after(1.0, normalise=False, floor=0.5).coefficients(batch).tolist() == pytest.approx([0.05, 0.05, 0.1])
+    assert after(1.0, normalise=False).coefficients(batch).tolist() == pytest.approx(
+        [0.01, 0.01, 0.1]
+    )
+    assert after(1.0, normalise=False, floor=0.5).coefficients(batch).tolist() == pytest.approx(
+        [0.05, 0.05, 0.1]
+    )
 
 
 def test_normalised_price_keeps_the_budget() -> None:

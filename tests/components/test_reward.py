@@ -1,4 +1,5 @@
-"""Rewards: penalties, running moments against numpy over all history, clipping, ensembles, functions."""
+"""Rewards: penalties, running moments against numpy over all history, clipping, ensembles,
+functions."""
 
 from __future__ import annotations
 
@@ -50,8 +51,12 @@ def test_moments_are_numpys_over_all_history() -> None:
         history += torch.tensor(batch).double().tolist()
         mean, std = np.mean(history), np.std(history)
         assert scores.std == pytest.approx(std, rel=1e-12)
-        assert scores.shaped.numpy() == pytest.approx(np.clip((np.array(batch) - mean) / std, -0.8, 0.8), abs=1e-6)
-        assert scores.returns.numpy() == pytest.approx(np.clip((np.array(batch) - np.mean(batch)) / std, -3, 3), abs=1e-6)
+        assert scores.shaped.numpy() == pytest.approx(
+            np.clip((np.array(batch) - mean) / std, -0.8, 0.8), abs=1e-6
+        )
+        assert scores.returns.numpy() == pytest.approx(
+            np.clip((np.array(batch) - np.mean(batch)) / std, -3, 3), abs=1e-6
+        )
         resumed = model([])
         resumed.load_state_dict(reward.state_dict())
         reward = resumed
@@ -87,7 +92,9 @@ def test_scores_that_are_not_finite_count_nowhere() -> None:
 def test_without_normalisation_and_clip() -> None:
     scores = model([1.0, 5.0], normalise=False, clip=0.0).score(rollout_of(["a"] * 2))
     assert scores.shaped.tolist() == [1.0, 5.0]
-    assert model([1.0, 5.0], normalise=False, clip=2.0).score(rollout_of(["a"] * 2)).shaped.tolist() == [1.0, 2.0]
+    assert model([1.0, 5.0], normalise=False, clip=2.0).score(
+        rollout_of(["a"] * 2)
+    ).shaped.tolist() == [1.0, 2.0]
 
 
 def test_penalties_are_part_of_raw() -> None:
@@ -118,11 +125,20 @@ def test_every_replica_has_the_global_moments() -> None:
 
 
 def ensemble(combine: str, **settings: Any) -> EnsembleReward:
-    models = {"reward_a": Table([1.0, 4.0]), "reward_b": Table([3.0, 0.0]), "reward": Table([9.0, 9.0])}
-    return EnsembleReward(members=["reward_a", "reward_b"], combine=combine, **settings, reward_models=models, dp=DP)
+    models = {
+        "reward_a": Table([1.0, 4.0]),
+        "reward_b": Table([3.0, 0.0]),
+        "reward": Table([9.0, 9.0]),
+    }
+    return EnsembleReward(
+        members=["reward_a", "reward_b"], combine=combine, **settings, reward_models=models, dp=DP
+    )
 
 
-@pytest.mark.parametrize(("combine", "expected"), [("mean", [2.0, 2.0]), ("min", [1.0, 0.0]), ("mean_minus_std", [1.5, 1.0])])
+@pytest.mark.parametrize(
+    ("combine", "expected"),
+    [("mean", [2.0, 2.0]), ("min", [1.0, 0.0]), ("mean_minus_std", [1.5, 1.0])],
+)
 def test_ensembles_by_hand(combine: str, expected: list[float]) -> None:
     """Standard deviations over the two members: 1 and 2; k = 0.5."""
     raw, parts = ensemble(combine, k=0.5).raw(rollout_of(["a"] * 2))
@@ -141,13 +157,17 @@ def test_a_function_sees_prompt_response_and_extras(monkeypatch: pytest.MonkeyPa
 
     module.length = length  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_rewards", module)
-    rollout = replace(rollout_of(["a"] * 2), extras=({"prompt": "p", "gold": 1}, {"prompt": "q", "gold": 2}))
+    rollout = replace(
+        rollout_of(["a"] * 2), extras=({"prompt": "p", "gold": 1}, {"prompt": "q", "gold": 2})
+    )
     raw, _ = FunctionReward(function="my_rewards:length", dp=DP).raw(rollout)
     assert raw.tolist() == [1.0, 2.0]
     assert seen == [("p", "response 0", 1), ("q", "response 1", 2)]
 
 
-@pytest.mark.parametrize("path", ["", "no_colon", "json:no_such_function", "no_such_module_at_all:f", "json:__name__"])
+@pytest.mark.parametrize(
+    "path", ["", "no_colon", "json:no_such_function", "no_such_module_at_all:f", "json:__name__"]
+)
 def test_a_function_that_is_not_there(path: str) -> None:
     with pytest.raises(UserError) as error:
         FunctionReward(function=path, dp=DP)
@@ -158,7 +178,9 @@ def test_missing_reward_models_are_named() -> None:
     with pytest.raises(UserError, match="'reward'; there is reward_a"):
         ModelReward(reward_models={"reward_a": Table([])}, dp=DP)  # type: ignore[dict-item]
     with pytest.raises(UserError, match="'reward_c'"):
-        EnsembleReward(members=["reward_a", "reward_c"], reward_models={"reward_a": Table([])}, dp=DP)  # type: ignore[dict-item]
+        EnsembleReward(
+            members=["reward_a", "reward_c"], reward_models={"reward_a": Table([])}, dp=DP
+        )  # type: ignore[dict-item]
     with pytest.raises(UserError, match="an ensemble of reward_a"):
         EnsembleReward(members=["reward_a"], reward_models={"reward_a": Table([])}, dp=DP)  # type: ignore[dict-item]
     with pytest.raises(UserError, match="median"):

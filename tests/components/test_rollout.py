@@ -18,12 +18,18 @@ class Recorder:
 
 def test_settings_reach_the_actor() -> None:
     sampler = SamplingRollout(temperature=0.7, top_k=5, top_p=0.9, data_max_response=64, seed=11)
-    assert sampler.sample(Recorder(), "prompts", step=3) == ("prompts", Sampling(64, 0.7, 5, 0.9, 1.0, 11, 3))  # type: ignore[arg-type]
+    assert sampler.sample(Recorder(), "prompts", step=3) == (
+        "prompts",
+        Sampling(64, 0.7, 5, 0.9, 1.0, 11, 3),
+    )  # type: ignore[arg-type]
     shorter = SamplingRollout(max_response=8, data_max_response=64, seed=0)
     assert shorter.sample(Recorder(), "prompts", step=0)[1].max_response == 8  # type: ignore[arg-type, index]
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_response": -1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_response": -1}],
+)
 def test_bad_settings_are_explained(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError) as error:
         SamplingRollout(**settings)

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from gipo_megatron import ops
-from gipo_megatron.components.variance import CVaR, GroupDRO, GroupVariance, NoVariance, ReturnVariance
+from gipo_megatron.components.variance import (
+    CVaR,
+    GroupDRO,
+    GroupVariance,
+    NoVariance,
+    ReturnVariance,
+)
 from gipo_megatron.errors import UserError
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.types import Groups
@@ -29,7 +35,8 @@ def test_none_is_one() -> None:
 
 
 def test_group_variance_by_hand() -> None:
-    """G = 1, 1, -1, 0: R = 1, -1/2, R_all = 1/4. mass: 1 - 2 beta (R_g - 1/4); uniform: 1 - beta (R_g - 1/4) / rho_g, rho = 1/2."""
+    """G = 1, 1, -1, 0: R = 1, -1/2, R_all = 1/4. mass: 1 - 2 beta (R_g - 1/4); uniform: 1 - beta
+    (R_g - 1/4) / rho_g, rho = 1/2."""
     for kind in ("mass", "uniform"):
         weights = GroupVariance(beta=0.4).weights(two_groups([1, 1, -1, 0], 2, kind))
         assert weights.raw.tolist() == pytest.approx([0.4, 0.4, 1.6, 1.6])
@@ -40,12 +47,18 @@ def test_weights_are_clamped_and_the_raw_ones_kept() -> None:
     weights = GroupVariance(beta=1.0).weights(groups)
     assert weights.raw.tolist() == [-3, -3, 5, 5]
     assert weights.values.tolist() == [0, 0, 3, 3]
-    assert GroupVariance(beta=1.0, min_weight=-1, max_weight=4).weights(groups).values.tolist() == [-1, -1, 4, 4]
+    assert GroupVariance(beta=1.0, min_weight=-1, max_weight=4).weights(groups).values.tolist() == [
+        -1,
+        -1,
+        4,
+        4,
+    ]
 
 
 def test_a_group_below_one_sequence_switches_the_weights_off() -> None:
     groups = two_groups([1, 1, -1, 0], 2)
-    soft = torch.tensor([[0.3, 0.7], [0.3, 0.7], [0.2, 0.8], [0.1, 0.9]], dtype=torch.float64)  # masses 0.9, 3.1
+    # masses 0.9, 3.1
+    soft = torch.tensor([[0.3, 0.7], [0.3, 0.7], [0.2, 0.8], [0.1, 0.9]], dtype=torch.float64)
     r, masses, mean, count = ops.group_returns(ops.group_sums(soft, groups.sample_returns))
     small = Groups(soft, soft[:, 0], groups.sample_returns, r, masses, mean, count, 0, 1.0)
     assert (GroupVariance(beta=1.0).weights(small).values == 1).all()
@@ -69,22 +82,29 @@ def test_return_variance_by_hand() -> None:
 
 
 def test_group_dro_by_hand() -> None:
-    """q proportional to exp(-a R): R = 1, -1, a = 0.5; w = q_g / rho_g. The second batch multiplies on."""
+    """q proportional to exp(-a R): R = 1, -1, a = 0.5; w = q_g / rho_g. The second batch multiplies
+    on."""
     groups = two_groups([1, 1, -1, -1], 2)
     regulariser = GroupDRO(step=0.5)
     worst = 1 / (1 + math.exp(-1.0))
-    assert regulariser.weights(groups).raw.tolist() == pytest.approx([2 * (1 - worst)] * 2 + [2 * worst] * 2)
+    assert regulariser.weights(groups).raw.tolist() == pytest.approx(
+        [2 * (1 - worst)] * 2 + [2 * worst] * 2
+    )
     regulariser.observe(groups)
     resumed = GroupDRO(step=0.5)
     resumed.load_state_dict(regulariser.state_dict())
     worst = 1 / (1 + math.exp(-2.0))
-    assert resumed.weights(groups).raw.tolist() == pytest.approx([2 * (1 - worst)] * 2 + [2 * worst] * 2)
+    assert resumed.weights(groups).raw.tolist() == pytest.approx(
+        [2 * (1 - worst)] * 2 + [2 * worst] * 2
+    )
 
 
 def test_cvar_by_hand() -> None:
     groups = two_groups([3, 1, 2, 0], 2)
     assert CVaR(alpha=0.5, dp=SingleReplica()).weights(groups).raw.tolist() == [0, 2, 0, 2]
-    assert CVaR(alpha=0.375, dp=SingleReplica()).weights(groups).raw.tolist() == pytest.approx([0, 4 / 3, 0, 8 / 3])
+    assert CVaR(alpha=0.375, dp=SingleReplica()).weights(groups).raw.tolist() == pytest.approx(
+        [0, 4 / 3, 0, 8 / 3]
+    )
     assert CVaR(alpha=1.0, dp=SingleReplica()).weights(groups).raw.tolist() == [1, 1, 1, 1]
 
 

@@ -1,4 +1,5 @@
-"""Tiny models of every family with unequal sizes everywhere, as transformers writes them, and what two ranks make of them."""
+"""Tiny models of every family with unequal sizes everywhere, as transformers writes them, and what
+two ranks make of them."""
 
 from __future__ import annotations
 
@@ -39,7 +40,10 @@ LLAMA3_ROPE = {
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama", {"tie_word_embeddings": False, "bos_token_id": 257, "eos_token_id": 258}),
-    "llama3_tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE, "eos_token_id": [258, 256]}),
+    "llama3_tied": (
+        "llama",
+        {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE, "eos_token_id": [258, 256]},
+    ),
     "mistral": ("mistral", {"sliding_window": 48}),
     "mistral_tied": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
     "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
@@ -50,11 +54,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_scorer": ("qwen2", {"num_labels": 1, "pad_token_id": 256, "tie_word_embeddings": True}),
 }
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
-LAYOUTS = {"tp2": Parallel(tensor=2), "pp2": Parallel(pipeline=2), "pp2_vpp3": Parallel(pipeline=2, virtual_pipeline=3)}
+LAYOUTS = {
+    "tp2": Parallel(tensor=2),
+    "pp2": Parallel(pipeline=2),
+    "pp2_vpp3": Parallel(pipeline=2, virtual_pipeline=3),
+}
 
 
 def write_hf(folder: Path, name: str, dtype: str = "float32", **changes: Any) -> Path:
-    """A Hugging Face folder in several shards, weights far from their defaults (norms and biases too)."""
+    """A Hugging Face folder in several shards, weights far from their defaults (norms and biases
+    too)."""
     kind, settings = FAMILIES[name]
     config = AutoConfig.for_model(kind, **{**SIZES, **settings, **changes})
     cls = AutoModelForSequenceClassification if name.endswith("scorer") else AutoModelForCausalLM
@@ -72,17 +81,23 @@ def write_hf(folder: Path, name: str, dtype: str = "float32", **changes: Any) ->
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder, through safetensors alone."""
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    return {
+        name: t
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, t in load_file(file).items()
+    }
 
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(
-        a.dtype == (b := other[k]).dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for k, a in one.items()
+        a.dtype == (b := other[k]).dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for k, a in one.items()
     )
 
 
 def layout_checkpoints(out: Path, mesh: Mesh) -> list[str]:
-    """On two ranks: every family in both dtypes from OUT/<name>/hf, saved as OUT/<name>/<layout>. Returns what was written."""
+    """On two ranks: every family in both dtypes from OUT/<name>/hf, saved as OUT/<name>/<layout>.
+    Returns what was written."""
     written = []
     cases = [(name, dtype) for name in FAMILIES for dtype in DTYPES]
     for name, dtype in cases:
@@ -95,9 +110,24 @@ def layout_checkpoints(out: Path, mesh: Mesh) -> list[str]:
             folder = out / f"{name}_{dtype}"
             role, head = ("reward", "score") if name.endswith("scorer") else ("actor", None)
             architecture = architecture_from_hf(folder / "hf")
-            engine = Engine(mesh, architecture, Precision(DTYPES[dtype]), micro_batch=1, seed=0, head=head, initialise=False)
+            engine = Engine(
+                mesh,
+                architecture,
+                Precision(DTYPES[dtype]),
+                micro_batch=1,
+                seed=0,
+                head=head,
+                initialise=False,
+            )
             load_into(engine, str(folder / "hf"), role)
             meta = {"step": 3, "recipe": "r", "hub": "", "commit": "c"}
-            checkpoint.write(folder / layout, {role: engine}, mesh, {}, meta, lambda work: byte_tokenizer().save(work / "tokenizer"))
+            checkpoint.write(
+                folder / layout,
+                {role: engine},
+                mesh,
+                {},
+                meta,
+                lambda work: byte_tokenizer().save(work / "tokenizer"),
+            )
             written.append(f"{name}_{dtype}/{layout}")
     return written

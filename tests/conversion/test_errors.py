@@ -39,7 +39,13 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("checkpoint")
-    to_megatron(str(families.write_hf(base / "hf", "qwen3")), base / "checkpoint", mesh, verify=False, progress=SILENT)
+    to_megatron(
+        str(families.write_hf(base / "hf", "qwen3")),
+        base / "checkpoint",
+        mesh,
+        verify=False,
+        progress=SILENT,
+    )
     return base / "checkpoint"
 
 
@@ -82,19 +88,46 @@ def index(text: str) -> Change:
 
 
 BROKEN: dict[str, tuple[Change, list[str]]] = {
-    "unsupported": (config(model_type="gemma2"), ["model_type 'gemma2' is not built", "soft-caps attention logits"]),
-    "rope": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), ["not built: rope_type: yarn"]),
-    "quantised": (config(quantization_config={"quant_method": "awq"}), ["not built: quantization_config: awq"]),
-    "missing shard": (lambda folder: shards(folder)[2].unlink(), ["cannot read model-00003-of-", "not there"]),
-    "truncated": (lambda folder: os.truncate(shards(folder)[2], 20_000), ["cannot read model-00003-of-", "20000 bytes"]),
-    "header cut": (lambda folder: os.truncate(shards(folder)[0], 5), ["cannot read model-00001-of-", "5 bytes"]),
+    "unsupported": (
+        config(model_type="gemma2"),
+        ["model_type 'gemma2' is not built", "soft-caps attention logits"],
+    ),
+    "rope": (
+        config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        ["not built: rope_type: yarn"],
+    ),
+    "quantised": (
+        config(quantization_config={"quant_method": "awq"}),
+        ["not built: quantization_config: awq"],
+    ),
+    "missing shard": (
+        lambda folder: shards(folder)[2].unlink(),
+        ["cannot read model-00003-of-", "not there"],
+    ),
+    "truncated": (
+        lambda folder: os.truncate(shards(folder)[2], 20_000),
+        ["cannot read model-00003-of-", "20000 bytes"],
+    ),
+    "header cut": (
+        lambda folder: os.truncate(shards(folder)[0], 5),
+        ["cannot read model-00001-of-", "5 bytes"],
+    ),
     "tensor gone": (rewrite(1, drop_one), ["promises tensors that its files do not hold"]),
-    "other sizes": (config(intermediate_size=64, vocab_size=300), ["wrong shape", "is [261, 36], not [300, 36]", "[50, 36], not [64, 36]"]),
+    "other sizes": (
+        config(intermediate_size=64, vocab_size=300),
+        ["wrong shape", "is [261, 36], not [300, 36]", "[50, 36], not [64, 36]"],
+    ),
     "more layers": (config(num_hidden_layers=7), ["missing (9): model.layers.6."]),
     "fewer layers": (config(num_hidden_layers=5), ["unexpected (9): model.layers.5."]),
     "untied": (config(tie_word_embeddings=False), ["missing (1): lm_head.weight"]),
-    "tied in vain": (rewrite(0, own_output_layer), ["tie_word_embeddings is true, but lm_head.weight differs"]),
-    "integers": (rewrite(1, lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()})), ["I8", "quantised weights"]),
+    "tied in vain": (
+        rewrite(0, own_output_layer),
+        ["tie_word_embeddings is true, but lm_head.weight differs"],
+    ),
+    "integers": (
+        rewrite(1, lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()})),
+        ["I8", "quantised weights"],
+    ),
     "no sizes": (config(num_attention_heads=0), ["no sizes: num_attention_heads: 0"]),
     "config.json": (without_config, ["cannot read config.json"]),
     "index": (index("{}"), ["cannot read model.safetensors.index.json"]),
@@ -102,7 +135,9 @@ BROKEN: dict[str, tuple[Change, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_folders_that_do_not_hold_what_they_claim(name: str, folder: Path, mesh: Mesh, tmp_path: Path) -> None:
+def test_folders_that_do_not_hold_what_they_claim(
+    name: str, folder: Path, mesh: Mesh, tmp_path: Path
+) -> None:
     change, said = BROKEN[name]
     change(folder)
     with pytest.raises(UserError) as error:
@@ -126,7 +161,9 @@ def test_nothing_is_overwritten(folder: Path, checkpoint: Path, mesh: Mesh) -> N
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
-def test_what_is_none_of_the_two(folder: Path, checkpoint: Path, mesh: Mesh, tmp_path: Path) -> None:
+def test_what_is_none_of_the_two(
+    folder: Path, checkpoint: Path, mesh: Mesh, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="is a checkpoint already"):
         to_megatron(str(checkpoint), tmp_path / "out", mesh, verify=True, progress=SILENT)
     with pytest.raises(UserError, match="is a Hugging Face folder, not a checkpoint"):
@@ -136,7 +173,7 @@ def test_what_is_none_of_the_two(folder: Path, checkpoint: Path, mesh: Mesh, tmp
     assert error.value.fix == "role=actor"
 
 
-# --------------------------------------------------------------------------------------------- verification
+# ------------------------------------------------------------------------------------- verification
 
 
 def test_a_mismatch_keeps_the_folder_and_names_the_tensors(tmp_path: Path) -> None:
@@ -149,9 +186,13 @@ def test_a_mismatch_keeps_the_folder_and_names_the_tensors(tmp_path: Path) -> No
         for number, file in enumerate(shards(work)):
             file.rename(work / ("model.safetensors" if number == 0 else f"other-{number}"))
         check_structure(work, "float32")
-    assert "not in transformers' model (1): model.extra" in str(error.value) and "missing" in str(error.value)
+    assert "not in transformers' model (1): model.extra" in str(error.value) and "missing" in str(
+        error.value
+    )
     assert error.value.where == str(tmp_path / "out.mismatch")
-    assert [p.name for p in tmp_path.iterdir()] == ["out.mismatch"] and (tmp_path / "out.mismatch" / "config.json").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mismatch"] and (
+        tmp_path / "out.mismatch" / "config.json"
+    ).is_file()
 
 
 @pytest.mark.parametrize(
@@ -161,8 +202,11 @@ def test_a_mismatch_keeps_the_folder_and_names_the_tensors(tmp_path: Path) -> No
         (config(rms_norm_eps=1e-2), "logits differ by"),
     ],
 )
-def test_outputs_tell_what_shapes_cannot(change: Change, said: str, checkpoint: Path, mesh: Mesh, tmp_path: Path) -> None:
-    """A checkpoint whose config.json was altered after it was read: every tensor agrees, the model is another one."""
+def test_outputs_tell_what_shapes_cannot(
+    change: Change, said: str, checkpoint: Path, mesh: Mesh, tmp_path: Path
+) -> None:
+    """A checkpoint whose config.json was altered after it was read: every tensor agrees, the model
+    is another one."""
     altered = Path(shutil.copytree(checkpoint, tmp_path / "altered"))
     source = altered / "huggingface" / "actor"
     change(source)
@@ -171,14 +215,18 @@ def test_outputs_tell_what_shapes_cannot(change: Change, said: str, checkpoint: 
     (altered / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(Mismatch, match=said):
         to_hf(altered, tmp_path / "out", mesh, verify=True, progress=SILENT)
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.mismatch" / "model.safetensors").is_file()
+    assert (
+        not (tmp_path / "out").exists()
+        and (tmp_path / "out.mismatch" / "model.safetensors").is_file()
+    )
 
 
-# --------------------------------------------------------------------------------------------- as started by a user
+# ----------------------------------------------------------------------------- as started by a user
 
 
 def small_files() -> None:
-    """The nearest thing to a full disk that needs no disk: files of at most 100 kB (Python ignores the signal)."""
+    """The nearest thing to a full disk that needs no disk: files of at most 100 kB (Python ignores
+    the signal)."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
@@ -187,8 +235,20 @@ def test_a_full_disk(tool: str, folder: Path, checkpoint: Path, tmp_path: Path) 
     words = [f"hf={folder}"] if tool == "hf_to_megatron" else [f"checkpoint={checkpoint}"]
     command = [sys.executable, f"tools/{tool}.py", *words, f"out={tmp_path}/out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, preexec_fn=small_files, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "File too large" in done.stderr and f"{tmp_path}/out" in done.stderr
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        preexec_fn=small_files,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2
+        and "File too large" in done.stderr
+        and f"{tmp_path}/out" in done.stderr
+    )
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 4
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 

@@ -1,4 +1,5 @@
-"""HF -> checkpoint at TP 2, PP 2, PP 2 x VPP 3 -> HF, every family in two dtypes: the same bits, config.json included."""
+"""HF -> checkpoint at TP 2, PP 2, PP 2 x VPP 3 -> HF, every family in two dtypes: the same bits,
+config.json included."""
 
 from __future__ import annotations
 
@@ -25,33 +26,49 @@ def texts(folder: Path) -> dict[str, bytes]:
 
 def differences(folder: Path, again: Path) -> list[str]:
     """What an exported folder has otherwise than the one it came from."""
-    wrong = [] if families.same_bits(families.tensors(folder), families.tensors(again)) else ["tensors"]
+    wrong = (
+        [] if families.same_bits(families.tensors(folder), families.tensors(again)) else ["tensors"]
+    )
     wrong += [] if texts(folder) == texts(again) else ["config"]
-    return wrong + ([] if (again / "tokenizer.json").is_file() and (again / "README.md").is_file() else ["tokenizer or card"])
+    return wrong + (
+        []
+        if (again / "tokenizer.json").is_file() and (again / "README.md").is_file()
+        else ["tokenizer or card"]
+    )
 
 
 @pytest.mark.multiprocess
-def test_every_family_through_every_layout_of_two(tmp_path_factory: pytest.TempPathFactory, mesh: Mesh, tmp_path: Path) -> None:
+def test_every_family_through_every_layout_of_two(
+    tmp_path_factory: pytest.TempPathFactory, mesh: Mesh, tmp_path: Path
+) -> None:
     out, found = ranks(2, tmp_path_factory)
     written = found[0]["conversion"]
-    assert len(written) == 60 == len(families.FAMILIES) * len(families.DTYPES) * len(families.LAYOUTS)
+    assert (
+        len(written) == 60 == len(families.FAMILIES) * len(families.DTYPES) * len(families.LAYOUTS)
+    )
     wrong = {}
     for name in written:
         to_hf(out / "conversion" / name, tmp_path / name, mesh, verify=False, progress=SILENT)
-        if found_wrong := differences(out / "conversion" / name.split("/")[0] / "hf", tmp_path / name):
+        if found_wrong := differences(
+            out / "conversion" / name.split("/")[0] / "hf", tmp_path / name
+        ):
             wrong[name] = found_wrong
     assert not wrong
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_the_commands_there_and_back(name: str, mesh: Mesh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_there_and_back(
+    name: str, mesh: Mesh, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Verified at both ends; the logits' agreement is that of fp32 arithmetic."""
     folder = families.write_hf(tmp_path / "hf", name, "bfloat16" if "tied" in name else "float32")
     to_megatron(str(folder), tmp_path / "checkpoint", mesh, verify=True, progress=Progress())
     to_hf(tmp_path / "checkpoint", tmp_path / "again", mesh, verify=True, progress=Progress())
     assert differences(folder, tmp_path / "again") == []
     said = [line for line in capsys.readouterr().out.splitlines() if "within" in line]
-    assert len(said) == 2 and all(float(line.split("within ")[1].split()[0]) < 1e-5 for line in said), said
+    assert len(said) == 2 and all(
+        float(line.split("within ")[1].split()[0]) < 1e-5 for line in said
+    ), said
     card = (tmp_path / "again" / "README.md").read_text()
     assert ("AutoModelForSequenceClassification" in card) == name.endswith("scorer")
     roles = json.loads((tmp_path / "checkpoint" / "meta.json").read_text())["roles"]
@@ -66,8 +83,14 @@ def test_fp16_and_mixtures_lose_nothing(mesh: Mesh, tmp_path: Path) -> None:
     assert differences(half, tmp_path / "half_again") == []
     mixed = families.write_hf(tmp_path / "mixed", "qwen3", "bfloat16")
     original = families.tensors(mixed)
-    file = next(f for f in sorted(mixed.glob("*.safetensors")) if "model.norm.weight" in load_file(f))
-    save_file({k: t.float() if "norm" in k else t for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    file = next(
+        f for f in sorted(mixed.glob("*.safetensors")) if "model.norm.weight" in load_file(f)
+    )
+    save_file(
+        {k: t.float() if "norm" in k else t for k, t in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
+    )
     to_megatron(str(mixed), tmp_path / "b", mesh, verify=True, progress=SILENT)
     to_hf(tmp_path / "b", tmp_path / "mixed_again", mesh, verify=True, progress=SILENT)
     again = families.tensors(tmp_path / "mixed_again")

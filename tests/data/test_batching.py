@@ -16,8 +16,13 @@ TOKENIZER = byte_tokenizer()
 
 
 def dataset(folder: Path, rows: int = 10, kind: str = "preference", seed: int = 0) -> Dataset:
-    write_rows(folder / "s" / "train.jsonl", [{"prompt": f"q{i}:", "chosen": "y" * (i + 1), "rejected": "n"} for i in range(rows)])
-    return load_data(DataConfig(path=str(folder), max_length=64, max_response=32), TOKENIZER, "all", seed, kind)
+    write_rows(
+        folder / "s" / "train.jsonl",
+        [{"prompt": f"q{i}:", "chosen": "y" * (i + 1), "rejected": "n"} for i in range(rows)],
+    )
+    return load_data(
+        DataConfig(path=str(folder), max_length=64, max_response=32), TOKENIZER, "all", seed, kind
+    )
 
 
 def test_order_is_a_permutation_an_epoch(tmp_path: Path) -> None:
@@ -69,21 +74,32 @@ def test_pairs_have_one_shape_and_masks_on_the_response(tmp_path: Path) -> None:
 
 def test_prompts_carry_their_text_and_extras(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", [{"prompt": "q", "gold": 1.5}])
-    data = load_data(DataConfig(format="prompt", path=str(tmp_path / "a.jsonl")), TOKENIZER, "all", 0, "prompt")
+    data = load_data(
+        DataConfig(format="prompt", path=str(tmp_path / "a.jsonl")), TOKENIZER, "all", 0, "prompt"
+    )
     assert data.prompts(0, 1, 2).extras == ({"gold": 1.5, "prompt": "q"},) * 2
 
 
 @pytest.mark.parametrize(("count", "dp_size"), [(5, 1), (5, 2), (5, 3), (2, 4)])
-def test_held_out_rows_in_order_with_a_ragged_tail(tmp_path: Path, count: int, dp_size: int) -> None:
+def test_held_out_rows_in_order_with_a_ragged_tail(
+    tmp_path: Path, count: int, dp_size: int
+) -> None:
     data = dataset(tmp_path)
     indices = [7, 3, 9, 0, 4][:count]
     parts = [data.pairs_at(indices, rank, dp_size) for rank in range(dp_size)]
     assert len({len(pairs) for pairs, _ in parts}) == 1
-    rows = {i * dp_size + rank: int(pairs.row_ids[i]) for rank, (pairs, ok) in enumerate(parts) for i in range(len(pairs)) if ok[i]}
+    rows = {
+        i * dp_size + rank: int(pairs.row_ids[i])
+        for rank, (pairs, ok) in enumerate(parts)
+        for i in range(len(pairs))
+        if ok[i]
+    }
     assert [rows[i] for i in sorted(rows)] == indices
     for rank in range(dp_size):
         prompts, valid = data.prompts_at(indices, rank, dp_size)
-        assert torch.equal(valid, parts[rank][1]) and torch.equal(prompts.prompt_id, parts[rank][0].row_ids)
+        assert torch.equal(valid, parts[rank][1]) and torch.equal(
+            prompts.prompt_id, parts[rank][0].row_ids
+        )
         assert prompts.sample_id[valid].tolist() == indices[rank::dp_size]
         examples, _ = data.examples_at(indices, rank, dp_size)
         assert torch.equal(examples.ids, prompts.prompt_id)
@@ -99,14 +115,19 @@ def test_a_preference_source_serves_all_kinds(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     duplicate = f"dropped 1: duplicate row (first: {file} line 2)"
     assert sizes["preference"] == sizes["sft"] == (2, [duplicate])
-    assert sizes["prompt"] == (1, [duplicate, f"dropped 1: prompt seen before (first: {file} line 3)"])
+    assert sizes["prompt"] == (
+        1,
+        [duplicate, f"dropped 1: prompt seen before (first: {file} line 3)"],
+    )
 
 
 def test_drops_are_reported_by_reason(tmp_path: Path) -> None:
     good, other = dialogue("h: q", "a: x"), dialogue("h: q", "a: y")
-    rows = [{"chosen": good, "rejected": other}, {"chosen": good, "rejected": good}, {"chosen": good, "rejected": "\n\nHuman: q"}] + [
-        {"chosen": good, "rejected": "\n\nHuman: q\n\nAssistant:"}
-    ] * 2
+    rows = [
+        {"chosen": good, "rejected": other},
+        {"chosen": good, "rejected": good},
+        {"chosen": good, "rejected": "\n\nHuman: q"},
+    ] + [{"chosen": good, "rejected": "\n\nHuman: q\n\nAssistant:"}] * 2
     file = write_rows(tmp_path / "hh" / "train.jsonl", rows)
     data = load_data(DataConfig(path=str(tmp_path)), TOKENIZER, "all", 0, "preference")
     assert data.report == [
@@ -119,9 +140,14 @@ def test_drops_are_reported_by_reason(tmp_path: Path) -> None:
 
 
 def test_without_a_test_file_a_hash_splits(tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "a.jsonl", [{"prompt": f"question {i // 2}", "response": str(i)} for i in range(400)])
+    file = write_rows(
+        tmp_path / "a.jsonl",
+        [{"prompt": f"question {i // 2}", "response": str(i)} for i in range(400)],
+    )
     config = DataConfig(format="sft", path=str(file), held_out=0.25)
-    train, test, whole = (load_data(config, TOKENIZER, split, 0, "sft") for split in ("train", "test", "all"))
+    train, test, whole = (
+        load_data(config, TOKENIZER, split, 0, "sft") for split in ("train", "test", "all")
+    )
     sides = [{example.prompt[0].text for example in data.rows} for data in (train, test)]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 200
     assert len(train) + len(test) == len(whole) == 400
@@ -136,9 +162,15 @@ def test_nothing_left_is_an_error_with_the_reasons(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "kind", "said"), [(DataConfig(format="prompt"), "sft", "has no sft rows"), (DataConfig(format="x"), "sft", "unknown")]
+    ("config", "kind", "said"),
+    [
+        (DataConfig(format="prompt"), "sft", "has no sft rows"),
+        (DataConfig(format="x"), "sft", "unknown"),
+    ],
 )
-def test_formats_and_kinds_that_do_not_go_together(config: DataConfig, kind: str, said: str) -> None:
+def test_formats_and_kinds_that_do_not_go_together(
+    config: DataConfig, kind: str, said: str
+) -> None:
     with pytest.raises(UserError, match=said):
         load_data(config, TOKENIZER, "train", 0, kind)
 
@@ -148,14 +180,19 @@ def test_the_fingerprint_is_of_the_rows(tmp_path: Path) -> None:
     assert a == b != c
 
 
-# --------------------------------------------------------------------------------------------- real data
+# ---------------------------------------------------------------------------------------- real data
 
 
 @needs_shared_data
 @pytest.mark.parametrize(
     ("source", "split", "kept", "drops"),
     [  # counted by a script that applies the rule of the data's README line by line
-        ("harmless-base", "train", 1843, {"empty response": 4, "chosen and rejected have different prompts": 4}),
+        (
+            "harmless-base",
+            "train",
+            1843,
+            {"empty response": 4, "chosen and rejected have different prompts": 4},
+        ),
         ("harmless-base", "test", 233, {"chosen and rejected have different prompts": 1}),
         ("helpful-base", "train", 1572, {"empty response": 3}),
         ("helpful-base", "test", 208, {}),
@@ -163,7 +200,9 @@ def test_the_fingerprint_is_of_the_rows(tmp_path: Path) -> None:
 )
 def test_hh_rows_and_drops(source: str, split: str, kept: int, drops: dict[str, int]) -> None:
     config = DataConfig(path=str(SHARED / "hh-rlhf"), source=[source])
-    data = load_data(config, load_tokenizer(str(SHARED / "tokenizers" / "hh_bytebpe_4k")), split, 0, "preference")
+    data = load_data(
+        config, load_tokenizer(str(SHARED / "tokenizers" / "hh_bytebpe_4k")), split, 0, "preference"
+    )
     assert (len(data), data.sources) == (kept, (source,))
     assert Counter(drops) == data._tally.dropped
 
@@ -171,7 +210,13 @@ def test_hh_rows_and_drops(source: str, split: str, kept: int, drops: dict[str, 
 @needs_shared_data
 def test_every_hh_prompt_is_a_prefix_under_sentencepiece() -> None:
     tokenizer = load_tokenizer(str(SHARED / "tokenizers" / "mistral_v1"))
-    data = load_data(DataConfig(path=str(SHARED / "hh-rlhf"), max_length=4096), tokenizer, "test", 0, "preference")
+    data = load_data(
+        DataConfig(path=str(SHARED / "hh-rlhf"), max_length=4096),
+        tokenizer,
+        "test",
+        0,
+        "preference",
+    )
     assert data.sources == ("harmless-base", "helpful-base") and len(data) == 441
     checked = 0
     for start in range(0, 441, 63):
@@ -179,7 +224,10 @@ def test_every_hh_prompt_is_a_prefix_under_sentencepiece() -> None:
         pairs, (prompts, _) = data.pairs_at(rows)[0], data.prompts_at(rows)
         for half in (pairs.chosen, pairs.rejected):
             assert torch.equal(half.prompt_lengths, prompts.lengths)
-            checked += sum(torch.equal(a[:n], b[:n]) for a, b, n in zip(half.tokens, prompts.tokens, prompts.lengths, strict=True))
+            checked += sum(
+                torch.equal(a[:n], b[:n])
+                for a, b, n in zip(half.tokens, prompts.tokens, prompts.lengths, strict=True)
+            )
     assert checked == 882
     assert not any("reaches back" in line or "lost turns" in line for line in data.report)
 
@@ -196,9 +244,20 @@ def test_every_hh_prompt_is_a_prefix_under_sentencepiece() -> None:
 )
 def test_one_tldr_folder_serves_every_stage(format: str, kind: str, split: str, rows: int) -> None:
     tokenizer = load_tokenizer(str(SHARED / "tokenizers" / "hh_bytebpe_4k"))
-    data = load_data(DataConfig(format=format, path=str(SHARED / "tldr")), tokenizer, split, 0, kind)
+    data = load_data(
+        DataConfig(format=format, path=str(SHARED / "tldr")), tokenizer, split, 0, kind
+    )
     assert len(data) == rows
-    assert all(row.prompt[0].text.startswith("SUBREDDIT: r/") and row.prompt[0].text.endswith("\n\nTL;DR:") for row in data.rows)
-    assert all(text.startswith(" ") and not text.startswith("  ") for row in data.rows for text in row.responses)
+    assert all(
+        row.prompt[0].text.startswith("SUBREDDIT: r/") and row.prompt[0].text.endswith("\n\nTL;DR:")
+        for row in data.rows
+    )
+    assert all(
+        text.startswith(" ") and not text.startswith("  ")
+        for row in data.rows
+        for text in row.responses
+    )
     labelled = DataConfig(format=format, path=str(SHARED / "tldr"), columns={"source": "subreddit"})
-    assert {"relationships", "AskReddit", "tifu"} < set(load_data(labelled, tokenizer, split, 0, kind).sources)
+    assert {"relationships", "AskReddit", "tifu"} < set(
+        load_data(labelled, tokenizer, split, 0, kind).sources
+    )

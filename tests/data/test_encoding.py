@@ -12,8 +12,16 @@ from tests.data.fixtures import SHARED, needs_shared_data
 BOS, EOS = 257, 258
 
 
-def encoder(max_length: int = 64, max_response: int = 16, template: str = "auto", tokenizer: Tokenizer | None = None) -> Encoder:
-    return Encoder(DataConfig(max_length=max_length, max_response=max_response, template=template), tokenizer or byte_tokenizer())
+def encoder(
+    max_length: int = 64,
+    max_response: int = 16,
+    template: str = "auto",
+    tokenizer: Tokenizer | None = None,
+) -> Encoder:
+    return Encoder(
+        DataConfig(max_length=max_length, max_response=max_response, template=template),
+        tokenizer or byte_tokenizer(),
+    )
 
 
 def text(prompt: str, *responses: str) -> Example:
@@ -21,7 +29,13 @@ def text(prompt: str, *responses: str) -> Example:
 
 
 def talk(*turns: str) -> Example:
-    return Example("transcript", tuple(Turn("user" if i % 2 == 0 else "assistant", t) for i, t in enumerate(turns)), (" ok",), "s", {})
+    return Example(
+        "transcript",
+        tuple(Turn("user" if i % 2 == 0 else "assistant", t) for i, t in enumerate(turns)),
+        (" ok",),
+        "s",
+        {},
+    )
 
 
 def test_prompt_response_and_end_of_text() -> None:
@@ -42,7 +56,10 @@ def test_a_long_response_loses_its_end_and_is_counted() -> None:
 
 def test_a_long_prompt_loses_whole_turns_from_the_front() -> None:
     example = talk(" one", " two", " three", " four", " five")
-    full = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: four\n\nHuman: five\n\nAssistant:"
+    full = (
+        "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: four\n\nHuman:"
+        " five\n\nAssistant:"
+    )
     fewer = full[full.index("\n\nHuman: three") :]
     last = full[full.index("\n\nHuman: five") :]
     seen = set()
@@ -61,8 +78,17 @@ def test_a_long_prompt_loses_whole_turns_from_the_front() -> None:
 
 
 def test_the_system_turn_stays() -> None:
-    turns = (Turn("system", "S"), Turn("user", "long" * 9), Turn("assistant", "a"), Turn("user", "q"))
-    one = encoder(max_length=48, max_response=8, template="{% for m in messages %}{{ m['content'] }};{% endfor %}")
+    turns = (
+        Turn("system", "S"),
+        Turn("user", "long" * 9),
+        Turn("assistant", "a"),
+        Turn("user", "q"),
+    )
+    one = encoder(
+        max_length=48,
+        max_response=8,
+        template="{% for m in messages %}{{ m['content'] }};{% endfor %}",
+    )
     assert one.prompt(Example("messages", turns, (), "s", {}), 0) == (list(b"S;q;"), "S;q;")
 
 
@@ -79,7 +105,10 @@ def test_room_for_a_prompt_is_asked_for() -> None:
 
 
 def test_end_of_text_inside_a_template_ends_the_response() -> None:
-    template = "{% for m in messages %}{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' else ':' }}\n{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' else ':'"
+        " }}\n{% endfor %}"
+    )
     example = Example("messages", (Turn("user", "q"),), ("a",), "s", {})
     assert encoder(template=template).sequence(example, 0, 0).tokens == [*b"q:\na", EOS]
 
@@ -89,7 +118,10 @@ def test_special_names_in_plain_text_stay_text() -> None:
 
 
 def test_roles_that_a_template_refuses_are_found_before_the_run() -> None:
-    template = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}{{ messages[0]['content'] }}"
+    template = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}{{"
+        " messages[0]['content'] }}"
+    )
     one = encoder(template=template)
     one.check(Example("messages", (Turn("user", "q"),), (), "s", {}))
     for _ in range(2):
@@ -103,7 +135,9 @@ def test_sentencepiece_is_tokenised_whole_then_sliced() -> None:
     one = encoder(max_length=256, max_response=64, tokenizer=tokenizer)
     prompt, reply = "\n\nHuman: What is it?\n\nAssistant:", " Tea, I think."
     assert tokenizer.encode(prompt) + tokenizer.encode(reply) != tokenizer.encode(prompt + reply)
-    encoded = one.sequence(Example("transcript", (Turn("user", " What is it?"),), (reply,), "s", {}), 0, 0)
+    encoded = one.sequence(
+        Example("transcript", (Turn("user", " What is it?"),), (reply,), "s", {}), 0, 0
+    )
     assert encoded.tokens == [1, *tokenizer.encode(prompt + reply), 2]
     assert encoded.tokens[: encoded.prompt_length] == [1, *tokenizer.encode(prompt)]
     assert not one.cuts

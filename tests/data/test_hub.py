@@ -14,7 +14,14 @@ from gipo_megatron.errors import UserError
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
+    for name in (
+        "HF_HUB_OFFLINE",
+        "HF_DATASETS_OFFLINE",
+        "http_proxy",
+        "HTTP_PROXY",
+        "https_proxy",
+        "HTTPS_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -36,7 +43,9 @@ class Refuse(http.server.BaseHTTPRequestHandler):
 
 def test_names() -> None:
     assert all(is_hub_name(name) for name in ("gpt2", "meta-llama/Llama-2-7b-hf", "a.b/c_d"))
-    assert not any(is_hub_name(name) for name in ("", "../x", "/abs/path", "./x", "a/b/c", "~/x", "a b"))
+    assert not any(
+        is_hub_name(name) for name in ("", "../x", "/abs/path", "./x", "a/b/c", "~/x", "a b")
+    )
 
 
 def test_silence_ends_within_the_patience(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:

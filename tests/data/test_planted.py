@@ -28,8 +28,13 @@ SMALL = PlantedConfig(prompts=40, pairs_per_prompt=5)
 
 def test_easy_has_many_right_words_and_hard_few() -> None:
     assert len(set(WORDS)) == 48 and right_letters(HARD) == "k"
-    assert [sum(word[0] in right_letters(prompt) for word in WORDS) for prompt in (EASY, HARD)] == [16, 2]
-    assert [sum(word[0] == letter for word in WORDS) for letter in HARD_LETTERS] == [2] * len(HARD_LETTERS)
+    assert [sum(word[0] in right_letters(prompt) for word in WORDS) for prompt in (EASY, HARD)] == [
+        16,
+        2,
+    ]
+    assert [sum(word[0] == letter for word in WORDS) for letter in HARD_LETTERS] == [2] * len(
+        HARD_LETTERS
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,23 +79,34 @@ def test_labels_follow_the_proxy_but_for_the_noise() -> None:
     wrong = sum(proxy_reward(p, a) < proxy_reward(p, b) for p, a, b in pairs)
     assert len(pairs) == 1920 and all(proxy_reward(p, a) != proxy_reward(p, b) for p, a, b in pairs)
     assert abs(wrong / len(pairs) - 0.1) < 0.03  # four standard deviations
-    hacked = sum(a.strip() in ASK_BACK and gold_reward(p, a) < gold_reward(p, b) for p, a, b in pairs)
+    hacked = sum(
+        a.strip() in ASK_BACK and gold_reward(p, a) < gold_reward(p, b) for p, a, b in pairs
+    )
     assert hacked > 30
 
 
 def test_pairs_span_the_same_levels_in_both_groups() -> None:
-    """Without the hack, right, wrong and no answer in both groups alike; a pair never compares equals, which moves the shares a little:
-    of the six ordered pairs of kinds right-wrong weighs 4 * 4, the others 4 * 2, so right and wrong are 3 / 8 each and none is 2 / 8."""
+    """Without the hack, right, wrong and no answer in both groups alike; a pair never compares
+    equals, which moves the shares a little: of the six ordered pairs of kinds right-wrong weighs 4
+    * 4, the others 4 * 2, so right and wrong are 3 / 8 each and none is 2 / 8."""
     examples = planted_examples(PlantedConfig(prompts=600, hack=False), "train", "preference")
     for group in ("easy", "hard"):
-        levels = [gold_reward(e.prompt[0].text, r) for e in examples if e.source == group for r in e.responses]
+        levels = [
+            gold_reward(e.prompt[0].text, r)
+            for e in examples
+            if e.source == group
+            for r in e.responses
+        ]
         assert len(levels) == 2880
         assert abs(sum(levels) / len(levels) - (3 / 8 - 2 / 8)) < 0.05
 
 
 def test_sft_is_mediocre() -> None:
     examples = planted_examples(PlantedConfig(prompts=600), "train", "sft")
-    gold = {g: [gold_reward(e.prompt[0].text, e.responses[0]) for e in examples if e.source == g] for g in ("easy", "hard")}
+    gold = {
+        g: [gold_reward(e.prompt[0].text, e.responses[0]) for e in examples if e.source == g]
+        for g in ("easy", "hard")
+    }
     mean = {group: sum(values) / len(values) for group, values in gold.items()}
     assert len(gold["easy"]) == len(gold["hard"]) == 1440
     assert abs(mean["easy"] - (0.94 * 0.5 - 0.06)) < 0.06  # four standard deviations
@@ -100,7 +116,12 @@ def test_sft_is_mediocre() -> None:
 
 def test_without_the_hack_nobody_asks_back() -> None:
     config = PlantedConfig(prompts=100, hack=False, hack_share=0.5)
-    answers = [r.strip() for kind in ("sft", "preference") for e in planted_examples(config, "all", kind) for r in e.responses]
+    answers = [
+        r.strip()
+        for kind in ("sft", "preference")
+        for e in planted_examples(config, "all", kind)
+        for r in e.responses
+    ]
     assert len(answers) == 1800 and not set(ASK_BACK) & set(answers)
 
 
@@ -114,11 +135,20 @@ def test_the_world_is_a_function_of_its_seed() -> None:
 
 def test_as_a_dataset_of_bytes() -> None:
     config = DataConfig(format="planted", max_length=32, max_response=12, planted=SMALL)
-    data = {kind: load_data(config, byte_tokenizer(), "train", 0, kind) for kind in ("prompt", "sft", "preference")}
-    assert {kind: len(d) for kind, d in data.items()} == {"prompt": 32, "sft": 160, "preference": 160}
+    data = {
+        kind: load_data(config, byte_tokenizer(), "train", 0, kind)
+        for kind in ("prompt", "sft", "preference")
+    }
+    assert {kind: len(d) for kind, d in data.items()} == {
+        "prompt": 32,
+        "sft": 160,
+        "preference": 160,
+    }
     assert all(d.sources == ("easy", "hard") for d in data.values())
     prompts = data["prompt"].prompts(0, 8, 1)
-    assert [extras["group"] for extras in prompts.extras] == [("easy", "hard").index(source) for source in prompts.source]
+    assert [extras["group"] for extras in prompts.extras] == [
+        ("easy", "hard").index(source) for source in prompts.source
+    ]
     assert [group_of(extras["prompt"]) for extras in prompts.extras] == list(prompts.source)
     data["preference"].pairs(0, 160)
     assert not any(line.startswith("so far") for line in data["preference"].report)

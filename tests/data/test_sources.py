@@ -13,11 +13,19 @@ from gipo_megatron.data.sources import _hub_part, open_parts
 from gipo_megatron.errors import UserError
 from tests.data.fixtures import write_rows
 
-ROWS = [{"prompt": "a\u2028b", "chosen": "x", "rejected": "y"}, {"prompt": "c", "chosen": "z", "rejected": 'w, "q"\nline'}]
+ROWS = [
+    {"prompt": "a\u2028b", "chosen": "x", "rejected": "y"},
+    {"prompt": "c", "chosen": "z", "rejected": 'w, "q"\nline'},
+]
 
 
-def rows_of(path: Path, names: list[str] | None = None, split: str = "all", format: str = "prompt") -> dict[str, list[dict[str, Any]]]:
-    return {part.source: [row for _, row in part.rows] for part in open_parts(str(path), names or [], split, format)}
+def rows_of(
+    path: Path, names: list[str] | None = None, split: str = "all", format: str = "prompt"
+) -> dict[str, list[dict[str, Any]]]:
+    return {
+        part.source: [row for _, row in part.rows]
+        for part in open_parts(str(path), names or [], split, format)
+    }
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
@@ -46,7 +54,11 @@ def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [(b'{"prompt": "x"', "unreadable JSON"), (b'["x"]', "a JSON list, not an object"), (b'{"prompt": "\xff"}', "not UTF-8")],
+    [
+        (b'{"prompt": "x"', "unreadable JSON"),
+        (b'["x"]', "a JSON list, not an object"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+    ],
 )
 def test_an_unreadable_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
     file = tmp_path / "train.jsonl"
@@ -67,7 +79,9 @@ def test_a_csv_row_of_another_length_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
 def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
-    file.write_bytes(gzip.compress(b'{"prompt": "x"}\n' * 1000)[:-9] if name.endswith("gz") else b"PAR1 nothing")
+    file.write_bytes(
+        gzip.compress(b'{"prompt": "x"}\n' * 1000)[:-9] if name.endswith("gz") else b"PAR1 nothing"
+    )
     with pytest.raises(UserError, match="cannot read the file") as raised:
         rows_of(file)
     assert str(file) in raised.value.where
@@ -81,7 +95,12 @@ def test_an_empty_file(tmp_path: Path, content: bytes) -> None:
 
 
 def test_nothing_there_and_nothing_in_it(tmp_path: Path) -> None:
-    cases = {"": "data.path is empty", str(tmp_path): "no data files", str(tmp_path / "x"): "nothing at", "missing.jsonl": "nothing at"}
+    cases = {
+        "": "data.path is empty",
+        str(tmp_path): "no data files",
+        str(tmp_path / "x"): "nothing at",
+        "missing.jsonl": "nothing at",
+    }
     for path, said in cases.items():
         with pytest.raises(UserError, match=said):
             open_parts(path, [], "train", "prompt")
@@ -91,14 +110,26 @@ def test_nothing_there_and_nothing_in_it(tmp_path: Path) -> None:
 
 
 def test_folders_are_sources_and_their_files_splits(tmp_path: Path) -> None:
-    for name, split in (("one", "train"), ("one", "test"), ("two", "train-00000-of-00001"), ("two", "validation"), ("three", "trainee")):
+    for name, split in (
+        ("one", "train"),
+        ("one", "test"),
+        ("two", "train-00000-of-00001"),
+        ("two", "validation"),
+        ("three", "trainee"),
+    ):
         write_rows(tmp_path / name / f"{split}.jsonl", [{"prompt": f"{name} {split}"}])
     write_rows(tmp_path / "four" / "data" / "train.jsonl", [{"prompt": "four"}])
 
     def texts(split: str, names: list[str]) -> dict[str, list[str]]:
-        return {source: [row["prompt"] for row in rows] for source, rows in rows_of(tmp_path, names, split).items()}
+        return {
+            source: [row["prompt"] for row in rows]
+            for source, rows in rows_of(tmp_path, names, split).items()
+        }
 
-    assert texts("train", ["one", "two"]) == {"one": ["one train"], "two": ["two train-00000-of-00001"]}
+    assert texts("train", ["one", "two"]) == {
+        "one": ["one train"],
+        "two": ["two train-00000-of-00001"],
+    }
     assert texts("test", ["two", "one"]) == {"one": ["one test"], "two": ["two validation"]}
     assert sorted(texts("all", [])) == ["four", "one", "three", "two"]
     own = {part.source: part.split for part in open_parts(str(tmp_path), [], "train", "prompt")}
@@ -126,10 +157,16 @@ def test_a_hub_that_is_not_there_says_how_to_give_a_folder(monkeypatch: pytest.M
 
 def test_splits_of_a_hub_set() -> None:
     """What `datasets.load_dataset` returns, made by hand."""
-    splits = datasets.DatasetDict({name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("train", "validation")})
+    splits = datasets.DatasetDict(
+        {name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("train", "validation")}
+    )
     found = {split: _hub_part("x", splits, split) for split in ("train", "test", "all")}
     assert [part.split for part in found.values()] == [True, True, False]
-    assert [[row["prompt"] for _, row in part.rows] for part in found.values()] == [["train"], ["validation"], ["train", "validation"]]
+    assert [[row["prompt"] for _, row in part.rows] for part in found.values()] == [
+        ["train"],
+        ["validation"],
+        ["train", "validation"],
+    ]
     with pytest.raises(UserError, match="no train split, only validation"):
         _hub_part("x", datasets.DatasetDict({"validation": splits["validation"]}), "train")
     alone = _hub_part("x", datasets.DatasetDict({"train": splits["train"]}), "test")
@@ -139,15 +176,21 @@ def test_splits_of_a_hub_set() -> None:
 def test_a_hub_source_is_a_configuration_or_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub made by hand: `one` is a configuration, `two` a folder, `gone` neither."""
 
-    def load(name: str, configuration: str | None = None, data_dir: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    def load(
+        name: str, configuration: str | None = None, data_dir: str | None = None
+    ) -> dict[str, list[dict[str, Any]]]:
         if data_dir == "gone":
             raise FileNotFoundError("no such folder")
         return {"train": [{"prompt": f"{name} {configuration} {data_dir}"}]}
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the local cache: nobody is asked whether the hub is there
+    # the local cache: nobody is asked whether the hub is there
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["one"])
     monkeypatch.setattr(datasets, "load_dataset", load)
-    read = {part.source: [row["prompt"] for _, row in part.rows] for part in open_parts("o/set", ["two", "one"], "train", "prompt")}
+    read = {
+        part.source: [row["prompt"] for _, row in part.rows]
+        for part in open_parts("o/set", ["two", "one"], "train", "prompt")
+    }
     assert read == {"one": ["o/set one None"], "two": ["o/set None two"]}
     assert [part.source for part in open_parts("o/set", [], "train", "prompt")] == ["set"]
     with pytest.raises(UserError, match="cannot load 'o/set' from the hub: no such folder"):
@@ -160,17 +203,25 @@ def openai_layout(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("format", "read"), [("preference", "comparisons"), ("sft", "posts"), ("prompt", "posts")])
+@pytest.mark.parametrize(
+    ("format", "read"), [("preference", "comparisons"), ("sft", "posts"), ("prompt", "posts")]
+)
 def test_openai_keeps_posts_and_comparisons_apart(tmp_path: Path, format: str, read: str) -> None:
-    """One data.path serves every stage: data.format says which of the two is read; a name given by the user wins."""
+    """One data.path serves every stage: data.format says which of the two is read; a name given by
+    the user wins."""
     folder = openai_layout(tmp_path)
     assert list(rows_of(folder, format=format)) == [read]
-    assert list(rows_of(folder, ["posts", "comparisons"], format=format)) == ["comparisons", "posts"]
+    assert list(rows_of(folder, ["posts", "comparisons"], format=format)) == [
+        "comparisons",
+        "posts",
+    ]
 
 
 def test_openai_comparisons_without_posts(tmp_path: Path) -> None:
     write_rows(tmp_path / "comparisons" / "train.jsonl", [{"prompt": "x"}])
-    with pytest.raises(UserError, match=r"data\.format sft reads OpenAI's posts; there are only comparisons") as raised:
+    with pytest.raises(
+        UserError, match=r"data\.format sft reads OpenAI's posts; there are only comparisons"
+    ) as raised:
         rows_of(tmp_path, format="sft")
     assert "data.format=preference" in raised.value.fix
 
@@ -179,8 +230,12 @@ def test_openai_configurations_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> No
     """As openai/summarize_from_feedback names them, by hand."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["axis", "comparisons"])
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration: {"train": [{"prompt": configuration}]})
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, configuration: {"train": [{"prompt": configuration}]}
+    )
     parts = open_parts("openai/summarize_from_feedback", [], "train", "preference")
-    assert [(part.source, [row["prompt"] for _, row in part.rows]) for part in parts] == [("comparisons", ["comparisons"])]
+    assert [(part.source, [row["prompt"] for _, row in part.rows]) for part in parts] == [
+        ("comparisons", ["comparisons"])
+    ]
     with pytest.raises(UserError, match="there are only axis, comparisons"):
         open_parts("openai/summarize_from_feedback", [], "train", "sft")

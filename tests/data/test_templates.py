@@ -11,11 +11,16 @@ from gipo_megatron.errors import UserError
 from tests.data.fixtures import SHARED, needs_shared_data
 from tests.data.test_tokenizer import small_tokenizer
 
-CONVERSATION = (Turn("system", "be brief"), Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"))
+CONVERSATION = (
+    Turn("system", "be brief"),
+    Turn("user", "one"),
+    Turn("assistant", "two"),
+    Turn("user", "three"),
+)
 STRICT = (
-    "{% for m in messages %}"
-    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if m['role'] == 'user' %}[{{ m['content'] }}]{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{"
+    " raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}[{{"
+    " m['content'] }}]{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 
 
@@ -30,19 +35,48 @@ def whole(spec: str, style: str, turns: tuple[Turn, ...], reply: str) -> str:
     [
         ("auto", "text", (Turn("text", "Q:"),), "A", "Q:|A"),
         ("hh", "text", (Turn("text", "Q"),), "A", "\n\nHuman: Q\n\nAssistant:| A"),
-        ("auto", "transcript", (Turn("user", "  q"), Turn("assistant", "a")), "  r", "\n\nHuman:  q\n\nAssistant:a\n\nAssistant:|  r"),
-        ("auto", "messages", CONVERSATION[:3], "A", "be brief\n\nHuman: one\n\nAssistant: two\n\nAssistant:| A"),
-        ("chatml", "text", (Turn("text", "Q"),), " A ", "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n|A<|im_end|>\n"),
+        (
+            "auto",
+            "transcript",
+            (Turn("user", "  q"), Turn("assistant", "a")),
+            "  r",
+            "\n\nHuman:  q\n\nAssistant:a\n\nAssistant:|  r",
+        ),
+        (
+            "auto",
+            "messages",
+            CONVERSATION[:3],
+            "A",
+            "be brief\n\nHuman: one\n\nAssistant: two\n\nAssistant:| A",
+        ),
+        (
+            "chatml",
+            "text",
+            (Turn("text", "Q"),),
+            " A ",
+            "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n|A<|im_end|>\n",
+        ),
         (STRICT, "transcript", (Turn("user", " q"), Turn("user", " r")), " s", "[q\n\nr]|s<eos>"),
     ],
 )
-def test_texts_by_hand(spec: str, style: str, turns: tuple[Turn, ...], reply: str, expected: str) -> None:
+def test_texts_by_hand(
+    spec: str, style: str, turns: tuple[Turn, ...], reply: str, expected: str
+) -> None:
     assert whole(spec, style, turns, reply) == expected
 
 
 def test_messages_alternate() -> None:
-    turns = (Turn("text", "Rules."), Turn("user", " a "), Turn("assistant", " "), Turn("user", "b"), Turn("assistant", "c"))
-    assert messages(turns) == [{"role": "user", "content": "Rules.\n\na\n\nb"}, {"role": "assistant", "content": "c"}]
+    turns = (
+        Turn("text", "Rules."),
+        Turn("user", " a "),
+        Turn("assistant", " "),
+        Turn("user", "b"),
+        Turn("assistant", "c"),
+    )
+    assert messages(turns) == [
+        {"role": "user", "content": "Rules.\n\na\n\nb"},
+        {"role": "assistant", "content": "c"},
+    ]
 
 
 def test_a_template_that_refuses_is_a_bad_row() -> None:
@@ -52,7 +86,9 @@ def test_a_template_that_refuses_is_a_bad_row() -> None:
 
 
 def test_a_template_that_rewrites_the_prompt_is_a_bad_row() -> None:
-    template = choose("{{ messages | length }}{{ messages[-1]['content'] }}", "messages", byte_tokenizer())
+    template = choose(
+        "{{ messages | length }}{{ messages[-1]['content'] }}", "messages", byte_tokenizer()
+    )
     prompt = template.prompt((Turn("user", "x"),))
     with pytest.raises(BadRow, match="otherwise than an opened one"):
         template.response(prompt, (Turn("user", "x"),), "y")
@@ -87,19 +123,32 @@ def test_chat_is_the_tokenizers_own() -> None:
 CONVERSATIONS = [
     CONVERSATION,
     (Turn("user", "one"),),
-    (Turn("user", "Grüße,  日本語\n\nand more"), Turn("assistant", "-"), Turn("user", "a {{ b }} {% c %}")),
-    (Turn("user", "1"), Turn("assistant", "two\nlines"), Turn("user", "3"), Turn("assistant", "four"), Turn("user", "5?")),
+    (
+        Turn("user", "Grüße,  日本語\n\nand more"),
+        Turn("assistant", "-"),
+        Turn("user", "a {{ b }} {% c %}"),
+    ),
+    (
+        Turn("user", "1"),
+        Turn("assistant", "two\nlines"),
+        Turn("user", "3"),
+        Turn("assistant", "four"),
+        Turn("user", "5?"),
+    ),
 ]
 
 
 def check_ids(spec: str, tokenizer: Tokenizer, whole: bool) -> None:
-    """apply_chat_template of a tokenizer that carries the text = the Encoder's prompt; `whole`: and its prompt + response + eos."""
+    """apply_chat_template of a tokenizer that carries the text = the Encoder's prompt; `whole`: and
+    its prompt + response + eos."""
     encoder = Encoder(DataConfig(max_length=4096, max_response=512, template=spec), tokenizer)
     carrier = tokenizer.with_chat_template(as_chat_template(spec, tokenizer)).inner
     for turns in CONVERSATIONS:
         example = Example("messages", turns, ("a reply",), "s", {})
         sent = [{"role": turn.role, "content": turn.text} for turn in turns]
-        ids = carrier.apply_chat_template(sent, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        ids = carrier.apply_chat_template(
+            sent, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
         assert ids == encoder.prompt(example, 0)[0], (spec, turns)
         finished = [*sent, {"role": "assistant", "content": "a reply"}]
         ids = carrier.apply_chat_template(finished, tokenize=True, return_dict=True)["input_ids"]
@@ -109,14 +158,15 @@ def check_ids(spec: str, tokenizer: Tokenizer, whole: bool) -> None:
 
 
 OWN = (
-    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] + eos_token }}{% endfor"
+    " %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
 @pytest.mark.parametrize(
     ("spec", "whole"),
-    [("hh", True), ("auto", True), ("chatml", False), (OWN, True)],  # chatml ends a turn with text of its own; training adds eos to it
+    # chatml ends a turn with text of its own; training adds eos to it
+    [("hh", True), ("auto", True), ("chatml", False), (OWN, True)],
 )
 @pytest.mark.parametrize("kind", ["bytes", "each", "first"])
 def test_a_chat_template_gives_the_ids_of_training(kind: str, spec: str, whole: bool) -> None:
@@ -124,11 +174,19 @@ def test_a_chat_template_gives_the_ids_of_training(kind: str, spec: str, whole: 
 
 
 def test_a_tokenizer_that_puts_a_space_before_the_first_text_alone() -> None:
-    """By hand: Metaspace "first" cuts "A" as "▁A" and "<s>A" as "A", so the template has to write that space."""
+    """By hand: Metaspace "first" cuts "A" as "▁A" and "<s>A" as "A", so the template has to write
+    that space."""
     each, first = small_tokenizer("each"), small_tokenizer("first")
-    openings = [str(as_chat_template("hh", tokenizer)).split("{% for")[0] for tokenizer in (byte_tokenizer(), each, first)]
+    openings = [
+        str(as_chat_template("hh", tokenizer)).split("{% for")[0]
+        for tokenizer in (byte_tokenizer(), each, first)
+    ]
     assert openings == ["{{ bos_token }}", "{{ bos_token }}", "{{ bos_token + ' ' }}"]
-    assert first.encode("A") == each.encode("<s>A", markup=True)[1:] == first.encode("<s> A", markup=True)[1:]
+    assert (
+        first.encode("A")
+        == each.encode("<s>A", markup=True)[1:]
+        == first.encode("<s> A", markup=True)[1:]
+    )
     assert first.encode("<s>A", markup=True)[1:] == first.encode("A")[1:]
 
 
@@ -137,7 +195,9 @@ def test_the_tokenizers_own_template_stays() -> None:
     check_ids("auto", tokenizer, whole=True)
     check_ids("chat", tokenizer, whole=True)
     assert as_chat_template("auto", tokenizer) == as_chat_template("chat", tokenizer) == OWN
-    assert as_chat_template("auto", tokenizer, style="transcript") == as_chat_template("hh", tokenizer)
+    assert as_chat_template("auto", tokenizer, style="transcript") == as_chat_template(
+        "hh", tokenizer
+    )
 
 
 @needs_shared_data
@@ -151,12 +211,21 @@ def test_chat_templates_by_hand() -> None:
     tokenizer = byte_tokenizer()
     assert as_chat_template("plain", tokenizer) is None
     assert as_chat_template("auto", tokenizer, style="text") is None
-    assert as_chat_template("chatml", tokenizer) == CHATML and as_chat_template(STRICT, tokenizer) == STRICT
+    assert (
+        as_chat_template("chatml", tokenizer) == CHATML
+        and as_chat_template(STRICT, tokenizer) == STRICT
+    )
     jinja = as_chat_template("hh", tokenizer)
     assert jinja is not None
     user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     assert tokenizer.render([user], jinja, True) == "<bos>\n\nHuman: q\n\nAssistant:"
-    assert tokenizer.render([user, assistant], jinja, False) == "<bos>\n\nHuman: q\n\nAssistant: a<eos>"
-    assert tokenizer.render([user, assistant, user], jinja, True) == "<bos>\n\nHuman: q\n\nAssistant: a\n\nHuman: q\n\nAssistant:"
+    assert (
+        tokenizer.render([user, assistant], jinja, False)
+        == "<bos>\n\nHuman: q\n\nAssistant: a<eos>"
+    )
+    assert (
+        tokenizer.render([user, assistant, user], jinja, True)
+        == "<bos>\n\nHuman: q\n\nAssistant: a\n\nHuman: q\n\nAssistant:"
+    )
     with pytest.raises(UserError, match="no chat template"):
         as_chat_template("chat", tokenizer)

@@ -8,30 +8,73 @@ import pytest
 import torch
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from gipo_megatron.data.tokenizer import Tokenizer, byte_tokenizer, check_vocabulary, load_tokenizer
 from gipo_megatron.errors import UserError
 from tests.data.fixtures import SHARED, needs_shared_data
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-TEXTS = ["", "plain", "  two  spaces\n\nand\tcontrol \x00\x01", "Grüße, 日本語 🙂", "<eos> is text here, <bos> too"]
+TEXTS = [
+    "",
+    "plain",
+    "  two  spaces\n\nand\tcontrol \x00\x01",
+    "Grüße, 日本語 🙂",
+    "<eos> is text here, <bos> too",
+]
 
 
-def small_tokenizer(space: str, bytes_too: bool = True, pad: str | None = None, special: Sequence[str] = ()) -> Tokenizer:
+def small_tokenizer(
+    space: str, bytes_too: bool = True, pad: str | None = None, special: Sequence[str] = ()
+) -> Tokenizer:
     """Llama-2's shape: unk, bos, eos, bytes, the ASCII characters; then `special`.
 
-    space: "each" piece between special tokens gets one in front (a normalizer), or only the "first" (Metaspace).
+    space: "each" piece between special tokens gets one in front (a normalizer), or only the "first"
+    (Metaspace).
     """
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256) if bytes_too), "▁", *map(chr, range(33, 127))]
-    backend = Backend(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], unk_token="<unk>", byte_fallback=bytes_too))
+    names = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256) if bytes_too),
+        "▁",
+        *map(chr, range(33, 127)),
+    ]
+    backend = Backend(
+        models.BPE(
+            vocab={name: i for i, name in enumerate(names)},
+            merges=[],
+            unk_token="<unk>",
+            byte_fallback=bytes_too,
+        )
+    )
     if space == "each":
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>", *special)])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
-    inner = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token=pad)
+    backend.add_special_tokens(
+        [
+            AddedToken(name, special=True, normalized=False)
+            for name in ("<unk>", "<s>", "</s>", *special)
+        ]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    inner = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token=pad,
+    )
     return Tokenizer(inner)
 
 
@@ -40,7 +83,12 @@ def test_bytes_are_the_ids() -> None:
     for text in TEXTS:
         assert tokenizer.encode(text) == list(text.encode())
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (256, 257, 258, 259)
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (
+        256,
+        257,
+        258,
+        259,
+    )
     assert tokenizer.begins_with_bos
 
 
@@ -115,16 +163,30 @@ def test_unk_pads_where_every_byte_has_a_token(space: str) -> None:
     ("pad", "special", "template", "expected"),
     [
         ("<p>", ("<p>",), None, "<p>"),  # its own
-        ("</s>", ("<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"), None, "<|finetune_right_pad_id|>"),
-        ("</s>", ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>"), None, "<|reserved_special_token_0|>"),
+        (
+            "</s>",
+            ("<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"),
+            None,
+            "<|finetune_right_pad_id|>",
+        ),
+        (
+            "</s>",
+            ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+            None,
+            "<|reserved_special_token_0|>",
+        ),
         ("<s>", ("<|end|>",), None, None),
         (None, ("[PAD]", "<|reserved_0|>"), "[PAD]" + TEMPLATE, "<|reserved_0|>"),
         ("<p>", ("<p>",), "{{ pad_token }}" + TEMPLATE, None),
         ("<unk>", (), None, None),  # text may become unk here
     ],
 )
-def test_which_token_pads_for_a_score(pad: str | None, special: tuple[str, ...], template: str | None, expected: str | None) -> None:
-    tokenizer = small_tokenizer("each", bytes_too=False, pad=pad, special=special).with_chat_template(template)
+def test_which_token_pads_for_a_score(
+    pad: str | None, special: tuple[str, ...], template: str | None, expected: str | None
+) -> None:
+    tokenizer = small_tokenizer(
+        "each", bytes_too=False, pad=pad, special=special
+    ).with_chat_template(template)
     assert tokenizer.scoring_pad() == expected
 
 
@@ -135,7 +197,11 @@ def test_byte_level_bpe_never_needs_unk() -> None:
     assert Tokenizer(inner).scoring_pad() == "<pad>"
     definition = json.loads(inner.backend_tokenizer.to_str())
     del definition["model"]["vocab"]["a"]  # now one byte has no token
-    fewer = PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(definition)), eos_token="<eos>", unk_token="<pad>")
+    fewer = PreTrainedTokenizerFast(
+        tokenizer_object=Backend.from_str(json.dumps(definition)),
+        eos_token="<eos>",
+        unk_token="<pad>",
+    )
     assert Tokenizer(fewer).scoring_pad() is None
 
 
@@ -147,7 +213,10 @@ def test_padding_changes_no_id_and_is_saved(tmp_path: Path) -> None:
     again, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
     assert again.fingerprint == after.fingerprint == before.fingerprint
     assert (theirs.pad_token, theirs.pad_token_id, theirs.padding_side) == ("<unk>", 0, "right")
-    assert theirs(["a", "ab"], padding=True).input_ids == [[1, *before.encode("a"), 0], [1, *before.encode("ab")]]
+    assert theirs(["a", "ab"], padding=True).input_ids == [
+        [1, *before.encode("a"), 0],
+        [1, *before.encode("ab")],
+    ]
     assert [again.encode(text) for text in TEXTS] == [before.encode(text) for text in TEXTS]
     with pytest.raises(AssertionError, match="new id"):
         before.with_padding("<p>")
@@ -163,7 +232,10 @@ def test_the_chat_template_is_saved_letter_by_letter(tmp_path: Path, template: s
 
 def test_transformers_4_knows_the_class_of_a_saved_tokenizer(tmp_path: Path) -> None:
     byte_tokenizer().save(tmp_path)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (
+        json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
+        == "PreTrainedTokenizerFast"
+    )
 
 
 @pytest.mark.global_rng
@@ -171,7 +243,12 @@ def test_a_score_is_read_at_eos_under_our_padding_and_not_under_eos_as_padding()
     """What scoring_pad is for: transformers scores a padded row as it scores the row alone."""
     tokenizer = small_tokenizer("each")
     config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -196,7 +273,11 @@ def test_the_difference_in_words() -> None:
     assert ours.difference(other) == f"vocabulary {ours.vocab_size} and {ours.vocab_size + 1}"
     assert "by other rules" in ours.difference(small_tokenizer("first"))
     said = byte_tokenizer().difference(ours)
-    assert "id 0 is 'Ā' and '<unk>'" in said and "bos is '<bos>' and '<s>'" in said and "eos is '<eos>' and '</s>'" in said
+    assert (
+        "id 0 is 'Ā' and '<unk>'" in said
+        and "bos is '<bos>' and '<s>'" in said
+        and "eos is '<eos>' and '</s>'" in said
+    )
 
 
 @needs_shared_data

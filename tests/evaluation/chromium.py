@@ -1,4 +1,5 @@
-"""Headless Chromium through the DevTools protocol, over its pipe: no driver, no websocket, no port."""
+"""Headless Chromium through the DevTools protocol, over its pipe: no driver, no websocket, no
+port."""
 
 from __future__ import annotations
 
@@ -15,17 +16,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PROGRAM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+PROGRAM = next(
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
+)
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--remote-debugging-pipe",
 )  # fmt: skip
 PATIENCE = 90.0  # seconds for one answer, on a loaded machine
 KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "0": 48, "1": 49, "2": 50, "3": 51}
 
 
 class Browser:
-    """One page. `errors`: exceptions and console errors; `requests`: what was asked for, with data: and blob: left out."""
+    """One page. `errors`: exceptions and console errors; `requests`: what was asked for, with data:
+    and blob: left out."""
 
     def __init__(self, read: int, write: int) -> None:
         self._read, self._write = read, write
@@ -37,7 +47,9 @@ class Browser:
     def open(self, path: Path) -> None:
         """A fresh tab on the file, loaded."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
         self.events.clear()
@@ -90,15 +102,32 @@ class Browser:
         """A real key press, down and up."""
         code = KEYS[key]
         text = {"text": key} if len(key) == 1 else {}
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=code, **text, **more)
+        self.call(
+            "Input.dispatchKeyEvent",
+            type="keyDown",
+            key=key,
+            windowsVirtualKeyCode=code,
+            **text,
+            **more,
+        )
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
-    def look(self, *, width: int = 1200, height: int = 800, dark: bool = False, whole: bool = False) -> bytes:
+    def look(
+        self, *, width: int = 1200, height: int = 800, dark: bool = False, whole: bool = False
+    ) -> bytes:
         """A screenshot (PNG)."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
-        return base64.b64decode(self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"])
+        return base64.b64decode(
+            self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+        )
 
     @property
     def errors(self) -> list[str]:
@@ -108,16 +137,27 @@ class Browser:
             p = event["params"]
             if event["method"] == "Runtime.exceptionThrown":
                 bad.append(json.dumps(p["exceptionDetails"]))
-            elif event["method"] == "Runtime.consoleAPICalled" and p["type"] in ("error", "warning", "assert"):
+            elif event["method"] == "Runtime.consoleAPICalled" and p["type"] in (
+                "error",
+                "warning",
+                "assert",
+            ):
                 bad.append(json.dumps(p["args"]))
-            elif event["method"] == "Log.entryAdded" and p["entry"]["level"] in ("error", "warning"):
+            elif event["method"] == "Log.entryAdded" and p["entry"]["level"] in (
+                "error",
+                "warning",
+            ):
                 bad.append(p["entry"]["text"])
         return bad
 
     @property
     def requests(self) -> list[str]:
         self.value("1")
-        urls = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        urls = [
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
         return [url for url in urls if not url.startswith(("data:", "blob:"))]
 
 
@@ -131,9 +171,12 @@ def browser(folder: Path) -> Iterator[Browser]:
     arguments = [*FLAGS, f"--user-data-dir={folder / 'profile'}"]
     process = subprocess.Popen(
         ["bash", "-c", command, PROGRAM, *arguments],
-        pass_fds=(to_read, from_write), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        pass_fds=(to_read, from_write),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
-    )  # fmt: skip
+    )
     os.close(to_read)
     os.close(from_write)
     try:

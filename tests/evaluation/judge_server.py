@@ -1,4 +1,5 @@
-"""An OpenAI-compatible HTTP server that does what a test tells it to, and counts what it is asked. Real sockets, standard library."""
+"""An OpenAI-compatible HTTP server that does what a test tells it to, and counts what it is asked.
+Real sockets, standard library."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ TOKENS = {"prompt_tokens": 100, "completion_tokens": 10}
 
 @dataclass
 class Reply:
-    """What one request gets. `body` replaces the chat completion; `drop`: hang up before anything, or amid the body; or send too slowly."""
+    """What one request gets. `body` replaces the chat completion; `drop`: hang up before anything,
+    or amid the body; or send too slowly."""
 
     said: str | None = "A is shorter.\n[[A]]"
     finish: str = "stop"
@@ -33,12 +35,19 @@ class Reply:
         if self.body is not None:
             return self.body
         if self.status != 200:
-            return json.dumps({"error": {"message": f"scripted {self.status}", "code": "scripted"}}).encode()
-        choice = {"index": 0, "message": {"role": "assistant", "content": self.said}, "finish_reason": self.finish}
+            return json.dumps(
+                {"error": {"message": f"scripted {self.status}", "code": "scripted"}}
+            ).encode()
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": self.said},
+            "finish_reason": self.finish,
+        }
         return json.dumps({"choices": [choice], "usage": TOKENS}).encode()
 
 
-Script = Callable[[str, int], Reply]  # (the question's mark, the how many-th request for it, from 1) -> what it gets
+# (the question's mark, the how many-th request for it, from 1) -> what it gets
+Script = Callable[[str, int], Reply]
 
 
 @dataclass
@@ -68,7 +77,8 @@ class JudgeServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def die(self) -> None:
-        """From within a request: connections that are open are no longer served, and soon nobody listens."""
+        """From within a request: connections that are open are no longer served, and soon nobody
+        listens."""
         self.dead = True
         threading.Thread(target=self._stop_listening, daemon=True).start()
 
@@ -114,7 +124,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = reply.content()
         self.send_response(reply.status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **reply.headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+            **reply.headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         for i in range(len(content) if reply.drop == "trickle" else 0):

@@ -17,22 +17,36 @@ from tests.evaluation.test_report import VOID, Page
 PNG = base64.b64decode(  # one grey dot
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
 )
-SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><rect width="10" height="10"/></svg>'
+SVG = (
+    b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><rect width="10"'
+    b' height="10"/></svg>'
+)
 VOID.add("link")
 
 
 def evaluate(folder: Path, *, n: int = 30, subject: str = "gipo <b>") -> Path:
     """A report of two tasks and two opponents, with markup wherever data can put it."""
-    asked = [replace(p, question=f"{p.question} {MARKUP}", source=f"{p.source}<i>") for p in prompts(n, ("hh", "tl<dr>"))]
+    asked = [
+        replace(p, question=f"{p.question} {MARKUP}", source=f"{p.source}<i>")
+        for p in prompts(n, ("hh", "tl<dr>"))
+    ]
     responses = {name: answers(name, asked, markup=True) for name in (subject, "ppo", "sft<u>")}
-    duels = duels_from_verdicts(subject, ["ppo", "sft<u>"], asked, responses, verdicts(["ppo", "sft<u>"], asked, 2))
+    duels = duels_from_verdicts(
+        subject, ["ppo", "sft<u>"], asked, responses, verdicts(["ppo", "sft<u>"], asked, 2)
+    )
     about = {"name": "rule <script>", "notes": ["a note of the judge <i>"], "cost": 0.0}
-    results = build_results(subject, ["ppo", "sft<u>"], asked, responses, duels, about, bootstrap=200, seed=3)
+    results = build_results(
+        subject, ["ppo", "sft<u>"], asked, responses, duels, about, bootstrap=200, seed=3
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text("run: {dir: <runs>}\n")
-    (folder / "environment.json").write_text(json.dumps({"command": ["launch/evaluate.py", "recipe=a b"]}))
+    (folder / "environment.json").write_text(
+        json.dumps({"command": ["launch/evaluate.py", "recipe=a b"]})
+    )
     (folder / "bars.svg").write_bytes(SVG)
-    audit = audit_responses([p for p in asked if p.task == "hh"], [r for r in responses["ppo"] if r.task == "hh"])
+    audit = audit_responses(
+        [p for p in asked if p.task == "hh"], [r for r in responses["ppo"] if r.task == "hh"]
+    )
     figures = {"win_tie_lose": folder / "bars.svg", "p<high>": PNG}
     return write_comparison(folder, results, asked, responses, duels, figures, [audit])
 
@@ -51,9 +65,17 @@ def test_nothing_is_fetched_and_nothing_runs(report) -> None:
         "data:image/png;base64"
     ] * 2  # the last one: the audit's
     assert base64.b64decode(images[0].partition(",")[2]) == SVG
-    assert all(value.startswith("#") or value == "data:," for _, key, value in page.attributes if key == "href")
+    assert all(
+        value.startswith("#") or value == "data:,"
+        for _, key, value in page.attributes
+        if key == "href"
+    )
     assert not [key for _, key, _ in page.attributes if key.startswith("on")]
-    assert ("meta", "content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in page.attributes
+    assert (
+        "meta",
+        "content",
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+    ) in page.attributes
     assert "url(" not in text and "@import" not in text
 
 
@@ -64,18 +86,29 @@ def test_markup_is_shown_as_text(report) -> None:
     assert (
         page.text.partition("Up to 2 prompts of each outcome")[2].count(shown) == 5 * samples
     )  # a question, and two answers that repeat it
-    assert page.text.count("; ppo shown first: ") + page.text.count("; sft<u> shown first: ") == samples
-    assert page.text.count("gipo <b> shown first: gipo <b>; ppo shown first: gipo <b>") == 2 * 2  # wins on two tasks
+    assert (
+        page.text.count("; ppo shown first: ") + page.text.count("; sft<u> shown first: ")
+        == samples
+    )
+    # wins on two tasks
+    assert page.text.count("gipo <b> shown first: gipo <b>; ppo shown first: gipo <b>") == 2 * 2
     assert page.text.count("gipo <b> shown first: gipo <b>; ppo shown first: ppo") == 2 * 2  # flips
     assert page.text.count("Group audit: ppo") == 1
-    assert "reason <b>first</b>" in page.text and "a note of the judge <i>" in page.text and "p<high>" in page.text
+    assert (
+        "reason <b>first</b>" in page.text
+        and "a note of the judge <i>" in page.text
+        and "p<high>" in page.text
+    )
     assert "49" not in re.findall(r"\{\{.*?\}\}", page.text)
 
 
 def test_numbers_and_how_they_were_made(report) -> None:
     page, _ = report
     words = " ".join(page.text.split())
-    assert "command: launch/evaluate.py 'recipe=a b'" in words and "200 resamples of the prompts, seed 3" in words
+    assert (
+        "command: launch/evaluate.py 'recipe=a b'" in words
+        and "200 resamples of the prompts, seed 3" in words
+    )
     assert "run: {dir: <runs>}" in words and "HTTP 500 <script>" in words
     assert "source_0<i>" in words and "inferred group" in words
     shares = re.findall(r"\d+\.\d\[\d+\.\d, \d+\.\d\]", page.text)
@@ -86,19 +119,34 @@ def test_another_format_is_no_figure(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'bars' is neither PNG nor SVG"):
         asked = prompts(1)
         responses = {"a": answers("a", asked)}
-        results = build_results("a", [], asked, responses, [], {"name": "rule"}, bootstrap=10, seed=0)
+        results = build_results(
+            "a", [], asked, responses, [], {"name": "rule"}, bootstrap=10, seed=0
+        )
         write_comparison(tmp_path, results, asked, responses, [], {"bars": b"%PDF-1.4"})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_evaluation_without_opponents_or_answers(tmp_path: Path) -> None:
     asked = prompts(2)
-    responses = {"a": [replace(r, text="", tokens=0) for r in answers("a", asked)], "b": answers("b", asked)}
+    responses = {
+        "a": [replace(r, text="", tokens=0) for r in answers("a", asked)],
+        "b": answers("b", asked),
+    }
     results = build_results("a", [], asked, responses, [], {"name": "rule"}, bootstrap=10, seed=0)
-    page = Page(write_comparison(tmp_path, results, asked, responses, [], {}).read_text(encoding="utf-8"))
+    page = Page(
+        write_comparison(tmp_path, results, asked, responses, [], {}).read_text(encoding="utf-8")
+    )
     assert "None was drawn." in page.text
     said = {k: replace(v, choice="failed", said="") for k, v in verdicts(["b"], asked, 0).items()}
     duels = duels_from_verdicts("a", ["b"], asked, responses, said)
-    results = build_results("a", ["b"], asked, responses, duels, {"name": "rule"}, bootstrap=10, seed=0)
-    page = Page(write_comparison(tmp_path, results, asked, responses, duels, {}).read_text(encoding="utf-8"))
-    assert "(empty)" in page.text and "0 judged prompts: at least 10" in page.text and "(nothing)4" in page.text.replace("\n", "")
+    results = build_results(
+        "a", ["b"], asked, responses, duels, {"name": "rule"}, bootstrap=10, seed=0
+    )
+    page = Page(
+        write_comparison(tmp_path, results, asked, responses, duels, {}).read_text(encoding="utf-8")
+    )
+    assert (
+        "(empty)" in page.text
+        and "0 judged prompts: at least 10" in page.text
+        and "(nothing)4" in page.text.replace("\n", "")
+    )

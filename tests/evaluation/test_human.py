@@ -30,12 +30,22 @@ from tests.evaluation.simulated import MARKUP, answers, prompts
 def comparisons(n: int, *, markup: bool = False) -> list[Comparison]:
     """The subject's answer first."""
     asked = prompts(n)
-    mine, theirs = answers("gipo_policy", asked, markup=markup), answers("ppo_policy", asked, markup=markup)
-    return [Comparison("hh", p.kind, p.prompt_id, p.question, a.text, b.text) for p, a, b in zip(asked, mine, theirs, strict=True)]
+    mine, theirs = (
+        answers("gipo_policy", asked, markup=markup),
+        answers("ppo_policy", asked, markup=markup),
+    )
+    return [
+        Comparison("hh", p.kind, p.prompt_id, p.question, a.text, b.text)
+        for p, a, b in zip(asked, mine, theirs, strict=True)
+    ]
 
 
 def page_data(path: Path) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(encoding="utf-8"), re.S)
+    found = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>',
+        path.read_text(encoding="utf-8"),
+        re.S,
+    )
     assert found is not None
     return json.loads(found.group(1))
 
@@ -49,7 +59,15 @@ def export(page: Path, prefer: str, folder: Path, *, most: int = 1000) -> Path:
         rows.append({"pair": item["id"], "choice": choice})
     out = folder / f"ratings_{data['rater']}.json"
     out.write_text(
-        json.dumps({"format": FORMAT, "study": data["study"], "rater": data["rater"], "ratings": rows, "of": len(data["items"])})
+        json.dumps(
+            {
+                "format": FORMAT,
+                "study": data["study"],
+                "rater": data["rater"],
+                "ratings": rows,
+                "of": len(data["items"]),
+            }
+        )
     )
     return out
 
@@ -62,10 +80,23 @@ def test_pages_are_blind_and_hold_texts_as_text(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ann.html", "bob.html", "key.json"]
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        assert "policy" not in text.lower().replace("content-security-policy", "") and "hh-0" not in text
-        assert text.count("<script") == 2 and text.count("</script>") == 2 and "onerror=alert" in html.unescape(text)
+        assert (
+            "policy" not in text.lower().replace("content-security-policy", "")
+            and "hh-0" not in text
+        )
+        assert (
+            text.count("<script") == 2
+            and text.count("</script>") == 2
+            and "onerror=alert" in html.unescape(text)
+        )
         data = page_data(page)
-        assert len(data["items"]) == 8 and set(data["items"][0]) == {"id", "ask", "question", "left", "right"}
+        assert len(data["items"]) == 8 and set(data["items"][0]) == {
+            "id",
+            "ask",
+            "question",
+            "left",
+            "right",
+        }
         assert MARKUP in data["items"][0]["left"]
     before = [page.read_bytes() for page in pages] + [(tmp_path / "key.json").read_bytes()]
     again = write_pages(tmp_path, comparisons(12, markup=True), ["ann", "bob"], 8, 0.5, 3)
@@ -75,7 +106,9 @@ def test_pages_are_blind_and_hold_texts_as_text(tmp_path: Path) -> None:
 
 
 def test_sides_are_fair_draws() -> None:
-    drawn = {(rater, i): swapped(rater, f"{i:x}", 0) for rater in ("ann", "bob") for i in range(1000)}
+    drawn = {
+        (rater, i): swapped(rater, f"{i:x}", 0) for rater in ("ann", "bob") for i in range(1000)
+    }
     right = sum(drawn.values())
     assert 900 < right < 1100  # 2000 fair coins: standard deviation 22
     same = sum(drawn["ann", i] == drawn["bob", i] for i in range(1000))
@@ -86,7 +119,9 @@ def test_who_rates_what() -> None:
     pairs = [f"{i:03d}" for i in range(40)]
     given = assign(pairs, ["a", "b", "c"], 10, 0.4, 0)
     sets = [set(own) for own in given.values()]
-    assert [len(own) for own in given.values()] == [10, 10, 10] and len(sets[0] & sets[1] & sets[2]) == 4
+    assert [len(own) for own in given.values()] == [10, 10, 10] and len(
+        sets[0] & sets[1] & sets[2]
+    ) == 4
     assert len(sets[0] | sets[1] | sets[2]) == 4 + 3 * 6 and given["a"] != sorted(given["a"])
     with pytest.raises(UserError, match="need 22 different pairs; there are 21"):
         assign(pairs[:21], ["a", "b", "c"], 10, 0.4, 0)
@@ -101,12 +136,16 @@ def test_ratings_become_duels(tmp_path: Path) -> None:
     assert ratings.progress == {"ann": (6, 6), "bob": (6, 6)} and len(ratings.votes) == 9
     made = duels_from_ratings("gipo_policy", ["ppo_policy"], asked, responses, ratings)
     outcomes = [d.outcome for d in made]
-    assert sorted(outcomes) == ["lose"] * 3 + ["tie"] * 3 + ["win"] * 3  # shared pairs: one vote each way
+    # shared pairs: one vote each way
+    assert sorted(outcomes) == ["lose"] * 3 + ["tie"] * 3 + ["win"] * 3
     assert not any(d.flipped for d in made)
     back = duels_from_ratings("ppo_policy", ["gipo_policy"], asked, responses, ratings)
-    assert [d.outcome for d in back] == [{"win": "lose", "lose": "win", "tie": "tie"}[o] for o in outcomes]
+    assert [d.outcome for d in back] == [
+        {"win": "lose", "lose": "win", "tie": "tie"}[o] for o in outcomes
+    ]
     assert ratings.agreement["shared"] == 3 and ratings.agreement["raw"] == 0.0
-    # ann prefers the subject on all three, bob on none: each is constant, chance agreement 0, kappa 0
+    # ann prefers the subject on all three, bob on none: each is constant, chance agreement 0, kappa
+    # 0
     assert ratings.agreement["cohen"] == {"ann, bob": 0.0}
 
 
@@ -114,19 +153,37 @@ def test_the_judge(tmp_path: Path) -> None:
     assert lookup("judge", "human") is HumanJudge
     given = comparisons(12)
     judge = HumanJudge(raters=3, pairs=4, overlap=1.0)
-    pages = judge.write_pages(tmp_path, [*given, Comparison("hh", "helpful", "same", "q", "x", "x")])
+    pages = judge.write_pages(
+        tmp_path, [*given, Comparison("hh", "helpful", "same", "q", "x", "x")]
+    )
     assert [page.name for page in pages] == ["rater_1.html", "rater_2.html", "rater_3.html"]
-    judge.ratings = [str(export(p, prefer, tmp_path)) for p, prefer in zip(pages, (MINE, MINE, THEIRS), strict=True)]
+    judge.ratings = [
+        str(export(p, prefer, tmp_path))
+        for p, prefer in zip(pages, (MINE, MINE, THEIRS), strict=True)
+    ]
     judge.read(tmp_path)
     done: list[int] = []
-    asked = [*given, *(Comparison(c.task, c.kind, c.prompt_id, c.question, c.second, c.first) for c in given)]
+    asked = [
+        *given,
+        *(Comparison(c.task, c.kind, c.prompt_id, c.question, c.second, c.first) for c in given),
+    ]
     said = judge.judge([*asked, Comparison("hh", "helpful", "same", "q", "x", "x")], done.append)
     assert done == [25] and [v.choice for v in said].count("failed") == 16
-    assert [v.choice for v in said[:12]].count(FIRST) == 4 and [v.choice for v in said[12:24]].count(SECOND) == 4  # two of three votes
+    # two of three votes
+    assert [v.choice for v in said[:12]].count(FIRST) == 4 and [
+        v.choice for v in said[12:24]
+    ].count(SECOND) == 4
     assert said[-1].choice == TIE
-    assert said[[v.choice for v in said].index(FIRST)].said == "rater_1: first, rater_2: first, rater_3: second"
+    assert (
+        said[[v.choice for v in said].index(FIRST)].said
+        == "rater_1: first, rater_2: first, rater_3: second"
+    )
     about = judge.about()
-    assert about["agreement"]["shared"] == 4 and "no order is swapped" in about["notes"][0] and str(tmp_path) not in json.dumps(about)
+    assert (
+        about["agreement"]["shared"] == 4
+        and "no order is swapped" in about["notes"][0]
+        and str(tmp_path) not in json.dumps(about)
+    )
     with pytest.raises(UserError, match="no raters"):
         HumanJudge(raters=0)
 
@@ -135,13 +192,32 @@ def test_kappas() -> None:
     a = ["first", "first", "tie", "second", "first", "tie", "second", "second", "first", "first"]
     b = ["first", "tie", "tie", "second", "second", "tie", "second", "first", "first", "first"]
     assert cohen_kappa(list(zip(a, b, strict=True))) == pytest.approx(cohen_kappa_score(a, b))
-    assert cohen_kappa([]) is None and cohen_kappa([("tie", "tie")] * 3) is None and cohen_kappa([("a", "a"), ("b", "b")]) == 1.0
-    # Fleiss (1971), by hand: rows 3-0, 2-1, 1-2 of two categories: P = (1 + 1/3 + 1/3) / 3, P_e = (6/9)^2 + (3/9)^2
+    assert (
+        cohen_kappa([]) is None
+        and cohen_kappa([("tie", "tie")] * 3) is None
+        and cohen_kappa([("a", "a"), ("b", "b")]) == 1.0
+    )
+    # Fleiss (1971), by hand: rows 3-0, 2-1, 1-2 of two categories: P = (1 + 1/3 + 1/3) / 3, P_e =
+    # (6/9)^2 + (3/9)^2
     rows = [["a", "a", "a"], ["a", "a", "b"], ["a", "b", "b"]]
     assert fleiss_kappa(rows) == pytest.approx((5 / 9 - 5 / 9) / (1 - 5 / 9))
-    assert fleiss_kappa([["a", "a"], ["b", "b"]]) == 1.0 and fleiss_kappa([]) is None and fleiss_kappa([["a", "a"]]) is None
-    found = agreement({"1": {"x": "first", "y": "first", "z": "tie"}, "2": {"x": "tie", "y": "tie"}, "3": {"x": "first"}})
-    assert found["shared"] == 2 and found["raw"] == pytest.approx((1 / 3 + 1) / 2) and found["cohen"]["x, y"] == 1.0
+    assert (
+        fleiss_kappa([["a", "a"], ["b", "b"]]) == 1.0
+        and fleiss_kappa([]) is None
+        and fleiss_kappa([["a", "a"]]) is None
+    )
+    found = agreement(
+        {
+            "1": {"x": "first", "y": "first", "z": "tie"},
+            "2": {"x": "tie", "y": "tie"},
+            "3": {"x": "first"},
+        }
+    )
+    assert (
+        found["shared"] == 2
+        and found["raw"] == pytest.approx((1 / 3 + 1) / 2)
+        and found["cohen"]["x, y"] == 1.0
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The openai judge against a real HTTP server: nothing lost, nothing asked twice, every failure counted."""
+"""The openai judge against a real HTTP server: nothing lost, nothing asked twice, every failure
+counted."""
 
 from __future__ import annotations
 
@@ -25,7 +26,13 @@ from tests.evaluation.judge_server import TOKENS, Log, Reply, Script, serving
 
 KEY = "sk-never-to-be-seen-0123456789"
 GOOD = Reply()
-SETTINGS = {"model": "judge-1", "api_key_env": "TEST_JUDGE_KEY", "timeout": 60.0, "retries": 3, "backoff": 0.02}
+SETTINGS = {
+    "model": "judge-1",
+    "api_key_env": "TEST_JUDGE_KEY",
+    "timeout": 60.0,
+    "retries": 3,
+    "backoff": 0.02,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +43,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pair(i: int, kind: str = "helpful") -> Comparison:
-    return Comparison("task", kind, f"id{i}", f"Q{i} what?", f"first answer to {i}", f"second answer to {i}")
+    return Comparison(
+        "task", kind, f"id{i}", f"Q{i} what?", f"first answer to {i}", f"second answer to {i}"
+    )
 
 
 def pairs(count: int) -> list[Comparison]:
@@ -61,14 +70,16 @@ def one(script: Script, folder: Path, **changed: object) -> tuple[Verdict, Log, 
         return ask(judge, [pair(1)])[0], log, judge
 
 
-# --------------------------------------------------------------------------------------------- answers
+# ------------------------------------------------------------------------------------------ answers
 
 
 def test_answers_come_back_in_order_and_are_paid_once(tmp_path: Path) -> None:
     said = ["Better: [[A]]", "I first thought [[A]], but no.\n[[B]]", "[[C]]", "**[[B]]** it is"]
     expected = [FIRST, SECOND, TIE, SECOND]
     log = Log()
-    with serving(lambda mark, _: Reply(said[int(mark[1:]) % 4], delay=0.02 * (3 - int(mark[1:]) % 4)), log) as server:
+    with serving(
+        lambda mark, _: Reply(said[int(mark[1:]) % 4], delay=0.02 * (3 - int(mark[1:]) % 4)), log
+    ) as server:
         judge = judge_at(server.url, tmp_path, prompt_price=2.5, completion_price=10.0)
         verdicts = ask(judge, pairs(12))
         assert [v.choice for v in verdicts] == expected * 3
@@ -79,10 +90,19 @@ def test_answers_come_back_in_order_and_are_paid_once(tmp_path: Path) -> None:
     assert [v.choice for v in repeated] == expected * 3 and all(v.cached for v in repeated)
     assert log.requests == log.answered == Counter({f"Q{i}": 1 for i in range(12)})
     about = again.about()
-    assert (about["answers"], about["prompt_tokens"], about["completion_tokens"]) == (12, 12 * 100, 12 * 10)
+    assert (about["answers"], about["prompt_tokens"], about["completion_tokens"]) == (
+        12,
+        12 * 100,
+        12 * 10,
+    )
     assert about["cost_usd"] == pytest.approx(12 * (100 * 2.5 + 10 * 10) / 1e6)  # by hand
     assert about["this_run"] == {"answered": 0, "from_cache": 12, "failed": 0, "attempts": 0}
-    assert judge.about()["this_run"] == {"answered": 12, "from_cache": 0, "failed": 0, "attempts": 12}
+    assert judge.about()["this_run"] == {
+        "answered": 12,
+        "from_cache": 0,
+        "failed": 0,
+        "attempts": 12,
+    }
 
 
 def test_what_is_sent(tmp_path: Path) -> None:
@@ -90,7 +110,9 @@ def test_what_is_sent(tmp_path: Path) -> None:
     _, bare, _ = one(lambda *_: GOOD, tmp_path, temperature=None, max_tokens=0)
     expected = {"model": "judge-1", "messages": prompts.messages(pair(1))}
     assert log.bodies == [{**expected, "temperature": 0.25, "max_tokens": 77}]
-    assert bare.bodies == [expected], "another setting is another request, and null leaves a setting to the server"
+    assert bare.bodies == [expected], (
+        "another setting is another request, and null leaves a setting to the server"
+    )
     assert log.keys == {f"Bearer {KEY}"}
 
 
@@ -98,7 +120,11 @@ def test_the_same_pair_twice_is_asked_once(tmp_path: Path) -> None:
     log = Log()
     with serving(lambda *_: GOOD, log) as server:
         verdicts = ask(judge_at(server.url, tmp_path), [pair(1), pair(2), pair(1)])
-    assert [v.choice for v in verdicts] == [FIRST] * 3 and [v.cached for v in verdicts] == [False, False, True]
+    assert [v.choice for v in verdicts] == [FIRST] * 3 and [v.cached for v in verdicts] == [
+        False,
+        False,
+        True,
+    ]
     assert log.requests == Counter(Q1=1, Q2=1)
 
 
@@ -109,21 +135,36 @@ def test_the_same_pair_twice_is_asked_once(tmp_path: Path) -> None:
         (Reply("[[D]] [A] [[a]] [[rating]]"), "no verdict"),
         (Reply(None, finish="content_filter"), "finish_reason content_filter"),
         (Reply("A seems [[A]], on the oth", finish="length"), "cut at max_tokens"),
-        (Reply(status=400, body=b'{"error": {"message": "filtered", "code": "content_filter"}}'), "HTTP 400: filtered"),
-        (Reply(status=400, body=b'{"error": {"message": "maximum context length is 8", "code": 400}}'), "maximum context length"),
+        (
+            Reply(status=400, body=b'{"error": {"message": "filtered", "code": "content_filter"}}'),
+            "HTTP 400: filtered",
+        ),
+        (
+            Reply(
+                status=400,
+                body=b'{"error": {"message": "maximum context length is 8", "code": 400}}',
+            ),
+            "maximum context length",
+        ),
     ],
 )
-def test_an_answer_without_a_verdict_is_failed_kept_and_not_paid_again(tmp_path: Path, reply: Reply, said: str) -> None:
+def test_an_answer_without_a_verdict_is_failed_kept_and_not_paid_again(
+    tmp_path: Path, reply: Reply, said: str
+) -> None:
     log = Log()
     with serving(lambda *_: reply, log) as server:
         for _ in range(2):
             judge = judge_at(server.url, tmp_path)
             (verdict,) = ask(judge, [pair(1)])
-            assert verdict.choice == FAILED and said in verdict.said and judge.about()["this_run"]["failed"] == 1
+            assert (
+                verdict.choice == FAILED
+                and said in verdict.said
+                and judge.about()["this_run"]["failed"] == 1
+            )
     assert log.requests["Q1"] == 1
 
 
-# --------------------------------------------------------------------------------------------- trouble on the way
+# ------------------------------------------------------------------------------- trouble on the way
 
 
 @pytest.mark.parametrize(
@@ -145,17 +186,27 @@ def test_an_answer_without_a_verdict_is_failed_kept_and_not_paid_again(tmp_path:
 )
 def test_passing_trouble_is_tried_again(tmp_path: Path, trouble: Reply) -> None:
     verdict, log, judge = one(lambda _, n: trouble if n < 3 else GOOD, tmp_path, timeout=1.5)
-    assert verdict.choice == FIRST and log.requests["Q1"] == 3 and judge.about()["this_run"]["attempts"] == 3
+    assert (
+        verdict.choice == FIRST
+        and log.requests["Q1"] == 3
+        and judge.about()["this_run"]["attempts"] == 3
+    )
     assert judge.about()["answers"] == 1
 
 
 def test_retry_after_is_honoured_as_seconds_and_as_a_date(tmp_path: Path) -> None:
-    _, log, _ = one(lambda _, n: Reply(status=429, headers={"Retry-After": "0.5"}) if n == 1 else GOOD, tmp_path / "a")
+    _, log, _ = one(
+        lambda _, n: Reply(status=429, headers={"Retry-After": "0.5"}) if n == 1 else GOOD,
+        tmp_path / "a",
+    )
     first, second = log.times["Q1"]
     assert 0.5 <= second - first < 30
     until = int(time.time()) + 3
     date = email.utils.formatdate(until, usegmt=True)
-    _, log, _ = one(lambda _, n: Reply(status=503, headers={"Retry-After": date}) if n == 1 else GOOD, tmp_path / "b")
+    _, log, _ = one(
+        lambda _, n: Reply(status=503, headers={"Retry-After": date}) if n == 1 else GOOD,
+        tmp_path / "b",
+    )
     first, second = log.times["Q1"]
     assert second - time.monotonic() + time.time() >= until - 0.1  # not before it
 
@@ -170,12 +221,19 @@ def test_backoff_doubles_with_jitter(tmp_path: Path) -> None:
 
 def test_one_prompt_that_never_works_is_failed_and_asked_again_next_time(tmp_path: Path) -> None:
     healthy, log = False, Log()
-    with serving(lambda mark, _: Reply(status=500) if mark == "Q3" and not healthy else GOOD, log) as server:
+    with serving(
+        lambda mark, _: Reply(status=500) if mark == "Q3" and not healthy else GOOD, log
+    ) as server:
         judge = judge_at(server.url, tmp_path, retries=2, concurrency=2)
         verdicts = ask(judge, pairs(8))
         assert [v.choice for v in verdicts] == [FAILED if i == 3 else FIRST for i in range(8)]
         assert verdicts[3].said == "no answer after 3 attempts: HTTP 500: scripted 500"
-        assert judge.about()["this_run"] == {"answered": 7, "from_cache": 0, "failed": 1, "attempts": 7 + 3}
+        assert judge.about()["this_run"] == {
+            "answered": 7,
+            "from_cache": 0,
+            "failed": 1,
+            "attempts": 7 + 3,
+        }
         healthy = True
         assert all(v.choice == FIRST for v in ask(judge_at(server.url, tmp_path), pairs(8)))
     assert log.requests == Counter({f"Q{i}": 4 if i == 3 else 1 for i in range(8)})
@@ -183,8 +241,14 @@ def test_one_prompt_that_never_works_is_failed_and_asked_again_next_time(tmp_pat
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 301])
 def test_what_no_retry_mends_ends_with_the_servers_words(tmp_path: Path, status: int) -> None:
-    log, words = Log(), json.dumps({"error": {"message": f"no such model; you sent {KEY}", "code": None}}).encode()
-    with serving(lambda *_: Reply(status=status, body=words), log) as server, pytest.raises(UserError) as raised:
+    log, words = (
+        Log(),
+        json.dumps({"error": {"message": f"no such model; you sent {KEY}", "code": None}}).encode(),
+    )
+    with (
+        serving(lambda *_: Reply(status=status, body=words), log) as server,
+        pytest.raises(UserError) as raised,
+    ):
         judge_at(server.url, tmp_path, concurrency=1).judge(pairs(5), lambda _: None)
     assert f"HTTP {status}: no such model" in raised.value.what and KEY not in str(raised.value)
     assert sum(log.requests.values()) == 1
@@ -197,11 +261,12 @@ def test_bounded_concurrency(tmp_path: Path) -> None:
     assert log.most_in_flight == 3 and sum(log.requests.values()) == 12
 
 
-# --------------------------------------------------------------------------------------------- deaths
+# ------------------------------------------------------------------------------------------- deaths
 
 
 def test_a_server_that_dies_midway_and_comes_back(tmp_path: Path) -> None:
-    """It answers ten, then hangs up on everybody. What it answered is kept; the next run asks for the rest."""
+    """It answers ten, then hangs up on everybody. What it answered is kept; the next run asks for
+    the rest."""
     log = Log()
     with serving(lambda *_: GOOD, log) as server:
         url, port = server.url, server.server_address[1]
@@ -221,12 +286,17 @@ def test_a_server_that_dies_midway_and_comes_back(tmp_path: Path) -> None:
         verdicts = ask(judge_at(url, tmp_path, concurrency=4), pairs(30))
     assert [v.choice for v in verdicts] == [FIRST] * 30
     assert sum(v.cached for v in verdicts) == kept
-    assert log.answered == Counter({f"Q{i}": 1 for i in range(30)}), "each answered once, over both lives of the server"
+    assert log.answered == Counter({f"Q{i}": 1 for i in range(30)}), (
+        "each answered once, over both lives of the server"
+    )
 
 
 def test_a_server_that_only_fails_is_given_up(tmp_path: Path) -> None:
     log = Log()
-    with serving(lambda *_: Reply(status=500), log) as server, pytest.raises(UserError, match=r"answers no more.*scripted 500"):
+    with (
+        serving(lambda *_: Reply(status=500), log) as server,
+        pytest.raises(UserError, match=r"answers no more.*scripted 500"),
+    ):
         judge_at(server.url, tmp_path, concurrency=2, retries=1).judge(pairs(50), lambda _: None)
     assert sum(log.requests.values()) <= 2 * (4 + 1)  # four given up, one more in flight
 
@@ -235,7 +305,9 @@ def test_a_stopping_run_waits_for_no_retry(tmp_path: Path) -> None:
     """Q0's key is refused while Q1 was told to come back in an hour."""
     log = Log()
     busy = Reply(status=429, headers={"Retry-After": "3600"})
-    with serving(lambda mark, _: busy if mark == "Q1" else Reply(status=401, delay=0.2), log) as server:
+    with serving(
+        lambda mark, _: busy if mark == "Q1" else Reply(status=401, delay=0.2), log
+    ) as server:
         start = time.monotonic()
         with pytest.raises(UserError, match="HTTP 401"):
             judge_at(server.url, tmp_path, concurrency=2).judge(pairs(2), lambda _: None)
@@ -254,7 +326,9 @@ def test_a_disk_that_takes_nothing_ends_it(tmp_path: Path) -> None:
 def test_text_of_every_kind_is_sent(tmp_path: Path) -> None:
     log, text = Log(), '<script>alert("é")</script> \ud83d \x00 \u2028 [[B]]'
     with serving(lambda *_: GOOD, log) as server:
-        (verdict,) = ask(judge_at(server.url, tmp_path), [Comparison("t", "summary", "id", "Q1", text, "")])
+        (verdict,) = ask(
+            judge_at(server.url, tmp_path), [Comparison("t", "summary", "id", "Q1", text, "")]
+        )
     assert verdict.choice == FIRST and text in log.bodies[0]["messages"][1]["content"]
 
 
@@ -267,7 +341,8 @@ judge_at(sys.argv[1], Path(sys.argv[2]), concurrency=3).judge(pairs(12), lambda 
 
 
 def test_killed_midway_nothing_is_asked_twice(tmp_path: Path) -> None:
-    """SIGKILL after seven answers, the cache's last line torn by hand on top; those in flight are held by the server, unanswered."""
+    """SIGKILL after seven answers, the cache's last line torn by hand on top; those in flight are
+    held by the server, unanswered."""
     log, release = Log(), threading.Event()
 
     def script(mark: str, _: int) -> Reply:
@@ -275,7 +350,11 @@ def test_killed_midway_nothing_is_asked_twice(tmp_path: Path) -> None:
 
     with serving(script, log) as server:
         command = [sys.executable, "-c", CHILD, server.url, str(tmp_path)]
-        child = subprocess.Popen(command, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+        child = subprocess.Popen(
+            command,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
         try:
             deadline = time.monotonic() + 60
             while len(log.requests) < 10 and time.monotonic() < deadline and child.poll() is None:
@@ -294,12 +373,17 @@ def test_killed_midway_nothing_is_asked_twice(tmp_path: Path) -> None:
     assert log.answered == Counter({f"Q{i}": 1 for i in range(12)})
 
 
-# --------------------------------------------------------------------------------------------- the key, the recipe
+# ------------------------------------------------------------------------------ the key, the recipe
 
 
-def test_the_key_is_seen_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_key_is_seen_nowhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     caplog.set_level(logging.DEBUG)
-    script = {"Q1": Reply(f"You sent {KEY}. [[B]]"), "Q2": Reply(status=500, body=f"key {KEY}".encode())}
+    script = {
+        "Q1": Reply(f"You sent {KEY}. [[B]]"),
+        "Q2": Reply(status=500, body=f"key {KEY}".encode()),
+    }
     log = Log()
     with serving(lambda mark, _: script[mark], log) as server:
         judge = judge_at(server.url, tmp_path, retries=1)
@@ -307,11 +391,21 @@ def test_the_key_is_seen_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert [v.choice for v in verdicts] == [SECOND, FAILED] and log.keys == {f"Bearer {KEY}"}
     assert "httpcore" in caplog.text, "the client logs what it does"
     out = capfd.readouterr()
-    kept = [(tmp_path / CACHE).read_text(), json.dumps(judge.about()), repr(judge), repr(verdicts), caplog.text, out.out, out.err]
+    kept = [
+        (tmp_path / CACHE).read_text(),
+        json.dumps(judge.about()),
+        repr(judge),
+        repr(verdicts),
+        caplog.text,
+        out.out,
+        out.err,
+    ]
     assert len(kept) == 7 and not any(KEY in text for text in kept)
 
 
-def test_a_missing_key_is_told_before_anything_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_key_is_told_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = Log()
     with serving(lambda *_: GOOD, log) as server:
         monkeypatch.delenv("TEST_JUDGE_KEY")
@@ -323,11 +417,21 @@ def test_a_missing_key_is_told_before_anything_is_asked(tmp_path: Path, monkeypa
         assert "\ufffd" not in str(raised.value) and not log.requests
         assert ask(judge_at(server.url, tmp_path, api_key_env=""), pairs(1))[0].choice == FIRST
         assert log.keys == {""}, "a server of one's own needs none"
-        assert ask(judge_at(server.url, tmp_path), pairs(1))[0].cached, "what is answered needs no key"
+        assert ask(judge_at(server.url, tmp_path), pairs(1))[0].cached, (
+            "what is answered needs no key"
+        )
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000/v1", "", "ftp://x/v1", "http:///v1", "https://me:secret@x/v1", "https://x/v1?api-key=secret"]
+    "url",
+    [
+        "localhost:8000/v1",
+        "",
+        "ftp://x/v1",
+        "http:///v1",
+        "https://me:secret@x/v1",
+        "https://x/v1?api-key=secret",
+    ],
 )
 def test_an_address_that_is_none_or_holds_a_secret(tmp_path: Path, url: str) -> None:
     with pytest.raises(UserError) as raised:
@@ -343,9 +447,18 @@ def test_nobody_listens(tmp_path: Path) -> None:
 
 
 def test_a_recipe_block_builds_it(tmp_path: Path) -> None:
-    block = {"name": "openai", "model": "m", "base_url": "http://localhost:8000/v1/", "concurrency": 2}
+    block = {
+        "name": "openai",
+        "model": "m",
+        "base_url": "http://localhost:8000/v1/",
+        "concurrency": 2,
+    }
     judge = registry.build("judge", block, {"directory": tmp_path})
-    assert isinstance(judge, OpenAIJudge) and (judge.name, judge.concurrency, judge.api_key_env) == ("openai", 2, "OPENAI_API_KEY")
+    assert isinstance(judge, OpenAIJudge) and (
+        judge.name,
+        judge.concurrency,
+        judge.api_key_env,
+    ) == ("openai", 2, "OPENAI_API_KEY")
     assert not any(tmp_path.iterdir())
     assert "cost_usd" not in judge.about()
     assert TOKENS["prompt_tokens"] == 100

@@ -16,7 +16,9 @@ from tests.evaluation.simulated import MARKUP
 from tests.evaluation.test_comparison_report import evaluate
 from tests.evaluation.test_human import MINE, comparisons, page_data
 
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium, chromium-browser or google-chrome on the path")
+pytestmark = pytest.mark.skipif(
+    PROGRAM is None, reason="no chromium, chromium-browser or google-chrome on the path"
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +36,18 @@ def test_the_report(chromium: Browser, tmp_path: Path) -> None:
     assert chromium.value("document.querySelectorAll('script, iframe, main img').length") == 0
     shown = chromium.value("document.querySelector('.duel .two .text').textContent")
     assert MARKUP.replace("\x00", "\\x00") in shown
-    assert chromium.value("document.documentElement.scrollWidth <= window.innerWidth")  # wide tables scroll by themselves
+    # wide tables scroll by themselves
+    assert chromium.value("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_a_script_could_not_run_in_the_report(chromium: Browser, tmp_path: Path) -> None:
-    """Were a tag to slip through one day, the page's policy still forbids it: planted here by hand."""
+    """Were a tag to slip through one day, the page's policy still forbids it: planted here by
+    hand."""
     path = evaluate(tmp_path)
     planted = "<script>document.title='owned'</script><img src='https://example.org/x.png'>"
-    path.write_text(path.read_text(encoding="utf-8").replace("</body>", f"{planted}</body>"), encoding="utf-8")
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("</body>", f"{planted}</body>"), encoding="utf-8"
+    )
     chromium.open(path)
     assert chromium.value("document.title") == "gipo <b>: win / tie / lose"
     blocked = [e for e in chromium.errors if "Content Security Policy" in e]
@@ -53,8 +59,14 @@ def test_a_rater_finishes_by_keyboard(chromium: Browser, tmp_path: Path) -> None
     chromium.open(page)
     count = "document.getElementById('count').textContent"
     items = page_data(page)["items"]
-    assert chromium.value("document.getElementById('left').textContent") == items[0]["left"] and MARKUP in items[0]["left"]
-    assert chromium.value("document.title") == "Which answer is better?" and chromium.value("document.images.length") == 0
+    assert (
+        chromium.value("document.getElementById('left').textContent") == items[0]["left"]
+        and MARKUP in items[0]["left"]
+    )
+    assert (
+        chromium.value("document.title") == "Which answer is better?"
+        and chromium.value("document.images.length") == 0
+    )
     assert chromium.value(count) == "0 of 10"
     wanted = {}
     for i, item in enumerate(items[:6]):
@@ -70,25 +82,37 @@ def test_a_rater_finishes_by_keyboard(chromium: Browser, tmp_path: Path) -> None
     chromium.press("0")  # a tie instead
     wanted[items[4]["id"]] = TIE
     chromium.reload()
-    assert chromium.value(count) == "6 of 10" and chromium.value("document.getElementById('title').textContent") == "Pair 6"
+    assert (
+        chromium.value(count) == "6 of 10"
+        and chromium.value("document.getElementById('title').textContent") == "Pair 6"
+    )
     chromium.press("ArrowRight")
     chromium.press("ArrowRight")  # no further than what is rated
     assert chromium.value("document.getElementById('title').textContent") == "Pair 7"
     for item in items[6:]:
         chromium.press("2" if item["left"].startswith(MINE) else "1")
         wanted[item["id"]] = SECOND
-    assert chromium.value("document.getElementById('end').hidden") is False and chromium.value(count) == "10 of 10"
+    assert (
+        chromium.value("document.getElementById('end').hidden") is False
+        and chromium.value(count) == "10 of 10"
+    )
     chromium.press("1")  # after the end: nothing
-    chromium.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "down"))
+    chromium.call(
+        "Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "down")
+    )
     chromium.value("document.getElementById('download-end').click()")
     file = tmp_path / "down/ratings_ann.json"
     end = time.monotonic() + 60
     while not file.exists() and time.monotonic() < end:
         time.sleep(0.1)
         chromium.value("1")
-    assert json.loads(file.read_text()) == json.loads(chromium.value("document.getElementById('text').value"))
+    assert json.loads(file.read_text()) == json.loads(
+        chromium.value("document.getElementById('text').value")
+    )
     ratings = import_ratings([file], tmp_path / "key.json")
-    assert {pair: votes["ann"] for pair, votes in ratings.votes.items()} == wanted and len(wanted) == 10
+    assert {pair: votes["ann"] for pair, votes in ratings.votes.items()} == wanted and len(
+        wanted
+    ) == 10
     assert chromium.errors == [] and chromium.requests == [page.as_uri()] * 2
     for _ in range(5):  # Chromium gives about one load in a hundred of a file an empty store
         chromium.open(page)

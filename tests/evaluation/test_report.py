@@ -52,21 +52,34 @@ def report(tmp_path_factory) -> tuple[Page, str]:
 
 def test_nothing_is_fetched(report) -> None:
     page, text = report
-    assert not {"script", "link", "iframe", "object", "form", "b", "i", "collapsed"} & set(page.tags)
+    assert not {"script", "link", "iframe", "object", "form", "b", "i", "collapsed"} & set(
+        page.tags
+    )
     images = [value for _, key, value in page.attributes if key == "src"]
     assert len(images) == 11  # all figures but accuracy and gold by source
     for image in images:
         head, _, body = image.partition(",")
         assert head == "data:image/png;base64" and base64.b64decode(body)[:4] == b"\x89PNG"
     assert all(value.startswith("#run") for _, key, value in page.attributes if key == "href")
-    assert re.search(r"(https?:)?//", re.sub(r"base64,[^\"]*", "", text)) is None and "url(" not in text
-    assert ("meta", "content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in page.attributes
+    assert (
+        re.search(r"(https?:)?//", re.sub(r"base64,[^\"]*", "", text)) is None
+        and "url(" not in text
+    )
+    assert (
+        "meta",
+        "content",
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+    ) in page.attributes
 
 
 def test_markup_is_shown_as_text(report) -> None:
     page, _ = report
     assert page.text.count(MARKUP) == 8  # four rows of the first, four of the last step
-    assert "a group <collapsed>" in page.text and "note: <b>bold</b>" in page.text and '"<abc>"' in page.text
+    assert (
+        "a group <collapsed>" in page.text
+        and "note: <b>bold</b>" in page.text
+        and '"<abc>"' in page.text
+    )
     assert "<i>demo</i>" in page.text
 
 
@@ -82,9 +95,18 @@ def test_key_figures(tmp_path: Path) -> None:
     run = load_run(ppo_run(tmp_path / "gipo", steps=20))
     row = summary(run)
     assert row["stage"] == "GIPO" and row["alerts"] == "1"
-    assert re.fullmatch(r"held-out score \S+ → \S+ \(step 20\); held-out gold \S+ → \S+ \(step 20\)", row["key figure"])
-    assert re.fullmatch(r"score \S+ → \S+ \(step 9\)", summary(load_run(ppo_run(tmp_path / "short", steps=9)))["key figure"])
-    write_rows(tmp_path / "metrics.jsonl", [{"step": 9, "rm/loss": 0.5, "rm/accuracy": 0.9, "eval/accuracy": 0.8, "eval/pairs": 100}])
+    assert re.fullmatch(
+        r"held-out score \S+ → \S+ \(step 20\); held-out gold \S+ → \S+ \(step 20\)",
+        row["key figure"],
+    )
+    assert re.fullmatch(
+        r"score \S+ → \S+ \(step 9\)",
+        summary(load_run(ppo_run(tmp_path / "short", steps=9)))["key figure"],
+    )
+    write_rows(
+        tmp_path / "metrics.jsonl",
+        [{"step": 9, "rm/loss": 0.5, "rm/accuracy": 0.9, "eval/accuracy": 0.8, "eval/pairs": 100}],
+    )
     assert summary(load_run(tmp_path))["key figure"].startswith(
         "held-out accuracy 0.8 [0.7112, 0.8666] (step 9)"
     )  # Wilson's interval, by hand
@@ -94,11 +116,23 @@ def test_key_figures(tmp_path: Path) -> None:
 
 def test_the_callers_table(tmp_path: Path) -> None:
     rows = [{"stage": "SFT", "time": "0:04"}, {"stage": "RM <b>", "key figure": 0.8}]
-    out = write_report([sft_run(tmp_path / "sft")], tmp_path / "r.html", table=rows, figures_to=tmp_path / "figures")
-    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["loss.pdf", "loss.png", "loss.svg"]
+    out = write_report(
+        [sft_run(tmp_path / "sft")],
+        tmp_path / "r.html",
+        table=rows,
+        figures_to=tmp_path / "figures",
+    )
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == [
+        "loss.pdf",
+        "loss.png",
+        "loss.svg",
+    ]
     page = Page(out.read_text(encoding="utf-8"))
     words = " ".join(page.text.split())
-    assert "stage time key figure" in words.replace("stagetimekey", "stage time key") and "RM <b>" in words
+    assert (
+        "stage time key figure" in words.replace("stagetimekey", "stage time key")
+        and "RM <b>" in words
+    )
 
 
 def test_a_bad_folder_leaves_the_old_report(tmp_path: Path) -> None:

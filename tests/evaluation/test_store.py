@@ -30,7 +30,8 @@ def test_what_was_appended_is_read_by_the_next_process(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_byte_only_the_torn_line_is_lost(tmp_path: Path) -> None:
-    """The file is cut at every byte of a write; a restart answers what is missing, and the file is as if nothing had happened."""
+    """The file is cut at every byte of a write; a restart answers what is missing, and the file is
+    as if nothing had happened."""
     whole = tmp_path / "whole.jsonl"
     ResponseStore(whole, "key").append([response("a", ODD), response("b")])
     content = whole.read_bytes()
@@ -41,7 +42,9 @@ def test_killed_at_any_byte_only_the_torn_line_is_lost(tmp_path: Path) -> None:
         torn.write_bytes(content[:size])
         store = ResponseStore(torn, "key")
         assert len(store.done) == max(0, sum(end <= size for end in ends) - 1)
-        store.append([r for r in (response("a", ODD), response("b")) if r.prompt_id not in store.done])
+        store.append(
+            [r for r in (response("a", ODD), response("b")) if r.prompt_id not in store.done]
+        )
         assert torn.read_bytes() == content
     assert size == len(content) - 1 > 200
 
@@ -58,7 +61,11 @@ def test_another_key_is_refused(tmp_path: Path, store: type[ResponseStore]) -> N
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    broken = {b'{"policy": "x"\n': "unreadable line", b"[1]\n": "a JSON list", b'{"policy": "x"}\n': "not a response"}
+    broken = {
+        b'{"policy": "x"\n': "unreadable line",
+        b"[1]\n": "a JSON list",
+        b'{"policy": "x"}\n': "not a response",
+    }
     for line, said in broken.items():
         file.write_bytes(b'{"key": ""}\n' + line)
         with pytest.raises(UserError, match=said) as raised:
@@ -81,7 +88,10 @@ def test_verdicts_by_presentation_the_last_one_counts(tmp_path: Path) -> None:
     store.append({one: Verdict(FIRST, "A. [[A]]")})
     again = VerdictStore(file)
     assert again.done == store.done == {one, other}
-    assert again.read() == {one: Verdict(FIRST, "A. [[A]]"), other: Verdict(TIE, "equal", 7, 2, True)}
+    assert again.read() == {
+        one: Verdict(FIRST, "A. [[A]]"),
+        other: Verdict(TIE, "equal", 7, 2, True),
+    }
     with open(file, "ab") as torn:
         torn.write(b'{"task": "hh", "oppo')
     assert VerdictStore(file).read() == again.read()
@@ -94,8 +104,14 @@ def test_nothing_is_written_where_nothing_can_be(tmp_path: Path) -> None:
 
 
 def test_prompts_are_plain_lines(tmp_path: Path) -> None:
-    prompts = [TaskPrompt("hh", "helpful", "0", ODD, "q", "s"), TaskPrompt("hh", "helpful", "1", "t", "q", "s", "ref")]
+    prompts = [
+        TaskPrompt("hh", "helpful", "0", ODD, "q", "s"),
+        TaskPrompt("hh", "helpful", "1", "t", "q", "s", "ref"),
+    ]
     for _ in range(2):
         write_prompts(tmp_path / "prompts.jsonl", prompts)
-    rows = [TaskPrompt(**json.loads(line)) for line in (tmp_path / "prompts.jsonl").read_bytes().splitlines()]
+    rows = [
+        TaskPrompt(**json.loads(line))
+        for line in (tmp_path / "prompts.jsonl").read_bytes().splitlines()
+    ]
     assert rows == prompts and [file.name for file in tmp_path.iterdir()] == ["prompts.jsonl"]

@@ -24,10 +24,15 @@ def task(data: str, prompts: int = 100, **keys: Any) -> Task:
     return Task("t", "helpful", data, prompts, **keys)
 
 
-def asked(root: Path, rows: Iterable[Any], name: str = "a.jsonl", **keys: Any) -> list[tuple[str, str, str]]:
+def asked(
+    root: Path, rows: Iterable[Any], name: str = "a.jsonl", **keys: Any
+) -> list[tuple[str, str, str]]:
     """(text, question, reference) of every prompt made from a file with these rows."""
     write_rows(root / name, rows)
-    return [(p.text, p.question, p.reference) for p in load_task(task(name, **keys), str(root), BYTES, 64)]
+    return [
+        (p.text, p.question, p.reference)
+        for p in load_task(task(name, **keys), str(root), BYTES, 64)
+    ]
 
 
 CHOSEN = dialogue("h: hi", "a: hello", "h: why?", "a: because")
@@ -45,15 +50,27 @@ ROWS: dict[str, tuple[dict[str, Any], str, str]] = {  # columns -> (row, the tex
         "S",
     ),
     "comparisons": (
-        {"info": {"subreddit": "cats", "title": "T", "post": "P"}, "summaries": [{"text": " a"}, {"text": " b"}], "choice": 1},
+        {
+            "info": {"subreddit": "cats", "title": "T", "post": "P"},
+            "summaries": [{"text": " a"}, {"text": " b"}],
+            "choice": 1,
+        },
         "SUBREDDIT: r/cats\n\nTITLE: T\n\nPOST: P\n\nTL;DR:",
         "b",
     ),
     "end mark": ({"prompt": "Q", "completion": "done<|endoftext|>"}, "Q", "done"),
-    "turns": ({"turns": ["first", "second"], "reference": ["r1", "r2"], "category": "math"}, "first", "r1"),
+    "turns": (
+        {"turns": ["first", "second"], "reference": ["r1", "r2"], "category": "math"},
+        "first",
+        "r1",
+    ),
     "goal": ({"goal": "G", "target": "Sure, here is"}, "G", ""),
     "question": ({"question": "Q", "answer": "A"}, "Q", "A"),
-    "instruction": ({"instruction": "Sort", "input": "3 1 2", "output": "1 2 3"}, "Sort\n\n3 1 2", "1 2 3"),
+    "instruction": (
+        {"instruction": "Sort", "input": "3 1 2", "output": "1 2 3"},
+        "Sort\n\n3 1 2",
+        "1 2 3",
+    ),
     "article": ({"article": "News", "highlights": "N"}, "Article:\n\nNews\n\nTL;DR:", "N"),
     "messages": (
         {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
@@ -71,13 +88,20 @@ def test_columns_that_hold_prompts(tmp_path: Path, name: str) -> None:
 
 def test_a_plain_question_becomes_a_conversation_where_the_template_says_so(tmp_path: Path) -> None:
     row = {"turns": ["What <|im_end|> now?", "x"]}
-    texts = {template: asked(tmp_path, [row], template=template)[0] for template in ("auto", "plain", "hh", "chatml")}
+    texts = {
+        template: asked(tmp_path, [row], template=template)[0]
+        for template in ("auto", "plain", "hh", "chatml")
+    }
     question = "What <|im_end|> now?"
     assert texts == {
         "auto": (question, question, ""),
         "plain": (question, question, ""),
         "hh": (f"\n\nHuman: {question}\n\nAssistant:", question, ""),
-        "chatml": (f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", question, ""),
+        "chatml": (
+            f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+            question,
+            "",
+        ),
     }
 
 
@@ -101,7 +125,9 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     files = sorted(tmp_path.iterdir())
     for file in files:
         for data, root in ((file.name, tmp_path), (str(file), tmp_path / "elsewhere")):
-            assert [p.question for p in load_task(task(data), str(root), BYTES, 64)] == [row["question"] for row in rows], file.name
+            assert [p.question for p in load_task(task(data), str(root), BYTES, 64)] == [
+                row["question"] for row in rows
+            ], file.name
     assert len(files) == 5
 
 
@@ -119,25 +145,54 @@ def test_prompts_are_spread_evenly_and_keep_their_ids(tmp_path: Path) -> None:
 
 
 def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
-    """Room for 39 bytes and one bos. A conversation that would lose its first turn is dropped, not cut."""
+    """Room for 39 bytes and one bos. A conversation that would lose its first turn is dropped, not
+    cut."""
     long = dialogue("h: " + "x" * 30, "a: y", "h: z")
-    rows = [{"prompt": "short"}, {"prompt": "x" * 100}, {"prompt": "short"}, {"prompt": ""}, {"prompt": None}, {"prompt": "  "}]
+    rows = [
+        {"prompt": "short"},
+        {"prompt": "x" * 100},
+        {"prompt": "short"},
+        {"prompt": ""},
+        {"prompt": None},
+        {"prompt": "  "},
+    ]
     write_rows(tmp_path / "a.jsonl", [*rows, {"prompt": long + "\n\nAssistant:"}])
     loaded = read_task(task("a.jsonl", max_length=64 + 40), str(tmp_path), BYTES, 64)
-    assert [p.text for p in loaded.prompts] == ["short"] and loaded.lines[:2] == ["1 of 1 prompts", "kept 1 of 7 rows"]
-    reasons = ["prompt seen before", "no value for prompt", "no human turn", "too long even with its last human turn", TOO_LONG]
+    assert [p.text for p in loaded.prompts] == ["short"] and loaded.lines[:2] == [
+        "1 of 1 prompts",
+        "kept 1 of 7 rows",
+    ]
+    reasons = [
+        "prompt seen before",
+        "no value for prompt",
+        "no human turn",
+        "too long even with its last human turn",
+        TOO_LONG,
+    ]
     counts = [1, 2, 1, 1, 1]
     for reason, count in zip(reasons, counts, strict=True):
-        assert any(line.startswith(f"dropped {count}: ") and reason in line for line in loaded.lines), reason
+        assert any(
+            line.startswith(f"dropped {count}: ") and reason in line for line in loaded.lines
+        ), reason
 
 
 def test_a_folder_gives_its_test_split_and_a_source_can_be_chosen(tmp_path: Path) -> None:
     for source in ("one", "two"):
-        write_rows(tmp_path / "set" / source / "train.jsonl", [{"prompt": f"{source} train {i}"} for i in range(3)])
-        write_rows(tmp_path / "set" / source / "test.jsonl", [{"prompt": f"{source} test {i}"} for i in range(3)])
+        write_rows(
+            tmp_path / "set" / source / "train.jsonl",
+            [{"prompt": f"{source} train {i}"} for i in range(3)],
+        )
+        write_rows(
+            tmp_path / "set" / source / "test.jsonl",
+            [{"prompt": f"{source} test {i}"} for i in range(3)],
+        )
     both = load_task(task("set"), str(tmp_path), BYTES, 64)
-    assert [p.text for p in both] == [f"{source} test {i}" for source in ("one", "two") for i in range(3)]
-    assert {p.source for p in load_task(task("set", source=["two"]), str(tmp_path), BYTES, 64)} == {"two"}
+    assert [p.text for p in both] == [
+        f"{source} test {i}" for source in ("one", "two") for i in range(3)
+    ]
+    assert {p.source for p in load_task(task("set", source=["two"]), str(tmp_path), BYTES, 64)} == {
+        "two"
+    }
     with pytest.raises(UserError, match="no source three"):
         load_task(task("set", source=["three"]), str(tmp_path), BYTES, 64)
 
@@ -145,10 +200,16 @@ def test_a_folder_gives_its_test_split_and_a_source_can_be_chosen(tmp_path: Path
 def test_without_a_test_split_the_rows_that_training_holds_back(tmp_path: Path) -> None:
     write_rows(tmp_path / "set" / "train.jsonl", [{"prompt": f"question {i}"} for i in range(200)])
     loaded = read_task(task("set", 200), str(tmp_path), BYTES, 64)
-    config = DataConfig(format="prompt", path=str(tmp_path / "set"), max_length=256, max_response=64)
-    trained, held_out = (load_data(config, BYTES, split, 0, "prompt").rows for split in ("train", "test"))
+    config = DataConfig(
+        format="prompt", path=str(tmp_path / "set"), max_length=256, max_response=64
+    )
+    trained, held_out = (
+        load_data(config, BYTES, split, 0, "prompt").rows for split in ("train", "test")
+    )
     assert [p.question for p in loaded.prompts] == [row.prompt[0].text for row in held_out]
-    assert 5 < len(loaded.prompts) < 50 and not {p.question for p in loaded.prompts} & {row.prompt[0].text for row in trained}
+    assert 5 < len(loaded.prompts) < 50 and not {p.question for p in loaded.prompts} & {
+        row.prompt[0].text for row in trained
+    }
     assert "no test split" in loaded.lines[-1]
 
 
@@ -160,16 +221,32 @@ def test_ids_are_those_of_training(tmp_path: Path, template: str) -> None:
         {"prompt": dialogue("h: a") + "\n\nAssistant:"},
     ]
     write_rows(tmp_path / "a.jsonl", rows)
-    config = DataConfig(format="prompt", path=str(tmp_path / "a.jsonl"), template=template, max_length=256, max_response=64)
-    for tokenizer in (BYTES, *([load_tokenizer(str(SHARED / "tokenizers" / "mistral_v1"))] if SHARED.is_dir() else [])):
-        loaded = read_task(task("a.jsonl", template=template, max_length=256), str(tmp_path), tokenizer, 64)
+    config = DataConfig(
+        format="prompt",
+        path=str(tmp_path / "a.jsonl"),
+        template=template,
+        max_length=256,
+        max_response=64,
+    )
+    for tokenizer in (
+        BYTES,
+        *([load_tokenizer(str(SHARED / "tokenizers" / "mistral_v1"))] if SHARED.is_dir() else []),
+    ):
+        loaded = read_task(
+            task("a.jsonl", template=template, max_length=256), str(tmp_path), tokenizer, 64
+        )
         expected, _ = load_data(config, tokenizer, "all", 0, "prompt").prompts_at([0, 1, 2])
         ids = [loaded.ids[p.prompt_id] for p in loaded.prompts]
-        assert ids == [row[:size] for row, size in zip(expected.tokens.tolist(), expected.lengths.tolist(), strict=True)]
-        assert [p.text for p in loaded.prompts] == [extras["prompt"] for extras in expected.extras] and len(ids) == 3
+        assert ids == [
+            row[:size]
+            for row, size in zip(expected.tokens.tolist(), expected.lengths.tolist(), strict=True)
+        ]
+        assert [p.text for p in loaded.prompts] == [
+            extras["prompt"] for extras in expected.extras
+        ] and len(ids) == 3
 
 
-# --------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def refused(root: Path, data: str, **keys: Any) -> UserError:
@@ -187,7 +264,9 @@ def test_errors_say_what_and_where(tmp_path: Path) -> None:
     assert refused(tmp_path, "bad.csv").where.endswith("bad.csv line 3")
     write_rows(tmp_path / "odd.jsonl", [{"text": "x", "score": 1}])
     error = refused(tmp_path, "odd.jsonl")
-    assert error.what == "no column that holds prompts; found: text, score" and "question" in error.fix
+    assert (
+        error.what == "no column that holds prompts; found: text, score" and "question" in error.fix
+    )
     write_rows(tmp_path / "long.jsonl", [{"prompt": "x" * 3000}])
     error = refused(tmp_path, "long.jsonl")
     assert error.what == "no prompts left of 1 rows" and "too long" in error.fix
@@ -195,7 +274,9 @@ def test_errors_say_what_and_where(tmp_path: Path) -> None:
     assert "leaves no room" in refused(tmp_path, "long.jsonl", max_length=64).what
     assert "unknown template" in refused(tmp_path, "long.jsonl", template="alpaca").what
     write_rows(tmp_path / "dialogue.jsonl", [{"prompt": [{"role": "user", "content": "Q"}]}])
-    assert "takes prompts that are text" in refused(tmp_path, "dialogue.jsonl", template="plain").what
+    assert (
+        "takes prompts that are text" in refused(tmp_path, "dialogue.jsonl", template="plain").what
+    )
 
 
 def test_a_hub_name_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,26 +284,72 @@ def test_a_hub_name_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "cannot be reached" in refused(tmp_path, "nobody/nothing").what
 
 
-# --------------------------------------------------------------------------------------------- the real files
+# ----------------------------------------------------------------------------------- the real files
 
-REAL = [  # data, source, template, max_length, usable prompts, all with a reference, how a text begins and ends
+# data, source, template, max_length, usable prompts, all with a reference, how a text begins and
+# ends
+REAL = [
     ("hh-rlhf/harmless-base", [], "auto", 2048, 233, True, "\n\nHuman: ", "\n\nAssistant:"),
     ("hh-rlhf", ["helpful-base"], "auto", 2048, 208, True, "\n\nHuman: ", "\n\nAssistant:"),
     ("tldr/posts", [], "auto", 2048, 184, True, "SUBREDDIT: r/", "\n\nTL;DR:"),
     ("tldr", ["comparisons"], "auto", 2048, 115, True, "SUBREDDIT: r/", "\n\nTL;DR:"),
     ("ood/vicuna_bench.question.jsonl", [], "hh", 1024, 80, False, "\n\nHuman: ", "\n\nAssistant:"),
-    ("ood/mt_bench.question.jsonl", [], "chatml", 2048, 80, False, "<|im_start|>user\n", "<|im_start|>assistant\n"),
-    ("ood/advbench.harmful_behaviors.csv", [], "hh", 1024, 520, False, "\n\nHuman: ", "\n\nAssistant:"),
-    ("ood/cnn_dailymail.tldr_prompt.jsonl", [], "auto", 2048, 195, True, "Could you please generate", ""),
+    (
+        "ood/mt_bench.question.jsonl",
+        [],
+        "chatml",
+        2048,
+        80,
+        False,
+        "<|im_start|>user\n",
+        "<|im_start|>assistant\n",
+    ),
+    (
+        "ood/advbench.harmful_behaviors.csv",
+        [],
+        "hh",
+        1024,
+        520,
+        False,
+        "\n\nHuman: ",
+        "\n\nAssistant:",
+    ),
+    (
+        "ood/cnn_dailymail.tldr_prompt.jsonl",
+        [],
+        "auto",
+        2048,
+        195,
+        True,
+        "Could you please generate",
+        "",
+    ),
 ]
 
 
 @needs_shared_data
-@pytest.mark.parametrize(("data", "source", "template", "length", "usable", "answered", "start", "end"), REAL)
-def test_real_files(data: str, source: list[str], template: str, length: int, usable: int, answered: bool, start: str, end: str) -> None:
-    """Counts: lines of the file, less one HH row whose prompts differ and five repeated articles."""
+@pytest.mark.parametrize(
+    ("data", "source", "template", "length", "usable", "answered", "start", "end"), REAL
+)
+def test_real_files(
+    data: str,
+    source: list[str],
+    template: str,
+    length: int,
+    usable: int,
+    answered: bool,
+    start: str,
+    end: str,
+) -> None:
+    """Counts: lines of the file, less one HH row whose prompts differ and five repeated
+    articles."""
     tokenizer: Tokenizer = load_tokenizer(str(SHARED / "tokenizers" / "hh_bytebpe_4k"))
-    loaded = read_task(task(data, 1000, template=template, source=source, max_length=length), str(SHARED), tokenizer, 128)
+    loaded = read_task(
+        task(data, 1000, template=template, source=source, max_length=length),
+        str(SHARED),
+        tokenizer,
+        128,
+    )
     assert len(loaded.prompts) == usable, loaded.lines
     assert all(p.text.startswith(start) and p.text.endswith(end) for p in loaded.prompts)
     assert all(p.reference for p in loaded.prompts) == answered

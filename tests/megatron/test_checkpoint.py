@@ -1,4 +1,5 @@
-"""Checkpoints in one process: what is on disk, what is found, what is refused. Other layouts are in tests/parity/test_training.py."""
+"""Checkpoints in one process: what is on disk, what is found, what is refused. Other layouts are in
+tests/parity/test_training.py."""
 
 from __future__ import annotations
 
@@ -27,7 +28,13 @@ def folder(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Path:
     reward.update((pairs(), pair_loss))
     roles = {"actor": new_actor(mesh, optimisation=None).engine, "reward": reward.engine}
     path = checkpoint.save(
-        directory, 7, roles, mesh, {"moments": torch.ones(2)}, {"tokenizer": "abc"}, lambda p: (p / "recipe.yaml").write_text("x: 1")
+        directory,
+        7,
+        roles,
+        mesh,
+        {"moments": torch.ones(2)},
+        {"tokenizer": "abc"},
+        lambda p: (p / "recipe.yaml").write_text("x: 1"),
     )
     assert path == directory / "step_7"
     return path
@@ -38,12 +45,23 @@ def test_files(folder: Path) -> None:
     assert names == {"meta.json", "state.pt", "actor", "reward", "recipe.yaml"}
     assert [p.name for p in folder.parent.iterdir()] == ["step_7"]
     meta = json.loads((folder / "meta.json").read_text())
-    assert (meta["format"], meta["version"], meta["step"], meta["tokenizer"]) == ("gipo_megatron", 2, 7, "abc")
-    assert meta["roles"]["actor"]["architecture"]["hidden_size"] == 32 and meta["roles"]["reward"]["head"] == "score"
+    assert (meta["format"], meta["version"], meta["step"], meta["tokenizer"]) == (
+        "gipo_megatron",
+        2,
+        7,
+        "abc",
+    )
+    assert (
+        meta["roles"]["actor"]["architecture"]["hidden_size"] == 32
+        and meta["roles"]["reward"]["head"] == "score"
+    )
 
 
-def test_the_optimizer_is_gathered_on_the_host(mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else mcore takes it through the GPU (`.cuda()`), a whole buffer at a time; and what torch caches there is given back first."""
+def test_the_optimizer_is_gathered_on_the_host(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else mcore takes it through the GPU (`.cuda()`), a whole buffer at a time; and what torch
+    caches there is given back first."""
 
     def through_the_gpu(*arguments: object) -> torch.Tensor:
         raise AssertionError("an optimizer shard goes to the GPU")
@@ -70,7 +88,10 @@ def test_a_checkpoint_of_version_1(mesh: Mesh, tmp_path: Path) -> None:
     again = new_critic(mesh, seed=3)
     checkpoint.restore(path, {"critic": again.engine}, mesh)
     assert digest(again) == digest(critic)
-    norms = [role.update((weighted(), critic_loss)).metrics["grad_norm"].result() for role in (again, critic)]
+    norms = [
+        role.update((weighted(), critic_loss)).metrics["grad_norm"].result()
+        for role in (again, critic)
+    ]
     assert norms[0] == norms[1] and digest(again) == digest(critic), "the moments came back, too"
 
 
@@ -116,12 +137,15 @@ def test_weights_by_role(folder: Path, mesh: Mesh) -> None:
     critic = MegatronCritic(**common(mesh, seed=5, load=str(folder), head=GROUP))
     assert critic.loaded_from == "reward" and critic.engine.group_head is not None
     theirs, ours = dict(reward.engine.export()), dict(critic.engine.export())
-    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[n], ours[n]) for n in ours)  # the score head is the value head
+    # the score head is the value head
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[n], ours[n]) for n in ours)
     plain = {k: v for k, v in common(mesh, seed=6, load=str(folder)).items() if k != "optimisation"}
     assert MegatronReference(**plain).loaded_from == "actor"
 
 
-def test_a_new_reward_model_takes_the_actors_trunk(folder: Path, mesh: Mesh, tmp_path: Path) -> None:
+def test_a_new_reward_model_takes_the_actors_trunk(
+    folder: Path, mesh: Mesh, tmp_path: Path
+) -> None:
     actor = new_actor(mesh, optimisation=None)
     path = checkpoint.save(tmp_path, 1, {"actor": actor.engine}, mesh, {}, {})
     fresh = dict(MegatronRewardModel(**common(mesh, seed=5)).engine.export())
@@ -129,7 +153,9 @@ def test_a_new_reward_model_takes_the_actors_trunk(folder: Path, mesh: Mesh, tmp
     assert reward.loaded_from == "actor"
     trunk, ours = dict(actor.engine.export()), dict(reward.engine.export())
     assert torch.equal(ours["score.weight"], fresh["score.weight"])
-    assert torch.equal(ours["model.layers.3.mlp.up_proj.weight"], trunk["model.layers.3.mlp.up_proj.weight"])
+    assert torch.equal(
+        ours["model.layers.3.mlp.up_proj.weight"], trunk["model.layers.3.mlp.up_proj.weight"]
+    )
 
 
 def test_a_group_head_comes_along_when_it_fits(mesh: Mesh, tmp_path: Path) -> None:
@@ -138,7 +164,9 @@ def test_a_group_head_comes_along_when_it_fits(mesh: Mesh, tmp_path: Path) -> No
     path = checkpoint.save(tmp_path, 1, {"critic": critic.engine}, mesh, {}, {})
     same = MegatronCritic(**common(mesh, seed=8, load=str(path), head=GROUP))
     assert digest(same) == digest(critic)
-    wider = MegatronCritic(**common(mesh, seed=8, load=str(path), head=replace(GROUP, num_groups=3)))
+    wider = MegatronCritic(
+        **common(mesh, seed=8, load=str(path), head=replace(GROUP, num_groups=3))
+    )
     assert wider.engine.group_head is not None and wider.engine.group_head.weight.shape == (3, 32)
     with pytest.raises(UserError, match="saved with 2 groups, this run has 3"):
         checkpoint.restore(path, {"critic": wider.engine}, mesh)
@@ -146,7 +174,9 @@ def test_a_group_head_comes_along_when_it_fits(mesh: Mesh, tmp_path: Path) -> No
 
 def test_refusals(folder: Path, mesh: Mesh) -> None:
     deeper = replace(ARCHITECTURE, num_layers=2, norm_eps=1e-6)
-    with pytest.raises(UserError, match="num_layers: there 4, here 2; norm_eps: there 1e-05, here 1e-06"):
+    with pytest.raises(
+        UserError, match="num_layers: there 4, here 2; norm_eps: there 1e-05, here 1e-06"
+    ):
         MegatronRewardModel(**common(mesh, load=str(folder), architecture=deeper))
     with pytest.raises(UserError, match="no 'critic'; it has actor, reward"):
         checkpoint.restore(folder, {"critic": new_critic(mesh).engine}, mesh)

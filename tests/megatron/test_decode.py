@@ -36,13 +36,19 @@ def model(architecture: Architecture, mesh: Mesh, dtype: str = "fp32") -> list[n
     return list(chunks)
 
 
-def stepwise(chunks: list[nn.Module], architecture: Architecture, mesh: Mesh, tokens: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Logits of every row's tokens lengths - 1 … lengths + STEPS - 2, teacher-forced: prefill, then one step a token."""
+def stepwise(
+    chunks: list[nn.Module], architecture: Architecture, mesh: Mesh, tokens: Tensor, lengths: Tensor
+) -> list[Tensor]:
+    """Logits of every row's tokens lengths - 1 … lengths + STEPS - 2, teacher-forced: prefill, then
+    one step a token."""
     width = int(lengths.max())
     decoder = Decoder(chunks, architecture, mesh, tokens.shape[1])
     cache = decoder.allocate(len(tokens), width + STEPS, lengths, width)
     prompt = torch.where(torch.arange(width) < lengths[:, None], tokens[:, :width], 0)
-    first = decoder.prefill(prompt[:3], lengths[:3], cache, 0), decoder.prefill(prompt[3:], lengths[3:], cache, 3)
+    first = (
+        decoder.prefill(prompt[:3], lengths[:3], cache, 0),
+        decoder.prefill(prompt[3:], lengths[3:], cache, 3),
+    )
     out: list[Tensor] = [torch.cat([x for x in first if x is not None])]
     for t in range(STEPS - 1):
         at = lengths + t
@@ -62,7 +68,9 @@ def test_steps_give_the_training_forwards_logits(mesh: Mesh, name: str) -> None:
         found = stepwise(chunks, architecture, mesh, tokens, LENGTHS)
         equal = stepwise(chunks, architecture, mesh, tokens, torch.full((4,), 8))
     for t in range(STEPS):
-        torch.testing.assert_close(found[t], expected[torch.arange(4), LENGTHS - 1 + t], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            found[t], expected[torch.arange(4), LENGTHS - 1 + t], atol=2e-5, rtol=1e-5
+        )
         torch.testing.assert_close(equal[t], expected[:, 7 + t], atol=2e-5, rtol=1e-5)
     assert len(found) == len(equal) == STEPS
 
@@ -94,7 +102,8 @@ def test_dropped_rows_leave_the_others_untouched(mesh: Mesh) -> None:
 
 
 class _Fused(nn.Module):
-    """A layer with the parameter names of Transformer Engine's spec, which holds the norms in the linear layers."""
+    """A layer with the parameter names of Transformer Engine's spec, which holds the norms in the
+    linear layers."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -117,13 +126,17 @@ def test_weights_by_transformer_engines_names(mesh: Mesh) -> None:
 
 def test_missing_weight_is_named(mesh: Mesh) -> None:
     layer = model(ARCHITECTURE, mesh)[0].decoder.layers[0]
-    with pytest.raises(ValueError, match=r"no parameter self_attention\.linear_qkv\.bias in a layer with"):
+    with pytest.raises(
+        ValueError, match=r"no parameter self_attention\.linear_qkv\.bias in a layer with"
+    ):
         layer_weights(layer, replace(ARCHITECTURE, qkv_bias=True))
 
 
 def test_rms_norm_by_hand() -> None:
     x = torch.tensor([[3.0, 4.0]])  # mean square 12.5
-    torch.testing.assert_close(rms_norm(x, torch.tensor([2.0, 1.0]), 0.0), torch.tensor([[6.0, 4.0]]) / 12.5**0.5)
+    torch.testing.assert_close(
+        rms_norm(x, torch.tensor([2.0, 1.0]), 0.0), torch.tensor([[6.0, 4.0]]) / 12.5**0.5
+    )
 
 
 def test_cache_bytes(mesh: Mesh) -> None:

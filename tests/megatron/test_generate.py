@@ -1,4 +1,5 @@
-"""One process: against Hugging Face, and against itself under other slicings. Layouts of several processes are in tests/parity."""
+"""One process: against Hugging Face, and against itself under other slicings. Layouts of several
+processes are in tests/parity."""
 
 from __future__ import annotations
 
@@ -47,27 +48,42 @@ def test_greedy_is_hugging_faces(mesh: Mesh, family: str) -> None:
         stopped = hf_greedy(reference, rows, eos)
         rollout = respond(chunks, architecture, mesh, rows, GREEDY, eos)
         assert responses(rollout) == stopped
-        assert rollout.finished.tolist() == [row[-1] == eos for row in stopped] and rollout.finished.any()
+        assert (
+            rollout.finished.tolist() == [row[-1] == eos for row in stopped]
+            and rollout.finished.any()
+        )
         if kind == "equal":  # of ragged prompts HF penalises the padding too
             penalised = replace(GREEDY, repetition_penalty=1.3)
-            assert responses(respond(chunks, architecture, mesh, rows, penalised, NEVER)) == hf_greedy(reference, rows, None, 1.3)
+            assert responses(
+                respond(chunks, architecture, mesh, rows, penalised, NEVER)
+            ) == hf_greedy(reference, rows, None, 1.3)
         checked += 1
     assert checked == 2
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_logprobs_are_the_tempered_models(mesh: Mesh, llama: tuple[list[nn.Module], Architecture], name: str) -> None:
+def test_logprobs_are_the_tempered_models(
+    mesh: Mesh, llama: tuple[list[nn.Module], Architecture], name: str
+) -> None:
     rows, sampling = prompts("ragged"), SAMPLINGS[name]
     rollout = respond(*llama, mesh, rows, sampling, NEVER)
     with torch.no_grad():
-        logp = (families.hf_model("llama")(rollout.tokens).logits[:, :-1] / sampling.temperature).log_softmax(-1)
-    expected = torch.nn.functional.pad(logp.gather(2, rollout.tokens[:, 1:, None])[..., 0], (1, 0)) * rollout.mask
+        logp = (
+            families.hf_model("llama")(rollout.tokens).logits[:, :-1] / sampling.temperature
+        ).log_softmax(-1)
+    expected = (
+        torch.nn.functional.pad(logp.gather(2, rollout.tokens[:, 1:, None])[..., 0], (1, 0))
+        * rollout.mask
+    )
     assert rollout.generation_logprobs is not None and int(rollout.mask.sum()) == len(rows) * STEPS
     torch.testing.assert_close(rollout.generation_logprobs, expected, atol=2e-5, rtol=0)
 
 
-def test_sampled_tokens_follow_the_models_distribution(mesh: Mesh, llama: tuple[list[nn.Module], Architecture]) -> None:
-    """First token of 3000 samples of one prompt, the ten likeliest tokens within 4 standard errors of HF's probabilities."""
+def test_sampled_tokens_follow_the_models_distribution(
+    mesh: Mesh, llama: tuple[list[nn.Module], Architecture]
+) -> None:
+    """First token of 3000 samples of one prompt, the ten likeliest tokens within 4 standard errors
+    of HF's probabilities."""
     row, n = prompts("equal").block(0, 1), 3000
     many = replace(row.select(torch.zeros(n, dtype=torch.long)), sample_id=torch.arange(n))
     first = torch.tensor(responses(respond(*llama, mesh, many, Sampling(1), NEVER)))[:, 0]
@@ -80,17 +96,23 @@ def test_sampled_tokens_follow_the_models_distribution(mesh: Mesh, llama: tuple[
 def test_rows_do_not_depend_on_the_rows_beside_them(
     mesh: Mesh, llama: tuple[list[nn.Module], Architecture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Alone, reordered, in cache slices, in prefill blocks, with finished rows kept or dropped at once: the same responses."""
+    """Alone, reordered, in cache slices, in prefill blocks, with finished rows kept or dropped at
+    once: the same responses."""
     rows, checked = prompts("ragged"), 0
     for sampling in (*SAMPLINGS.values(), GREEDY):
         eos = frequent(responses(respond(*llama, mesh, rows, sampling, NEVER)))
         base = responses(respond(*llama, mesh, rows, sampling, eos))
         assert len({len(row) for row in base}) > 1
         for i in range(len(rows)):
-            assert responses(respond(*llama, mesh, rows.block(i, i + 1), sampling, eos)) == [base[i]]
+            assert responses(respond(*llama, mesh, rows.block(i, i + 1), sampling, eos)) == [
+                base[i]
+            ]
         order = torch.tensor([4, 0, 5, 2, 1, 3])
-        assert responses(respond(*llama, mesh, rows.select(order), sampling, eos)) == [base[i] for i in order]
-        row_bytes = 2 * 4 * 2 * 8 * 4 * (12 + STEPS)  # key and value, layers, groups, width, fp32, slots
+        assert responses(respond(*llama, mesh, rows.select(order), sampling, eos)) == [
+            base[i] for i in order
+        ]
+        # key and value, layers, groups, width, fp32, slots
+        row_bytes = 2 * 4 * 2 * 8 * 4 * (12 + STEPS)
         for cache in (1, 2 * row_bytes, 4 * row_bytes):
             assert responses(respond(*llama, mesh, rows, sampling, eos, cache)) == base
         with monkeypatch.context() as patch:
@@ -102,7 +124,9 @@ def test_rows_do_not_depend_on_the_rows_beside_them(
     assert checked == 3
 
 
-def test_noise_is_keyed_by_sample_seed_and_step(mesh: Mesh, llama: tuple[list[nn.Module], Architecture]) -> None:
+def test_noise_is_keyed_by_sample_seed_and_step(
+    mesh: Mesh, llama: tuple[list[nn.Module], Architecture]
+) -> None:
     rows, sampling = prompts("equal"), SAMPLINGS["plain"]
     base = responses(respond(*llama, mesh, rows, sampling, NEVER))
     assert responses(respond(*llama, mesh, rows, sampling, NEVER)) == base
@@ -119,21 +143,39 @@ def test_fields_of_the_rollout(mesh: Mesh, llama: tuple[list[nn.Module], Archite
     eos = frequent(responses(respond(*llama, mesh, rows, GREEDY, NEVER)))
     rollout = respond(*llama, mesh, rows, GREEDY, eos)
     answers = responses(rollout)
-    assert rollout.tokens.shape == rollout.mask.shape == (6, max(n + len(a) for n, a in zip(rows.lengths.tolist(), answers, strict=True)))
+    assert (
+        rollout.tokens.shape
+        == rollout.mask.shape
+        == (6, max(n + len(a) for n, a in zip(rows.lengths.tolist(), answers, strict=True)))
+    )
     for i, answer in enumerate(answers):
         n = int(rows.lengths[i])
         expected = rows.tokens[i, :n].tolist() + answer
-        assert rollout.tokens[i].tolist() == expected + [PAD] * (rollout.tokens.shape[1] - len(expected))
+        assert rollout.tokens[i].tolist() == expected + [PAD] * (
+            rollout.tokens.shape[1] - len(expected)
+        )
         assert rollout.mask[i].nonzero()[:, 0].tolist() == list(range(n, n + len(answer)))
         text = answer[:-1] if answer[-1] == eos else answer
         assert rollout.response_text[i] == " ".join(map(str, text))
-    assert rollout.generation_logprobs is not None and not rollout.generation_logprobs[~rollout.mask].any()
-    assert rollout.generation_logprobs[rollout.mask].max() < 0 and not rollout.generation_logprobs.is_inference()
+    assert (
+        rollout.generation_logprobs is not None
+        and not rollout.generation_logprobs[~rollout.mask].any()
+    )
+    assert (
+        rollout.generation_logprobs[rollout.mask].max() < 0
+        and not rollout.generation_logprobs.is_inference()
+    )
     assert not rollout.tokens.is_inference()
-    assert rollout.prompt_id.tolist() == rows.prompt_id.tolist() and rollout.source == rows.source and rollout.extras == rows.extras
+    assert (
+        rollout.prompt_id.tolist() == rows.prompt_id.tolist()
+        and rollout.source == rows.source
+        and rollout.extras == rows.extras
+    )
 
 
-def test_training_goes_on_after_generating(mesh: Mesh, llama: tuple[list[nn.Module], Architecture]) -> None:
+def test_training_goes_on_after_generating(
+    mesh: Mesh, llama: tuple[list[nn.Module], Architecture]
+) -> None:
     rollout: Rollout = respond(*llama, mesh, prompts("equal"), GREEDY, NEVER)
     llama[0][0](rollout.tokens, None, None).square().mean().backward()
     grads = [p.grad for p in llama[0][0].parameters()]
@@ -147,7 +189,9 @@ def test_no_rows(mesh: Mesh, llama: tuple[list[nn.Module], Architecture]) -> Non
 
 def test_errors(mesh: Mesh) -> None:
     chunks, architecture = load("llama", mesh)
-    with pytest.raises(UserError, match=r"prompt of 12 tokens \+ max_response 60 > the model's 64 positions"):
+    with pytest.raises(
+        UserError, match=r"prompt of 12 tokens \+ max_response 60 > the model's 64 positions"
+    ):
         respond(chunks, architecture, mesh, prompts("ragged"), Sampling(60), NEVER)
     with pytest.raises(UserError, match="top_p 0"):
         respond(chunks, architecture, mesh, prompts("ragged"), Sampling(4, top_p=0.0), NEVER)

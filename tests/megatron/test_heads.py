@@ -17,7 +17,8 @@ SPEC = HeadSpec(num_groups=2, input="prompt", detach_trunk=True)
 
 
 def loss(mesh: Mesh, group: GroupHead | None, rows: Sequences) -> list[torch.nn.Parameter]:
-    """One backward pass of a value loss, with or without a group loss beside it; returns the model's parameters."""
+    """One backward pass of a value loss, with or without a group loss beside it; returns the
+    model's parameters."""
     chunks = build_chunks(ARCHITECTURE, mesh, Precision("fp32"), head="value", seed=3)
     raw = chunks[0](rows.tokens, None, None)
     total = raw.square().mean()
@@ -30,14 +31,22 @@ def loss(mesh: Mesh, group: GroupHead | None, rows: Sequences) -> list[torch.nn.
 
 def test_an_observing_head_changes_nothing_else_bit_for_bit(mesh: Mesh) -> None:
     rows = sequences([(2, 4), (3, 2)], 1)
-    without, observed = loss(mesh, None, rows), loss(mesh, GroupHead(SPEC, ARCHITECTURE.hidden_size, mesh, 0), rows)
+    without, observed = (
+        loss(mesh, None, rows),
+        loss(mesh, GroupHead(SPEC, ARCHITECTURE.hidden_size, mesh, 0), rows),
+    )
     pairs = [(p.grad, q.grad) for p, q in zip(without, observed, strict=True)]
-    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs) and len(pairs) > 20
+    assert (
+        all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
+        and len(pairs) > 20
+    )
 
 
 def test_a_learning_head_reaches_the_trunk(mesh: Mesh) -> None:
     rows = sequences([(2, 4), (3, 2)], 1)
-    head = GroupHead(HeadSpec(2, "prompt", detach_trunk=False, init_std=1.0), ARCHITECTURE.hidden_size, mesh, 0)
+    head = GroupHead(
+        HeadSpec(2, "prompt", detach_trunk=False, init_std=1.0), ARCHITECTURE.hidden_size, mesh, 0
+    )
     without, learning = loss(mesh, None, rows), loss(mesh, head, rows)
     moved = [not torch.equal(p.grad, q.grad) for p, q in zip(without, learning, strict=True)]
     assert sum(moved) > 20  # the value head's own weight is not among them
@@ -48,7 +57,10 @@ def test_initial_weights_are_normal_from_their_own_seed(mesh: Mesh) -> None:
     head = GroupHead(HeadSpec(2, "prompt", True, init_std=0.02), 20000, mesh, seed=1)
     assert head.weight.dtype == torch.float32
     assert abs(float(head.weight.detach().std()) - 0.02) < 4e-4 and not head.bias.any()
-    same, other = GroupHead(head.spec, 20000, mesh, seed=1), GroupHead(head.spec, 20000, mesh, seed=2)
+    same, other = (
+        GroupHead(head.spec, 20000, mesh, seed=1),
+        GroupHead(head.spec, 20000, mesh, seed=2),
+    )
     assert torch.equal(head.weight, same.weight) and not torch.equal(head.weight, other.weight)
 
 
@@ -81,7 +93,9 @@ def test_the_norm_is_reported_and_clipped_to_one(mesh: Mesh) -> None:
     norm = head.reduce_gradients()
     assert norm == pytest.approx(5.0)
     head.step(norm)
-    torch.testing.assert_close(head.state_dict()["weight.exp_avg"], torch.tensor([[0.06, 0.0], [0.0, 0.0]]))
+    torch.testing.assert_close(
+        head.state_dict()["weight.exp_avg"], torch.tensor([[0.06, 0.0], [0.0, 0.0]])
+    )
     torch.testing.assert_close(head.state_dict()["bias.exp_avg"], torch.tensor([0.0, 0.08]))
     assert head.weight.grad is None
 
@@ -100,16 +114,24 @@ def test_scalar_head_is_fp32_in_a_bf16_model(mesh: Mesh) -> None:
 
 @pytest.mark.multiprocess
 def test_heads_at_every_layout_of_two(model_cells: list[dict[str, Any]]) -> None:
-    """Values, scores, group logits within 1e-5 of Hugging Face's trunk with plain heads; gradients per tensor within 1e-5."""
+    """Values, scores, group logits within 1e-5 of Hugging Face's trunk with plain heads; gradients
+    per tensor within 1e-5."""
     checked = 0
     for layout in LAYOUTS:
-        for name in ("values", "score", "group_logits", *(["gradients"] if layout.startswith("tensor") else [])):
+        for name in (
+            "values",
+            "score",
+            "group_logits",
+            *(["gradients"] if layout.startswith("tensor") else []),
+        ):
             found = [cells[f"heads/{layout}/{name}"] for cells in model_cells]
             found = [x for x in found if x is not None]
             assert found and max(found) < 1e-5, (layout, name, found)
             checked += 1
     assert checked == 14
-    assert {cells["heads/tensor_sequence/positions_held"] for cells in model_cells} == {6}, "sequence parallel was not on"
+    assert {cells["heads/tensor_sequence/positions_held"] for cells in model_cells} == {6}, (
+        "sequence parallel was not on"
+    )
     assert {cells["heads/tensor/positions_held"] for cells in model_cells} == {12}
 
 
@@ -122,5 +144,7 @@ def test_two_replicas_take_the_step_of_the_clipped_sum(model_cells: list[dict[st
 
 
 @pytest.mark.multiprocess
-def test_a_group_head_saved_under_tensor_parallel_loads_under_pipeline_parallel(model_cells: list[dict[str, Any]]) -> None:
+def test_a_group_head_saved_under_tensor_parallel_loads_under_pipeline_parallel(
+    model_cells: list[dict[str, Any]],
+) -> None:
     assert model_cells[1]["group_head/reloaded"] is True  # rank 1 is the last stage

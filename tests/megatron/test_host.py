@@ -11,7 +11,9 @@ import torch
 from gipo_megatron import environment
 from gipo_megatron.megatron import host
 
-on_host = pytest.mark.skipif(torch.cuda.is_available(), reason="redirections exist only without CUDA")
+on_host = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="redirections exist only without CUDA"
+)
 
 
 def test_host_adam_is_adamw() -> None:
@@ -37,8 +39,11 @@ def test_host_adam_is_adamw() -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_fused_step_is_the_foreach_step(weight_decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's fused kernel, which CUDA takes, on the CPU: parameters, moments and the layout of the state, over eight steps."""
+def test_the_fused_step_is_the_foreach_step(
+    weight_decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's fused kernel, which CUDA takes, on the CPU: parameters, moments and the layout of the
+    state, over eight steps."""
     g = torch.Generator().manual_seed(0)
     start = [torch.randn(5, 3, generator=g), torch.randn(70, generator=g)]
     gradients = [[torch.randn(p.shape, generator=g) for p in start] for _ in range(8)]
@@ -46,7 +51,9 @@ def test_the_fused_step_is_the_foreach_step(weight_decay: float, monkeypatch: py
     for step in (host._foreach, host._fused):
         monkeypatch.setattr(host, "adam_for", lambda device, step=step: step)
         params = [p.clone().requires_grad_() for p in start]
-        adam = host.HostAdam(params, lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+        adam = host.HostAdam(
+            params, lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay
+        )
         for each in gradients:
             for p, gradient in zip(params, each, strict=True):
                 p.grad = gradient.clone()
@@ -55,11 +62,20 @@ def test_the_fused_step_is_the_foreach_step(weight_decay: float, monkeypatch: py
     (expected, layout), (params, fused_layout) = found
     for p, q in zip(params, expected, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=3e-7)
-    assert fused_layout["param_groups"] == layout["param_groups"] and layout["param_groups"][0]["step"] == 8
+    assert (
+        fused_layout["param_groups"] == layout["param_groups"]
+        and layout["param_groups"][0]["step"] == 8
+    )
     assert fused_layout["state"].keys() == layout["state"].keys() == {0, 1}
     for i in (0, 1):
-        assert fused_layout["state"][i].keys() == layout["state"][i].keys() == {"exp_avg", "exp_avg_sq"}
-        torch.testing.assert_close(fused_layout["state"][i], layout["state"][i], rtol=1e-6, atol=1e-7)
+        assert (
+            fused_layout["state"][i].keys()
+            == layout["state"][i].keys()
+            == {"exp_avg", "exp_avg_sq"}
+        )
+        torch.testing.assert_close(
+            fused_layout["state"][i], layout["state"][i], rtol=1e-6, atol=1e-7
+        )
 
 
 def test_cuda_takes_the_fused_step_and_the_cpu_keeps_its_numbers() -> None:
@@ -106,7 +122,12 @@ def test_cudnn_attention_is_off() -> None:
     """It plans every exact shape anew. The others stay."""
     host.install()
     sdp = torch.backends.cuda
-    assert not sdp.cudnn_sdp_enabled() and sdp.flash_sdp_enabled() and sdp.mem_efficient_sdp_enabled() and sdp.math_sdp_enabled()
+    assert (
+        not sdp.cudnn_sdp_enabled()
+        and sdp.flash_sdp_enabled()
+        and sdp.mem_efficient_sdp_enabled()
+        and sdp.math_sdp_enabled()
+    )
 
 
 def test_a_missing_cuda_variable_is_heard() -> None:
@@ -116,7 +137,8 @@ def test_a_missing_cuda_variable_is_heard() -> None:
         host.silence()
         for name in ("sequence parallelism", "async grad allreduce"):
             warnings.warn(
-                f"When using {name} it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS to 1 for maximum speedup",
+                f"When using {name} it is recommended to set the environment variable"
+                " CUDA_DEVICE_MAX_CONNECTIONS to 1 for maximum speedup",
                 stacklevel=1,
             )
     assert len(heard) == 2
@@ -140,9 +162,17 @@ def test_determinism_changes_nothing_on_the_cpu(variables: dict[str, str]) -> No
 
 
 def test_determinism_on_cuda(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Errors, not warnings: with warn_only torch's attention keeps its atomic sums. New memory is not filled with NaN."""
+    """Errors, not warnings: with warn_only torch's attention keeps its atomic sums. New memory is
+    not filled with NaN."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     host.make_deterministic()
-    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
     assert not torch.utils.deterministic.fill_uninitialized_memory
-    assert variables == {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "^NVLS"}
+    assert variables == {
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NCCL_ALGO": "^NVLS",
+    }

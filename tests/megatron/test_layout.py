@@ -8,7 +8,13 @@ from gipo_megatron.megatron.layout import Placement
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("place", "shape"), [(Placement("a", 0), (8, 3)), (Placement("b", 1), (3, 8)), (Placement("c", 0, 2), (16, 3)), (Placement("d"), (5,))]
+    ("place", "shape"),
+    [
+        (Placement("a", 0), (8, 3)),
+        (Placement("b", 1), (3, 8)),
+        (Placement("c", 0, 2), (16, 3)),
+        (Placement("d"), (5,)),
+    ],
 )
 def test_join_undoes_take(place: Placement, shape: tuple[int, ...], size: int) -> None:
     full = torch.arange(torch.Size(shape).numel()).view(shape)

@@ -32,7 +32,11 @@ def test_one_plain_process(mesh: Mesh) -> None:
     assert (mesh.world, mesh.rank, mesh.tensor_size, mesh.pipeline_size) == (1, 0, 1, 1)
     assert mesh.is_first_stage and mesh.is_last_stage and mesh.is_main
     x = torch.arange(3)
-    assert mesh.data_parallel.sum(x) is x and mesh.data_parallel.max(x) is x and mesh.broadcast_from_last_stage(x) is x
+    assert (
+        mesh.data_parallel.sum(x) is x
+        and mesh.data_parallel.max(x) is x
+        and mesh.broadcast_from_last_stage(x) is x
+    )
     mesh.barrier()
 
 
@@ -43,9 +47,13 @@ def test_the_world_must_fit_before_anything_is_built(mesh: Mesh) -> None:
 
 @pytest.mark.parametrize("launched", [False, True])
 @pytest.mark.parametrize("name", ["cpu", "cuda:3"])
-def test_the_process_group_is_bound_to_the_gpu(name: str, launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_group_is_bound_to_the_gpu(
+    name: str, launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[tuple[tuple, dict[str, Any]]] = []
-    monkeypatch.setattr(dist, "init_process_group", lambda *args, **named: calls.append((args, named)))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *args, **named: calls.append((args, named))
+    )
     if launched:
         monkeypatch.setenv("WORLD_SIZE", "8")
     else:
@@ -58,7 +66,9 @@ def test_the_process_group_is_bound_to_the_gpu(name: str, launched: bool, monkey
     assert named.keys() == (set() if launched else {"store", "rank", "world_size"})
 
 
-def test_determinism_is_chosen_when_the_world_starts(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_determinism_is_chosen_when_the_world_starts(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = []
     monkeypatch.setattr(host, "make_deterministic", lambda: chosen.append(True))
     Mesh.create(Parallel(), seed=1)

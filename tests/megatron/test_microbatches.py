@@ -1,4 +1,5 @@
-"""Micro-batches: every row once, widths of their longest row, answers back in the caller's order."""
+"""Micro-batches: every row once, widths of their longest row, answers back in the caller's
+order."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ LENGTHS = [p + r for p, r in RAGGED]  # 12 8 16 10 4 19 11 8
 
 
 def test_a_score_reads_whole_texts_and_no_positions() -> None:
-    """A reward model's rows may have their first token inside the mask; no log-prob is read of them."""
+    """A reward model's rows may have their first token inside the mask; no log-prob is read of
+    them."""
     rows = weighted().inner
     whole = replace(rows, mask=torch.arange(rows.mask.shape[1]) < rows.lengths[:, None])
     assert [slot.positions for slot in plan(whole, 3)] == [None] * 3
@@ -26,7 +28,8 @@ def test_longest_first_and_no_wider_than_needed() -> None:
     slots = plan(weighted(), 3)
     assert [slot.index.tolist() for slot in slots] == [[5, 2, 0], [6, 3, 1], [7, 4]]
     assert [slot.sequences.tokens.shape[1] for slot in slots] == [19, 11, 8]
-    assert [slot.rows.old.shape[1] for slot in slots] == [19, 19, 19]  # the loss's tensors are whole
+    # the loss's tensors are whole
+    assert [slot.rows.old.shape[1] for slot in slots] == [19, 19, 19]
 
 
 def test_widths_are_rounded_up() -> None:
@@ -57,12 +60,17 @@ def test_widths_on_a_gpu_are_few(device: str, longest: int, multiple: int, width
 
 
 def test_sizes_are_found_on_the_host() -> None:
-    """The meta device stands for a GPU: its tensors have no values, so planning that read one back would fail. Idle slots included."""
+    """The meta device stands for a GPU: its tensors have no values, so planning that read one back
+    would fail. Idle slots included."""
     slots = plan(weighted().block(0, 5), 2, torch.device("meta"), slot_multiple=4)
     assert [slot.sequences.tokens.shape for slot in slots] == [(2, 64), (1, 64), (1, 64), (1, 64)]
     assert all(slot.positions.is_meta and slot.rows.inner.tokens.is_meta for slot in slots)
     here = plan(weighted().block(0, 5), 2, slot_multiple=4)
-    assert [len(slot.positions) for slot in slots] == [len(slot.positions) for slot in here] == [9 + 14, 5, 2, 3]
+    assert (
+        [len(slot.positions) for slot in slots]
+        == [len(slot.positions) for slot in here]
+        == [9 + 14, 5, 2, 3]
+    )
     outputs = [torch.empty(len(slot.index), device="meta") for slot in slots]
     assert gather(slots, list(outputs)).shape == (5,)
 
@@ -76,18 +84,26 @@ def test_positions_are_of_the_trimmed_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "micro_batch", "sizes", "idle"), [(8, 3, [2, 2, 2, 2], 0), (3, 4, [2, 1], 0), (1, 4, [1, 1], 1), (5, 1, [1] * 6, 1)]
+    ("rows", "micro_batch", "sizes", "idle"),
+    [(8, 3, [2, 2, 2, 2], 0), (3, 4, [2, 1], 0), (1, 4, [1, 1], 1), (5, 1, [1] * 6, 1)],
 )
-def test_slots_are_a_multiple_for_interleaved_pipelines(rows: int, micro_batch: int, sizes: list[int], idle: int) -> None:
+def test_slots_are_a_multiple_for_interleaved_pipelines(
+    rows: int, micro_batch: int, sizes: list[int], idle: int
+) -> None:
     slots = plan(weighted().block(0, rows), micro_batch, slot_multiple=2)
     assert [len(slot.index) for slot in slots] == sizes
     assert [slot.idle for slot in slots] == [False] * (len(sizes) - idle) + [True] * idle
-    assert sorted(i for slot in slots if not slot.idle for i in slot.index.tolist()) == list(range(rows))
+    assert sorted(i for slot in slots if not slot.idle for i in slot.index.tolist()) == list(
+        range(rows)
+    )
 
 
 def test_gather_undoes_the_order() -> None:
     slots = plan(weighted(), 3, slot_multiple=4)
-    outputs = [widen(TokenStats(slot.sequences.tokens.float() * slot.sequences.mask, None), slot.width) for slot in slots]
+    outputs = [
+        widen(TokenStats(slot.sequences.tokens.float() * slot.sequences.mask, None), slot.width)
+        for slot in slots
+    ]
     whole = gather(slots, outputs)
     rows = weighted().inner
     assert isinstance(whole, TokenStats) and whole.entropy is None
@@ -96,7 +112,13 @@ def test_gather_undoes_the_order() -> None:
 
 def test_gather_of_values_and_group_logits() -> None:
     slots = plan(weighted().block(0, 5), 2, slot_multiple=4)  # 3 slots of rows become 4
-    outputs = [widen(CriticOutput(slot.sequences.tokens.float(), slot.sequences.lengths[:, None].float()), slot.width) for slot in slots]
+    outputs = [
+        widen(
+            CriticOutput(slot.sequences.tokens.float(), slot.sequences.lengths[:, None].float()),
+            slot.width,
+        )
+        for slot in slots
+    ]
     whole = gather(slots, outputs)
     assert isinstance(whole, CriticOutput) and whole.group_logits is not None
     assert whole.values.shape == (5, 19) and whole.group_logits[:, 0].tolist() == LENGTHS[:5]
@@ -105,7 +127,8 @@ def test_gather_of_values_and_group_logits() -> None:
 def test_pairs_stay_together() -> None:
     both = pairs()
     slots = plan(both, 3)
-    assert [len(slot.sequences) for slot in slots] == [4, 4]  # two pairs each: 3 + 1 would also do, even slots are faster
+    # two pairs each: 3 + 1 would also do, even slots are faster
+    assert [len(slot.sequences) for slot in slots] == [4, 4]
     for slot in slots:
         chosen, rejected = slot.sequences.ids.chunk(2)
         assert torch.equal(chosen, rejected)

@@ -41,7 +41,10 @@ FP32 = Precision("fp32")
         (Parallel(tensor=3), "4 attention heads do not divide over tensor 3"),
         (Parallel(tensor=4), "2 key/value heads do not divide over tensor 4"),
         (Parallel(pipeline=3), "4 layers do not divide over pipeline 3 × virtual_pipeline 1"),
-        (Parallel(pipeline=2, virtual_pipeline=4), "4 layers do not divide over pipeline 2 × virtual_pipeline 4"),
+        (
+            Parallel(pipeline=2, virtual_pipeline=4),
+            "4 layers do not divide over pipeline 2 × virtual_pipeline 4",
+        ),
     ],
 )
 def test_what_does_not_divide_is_named(parallel: Parallel, words: str) -> None:
@@ -50,7 +53,10 @@ def test_what_does_not_divide_is_named(parallel: Parallel, words: str) -> None:
     check_split(ARCHITECTURE, Parallel(tensor=2, pipeline=2, virtual_pipeline=2))
 
 
-@pytest.mark.parametrize(("vocab", "tensor", "rows"), [(250, 1, 256), (250, 2, 256), (256, 8, 256), (257, 1, 320), (250, 3, 384)])
+@pytest.mark.parametrize(
+    ("vocab", "tensor", "rows"),
+    [(250, 1, 256), (250, 2, 256), (256, 8, 256), (257, 1, 320), (250, 3, 384)],
+)
 def test_padded_vocabulary(vocab: int, tensor: int, rows: int) -> None:
     assert padded_vocab(replace(ARCHITECTURE, vocab_size=vocab), tensor) == rows
 
@@ -60,20 +66,32 @@ def test_padded_vocabulary(vocab: int, tensor: int, rows: int) -> None:
     [
         {"rope_type": "default"},
         {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
     ],
 )
 def test_rope_frequencies_are_hugging_faces(scaling: dict[str, Any]) -> None:
-    config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters={"rope_theta": 500000.0, **scaling})
+    config = LlamaConfig(
+        hidden_size=512, num_attention_heads=4, rope_parameters={"rope_theta": 500000.0, **scaling}
+    )
     expected = LlamaRotaryEmbedding(config).inv_freq
     block = None if scaling["rope_type"] == "default" else scaling
-    mine = rope_frequencies(replace(ARCHITECTURE, head_dim=128, rope_base=500000.0, rope_scaling=block))
+    mine = rope_frequencies(
+        replace(ARCHITECTURE, head_dim=128, rope_base=500000.0, rope_scaling=block)
+    )
     torch.testing.assert_close(mine, expected, rtol=1e-6, atol=0)
 
 
 def test_other_rope_scaling_is_refused() -> None:
     with pytest.raises(UserError, match="RoPE scaling 'yarn' is not built"):
-        check_split(replace(ARCHITECTURE, rope_scaling={"rope_type": "yarn", "factor": 2.0}), Parallel())
+        check_split(
+            replace(ARCHITECTURE, rope_scaling={"rope_type": "yarn", "factor": 2.0}), Parallel()
+        )
 
 
 def gradients(mesh: Mesh, recompute: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -99,7 +117,9 @@ def test_unknown_recompute_is_told(mesh: Mesh) -> None:
 
 def test_initial_weights(mesh: Mesh) -> None:
     """Standard deviations by name; two seeds differ; padding rows are zero."""
-    big = replace(ARCHITECTURE, hidden_size=128, ffn_hidden_size=256, head_dim=32, qkv_bias=True, qk_norm=True)
+    big = replace(
+        ARCHITECTURE, hidden_size=128, ffn_hidden_size=256, head_dim=32, qkv_bias=True, qk_norm=True
+    )
     chunk = build_chunks(big, mesh, FP32, seed=1)[0]
     stds = {
         "linear_qkv.weight": 0.02,
@@ -125,14 +145,24 @@ def test_initial_weights(mesh: Mesh) -> None:
 
 
 def test_generators_depend_on_seed_and_name_only() -> None:
-    draws = {(s, n): float(torch.rand(1, generator=generator_for(s, n))) for s in (0, 1) for n in ("a", "b")}
+    draws = {
+        (s, n): float(torch.rand(1, generator=generator_for(s, n)))
+        for s in (0, 1)
+        for n in ("a", "b")
+    }
     assert len(set(draws.values())) == 4
     assert draws[0, "a"] == float(torch.rand(1, generator=generator_for(0, "a")))
 
 
-@pytest.mark.parametrize(("dtype", "usable", "theirs"), [("bf16", True, True), ("bf16", False, False), ("fp32", True, False)])
-def test_whose_layers(mesh: Mesh, dtype: str, usable: bool, theirs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer Engine's in bf16 alone: it multiplies fp32 matrices in TF32. The final norm goes with the layers."""
+@pytest.mark.parametrize(
+    ("dtype", "usable", "theirs"),
+    [("bf16", True, True), ("bf16", False, False), ("fp32", True, False)],
+)
+def test_whose_layers(
+    mesh: Mesh, dtype: str, usable: bool, theirs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine's in bf16 alone: it multiplies fp32 matrices in TF32. The final norm goes
+    with the layers."""
     config = transformer_config(replace(ARCHITECTURE, qk_norm=True), Parallel(), Precision(dtype))
     layer = ModuleSpec(module=object)
     monkeypatch.setattr(precision, "transformer_engine_usable", lambda: usable)
@@ -144,14 +174,22 @@ def test_whose_layers(mesh: Mesh, dtype: str, usable: bool, theirs: bool, monkey
     if not theirs:
         parts = block.layer_specs[0].submodules
         attention = parts.self_attention.submodules
-        assert parts.input_layernorm is parts.pre_mlp_layernorm is attention.q_layernorm.module is RMSNorm
+        assert (
+            parts.input_layernorm
+            is parts.pre_mlp_layernorm
+            is attention.q_layernorm.module
+            is RMSNorm
+        )
         assert attention.core_attention is CausalAttention
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_attention_returns_the_strides_of_a_contiguous_tensor(mesh: Mesh, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In whatever order SDPA's [b, heads, s, d] lies in memory, d last. With b = 1 its stride is free, and torch 2.11 would multiply a
-    tensor [s, 1, h] with an uncommon one by a weight as s products of one row each (pytorch issue 186148).
+def test_attention_returns_the_strides_of_a_contiguous_tensor(
+    mesh: Mesh, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever order SDPA's [b, heads, s, d] lies in memory, d last. With b = 1 its stride is
+    free, and torch 2.11 would multiply a tensor [s, 1, h] with an uncommon one by a weight as s
+    products of one row each (pytorch issue 186148).
     """
     shape = (1, 4, 6, 8)
     _, heads, s, d = shape
@@ -161,17 +199,27 @@ def test_attention_returns_the_strides_of_a_contiguous_tensor(mesh: Mesh, order:
     checked = 0
     for strides[0] in (1, d, heads * d, s * heads * d):
         out = torch.arange(float(s * heads * d)).as_strided(shape, strides)
-        monkeypatch.setattr(model.F, "scaled_dot_product_attention", lambda *args, out=out, **named: out)
+        monkeypatch.setattr(
+            model.F, "scaled_dot_product_attention", lambda *args, out=out, **named: out
+        )
         x = torch.zeros(s, 1, heads, d)
-        found = CausalAttention(transformer_config(ARCHITECTURE, Parallel(), FP32), 1, AttnMaskType.causal, "self")(x, x, x, None)
+        found = CausalAttention(
+            transformer_config(ARCHITECTURE, Parallel(), FP32), 1, AttnMaskType.causal, "self"
+        )(x, x, x, None)
         assert found.stride() == (heads * d, heads * d, 1)
-        assert all(torch.equal(found[i, 0, j * d : (j + 1) * d], out[0, j, i]) for i in range(s) for j in range(heads))
+        assert all(
+            torch.equal(found[i, 0, j * d : (j + 1) * d], out[0, j, i])
+            for i in range(s)
+            for j in range(heads)
+        )
         checked += 1
     assert checked == 4
 
 
 @pytest.mark.multiprocess
-def test_initial_weights_are_the_same_at_every_layout(mesh: Mesh, model_cells: list[dict[str, Any]]) -> None:
+def test_initial_weights_are_the_same_at_every_layout(
+    mesh: Mesh, model_cells: list[dict[str, Any]]
+) -> None:
     """Hash of all whole tensors: one process here, every layout of two there."""
     checked = 0
     for name, head in (("llama", None), ("qwen3", None), ("qwen2", "value")):
@@ -179,6 +227,9 @@ def test_initial_weights_are_the_same_at_every_layout(mesh: Mesh, model_cells: l
         chunks = build_chunks(architecture, mesh, FP32, head=head, seed=7)
         expected = families.digest(export_weights(chunks, mesh, architecture, head=head))
         for layout in families.LAYOUTS:
-            assert {cells[f"{layout}/{name}/weights"] for cells in model_cells} == {expected}, (layout, name)
+            assert {cells[f"{layout}/{name}/weights"] for cells in model_cells} == {expected}, (
+                layout,
+                name,
+            )
             checked += 1
     assert checked == 12

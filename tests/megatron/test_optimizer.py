@@ -1,4 +1,5 @@
-"""The learning rate by hand; mcore's optimizer against torch's AdamW and clip_grad_norm_ on Hugging Face's model."""
+"""The learning rate by hand; mcore's optimizer against torch's AdamW and clip_grad_norm_ on Hugging
+Face's model."""
 
 from __future__ import annotations
 
@@ -31,12 +32,26 @@ def rates(optimisation: Optimisation, num: int) -> list[float]:
     [
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
         ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
-        ("cosine", [0.5, 1.0, 1.0, 0.1 + 0.9 * (1 + 2**-0.5) / 2, 0.55, 0.1 + 0.9 * (1 - 2**-0.5) / 2, 0.1, 0.1]),
+        (
+            "cosine",
+            [
+                0.5,
+                1.0,
+                1.0,
+                0.1 + 0.9 * (1 + 2**-0.5) / 2,
+                0.55,
+                0.1 + 0.9 * (1 - 2**-0.5) / 2,
+                0.1,
+                0.1,
+            ],
+        ),
     ],
 )
 def test_learning_rate(schedule: str, expected: list[float]) -> None:
     # two warm-up steps at 1/2 and 1, then four steps of decay
-    found = rates(Optimisation(lr=1.0, schedule=schedule, warmup_steps=2, total_steps=6), len(expected))
+    found = rates(
+        Optimisation(lr=1.0, schedule=schedule, warmup_steps=2, total_steps=6), len(expected)
+    )
     assert found == pytest.approx(expected, abs=1e-12)
 
 
@@ -46,7 +61,13 @@ def test_learning_rate_state() -> None:
     assert rate.value == 0.5 and rate.state_dict() == {"steps": 3}
 
 
-@pytest.mark.parametrize("wrong", [Optimisation(1.0, schedule="step"), Optimisation(1.0, schedule="cosine", warmup_steps=5, total_steps=5)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Optimisation(1.0, schedule="step"),
+        Optimisation(1.0, schedule="cosine", warmup_steps=5, total_steps=5),
+    ],
+)
 def test_learning_rate_mistakes(wrong: Optimisation) -> None:
     with pytest.raises(ValueError, match="schedule"):
         LearningRate(wrong)
@@ -54,18 +75,23 @@ def test_learning_rate_mistakes(wrong: Optimisation) -> None:
 
 @pytest.mark.global_rng
 def test_three_steps_are_adamw(mesh: Mesh) -> None:
-    optimisation = Optimisation(lr=1e-3, warmup_steps=2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_grad=0.5)
+    optimisation = Optimisation(
+        lr=1e-3, warmup_steps=2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_grad=0.5
+    )
     actor = new_actor(mesh, optimisation=optimisation)
     model, rows = hf_model(), pretraining()
     norms_too = [p for p in model.parameters() if p.dim() > 1]
-    flat = [p for p in model.parameters() if p.dim() == 1]  # mcore's rule: nothing one-dimensional decays
+    # mcore's rule: nothing one-dimensional decays
+    flat = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": norms_too, "weight_decay": 0.1}, {"params": flat, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     for lr in (5e-4, 1e-3, 1e-3):
         update = actor.update((rows, language_loss))
         adam.zero_grad()
-        (language_loss(hf_token_stats(model, rows), rows).terms["ptx"][0] / rows.mask.sum()).backward()
+        (
+            language_loss(hf_token_stats(model, rows), rows).terms["ptx"][0] / rows.mask.sum()
+        ).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         for group in adam.param_groups:
             group["lr"] = lr
@@ -76,7 +102,8 @@ def test_three_steps_are_adamw(mesh: Mesh) -> None:
     moved = {name: tensor - start[name] for name, tensor in actor.export_weights()}
     theirs = {name: p.detach() - start[name] for name, p in model.named_parameters()}
     errors = relative_errors(moved, theirs)
-    assert len(errors) == 39 and max(errors.values()) < 1e-3, errors  # Adam's first steps are signs: rounding where g is near 0
+    # Adam's first steps are signs: rounding where g is near 0
+    assert len(errors) == 39 and max(errors.values()) < 1e-3, errors
 
 
 @pytest.mark.global_rng

@@ -25,11 +25,21 @@ def token_stats(logits: Tensor, sequences: Sequences, **arguments: Any) -> Token
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4096, 8 << 20])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_against_float64_autograd(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, temperature: float) -> None:
-    monkeypatch.setitem(readout.CHUNK_BYTES, "cpu", chunk_bytes)  # 1 row, 4 rows, all rows at a time
+def test_against_float64_autograd(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, temperature: float
+) -> None:
+    # 1 row, 4 rows, all rows at a time
+    monkeypatch.setitem(readout.CHUNK_BYTES, "cpu", chunk_bytes)
     case = ReadoutCase.make()
     logits = case.logits.clone().requires_grad_()
-    stats = token_stats(logits, case.sequences, vocab_size=case.vocab, mesh=mesh, temperature=temperature, entropy=True)
+    stats = token_stats(
+        logits,
+        case.sequences,
+        vocab_size=case.vocab,
+        mesh=mesh,
+        temperature=temperature,
+        entropy=True,
+    )
     assert stats.entropy is not None
     ((stats.logprobs * case.weights[0]).sum() + (stats.entropy * case.weights[1]).sum()).backward()
     logprobs, entropy, gradient = plain_token_stats(case, temperature)
@@ -87,16 +97,25 @@ def test_nothing_is_read_back_from_the_device(mesh: Mesh) -> None:
     places = response_positions(case.sequences.mask)
     there = case.sequences.to("meta")
     logits = torch.empty(case.logits.shape, device="meta", requires_grad=True)
-    stats = readout.token_stats(logits, there, places.to("meta"), vocab_size=case.vocab, mesh=mesh, entropy=True)
-    assert stats.entropy is not None and stats.logprobs.shape == stats.entropy.shape == case.sequences.mask.shape
+    stats = readout.token_stats(
+        logits, there, places.to("meta"), vocab_size=case.vocab, mesh=mesh, entropy=True
+    )
+    assert (
+        stats.entropy is not None
+        and stats.logprobs.shape == stats.entropy.shape == case.sequences.mask.shape
+    )
     (stats.logprobs.sum() + stats.entropy.sum()).backward()
     assert logits.grad is not None and logits.grad.is_meta
     raw = torch.empty(*case.logits.shape[:2], 1, device="meta")
-    assert critic_output(raw, raw.transpose(0, 1), there, None).values.is_meta and last_token_score(raw, there).is_meta
+    assert (
+        critic_output(raw, raw.transpose(0, 1), there, None).values.is_meta
+        and last_token_score(raw, there).is_meta
+    )
 
 
 @pytest.mark.parametrize(
-    ("device", "vocabulary", "rows"), [("cpu", 32000, 65), ("cpu", 128256, 16), ("cuda", 32000, 4194), ("cuda", 128256, 1046)]
+    ("device", "vocabulary", "rows"),
+    [("cpu", 32000, 65), ("cpu", 128256, 16), ("cuda", 32000, 4194), ("cuda", 128256, 1046)],
 )
 def test_rows_of_a_chunk(mesh: Mesh, device: str, vocabulary: int, rows: int) -> None:
     """8 MiB, or 512 MiB, over 4 bytes a column."""
@@ -122,7 +141,9 @@ def test_an_entropy_outside_the_loss_costs_nothing_in_the_backward_pass(mesh: Me
     seen = {}
     for name, entropy in (("none", False), ("reported", True), ("used", True)):
         logits = case.logits.clone().requires_grad_()
-        stats = token_stats(logits, case.sequences, vocab_size=case.vocab, mesh=mesh, entropy=entropy)
+        stats = token_stats(
+            logits, case.sequences, vocab_size=case.vocab, mesh=mesh, entropy=entropy
+        )
         total = stats.logprobs.sum()
         if name == "used":
             assert stats.entropy is not None
@@ -131,7 +152,9 @@ def test_an_entropy_outside_the_loss_costs_nothing_in_the_backward_pass(mesh: Me
             total.backward()
         seen[name] = watch.names, logits.grad
     assert len(seen["none"][0]) > 3 and seen["none"][0] == seen["reported"][0] != seen["used"][0]
-    assert torch.equal(seen["none"][1], seen["reported"][1]) and not torch.equal(seen["none"][1], seen["used"][1])
+    assert torch.equal(seen["none"][1], seen["reported"][1]) and not torch.equal(
+        seen["none"][1], seen["used"][1]
+    )
 
 
 class LargestFp32(TorchDispatchMode):
@@ -148,13 +171,18 @@ class LargestFp32(TorchDispatchMode):
 
 
 def test_nothing_of_the_size_of_the_logits_is_made_in_fp32(mesh: Mesh) -> None:
-    """A 32k vocabulary, 4 x 128 positions: 16.4 M logits, never more than 8 MiB of fp32 (2.1 M) in one tensor, backward included."""
+    """A 32k vocabulary, 4 x 128 positions: 16.4 M logits, never more than 8 MiB of fp32 (2.1 M) in
+    one tensor, backward included."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 128, 32000, generator=g, dtype=torch.bfloat16).requires_grad_()
     mask = torch.ones(4, 128, dtype=torch.bool)
     mask[:, 0] = False
     sequences = Sequences(
-        torch.randint(0, 32000, (4, 128), generator=g), mask, torch.ones(4).long(), torch.full((4,), 128), torch.arange(4)
+        torch.randint(0, 32000, (4, 128), generator=g),
+        mask,
+        torch.ones(4).long(),
+        torch.full((4,), 128),
+        torch.arange(4),
     )
     with LargestFp32() as watch:
         stats = token_stats(logits, sequences, vocab_size=32000, mesh=mesh, entropy=True)
@@ -164,7 +192,8 @@ def test_nothing_of_the_size_of_the_logits_is_made_in_fp32(mesh: Mesh) -> None:
 
 
 def test_three_chunks_are_held_at_once(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planner's figure (activations.READOUT_COPIES), forward and backward; beside them the gradient in the logits' dtype."""
+    """The planner's figure (activations.READOUT_COPIES), forward and backward; beside them the
+    gradient in the logits' dtype."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 257, 4096, generator=g).bfloat16().requires_grad_()
     mask = torch.ones(1, 257, dtype=torch.bool)
@@ -186,14 +215,24 @@ def test_three_chunks_are_held_at_once(mesh: Mesh, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.multiprocess
 def test_token_stats_with_a_split_vocabulary(model_cells: list[dict[str, Any]]) -> None:
-    limits = {"token_stats/logprobs": 3e-6, "token_stats/entropy": 3e-6, "token_stats/gradient": 2e-6}
+    limits = {
+        "token_stats/logprobs": 3e-6,
+        "token_stats/entropy": 3e-6,
+        "token_stats/gradient": 2e-6,
+    }
     checked = [cells[name] < limit for cells in model_cells for name, limit in limits.items()]
     assert all(checked) and len(checked) == 6, model_cells
 
 
 def by_hand() -> Sequences:
     mask = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)
-    return Sequences(torch.zeros(2, 5, dtype=torch.long), mask, torch.tensor([2, 1]), torch.tensor([4, 5]), torch.arange(2))
+    return Sequences(
+        torch.zeros(2, 5, dtype=torch.long),
+        mask,
+        torch.tensor([2, 1]),
+        torch.tensor([4, 5]),
+        torch.arange(2),
+    )
 
 
 def test_values_are_of_the_state_in_which_the_token_was_chosen(mesh: Mesh) -> None:
@@ -209,6 +248,8 @@ def test_group_logits_read_one_token(mesh: Mesh, where: str, positions: list[int
     hidden = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
     head = GroupHead(HeadSpec(3, where, detach_trunk=True), 4, mesh, seed=0)
     out = critic_output(torch.zeros(2, 5, 1), hidden, by_hand(), head)
-    expected = torch.stack([head.weight @ hidden[p, row] + head.bias for row, p in enumerate(positions)])
+    expected = torch.stack(
+        [head.weight @ hidden[p, row] + head.bias for row, p in enumerate(positions)]
+    )
     assert out.group_logits is not None
     torch.testing.assert_close(out.group_logits, expected)

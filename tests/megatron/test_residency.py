@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gipo_megatron.megatron.residency import PIECE_BYTES, Residency, Shelf, host_copies, pieces, swapped
+from gipo_megatron.megatron.residency import (
+    PIECE_BYTES,
+    Residency,
+    Shelf,
+    host_copies,
+    pieces,
+    swapped,
+)
 
 
 def test_views_survive_a_stay_on_the_shelf() -> None:
@@ -35,7 +42,13 @@ def test_host_buffers_are_made_once() -> None:
     first = stay()
     tensors[0][3] = 30
     assert stay() == first and len(first) == 2
-    assert tensors[0].tolist() == [0, 1, 2, 30, 4, 5, 6, 7] and tensors[1].tolist() == [0, 1, 2, 3, 4]
+    assert tensors[0].tolist() == [0, 1, 2, 30, 4, 5, 6, 7] and tensors[1].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     tensors[1].untyped_storage().resize_(32)
     tensors[1] = torch.empty(0).set_(tensors[1].untyped_storage())
     tensors[1].fill_(9)
@@ -47,13 +60,19 @@ def test_host_buffers_are_made_once() -> None:
     assert len(shelf.buffers) == 1, "what is gone is not kept"
 
 
-@pytest.mark.parametrize(("dtype", "numel"), [(torch.uint8, 5 * PIECE_BYTES + 3), (torch.float32, PIECE_BYTES + 5), (torch.bfloat16, 77)])
+@pytest.mark.parametrize(
+    ("dtype", "numel"),
+    [(torch.uint8, 5 * PIECE_BYTES + 3), (torch.float32, PIECE_BYTES + 5), (torch.bfloat16, 77)],
+)
 def test_pinned_buffers_are_powers_of_two(dtype: torch.dtype, numel: int) -> None:
-    """torch's pinned allocator rounds up to them (ATen/core/CachingHostAllocator.h): whole pieces lose nothing, the rest under 1 MiB."""
+    """torch's pinned allocator rounds up to them (ATen/core/CachingHostAllocator.h): whole pieces
+    lose nothing, the rest under 1 MiB."""
     whole = (torch.arange(numel) % 251).to(dtype)
     parts = pieces([whole])
     assert torch.equal(torch.cat(parts), whole) and parts[0].data_ptr() == whole.data_ptr()
-    assert all(part.nbytes.bit_count() == 1 for part in parts[:-1]) and parts[-1].nbytes <= PIECE_BYTES
+    assert (
+        all(part.nbytes.bit_count() == 1 for part in parts[:-1]) and parts[-1].nbytes <= PIECE_BYTES
+    )
     pinned = sum(2 ** (part.nbytes - 1).bit_length() for part in parts)
     assert pinned - whole.nbytes < PIECE_BYTES
     assert [part.shape for part in pieces(parts)] == [part.shape for part in parts]
@@ -70,7 +89,10 @@ def test_gradients_come_back_as_zeros() -> None:
 def test_the_next_model_sends_the_idle_one_away() -> None:
     weights = [torch.arange(4.0), torch.arange(4.0) + 10]
     moments = [w * 2 for w in weights]
-    models = [Residency("cpu", Shelf(lambda w=w: [w]), (Shelf(lambda m=m: [m]),)) for w, m in zip(weights, moments, strict=True)]
+    models = [
+        Residency("cpu", Shelf(lambda w=w: [w]), (Shelf(lambda m=m: [m]),))
+        for w, m in zip(weights, moments, strict=True)
+    ]
 
     def sizes() -> list[int]:
         return [t.untyped_storage().size() for t in (*weights, *moments)]

@@ -13,14 +13,26 @@ from gipo_megatron.megatron.roles import MegatronReference, MegatronRewardModel
 from gipo_megatron.specs import Sampling
 from gipo_megatron.types import Prompts
 from tests.parity.roles import common, fill, new_actor, new_critic
-from tests.parity.tiny import GROUP, hf_critic, hf_hidden, hf_model, hf_token_stats, pairs, score_weight, weighted
+from tests.parity.tiny import (
+    GROUP,
+    hf_critic,
+    hf_hidden,
+    hf_model,
+    hf_token_stats,
+    pairs,
+    score_weight,
+    weighted,
+)
 
 pytestmark = pytest.mark.global_rng
 
 
 def test_logprobs_and_entropy(mesh: Mesh) -> None:
     rows = weighted()
-    stats, expected = new_actor(mesh, micro_batch=3).logprobs(rows, entropy=True), hf_token_stats(hf_model(), rows.inner)
+    stats, expected = (
+        new_actor(mesh, micro_batch=3).logprobs(rows, entropy=True),
+        hf_token_stats(hf_model(), rows.inner),
+    )
     assert stats.entropy is not None and expected.entropy is not None
     torch.testing.assert_close(stats.logprobs, expected.logprobs.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(stats.entropy, expected.entropy.detach(), atol=1e-5, rtol=1e-5)
@@ -33,10 +45,14 @@ def test_values_and_group_logits(mesh: Mesh) -> None:
     head = critic.engine.group_head
     assert head is not None
     found = critic.evaluate(rows)
-    expected = hf_critic(hf_hidden(hf_model(), rows.inner), score_weight(), (head.weight, head.bias), rows.inner)
+    expected = hf_critic(
+        hf_hidden(hf_model(), rows.inner), score_weight(), (head.weight, head.bias), rows.inner
+    )
     assert found.group_logits is not None and expected.group_logits is not None
     torch.testing.assert_close(found.values, expected.values.detach(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.group_logits, expected.group_logits.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        found.group_logits, expected.group_logits.detach(), atol=1e-5, rtol=1e-5
+    )
     assert new_critic(mesh, head=None).evaluate(rows).group_logits is None
 
 
@@ -55,7 +71,9 @@ def test_export_is_what_was_loaded(mesh: Mesh) -> None:
 
 def test_greedy_generation(mesh: Mesh) -> None:
     ids = torch.arange(2)
-    prompts = Prompts(torch.tensor([[5, 6, 7], [9, 8, 0]]), torch.tensor([3, 2]), ids, ids, ("a", "b"), ({}, {}))
+    prompts = Prompts(
+        torch.tensor([[5, 6, 7], [9, 8, 0]]), torch.tensor([3, 2]), ids, ids, ("a", "b"), ({}, {})
+    )
     rollout = new_actor(mesh).generate(prompts, Sampling(max_response=4, temperature=0.0))
     with torch.no_grad():
         for row, length in enumerate((3, 2)):

@@ -1,4 +1,5 @@
-"""How many rows generate at once: bytes by hand and as torch allocates them, GPUs by injected free memory."""
+"""How many rows generate at once: bytes by hand and as torch allocates them, GPUs by injected free
+memory."""
 
 from __future__ import annotations
 
@@ -25,11 +26,14 @@ PLAIN = Sampling(512)
 
 
 def test_a_gpus_room_by_hand() -> None:
-    """5 % of 80 GiB and 8192 prompt tokens (26688 elements each) stay free; of 64 tensors of cache one more; 20 bytes a logit."""
+    """5 % of 80 GiB and 8192 prompt tokens (26688 elements each) stay free; of 64 tensors of cache
+    one more; 20 bytes a logit."""
     assert SEVEN_B.token == 2 * 32 * 8 * 128 * 2
     spare = 36 * GIB - 4 * GIB - 8192 * 2 * (3 * 4096 + 3 * (1024 + 1024 + 2752))
     assert room_in(36 * GIB, 80 * GIB, SEVEN_B, 1536, PLAIN) == Room(spare * 64 // 65, 32000 * 20)
-    assert room_in(36 * GIB, 80 * GIB, SEVEN_B, 8193, PLAIN).size < spare * 64 // 65, "one prompt may be longer than a block"
+    assert room_in(36 * GIB, 80 * GIB, SEVEN_B, 8193, PLAIN).size < spare * 64 // 65, (
+        "one prompt may be longer than a block"
+    )
     assert room_in(4 * GIB, 80 * GIB, SEVEN_B, 1536, PLAIN).size == 0
 
 
@@ -41,8 +45,14 @@ def test_rows_pay_for_their_cache_and_their_logits() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [(128, 344, 8, 8, 16), (128, 448, 8, 2, 16), (128, 128, 8, 8, 32)], ids=["equal", "grouped", "wide"])
-def test_prefill_is_what_the_decoder_holds(mesh: Mesh, shape: tuple[int, int, int, int, int], dtype: str) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [(128, 344, 8, 8, 16), (128, 448, 8, 2, 16), (128, 128, 8, 8, 32)],
+    ids=["equal", "grouped", "wide"],
+)
+def test_prefill_is_what_the_decoder_holds(
+    mesh: Mesh, shape: tuple[int, int, int, int, int], dtype: str
+) -> None:
     a = Architecture(2, *shape, vocab_size=64, max_positions=128)
     lengths = torch.full((4,), 64)
     with torch.inference_mode():
@@ -68,7 +78,11 @@ def test_prefill_is_what_the_decoder_holds(mesh: Mesh, shape: tuple[int, int, in
 def test_drawing_a_token_needs_no_more_than_is_planned(sampling: Sampling) -> None:
     """A GPU's sort takes some more than a CPU's: a third of the larger figure is left for it."""
     g = torch.Generator().manual_seed(0)
-    logits, uniform, seen = torch.randn(4, 5000, generator=g).bfloat16(), torch.rand(4, dtype=torch.float64, generator=g), None
+    logits, uniform, seen = (
+        torch.randn(4, 5000, generator=g).bfloat16(),
+        torch.rand(4, dtype=torch.float64, generator=g),
+        None,
+    )
     if sampling.repetition_penalty != 1:
         seen = torch.rand(4, 5000, generator=g) > 0.5
     with LiveBytes() as live:
@@ -77,8 +91,14 @@ def test_drawing_a_token_needs_no_more_than_is_planned(sampling: Sampling) -> No
     assert live.peak <= (planned + 1000 if pick_bytes(sampling) == 16 else planned * 3 / 4)
 
 
-def test_free_memory_is_also_what_the_allocator_holds_unused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, answer in (("mem_get_info", (10, 100)), ("memory_reserved", 50), ("memory_allocated", 20)):
+def test_free_memory_is_also_what_the_allocator_holds_unused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, answer in (
+        ("mem_get_info", (10, 100)),
+        ("memory_reserved", 50),
+        ("memory_allocated", 20),
+    ):
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
     assert room.free_memory(torch.device("cuda", 1)) == (10 + 50 - 20, 100)
     assert room.free_memory(torch.device("cpu")) is None
@@ -89,7 +109,8 @@ def test_on_a_cpu_the_room_is_fixed(mesh: Mesh) -> None:
 
 
 def test_generation_takes_the_free_memory(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Free bytes for two rows of the longest prompts: three slices of six rows, and the same responses."""
+    """Free bytes for two rows of the longest prompts: three slices of six rows, and the same
+    responses."""
     chunks, architecture = load("llama", mesh)
     rows, sizes = prompts("equal"), []
     need = Need(architecture, Parallel(), 4)
@@ -104,7 +125,9 @@ def test_generation_takes_the_free_memory(mesh: Mesh, monkeypatch: pytest.Monkey
     monkeypatch.setattr(generation._Loop, "respond", spy)
     arguments = (chunks, architecture, mesh, rows, GREEDY, NEVER, 0, spell)
     whole = responses(generation.generate(*arguments))
-    monkeypatch.setattr(room, "free_memory", lambda device: (int(need.prefill(8192) + 0.05 * 10**9 + spare), 10**9))
+    monkeypatch.setattr(
+        room, "free_memory", lambda device: (int(need.prefill(8192) + 0.05 * 10**9 + spare), 10**9)
+    )
     assert responses(generation.generate(*arguments)) == whole
     assert sizes == [6, 2, 2, 2]
     monkeypatch.setattr(room, "free_memory", lambda device: (0, 10**9))
@@ -112,5 +135,9 @@ def test_generation_takes_the_free_memory(mesh: Mesh, monkeypatch: pytest.Monkey
 
 
 def test_a_stage_counts_the_layers_of_the_fullest(mesh: Mesh) -> None:
-    staged = replace(SEVEN_B, architecture=replace(SEVEN_B.architecture, num_layers=30), parallel=Parallel(tensor=4, pipeline=4))
+    staged = replace(
+        SEVEN_B,
+        architecture=replace(SEVEN_B.architecture, num_layers=30),
+        parallel=Parallel(tensor=4, pipeline=4),
+    )
     assert staged.layers == 8 and staged.token == SEVEN_B.token // 4

@@ -1,4 +1,5 @@
-"""Expected numbers: by hand, by brute force over a small vocabulary, and from Hugging Face's logits processors."""
+"""Expected numbers: by hand, by brute force over a small vocabulary, and from Hugging Face's logits
+processors."""
 
 from __future__ import annotations
 
@@ -24,12 +25,16 @@ def _logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def _distribution(logits: list[float], sampling: Sampling, seen: list[int], points: int = 20000) -> torch.Tensor:
+def _distribution(
+    logits: list[float], sampling: Sampling, seen: list[int], points: int = 20000
+) -> torch.Tensor:
     """Frequencies over an even grid of uniforms: exact to 1 / points."""
     grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     mask = torch.zeros(1, len(logits), dtype=torch.bool)
     mask[0, seen] = True
-    tokens, _ = pick(torch.tensor([logits]).expand(points, -1), sampling, grid, mask.expand(points, -1))
+    tokens, _ = pick(
+        torch.tensor([logits]).expand(points, -1), sampling, grid, mask.expand(points, -1)
+    )
     return torch.bincount(tokens, minlength=len(logits)) / points
 
 
@@ -47,13 +52,16 @@ def test_distribution_by_hand() -> None:
         Sampling(1, top_p=0.51): [2, 1, 0, 0],
         Sampling(1, top_p=0.8): [4, 2, 1, 0],  # of the tied two the lower id stays
         Sampling(1, top_p=0.6, top_k=2): [1, 0, 0, 0],  # after top-k the first token has 2/3
-        Sampling(1, temperature=2.0, top_p=0.65): [2 * root, 2, root, 0],  # after the temperature the first two hold 63 %
+        # after the temperature the first two hold 63 %
+        Sampling(1, temperature=2.0, top_p=0.65): [2 * root, 2, root, 0],
         Sampling(1, repetition_penalty=2.0): [2 * root, 4, 2, 2],  # token 0 was seen
     }
     checked = 0
     for sampling, weights in cases.items():
         expected = torch.tensor(weights, dtype=torch.float32) / sum(weights)
-        torch.testing.assert_close(_distribution(logits, sampling, [0]), expected, atol=2e-4, rtol=0)
+        torch.testing.assert_close(
+            _distribution(logits, sampling, [0]), expected, atol=2e-4, rtol=0
+        )
         checked += 1
     assert checked == 11
 
@@ -62,12 +70,22 @@ def test_distribution_of_hugging_face() -> None:
     """Every combination against HF's processors in HF's order, over the whole distribution."""
     logits, checked = _logits(1, 13), 0
     prompt = torch.tensor([[3, 3, 7, 12]])
-    for temperature, top_k, top_p, penalty in itertools.product((1.0, 0.7, 1.6), (0, 1, 5, 13, 50), (1.0, 0.9, 0.3), (1.0, 1.3, 0.8)):
-        scores = RepetitionPenaltyLogitsProcessor(penalty)(prompt, logits.clone()) if penalty != 1 else logits
-        scores = TemperatureLogitsWarper(temperature)(prompt, scores) if temperature != 1 else scores
+    for temperature, top_k, top_p, penalty in itertools.product(
+        (1.0, 0.7, 1.6), (0, 1, 5, 13, 50), (1.0, 0.9, 0.3), (1.0, 1.3, 0.8)
+    ):
+        scores = (
+            RepetitionPenaltyLogitsProcessor(penalty)(prompt, logits.clone())
+            if penalty != 1
+            else logits
+        )
+        scores = (
+            TemperatureLogitsWarper(temperature)(prompt, scores) if temperature != 1 else scores
+        )
         scores = TopKLogitsWarper(top_k)(prompt, scores) if top_k else scores
         scores = TopPLogitsWarper(top_p)(prompt, scores) if top_p < 1 else scores
-        sampling = Sampling(1, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
+        sampling = Sampling(
+            1, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty
+        )
         ours = _distribution(logits[0].tolist(), sampling, [3, 7, 12], points=5000)
         torch.testing.assert_close(ours, scores.softmax(-1)[0], atol=8e-4, rtol=0)
         checked += 1
@@ -94,7 +112,9 @@ def test_top_p_breaks_ties_by_token_id() -> None:
 
 def test_penalty_by_hand() -> None:
     seen = torch.tensor([[True, True, False, False]])
-    assert penalise(torch.tensor([[2.0, -2.0, 2.0, -2.0]]), seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+    assert penalise(torch.tensor([[2.0, -2.0, 2.0, -2.0]]), seen, 2.0).tolist() == [
+        [1.0, -4.0, 2.0, -2.0]
+    ]
 
 
 def test_greedy_takes_the_largest_and_penalises() -> None:
@@ -103,7 +123,9 @@ def test_greedy_takes_the_largest_and_penalises() -> None:
     assert tokens.tolist() == [1]
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[:, 1])
     seen = torch.tensor([[False, True, False]])
-    tokens, logprobs = pick(logits, Sampling(1, temperature=0.0, repetition_penalty=2.0), torch.zeros(1), seen)
+    tokens, logprobs = pick(
+        logits, Sampling(1, temperature=0.0, repetition_penalty=2.0), torch.zeros(1), seen
+    )
     assert tokens.tolist() == [2]
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[:, 2])  # before the penalty
 
@@ -112,9 +134,17 @@ def test_logprob_is_of_the_tempered_distribution_before_truncation() -> None:
     logits, uniform = _logits(50, 30), torch.linspace(0, 0.999, 50, dtype=torch.float64)
     seen = torch.zeros(50, 30, dtype=torch.bool)
     checked = 0
-    for sampling in (Sampling(1), Sampling(1, temperature=0.5, top_k=5), Sampling(1, temperature=1.5, top_p=0.6, repetition_penalty=1.2)):
+    for sampling in (
+        Sampling(1),
+        Sampling(1, temperature=0.5, top_k=5),
+        Sampling(1, temperature=1.5, top_p=0.6, repetition_penalty=1.2),
+    ):
         tokens, logprobs = pick(logits, sampling, uniform, seen)
-        expected = (logits.double() / sampling.temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        expected = (
+            (logits.double() / sampling.temperature)
+            .log_softmax(-1)
+            .gather(1, tokens[:, None])[:, 0]
+        )
         torch.testing.assert_close(logprobs.double(), expected, atol=2e-6, rtol=0)
         checked += 1
     assert checked == 3
@@ -144,9 +174,15 @@ def test_frequencies_of_real_noise() -> None:
 def test_noise_depends_on_seed_step_and_sample_only() -> None:
     ids = torch.tensor([5, 900, 2**40])
     base = uniforms(Sampling(20, seed=1, step=2), ids)
-    assert base.shape == (3, 20) and base.dtype == torch.float64 and base.min() >= 0 and base.max() < 1
-    torch.testing.assert_close(uniforms(Sampling(20, seed=1, step=2), ids[[2, 0]]), base[[2, 0]], atol=0, rtol=0)
-    torch.testing.assert_close(uniforms(Sampling(7, seed=1, step=2), ids), base[:, :7], atol=0, rtol=0)
+    assert (
+        base.shape == (3, 20) and base.dtype == torch.float64 and base.min() >= 0 and base.max() < 1
+    )
+    torch.testing.assert_close(
+        uniforms(Sampling(20, seed=1, step=2), ids[[2, 0]]), base[[2, 0]], atol=0, rtol=0
+    )
+    torch.testing.assert_close(
+        uniforms(Sampling(7, seed=1, step=2), ids), base[:, :7], atol=0, rtol=0
+    )
     others = [
         uniforms(Sampling(20, seed=2, step=2), ids),
         uniforms(Sampling(20, seed=1, step=3), ids),
@@ -154,7 +190,9 @@ def test_noise_depends_on_seed_step_and_sample_only() -> None:
     ]
     assert len(others) == 3 and not any((o == base).any() for o in others)
     assert len(base.unique()) == 60
-    reference = np.random.Generator(np.random.Philox(key=np.array([1, 2], dtype=np.uint64), counter=[0, 0, 900, 0])).random(20)
+    reference = np.random.Generator(
+        np.random.Philox(key=np.array([1, 2], dtype=np.uint64), counter=[0, 0, 900, 0])
+    ).random(20)
     assert base[1].tolist() == reference.tolist()
 
 
@@ -163,7 +201,15 @@ def test_not_finite_logits_are_marked() -> None:
     logits[1, 2] = float("nan")
     logits[2, 0] = float("inf")
     for temperature in (0.0, 1.0):
-        assert (pick(logits, Sampling(1, temperature=temperature), torch.zeros(3, dtype=torch.float64), None)[0] < 0).tolist() == [
+        assert (
+            pick(
+                logits,
+                Sampling(1, temperature=temperature),
+                torch.zeros(3, dtype=torch.float64),
+                None,
+            )[0]
+            < 0
+        ).tolist() == [
             False,
             True,
             True,

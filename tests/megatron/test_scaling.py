@@ -1,4 +1,5 @@
-"""FP8's scaling state on fakes of Transformer Engine's modules: what moves it, what keeps it, what is stored, what is refused."""
+"""FP8's scaling state on fakes of Transformer Engine's modules: what moves it, what keeps it, what
+is stored, what is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from tests.parity.tiny import language_loss, pretraining
 
 pytestmark = pytest.mark.global_rng
 FRESH = (1.0, [0, 0, 0, 0])
-TRAINED = (224.0, [0, 0, 0, 2])  # one training pass with amax 2: 448 / 2, and the row is one pass old
+# one training pass with amax 2: 448 / 2, and the row is one pass old
+TRAINED = (224.0, [0, 0, 0, 2])
 SCALING = {f"0.decoder.layers.{i}.fake": numbered(i) for i in range(4)}
 
 
@@ -38,16 +40,22 @@ def train(actor: MegatronActor) -> None:
 
 
 def same(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name][field], b[name][field]) for name in a for field in b[name])
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name][field], b[name][field]) for name in a for field in b[name]
+    )
 
 
-# ------------------------------------------------------------------------------------------------- passes
+# ------------------------------------------------------------------------------------------- passes
 
 
 def test_inference_leaves_no_trace(mesh: Mesh) -> None:
     actor, fakes = actor_and_fakes(mesh)
     actor.logprobs(pretraining())
-    assert all(story(fake) == FRESH and not fake.fp8 for fake in fakes) and actor.engine.scaling.read() == {}  # never trained: bf16
+    # never trained: bf16
+    assert (
+        all(story(fake) == FRESH and not fake.fp8 for fake in fakes)
+        and actor.engine.scaling.read() == {}
+    )
     assert actor.engine.chunks[0].config.fp8 == "hybrid"
     train(actor)
     assert [story(fake) for fake in fakes] == [TRAINED] * 4
@@ -102,7 +110,9 @@ def test_a_reference_brings_its_own(mesh: Mesh, mine: bool, theirs: bool) -> Non
         train(actor)
     before = (story(fakes[0]), engine.scaling.read().keys())
     with engine.swapped(reference):
-        engine.chunks[0].decoder.layers[0].register_forward_hook(lambda *_: passes.append((fakes[0].fp8, story(fakes[0])[0])))
+        engine.chunks[0].decoder.layers[0].register_forward_hook(
+            lambda *_: passes.append((fakes[0].fp8, story(fakes[0])[0]))
+        )
         actor.logprobs(pretraining())
     assert passes == [(theirs, 100.0 if theirs else 1.0)]
     assert (story(fakes[0]), engine.scaling.read().keys()) == before
@@ -122,7 +132,8 @@ def test_it_is_written_where_the_quantizers_look(mesh: Mesh) -> None:
 
 
 def test_attention_without_weights_is_left_out(mesh: Mesh) -> None:
-    """Transformer Engine's has the same attributes, and mcore stores no extra state of it; its own products are not in FP8."""
+    """Transformer Engine's has the same attributes, and mcore stores no extra state of it; its own
+    products are not in FP8."""
     actor, fakes = actor_and_fakes(mesh)
     attention = actor.engine.chunks[0].decoder.layers[0].self_attention.core_attention
     attention.fp8_meta = {"fp8_checkpoint": True}
@@ -131,7 +142,7 @@ def test_attention_without_weights_is_left_out(mesh: Mesh) -> None:
     assert actor.engine.scaling.read().keys() == SCALING.keys() and len(fakes) == 4
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def saved(mesh: Mesh, folder: Path, fp8: str = "delayed") -> Path:
@@ -156,14 +167,20 @@ def test_checkpoints_carry_it_bit_for_bit(mesh: Mesh, tmp_path: Path, how: str) 
 
 
 def test_checkpoints_have_tensors_only(mesh: Mesh, tmp_path: Path) -> None:
-    stored = torch_checkpoint.FileSystemReader(saved(mesh, tmp_path) / "actor").read_metadata().state_dict_metadata
+    stored = (
+        torch_checkpoint.FileSystemReader(saved(mesh, tmp_path) / "actor")
+        .read_metadata()
+        .state_dict_metadata
+    )
     assert {type(about) for about in stored.values()} == {TensorStorageMetadata}
-    assert stored["decoder.layers.fake.fp8.amax_history_bwd"].size == (4, 4, 2)  # layers, rows, gradients
+    # layers, rows, gradients
+    assert stored["decoder.layers.fake.fp8.amax_history_bwd"].size == (4, 4, 2)
     assert sum(".fp8." in key for key in stored) == 4
 
 
 def test_between_delayed_scaling_and_none(mesh: Mesh, tmp_path: Path) -> None:
-    """A run without takes none from a checkpoint with; a run with starts afresh from one without, also when it had some."""
+    """A run without takes none from a checkpoint with; a run with starts afresh from one without,
+    also when it had some."""
     path = saved(mesh, tmp_path / "with")
     plain, fakes = actor_and_fakes(mesh)
     plain.engine.scaling = Scaling(plain.engine.chunks, Precision("bf16", "tensorwise"))
@@ -187,7 +204,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize("how", ["restore", "load_weights"])
-def test_foreign_pickles_are_never_read(mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_foreign_pickles_are_never_read(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     """What version 1 stored: refused where delayed scaling would need it, ignored elsewhere."""
 
     def load(engine: Any) -> None:
@@ -217,4 +236,8 @@ def test_mcores_state_dicts_name_each_modules_place(mesh: Mesh) -> None:
     actor, _ = actor_and_fakes(mesh)
     found = actor.engine.chunks[0].sharded_state_dict()["decoder.layers.2.fake._extra_state"]
     assert isinstance(found, ShardedObject)
-    assert (found.key, found.global_shape, found.global_offset) == ("decoder.layers.fake._extra_state", (4,), (2,))
+    assert (found.key, found.global_shape, found.global_offset) == (
+        "decoder.layers.fake._extra_state",
+        (4,),
+        (2,),
+    )

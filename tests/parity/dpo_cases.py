@@ -1,4 +1,5 @@
-"""The real DPO page on Megatron roles: its loss and gradients against plain torch over Hugging Face's models, in float64."""
+"""The real DPO page on Megatron roles: its loss and gradients against plain torch over Hugging
+Face's models, in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.algorithms.dpo import DPO
-from gipo_megatron.algorithms.dpo_reference import LiveReference, PairReference, PrecomputedReference, Split
+from gipo_megatron.algorithms.dpo_reference import (
+    LiveReference,
+    PairReference,
+    PrecomputedReference,
+    Split,
+)
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.types import Pairs, Sequences
 from tests.parity import plain_ppo, tiny
@@ -36,7 +42,8 @@ def _log_probs(version: str, rows: Sequences) -> Tensor:
 
 @cache
 def plain_dpo(variant: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients {HF name: tensor} of the whole batch, pair by pair as the papers write it."""
+    """Loss and gradients {HF name: tensor} of the whole batch, pair by pair as the papers write
+    it."""
     keys, pairs = VARIANTS[variant], tiny.pairs()
     beta, eps = keys.get("beta", 0.1), keys.get("label_smoothing", 0.0)
     model = plain_ppo.hf_model("live").double()
@@ -50,9 +57,13 @@ def plain_dpo(variant: str) -> tuple[Tensor, dict[str, Tensor]]:
     if keys.get("loss") == "ipo":
         loss = ((h - 1 / (2 * beta)) ** 2).mean()
     else:
-        loss = -((1 - eps) * torch.sigmoid(beta * h).log() + eps * torch.sigmoid(-beta * h).log()).mean()
+        loss = -(
+            (1 - eps) * torch.sigmoid(beta * h).log() + eps * torch.sigmoid(-beta * h).log()
+        ).mean()
     loss.backward()
-    return loss.detach(), {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def _own(mesh: Mesh) -> Pairs:
@@ -67,10 +78,16 @@ def _pairs_at(rows: Sequence[int], dp_rank: int, dp_size: int) -> tuple[Pairs, T
     return tiny.pairs().select(mine_), torch.ones(len(mine_), dtype=torch.bool)
 
 
-def dpo_cells(mesh: Mesh, layout: str, micro_batches: tuple[int, ...]) -> dict[str, dict[str, float]]:
-    """{layout/variant/1: {tensor: relative error, loss: relative error}, …}; the actor's and the reference's weights differ."""
+def dpo_cells(
+    mesh: Mesh, layout: str, micro_batches: tuple[int, ...]
+) -> dict[str, dict[str, float]]:
+    """{layout/variant/1: {tensor: relative error, loss: relative error}, …}; the actor's and the
+    reference's weights differ."""
     actor, cells, dp = new_actor(mesh), {}, mesh.data_parallel
-    copies = {version: fill(actor, plain_ppo.hf_model(version)).engine.snapshot() for version in ("reference", "live")}
+    copies = {
+        version: fill(actor, plain_ppo.hf_model(version)).engine.snapshot()
+        for version in ("reference", "live")
+    }
     role = OffPolicy(actor, copies["reference"])
     for variant, keys in VARIANTS.items():
         for micro_batch in micro_batches:
@@ -92,5 +109,8 @@ def dpo_cells(mesh: Mesh, layout: str, micro_batches: tuple[int, ...]) -> dict[s
             total, count = dp.sum(result.metrics["dpo/loss"].parts).tolist()
             assert count == len(tiny.pairs())
             error = abs(total / count - float(loss)) / float(loss)
-            cells[f"{layout}/{variant}/{micro_batch}"] = {"loss": error, **relative_errors(role.gradients[0], gradients)}
+            cells[f"{layout}/{variant}/{micro_batch}"] = {
+                "loss": error,
+                **relative_errors(role.gradients[0], gradients),
+            }
     return cells

@@ -1,4 +1,5 @@
-"""Tiny models of every Hugging Face family that is supported, and how to run Megatron's chunks by hand at any layout."""
+"""Tiny models of every Hugging Face family that is supported, and how to run Megatron's chunks by
+hand at any layout."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ LLAMA3_ROPE = {
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama3_tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
-    "llama_linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}),
+    "llama_linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}},
+    ),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": False}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
@@ -72,19 +76,26 @@ def tokens(seed: int = 2, shape: tuple[int, int] = (3, 24)) -> Tensor:
 
 
 def run_chunks(chunks: list[nn.Module], mesh: Mesh, ids: Tensor) -> Tensor | None:
-    """The output of the last chunk on the last stage (None elsewhere), stage by stage with plain send and recv."""
+    """The output of the last chunk on the last stage (None elsewhere), stage by stage with plain
+    send and recv."""
     shards = mesh.tensor_size if mesh.parallel.sequence else 1
     ring = dist.get_process_group_ranks(mesh.pipeline_group)
     config = chunks[0].config
     out = None
     for number, chunk in enumerate(chunks):
         if not (mesh.is_first_stage and number == 0):
-            hidden = torch.empty(ids.shape[1] // shards, ids.shape[0], config.hidden_size, dtype=config.params_dtype)
+            hidden = torch.empty(
+                ids.shape[1] // shards, ids.shape[0], config.hidden_size, dtype=config.params_dtype
+            )
             dist.recv(hidden, src=ring[mesh.pipeline_rank - 1], group=mesh.pipeline_group)
             chunk.set_input_tensor(hidden)
         out = chunk(ids, None, None)
         if not (mesh.is_last_stage and number == len(chunks) - 1):
-            dist.send(out.detach().contiguous(), dst=ring[(mesh.pipeline_rank + 1) % len(ring)], group=mesh.pipeline_group)
+            dist.send(
+                out.detach().contiguous(),
+                dst=ring[(mesh.pipeline_rank + 1) % len(ring)],
+                group=mesh.pipeline_group,
+            )
     return out if mesh.is_last_stage else None
 
 

@@ -1,4 +1,5 @@
-"""Prompts, sampling settings and Hugging Face's own responses: shared by the one-process and the multi-process generation tests."""
+"""Prompts, sampling settings and Hugging Face's own responses: shared by the one-process and the
+multi-process generation tests."""
 
 from __future__ import annotations
 
@@ -24,14 +25,17 @@ NEVER = families.VOCAB  # an end-of-text id that no model produces
 LENGTHS = {"equal": [7] * 6, "ragged": [3, 9, 1, 12, 5, 12]}
 SAMPLINGS = {
     "plain": Sampling(STEPS, seed=5, step=3),
-    "truncated": Sampling(STEPS, temperature=0.8, top_k=40, top_p=0.9, repetition_penalty=1.1, seed=5, step=3),
+    "truncated": Sampling(
+        STEPS, temperature=0.8, top_k=40, top_p=0.9, repetition_penalty=1.1, seed=5, step=3
+    ),
 }
 GREEDY = Sampling(STEPS, temperature=0.0)
 FULL = "llama"  # the family whose every case is run at every layout; of the others two
 
 
 def cases(family: str) -> list[tuple[str, str]]:
-    """(kind of prompts, run) pairs; runs: greedy without end-of-text, stopped (greedy with it), and the samplings."""
+    """(kind of prompts, run) pairs; runs: greedy without end-of-text, stopped (greedy with it), and
+    the samplings."""
     if family == FULL:
         return [(kind, run) for kind in LENGTHS for run in ("greedy", "stopped", *SAMPLINGS)]
     return [("ragged", "stopped"), ("ragged", "truncated")]
@@ -47,7 +51,14 @@ def prompts(kind: str) -> Prompts:
     tokens = torch.randint(1, families.VOCAB, (rows, width), generator=families.generator(11))
     tokens = torch.where(torch.arange(width) < lengths[:, None], tokens, PAD)
     ids = torch.arange(rows)
-    return Prompts(tokens, lengths, ids + 100, ids + 7000, tuple(f"s{i}" for i in range(rows)), tuple({"row": i} for i in range(rows)))
+    return Prompts(
+        tokens,
+        lengths,
+        ids + 100,
+        ids + 7000,
+        tuple(f"s{i}" for i in range(rows)),
+        tuple({"row": i} for i in range(rows)),
+    )
 
 
 def spell(tokens: list[int]) -> str:
@@ -60,7 +71,11 @@ def load(name: str, mesh: Mesh) -> tuple[list[nn.Module], Architecture]:
     architecture = architecture_from_config(reference.config.to_dict(), name)
     chunks = build_chunks(architecture, mesh, Precision("fp32"), initialise=False)
     load_hf(
-        {k: v for k, v in reference.state_dict().items() if not (architecture.tied_embeddings and k == "lm_head.weight")},
+        {
+            k: v
+            for k, v in reference.state_dict().items()
+            if not (architecture.tied_embeddings and k == "lm_head.weight")
+        },
         chunks,
         mesh,
         architecture,
@@ -69,7 +84,13 @@ def load(name: str, mesh: Mesh) -> tuple[list[nn.Module], Architecture]:
 
 
 def respond(
-    chunks: list[nn.Module], architecture: Architecture, mesh: Mesh, rows: Prompts, sampling: Sampling, eos: int, cache: int = 2**30
+    chunks: list[nn.Module],
+    architecture: Architecture,
+    mesh: Mesh,
+    rows: Prompts,
+    sampling: Sampling,
+    eos: int,
+    cache: int = 2**30,
 ) -> Rollout:
     return generate(chunks, architecture, mesh, rows, sampling, eos, PAD, spell, room=Room(cache))
 
@@ -78,8 +99,11 @@ def responses(rollout: Rollout) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(rollout.tokens, rollout.mask, strict=True)]
 
 
-def hf_greedy(model: PreTrainedModel, rows: Prompts, eos: int | None, penalty: float = 1.0) -> list[list[int]]:
-    """Hugging Face's responses, each up to and with its end-of-text token. Left-padded, as HF wants it."""
+def hf_greedy(
+    model: PreTrainedModel, rows: Prompts, eos: int | None, penalty: float = 1.0
+) -> list[list[int]]:
+    """Hugging Face's responses, each up to and with its end-of-text token. Left-padded, as HF wants
+    it."""
     width = rows.tokens.shape[1]
     shift = torch.arange(width) - (width - rows.lengths[:, None])
     mask = (shift >= 0).long()
@@ -100,10 +124,15 @@ def hf_greedy(model: PreTrainedModel, rows: Prompts, eos: int | None, penalty: f
 
 
 def frequent(answers: list[list[int]]) -> int:
-    """A token to serve as end-of-text: it ends some rows early, at different places, and not all of them."""
+    """A token to serve as end-of-text: it ends some rows early, at different places, and not all of
+    them."""
     best = max(
         {t for row in answers for t in row},
-        key=lambda t: (0 < sum(t in row for row in answers) < len(answers), sum(t in row for row in answers), -t),
+        key=lambda t: (
+            0 < sum(t in row for row in answers) < len(answers),
+            sum(t in row for row in answers),
+            -t,
+        ),
     )
     return best
 
@@ -112,4 +141,7 @@ def frequent(answers: list[list[int]]) -> int:
 def end_ids() -> dict[str, int]:
     """{family/kind of prompts: an end-of-text id that stops some greedy responses}."""
     kinds = {(name, kind) for name in families.FAMILIES for kind, _ in cases(name)}
-    return {f"{name}/{kind}": frequent(hf_greedy(families.hf_model(name), prompts(kind), None)) for name, kind in sorted(kinds)}
+    return {
+        f"{name}/{kind}": frequent(hf_greedy(families.hf_model(name), prompts(kind), None))
+        for name, kind in sorted(kinds)
+    }

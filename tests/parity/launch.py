@@ -1,4 +1,5 @@
-"""Starts worker.py in several gloo processes, once per world size and session, and reads what each rank found."""
+"""Starts worker.py in several gloo processes, once per world size and session, and reads what each
+rank found."""
 
 from __future__ import annotations
 
@@ -18,11 +19,13 @@ _found: dict[int, tuple[Path, list[dict[str, Any]]] | AssertionError] = {}
 
 
 def ranks(world: int, folders: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """(OUT_DIR, what each of `world` processes found), rank 0 first. Raises AssertionError with the workers' output when one fails."""
+    """(OUT_DIR, what each of `world` processes found), rank 0 first. Raises AssertionError with the
+    workers' output when one fails."""
     if world not in _found:
         _found[world] = _start(world, folders.mktemp(f"world{world}"))
     found = _found[world]
-    if isinstance(found, AssertionError):  # every test that needs these ranks fails by it, and none starts them again
+    # every test that needs these ranks fails by it, and none starts them again
+    if isinstance(found, AssertionError):
         raise found
     return found
 
@@ -39,10 +42,26 @@ def _start(world: int, out: Path) -> tuple[Path, list[dict[str, Any]]] | Asserti
 
 def run_workers(script: Path, num_processes: int, *args: str, timeout: float = 560) -> str:
     """Runs `script args…` under torchrun and returns what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_processes),
+    ]
     process = subprocess.Popen(
-        [*start, str(script), *args], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*start, str(script), *args],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         output, _ = process.communicate(timeout=timeout)

@@ -1,7 +1,9 @@
-"""One PPO / GIPO step in plain single-process torch, in float64 over Hugging Face's model: what the real page must agree with.
+"""One PPO / GIPO step in plain single-process torch, in float64 over Hugging Face's model: what the
+real page must agree with.
 
-Written from docs/algorithm.md, with loops where the package has formulas and autograd where it has closed forms. Old log-probs, values and
-labels come from older weights than those that are trained, so that ratios leave the clip range.
+Written from docs/algorithm.md, with loops where the package has formulas and autograd where it has
+closed forms. Old log-probs, values and labels come from older weights than those that are trained,
+so that ratios leave the clip range.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from tests.parity import tiny
 
 MINIBATCH = 4
 CLIP, VALUE_CLIP, ENTROPY, PTX = 0.2, 0.3, 0.01, 0.3
-BETA, BETA_CRITIC, LOW, HIGH_WEIGHT = 0.9, 0.7, 0.75, 1.2  # narrow limits of the weight: some rows are clamped
+# narrow limits of the weight: some rows are clamped
+BETA, BETA_CRITIC, LOW, HIGH_WEIGHT = 0.9, 0.7, 0.75, 1.2
 ETA, FLOOR, GAP, HIGH = 0.3, 0.6, 0.2, 1  # the price's ramp is half way; group 1 is the high one
 GAMMA, LAM, SHAPED_CLIP, RETURN_CLIP = 0.98, 0.9, 0.8, 3.0
 LENGTH_PENALTY = 0.05
@@ -49,7 +52,8 @@ def stored_rollout() -> Rollout:
 
 
 def hf_model(version: str) -> LlamaForCausalLM:
-    """live: what is trained; old: what the rollout came from; reference: where KL is measured from."""
+    """live: what is trained; old: what the rollout came from; reference: where KL is measured
+    from."""
     model = tiny.hf_model()
     g = tiny.generator({"live": 0, "old": 31, "reference": 32}[version])
     with torch.no_grad():
@@ -77,7 +81,9 @@ def plain_step(num_groups: int = 2) -> Plain:
     live, old_model, reference_model = (hf_model(v).double() for v in ("live", "old", "reference"))
     score, head = tiny.score_weight().double(), tuple(t.double() for t in group_head())
     with torch.no_grad():
-        old, reference = (tiny.hf_token_stats(m, rows).logprobs for m in (old_model, reference_model))
+        old, reference = (
+            tiny.hf_token_stats(m, rows).logprobs for m in (old_model, reference_model)
+        )
         critic = tiny.hf_critic(tiny.hf_hidden(old_model, rows), score, head, rows)
     assert critic.group_logits is not None
     raw = torch.tensor(SCORES, dtype=torch.float64) - LENGTH_PENALTY * mask.sum(1)
@@ -86,7 +92,9 @@ def plain_step(num_groups: int = 2) -> Plain:
 
     p = critic.group_logits.softmax(1).requires_grad_()
     masses = p.sum(0)
-    R = torch.stack([sum(p[i, g] * G[i] for i in range(len(G))) / masses[g] for g in range(num_groups)])
+    R = torch.stack(
+        [sum(p[i, g] * G[i] for i in range(len(G))) / masses[g] for g in range(num_groups)]
+    )
     share = masses / len(G)
     (coefficients,) = torch.autograd.grad((share * (R - G.mean()).square()).sum() * len(G), p)
     p, R, masses, share = p.detach(), R.detach(), masses.detach(), share.detach()
@@ -108,16 +116,23 @@ def plain_step(num_groups: int = 2) -> Plain:
         uniform_weights=uniform,
         clipped=float(((ratios - 1).abs() > CLIP).double().mean()),
         actor=[actor_gradients(live, rows.select(b), old[b], weighted[b]) for b in blocks],
-        critic=[critic_gradients(live, rows.select(b), critic.values[b], returns[b], coefficients[b]) for b in blocks],
+        critic=[
+            critic_gradients(live, rows.select(b), critic.values[b], returns[b], coefficients[b])
+            for b in blocks
+        ],
     )
 
 
 def group_head() -> tuple[Tensor, Tensor]:
     """Weight [2, H] and bias [2] that the parity tests put into every group head."""
-    return torch.randn(2, tiny.ARCHITECTURE.hidden_size, generator=tiny.generator(5)) * 0.2, torch.tensor([0.1, -0.2])
+    return torch.randn(
+        2, tiny.ARCHITECTURE.hidden_size, generator=tiny.generator(5)
+    ) * 0.2, torch.tensor([0.1, -0.2])
 
 
-def estimate(rewards: Tensor, shaped: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def estimate(
+    rewards: Tensor, shaped: Tensor, values: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
     """Advantages (whitened) and returns, [B, T]: sums over the deltas that follow each token."""
     advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
     for b in range(len(mask)):
@@ -129,29 +144,48 @@ def estimate(rewards: Tensor, shaped: Tensor, values: Tensor, mask: Tensor) -> t
             advantages[b, t] = sum((GAMMA * LAM) ** (j - k) * delta[j] for j in range(k, len(at)))
             returns[b, t] = advantages[b, t] + v[k]
     kept = advantages[mask]
-    return torch.where(mask, (advantages - kept.mean()) / (kept.var(unbiased=False) + 1e-8).sqrt(), 0.0), returns
+    return torch.where(
+        mask, (advantages - kept.mean()) / (kept.var(unbiased=False) + 1e-8).sqrt(), 0.0
+    ), returns
 
 
-def actor_gradients(model: LlamaForCausalLM, rows: Sequences, old: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+def actor_gradients(
+    model: LlamaForCausalLM, rows: Sequences, old: Tensor, advantages: Tensor
+) -> dict[str, Tensor]:
     model.zero_grad()
     stats, text = tiny.hf_token_stats(model, rows), tiny.pretraining()
     assert isinstance(stats, TokenStats) and stats.entropy is not None
     ratio = (stats.logprobs - old).exp()
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages) + ENTROPY * stats.entropy
+    gain = (
+        torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+        + ENTROPY * stats.entropy
+    )
     likelihood = tiny.hf_token_stats(model, text).logprobs[text.mask].mean()
     (-gain[rows.mask].mean() - PTX * likelihood).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def critic_gradients(model: LlamaForCausalLM, rows: Sequences, old: Tensor, returns: Tensor, coefficients: Tensor) -> dict[str, Tensor]:
+def critic_gradients(
+    model: LlamaForCausalLM, rows: Sequences, old: Tensor, returns: Tensor, coefficients: Tensor
+) -> dict[str, Tensor]:
     model.zero_grad()
     score = tiny.score_weight().double().requires_grad_()
     head = tuple(t.double().requires_grad_() for t in group_head())
     output = tiny.hf_critic(tiny.hf_hidden(model, rows), score, head, rows)
     assert output.group_logits is not None
     near = old + (output.values - old).clamp(-VALUE_CLIP, VALUE_CLIP)
-    value = torch.maximum((output.values - returns).square(), (near - returns).square())[rows.mask].mean() / 2
+    value = (
+        torch.maximum((output.values - returns).square(), (near - returns).square())[
+            rows.mask
+        ].mean()
+        / 2
+    )
     gain = (coefficients * output.group_logits.softmax(1)).sum(1).mean()
     (value - BETA_CRITIC * gain).backward()
     named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {**named, "score.weight": score.grad, "group.weight": head[0].grad, "group.bias": head[1].grad}
+    return {
+        **named,
+        "score.weight": score.grad,
+        "group.weight": head[0].grad,
+        "group.bias": head[1].grad,
+    }

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronReference, MegatronRewardModel
+from gipo_megatron.megatron.roles import (
+    MegatronActor,
+    MegatronCritic,
+    MegatronReference,
+    MegatronRewardModel,
+)
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Architecture, Precision
 from tests.parity.matrix import LAYOUTS
@@ -34,25 +39,40 @@ def held(tensors: Iterable[Tensor]) -> dict[int, int]:
 def state_bytes(engine: Any) -> list[int]:
     """Bytes of an engine's weights, gradients, and what of its optimizer lies in neither."""
     if engine.optimisation is None:
-        return [sum(held(p.data for chunk in engine.chunks for p in chunk.parameters()).values()), 0, 0]
+        return [
+            sum(held(p.data for chunk in engine.chunks for p in chunk.parameters()).values()),
+            0,
+            0,
+        ]
     buffers = [buffer for wrapped in engine._wrapped for buffer in wrapped.buffers]
     weights, gradients = held(b.param_data for b in buffers), held(b.grad_data for b in buffers)
     states = [p.data for group in engine.optimizer.param_groups for p in group["params"]]
     for part in engine.optimizer.chained_optimizers:
-        states += [x for state in part.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        states += [
+            x
+            for state in part.optimizer.state.values()
+            for x in state.values()
+            if isinstance(x, Tensor)
+        ]
     own = {address: size for address, size in held(states).items() if address not in weights}
     return [sum(sizes.values()) for sizes in (weights, gradients, own)]
 
 
 def allocated(mesh: Mesh, dtype: str) -> dict[str, list[int]]:
-    """Role -> bytes after an optimizer step (the trained ones), at the tiny recipe's architecture."""
+    """Role -> bytes after an optimizer step (the trained ones), at the tiny recipe's
+    architecture."""
     arguments = common(mesh, architecture=tiny_architecture(), precision=Precision(dtype))
     frozen = {key: value for key, value in arguments.items() if key != "optimisation"}
     actor = MegatronActor(**arguments, eos_id=1, pad_id=0, decode=str)
     critic = MegatronCritic(**arguments)
     assert actor.update(*parts_of("actor", mesh)).skipped is None
     assert critic.update(*parts_of("critic", mesh)).skipped is None
-    roles = {"actor": actor, "critic": critic, "reference": MegatronReference(**frozen), "reward": MegatronRewardModel(**frozen)}
+    roles = {
+        "actor": actor,
+        "critic": critic,
+        "reference": MegatronReference(**frozen),
+        "reward": MegatronRewardModel(**frozen),
+    }
     return {name: state_bytes(role.engine) for name, role in roles.items()}
 
 

@@ -1,4 +1,5 @@
-"""The real PPO page on Megatron roles, from one stored rollout: its gradients, R_g, masses and w against tests/parity/plain_ppo.py."""
+"""The real PPO page on Megatron roles, from one stored rollout: its gradients, R_g, masses and w
+against tests/parity/plain_ppo.py."""
 
 from __future__ import annotations
 
@@ -17,7 +18,18 @@ from gipo_megatron.components.reward import FunctionReward
 from gipo_megatron.components.variance import GroupVariance
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic
-from gipo_megatron.types import CriticOutput, Groups, Metric, Prompts, Rollout, Rows, Sequences, TokenStats, Update, Weights
+from gipo_megatron.types import (
+    CriticOutput,
+    Groups,
+    Metric,
+    Prompts,
+    Rollout,
+    Rows,
+    Sequences,
+    TokenStats,
+    Update,
+    Weights,
+)
 from tests.parity import plain_ppo as plain
 from tests.parity import tiny
 from tests.parity.roles import fill, mine, new_actor, new_critic
@@ -26,7 +38,8 @@ from tests.parity.tiny import relative_errors
 
 @dataclass
 class OffPolicy:
-    """A role that answers with older weights, and whose update takes the gradient alone: the page sees an actor, or a critic."""
+    """A role that answers with older weights, and whose update takes the gradient alone: the page
+    sees an actor, or a critic."""
 
     role: Any
     old: list[Tensor]
@@ -49,8 +62,13 @@ class OffPolicy:
         if head is not None:
             norm = head.reduce_gradients()
             if engine.mesh.is_last_stage:
-                found |= {"group.weight": head.weight.grad.clone(), "group.bias": head.bias.grad.clone()}
-                torch.testing.assert_close(norm, float(torch.cat([head.weight.grad.flatten(), head.bias.grad]).norm()))
+                found |= {
+                    "group.weight": head.weight.grad.clone(),
+                    "group.bias": head.bias.grad.clone(),
+                }
+                torch.testing.assert_close(
+                    norm, float(torch.cat([head.weight.grad.flatten(), head.bias.grad]).norm())
+                )
         self.gradients.append(found)
         return Update({**metrics, "grad_norm": Metric.mean(1.0)})
 
@@ -101,7 +119,9 @@ def new_roles(mesh: Mesh, **changes: Any) -> tuple[OffPolicy, OffPolicy, OffPoli
     )
 
 
-def make_ppo(mesh: Mesh, roles: tuple[OffPolicy, OffPolicy, OffPolicy], regulariser: Watched) -> PPO:
+def make_ppo(
+    mesh: Mesh, roles: tuple[OffPolicy, OffPolicy, OffPolicy], regulariser: Watched
+) -> PPO:
     dp = mesh.data_parallel
     classifier = CriticHead(beta_critic=plain.BETA_CRITIC, dp=dp)
     classifier.load_state_dict({**classifier.state_dict(), "high": plain.HIGH})
@@ -117,7 +137,12 @@ def make_ppo(mesh: Mesh, roles: tuple[OffPolicy, OffPolicy, OffPolicy], regulari
         entropy=plain.ENTROPY,
         ptx=plain.PTX,
         rollout=Stored(rollout),
-        reward=FunctionReward("tests.parity.plain_ppo:stored_score", length_penalty=plain.LENGTH_PENALTY, clip=plain.SHAPED_CLIP, dp=dp),
+        reward=FunctionReward(
+            "tests.parity.plain_ppo:stored_score",
+            length_penalty=plain.LENGTH_PENALTY,
+            clip=plain.SHAPED_CLIP,
+            dp=dp,
+        ),
         group_classifier=classifier,
         variance_regulariser=regulariser,  # type: ignore[arg-type]
         kl_controller=controller,
@@ -127,7 +152,9 @@ def make_ppo(mesh: Mesh, roles: tuple[OffPolicy, OffPolicy, OffPolicy], regulari
         critic=roles[2],
         dp=dp,
         minibatch=plain.MINIBATCH,
-        prompts=lambda step: Prompts(probe.tokens, probe.prompt_lengths, probe.ids, probe.ids, rollout.source, rollout.extras),
+        prompts=lambda step: Prompts(
+            probe.tokens, probe.prompt_lengths, probe.ids, probe.ids, rollout.source, rollout.extras
+        ),
         examples=lambda step: _sequences(mine(mesh, tiny.pretraining())),
         probe=probe,
         sources=plain.SOURCES,
@@ -140,17 +167,25 @@ def _sequences(rows: Rows) -> Sequences:
     return rows
 
 
-def ppo_cells(mesh: Mesh, layout: str, micro_batches: tuple[int, ...], **changes: Any) -> dict[str, dict[str, float]]:
-    """{layout/actor/1: {tensor: relative error over both minibatches}, …/critic/1, …/groups/1: {quantity: largest difference}}."""
+def ppo_cells(
+    mesh: Mesh, layout: str, micro_batches: tuple[int, ...], **changes: Any
+) -> dict[str, dict[str, float]]:
+    """{layout/actor/1: {tensor: relative error over both minibatches}, …/critic/1, …/groups/1:
+    {quantity: largest difference}}."""
     expected, roles, cells = plain.plain_step(), new_roles(mesh, **changes), {}
     for micro_batch in micro_batches:
         for role in roles:
             role.role.engine.micro_batch, role.gradients = micro_batch, []
-        watched = Watched(GroupVariance(beta=plain.BETA, min_weight=plain.LOW, max_weight=plain.HIGH_WEIGHT))
+        watched = Watched(
+            GroupVariance(beta=plain.BETA, min_weight=plain.LOW, max_weight=plain.HIGH_WEIGHT)
+        )
         result = make_ppo(mesh, roles, watched).step(0)
         assert not result.skipped
         cells[f"{layout}/groups/{micro_batch}"] = _group_errors(mesh, watched, expected)
-        for name, role, wanted in (("actor", roles[0], expected.actor), ("critic", roles[2], expected.critic)):
+        for name, role, wanted in (
+            ("actor", roles[0], expected.actor),
+            ("critic", roles[2], expected.critic),
+        ):
             assert len(role.gradients) == len(wanted) == 2
             cells[f"{layout}/{name}/{micro_batch}"] = _gradient_errors(mesh, role.gradients, wanted)
     return cells
@@ -160,7 +195,9 @@ def _group_errors(mesh: Mesh, watched: Watched, expected: plain.Plain) -> dict[s
     groups, said, data = watched.groups, watched.said, mesh.data_parallel
     assert groups is not None and said is not None and groups.count == len(expected.weights)
     own = slice(data.rank, None, data.size)
-    uniform = GroupVariance(beta=plain.BETA, min_weight=-9.0, max_weight=9.0).weights(Groups(**{**vars(groups), "variance": "uniform"}))
+    uniform = GroupVariance(beta=plain.BETA, min_weight=-9.0, max_weight=9.0).weights(
+        Groups(**{**vars(groups), "variance": "uniform"})
+    )
     found = {
         "returns": groups.returns - expected.returns,
         "masses": groups.masses - expected.masses,
@@ -170,11 +207,17 @@ def _group_errors(mesh: Mesh, watched: Watched, expected: plain.Plain) -> dict[s
     return {name: float(x.abs().max()) for name, x in found.items()}
 
 
-def _gradient_errors(mesh: Mesh, found: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]) -> dict[str, float]:
+def _gradient_errors(
+    mesh: Mesh, found: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]
+) -> dict[str, float]:
     """The worse of the two minibatches, per tensor; the group head's are on the last stage only."""
     errors: dict[str, float] = {}
     for mine_, theirs in zip(found, wanted, strict=True):
-        here = theirs if mesh.is_last_stage else {k: v for k, v in theirs.items() if not k.startswith("group.")}
+        here = (
+            theirs
+            if mesh.is_last_stage
+            else {k: v for k, v in theirs.items() if not k.startswith("group.")}
+        )
         for name, error in relative_errors(mine_, here).items():
             errors[name] = max(error, errors.get(name, 0.0))
     return errors

@@ -1,4 +1,5 @@
-"""Log-probs, entropies and their gradients by float64 log_softmax and autograd, with a padded odd vocabulary and ragged rows."""
+"""Log-probs, entropies and their gradients by float64 log_softmax and autograd, with a padded odd
+vocabulary and ragged rows."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from gipo_megatron.types import Sequences
 
 @dataclass(frozen=True)
 class ReadoutCase:
-    logits: Tensor  # fp32 [b, T, padded]; the padding columns hold large numbers that must not count
+    # fp32 [b, T, padded]; the padding columns hold large numbers that must not count
+    logits: Tensor
     sequences: Sequences
     weights: Tensor  # [2, b, T], of the two sums that are differentiated
     vocab: int = 245
@@ -27,7 +29,11 @@ class ReadoutCase:
         logits[:, :, 245:] = 50.0
         tokens = torch.randint(0, 245, (3, width), generator=g)
         tokens[1, 3], tokens[1, 4], tokens[1, 5] = 127, 128, 244  # edges of the two shards
-        return ReadoutCase(logits, Sequences(tokens, mask, prompt, length, torch.arange(3)), torch.randn(2, 3, width, generator=g))
+        return ReadoutCase(
+            logits,
+            Sequences(tokens, mask, prompt, length, torch.arange(3)),
+            torch.randn(2, 3, width, generator=g),
+        )
 
 
 def plain_token_stats(case: ReadoutCase, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

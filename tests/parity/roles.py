@@ -1,4 +1,5 @@
-"""Roles on the tiny model of tests/parity/tiny.py at any layout, the batches of a replica, and a hash of what a role holds."""
+"""Roles on the tiny model of tests/parity/tiny.py at any layout, the batches of a replica, and a
+hash of what a role holds."""
 
 from __future__ import annotations
 
@@ -39,7 +40,14 @@ def mine(mesh: Mesh, rows: Rows) -> Rows:
 
 
 def common(mesh: Mesh, **changes: Any) -> dict[str, Any]:
-    base = {"mesh": mesh, "architecture": ARCHITECTURE, "precision": Precision("fp32"), "micro_batch": 2, "seed": 0, "load": "random"}
+    base = {
+        "mesh": mesh,
+        "architecture": ARCHITECTURE,
+        "precision": Precision("fp32"),
+        "micro_batch": 2,
+        "seed": 0,
+        "load": "random",
+    }
     return {**base, "optimisation": ADAM, **changes}
 
 
@@ -66,7 +74,11 @@ def parts_of(kind: str, mesh: Mesh) -> list[tuple[Rows, Callable[..., Loss]]]:
         return [(mine(mesh, weighted()), ppo_loss), (mine(mesh, pretraining()), language_loss)]
     if kind == "text":
         return [(mine(mesh, pretraining()), language_loss)]
-    return [(mine(mesh, weighted()), critic_loss)] if kind == "critic" else [(mine(mesh, pairs()), pair_loss)]
+    return (
+        [(mine(mesh, weighted()), critic_loss)]
+        if kind == "critic"
+        else [(mine(mesh, pairs()), pair_loss)]
+    )
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -1,4 +1,5 @@
-"""Stands in for Transformer Engine's linear layers, which need CUDA: the scaling state of version 2.11 (its module/base.py)."""
+"""Stands in for Transformer Engine's linear layers, which need CUDA: the scaling state of version
+2.11 (its module/base.py)."""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ class FakeLinear(nn.Module):
             return
         products = self.fp8_meta["num_gemms"]
         for place, tensors in (("scaling_fwd", 3), ("scaling_bwd", 2)):
-            state = SimpleNamespace(scale=torch.ones(tensors * products), amax_history=torch.zeros(ROWS, tensors * products))
+            state = SimpleNamespace(
+                scale=torch.ones(tensors * products),
+                amax_history=torch.zeros(ROWS, tensors * products),
+            )
             self.fp8_meta[place] = state
         self.quantizer_scale = self.fp8_meta["scaling_fwd"].scale[0]  # a view, as the quantizers'
         self.fp8_meta_tensors_initialized = True
@@ -44,7 +48,11 @@ class FakeLinear(nn.Module):
             state.amax_history.zero_()
 
     def _states(self) -> list[SimpleNamespace]:
-        return [self.fp8_meta[place] for place in ("scaling_fwd", "scaling_bwd") if place in self.fp8_meta]
+        return [
+            self.fp8_meta[place]
+            for place in ("scaling_fwd", "scaling_bwd")
+            if place in self.fp8_meta
+        ]
 
     @torch.no_grad()
     def run(self, enabled: bool, amax: float, training: bool) -> None:

@@ -1,6 +1,8 @@
-"""Training at every layout against plain autograd over Hugging Face's model: gradients, skipped steps, residency, checkpoints.
+"""Training at every layout against plain autograd over Hugging Face's model: gradients, skipped
+steps, residency, checkpoints.
 
-Every world size is started once (worker.py, or this process alone); the tests read what its ranks wrote.
+Every world size is started once (worker.py, or this process alone); the tests read what its ranks
+wrote.
 """
 
 from __future__ import annotations
@@ -27,13 +29,21 @@ from tests.parity.worker import training
 pytestmark = [pytest.mark.multiprocess, pytest.mark.global_rng]
 WORLDS = (1, 2, 4)
 TENSORS = {"actor": 39, "critic": 41}  # that have a gradient, heads included
-BF16_TOLERANCE = 2.0  # times the distance, tensor by tensor, that Hugging Face's own bf16 gradients have from fp32 (2 to 7 %)
+# times the distance, tensor by tensor, that Hugging Face's own bf16 gradients have from fp32 (2 to
+# 7 %)
+BF16_TOLERANCE = 2.0
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     alone = [training(1)]
-    return {1: alone, **{world: [found["training"] for found in ranks(world, tmp_path_factory)[1]] for world in WORLDS[1:]}}
+    return {
+        1: alone,
+        **{
+            world: [found["training"] for found in ranks(world, tmp_path_factory)[1]]
+            for world in WORLDS[1:]
+        },
+    }
 
 
 @pytest.fixture(scope="module")
@@ -47,33 +57,56 @@ def first_of_two_stages(world: int, layout: str, rank: int) -> bool:
 
 
 def test_the_stored_rollout_exercises_the_page() -> None:
-    """Else the cells below prove less than they say: ratios on both sides of the clip, weights inside and at their limits."""
+    """Else the cells below prove less than they say: ratios on both sides of the clip, weights
+    inside and at their limits."""
     plain = plain_ppo.plain_step()
     assert 0.1 < plain.clipped < 0.9
-    assert len(plain.weights.unique()) > 4 and float(plain.weights.max() - plain.weights.min()) > 0.3
-    assert 0 < int(((plain.weights == plain_ppo.LOW) | (plain.weights == plain_ppo.HIGH_WEIGHT)).sum()) < 6
-    assert float((plain.returns[0] - plain.returns[1]).abs()) > 0.2 and float(plain.masses.min()) > 1
+    assert (
+        len(plain.weights.unique()) > 4 and float(plain.weights.max() - plain.weights.min()) > 0.3
+    )
+    assert (
+        0
+        < int(((plain.weights == plain_ppo.LOW) | (plain.weights == plain_ppo.HIGH_WEIGHT)).sum())
+        < 6
+    )
+    assert (
+        float((plain.returns[0] - plain.returns[1]).abs()) > 0.2 and float(plain.masses.min()) > 1
+    )
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_ppo_gradients(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
-    """The real page, from one stored rollout, against the plain step: actor, critic and group head."""
-    expected = {f"{layout}/{kind}/{size}" for layout in LAYOUTS[world] for kind in (*TENSORS, "groups") for size in MICRO_BATCHES[world]}
+    """The real page, from one stored rollout, against the plain step: actor, critic and group
+    head."""
+    expected = {
+        f"{layout}/{kind}/{size}"
+        for layout in LAYOUTS[world]
+        for kind in (*TENSORS, "groups")
+        for size in MICRO_BATCHES[world]
+    }
     assert len(expected) == {1: 9, 2: 45, 4: 9}[world]
     for rank, found in enumerate(worlds[world]):
         assert found["ppo"].keys() == expected
         for cell, errors in found["ppo"].items():
             layout, kind, _ = cell.split("/")
             if kind != "groups":
-                assert len(errors) == (39 if first_of_two_stages(world, layout, rank) else TENSORS[kind]), cell
+                assert len(errors) == (
+                    39 if first_of_two_stages(world, layout, rank) else TENSORS[kind]
+                ), cell
                 worst = max(errors, key=lambda name: errors[name])
                 assert errors[worst] <= 1e-5, f"rank {rank} {cell}: {worst} {errors[worst]:.2e}"
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_dpo_loss_and_gradients(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
-    """The real page, with a live and with a precomputed reference, against plain torch over two Hugging Face models."""
-    expected = {f"{layout}/{variant}/{size}" for layout in LAYOUTS[world] for variant in DPO_VARIANTS for size in MICRO_BATCHES[world]}
+    """The real page, with a live and with a precomputed reference, against plain torch over two
+    Hugging Face models."""
+    expected = {
+        f"{layout}/{variant}/{size}"
+        for layout in LAYOUTS[world]
+        for variant in DPO_VARIANTS
+        for size in MICRO_BATCHES[world]
+    }
     assert len(expected) == {1: 18, 2: 90, 4: 18}[world]
     for rank, found in enumerate(worlds[world]):
         assert found["dpo"].keys() == expected
@@ -99,17 +132,29 @@ def test_group_returns_and_weights(worlds: dict[int, list[dict[str, Any]]], worl
 @pytest.mark.parametrize("world", WORLDS)
 def test_other_gradients(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
     """Pairs, recompute, bf16."""
-    bf16 = {kind: relative_errors(hf_gradients(kind, torch.bfloat16), hf_gradients(kind)) for kind in ("text", "reward")}
+    bf16 = {
+        kind: relative_errors(hf_gradients(kind, torch.bfloat16), hf_gradients(kind))
+        for kind in ("text", "reward")
+    }
     checked = 0
     for rank, found in enumerate(worlds[world]):
-        assert found["cells"].keys() == {f"{layout}/{variant}" for layout in LAYOUTS[world] for variant in GRADIENTS[world]}
+        assert found["cells"].keys() == {
+            f"{layout}/{variant}" for layout in LAYOUTS[world] for variant in GRADIENTS[world]
+        }
         for cell, errors in found["cells"].items():
             kind = VARIANTS[cell.split("/")[1]][0]
             assert errors.keys() == bf16[kind].keys() and len(errors) == 39
-            limits = {name: BF16_TOLERANCE * x if "bf16" in cell else 1e-5 for name, x in bf16[kind].items()}
+            limits = {
+                name: BF16_TOLERANCE * x if "bf16" in cell else 1e-5
+                for name, x in bf16[kind].items()
+            }
             worst = max(errors, key=lambda name: errors[name] / limits[name])
-            assert errors[worst] <= limits[worst], f"rank {rank} {cell}: {worst} {errors[worst]:.2e} > {limits[worst]:.2e}"
-            assert "bf16" not in cell or max(errors.values()) > 1e-3, f"{cell} is too good to be bf16"
+            assert errors[worst] <= limits[worst], (
+                f"rank {rank} {cell}: {worst} {errors[worst]:.2e} > {limits[worst]:.2e}"
+            )
+            assert "bf16" not in cell or max(errors.values()) > 1e-3, (
+                f"{cell} is too good to be bf16"
+            )
             checked += 1
     assert checked == {1: 6, 2: 2 * 5 * 6, 4: 4 * 3 * 2}[world]
 
@@ -130,23 +175,32 @@ def test_two_updates_do_not_depend_on_the_layout(worlds: dict[int, list[dict[str
 
 
 @pytest.mark.parametrize("world", (1, 2))
-def test_a_bad_loss_or_gradient_skips_the_step_everywhere(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+def test_a_bad_loss_or_gradient_skips_the_step_everywhere(
+    worlds: dict[int, list[dict[str, Any]]], world: int
+) -> None:
     for result in worlds[world]:
         assert len(result["skipping"]) == len(LAYOUTS[world])
         for layout, seen in result["skipping"].items():
             # row 3 is named by every rank, also by those whose own rows are well
             named, every = tuple(seen["named"]), tuple(seen["every"])
-            assert (named, every) == ((3,), tuple(range(8))) and seen["unmoved"] and seen["same_next"], layout
+            assert (
+                (named, every) == ((3,), tuple(range(8))) and seen["unmoved"] and seen["same_next"]
+            ), layout
 
 
 @pytest.mark.parametrize("world", (1, 2))
-def test_an_observing_group_head_changes_nothing(worlds: dict[int, list[dict[str, Any]]], world: int) -> None:
+def test_an_observing_group_head_changes_nothing(
+    worlds: dict[int, list[dict[str, Any]]], world: int
+) -> None:
     for result in worlds[world]:
         assert len(result["observing"]) == len(LAYOUTS[world]) and all(result["observing"].values())
 
 
-def test_gradients_are_summed_during_the_backward_pass(worlds: dict[int, list[dict[str, Any]]]) -> None:
-    """Two replicas: many buckets, each summed as soon as it is complete, and one that is summed at the end give the same bits."""
+def test_gradients_are_summed_during_the_backward_pass(
+    worlds: dict[int, list[dict[str, Any]]],
+) -> None:
+    """Two replicas: many buckets, each summed as soon as it is complete, and one that is summed at
+    the end give the same bits."""
     checked = 0
     for world, layouts in ((2, {"dp2"}), (4, {"tp2_dp2", "pp2_vpp2_dp2"})):
         for rank, result in enumerate(worlds[world]):
@@ -155,9 +209,14 @@ def test_gradients_are_summed_during_the_backward_pass(worlds: dict[int, list[di
                 for kind in ("actor", "critic"):
                     many, one = seen[f"{kind}/buckets"], seen[f"{kind}/whole"]
                     assert (many["overlaps"], one["overlaps"]) == (True, False)
-                    cut = LAYOUTS[world][layout].pipeline == 1 or first_of_two_stages(world, layout, rank)  # mcore's rule
+                    # mcore's rule
+                    cut = LAYOUTS[world][layout].pipeline == 1 or first_of_two_stages(
+                        world, layout, rank
+                    )
                     assert (many["buckets"] > one["buckets"]) == cut, layout
-                    assert len({*many["gradients"], *one["gradients"]}) == 1, f"rank {rank} {layout} {kind}"
+                    assert len({*many["gradients"], *one["gradients"]}) == 1, (
+                        f"rank {rank} {layout} {kind}"
+                    )
                     checked += 1
     assert checked == 2 * (2 + 4 * 2)
 
@@ -174,25 +233,36 @@ def test_residency_changes_nothing(worlds: dict[int, list[dict[str, Any]]], worl
 
 def test_resume_at_the_same_layout_is_bit_identical(resumed: list[dict[str, Any]]) -> None:
     for seen in resumed:
-        pairs = [("uninterrupted", "tp2")] + [(f"bf16/{name}/uninterrupted", f"bf16/{name}/resumed") for name in BF16_CHECKPOINTS]
+        pairs = [("uninterrupted", "tp2")] + [
+            (f"bf16/{name}/uninterrupted", f"bf16/{name}/resumed") for name in BF16_CHECKPOINTS
+        ]
         assert seen.keys() == set(LAYOUTS[2]) | {name for pair in pairs for name in pair}
         for whole, again in pairs:
-            assert seen[again]["norms"] == seen[whole]["norms"] and len(seen[again]["norms"]) == 4, again
-            assert seen[again]["digests"] == seen[whole]["digests"] and len(seen[again]["digests"]) == 2, again
+            assert (
+                seen[again]["norms"] == seen[whole]["norms"] and len(seen[again]["norms"]) == 4
+            ), again
+            assert (
+                seen[again]["digests"] == seen[whole]["digests"]
+                and len(seen[again]["digests"]) == 2
+            ), again
             assert seen[again]["steps"] == [3, 3]
 
 
 def test_resume_at_another_layout(resumed: list[dict[str, Any]]) -> None:
     for seen in resumed:
         for layout in LAYOUTS[2]:
-            assert seen[layout]["norms"] == pytest.approx(seen["uninterrupted"]["norms"], rel=1e-4), layout
+            assert seen[layout]["norms"] == pytest.approx(
+                seen["uninterrupted"]["norms"], rel=1e-4
+            ), layout
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a role's folder, whole, as torch itself reads it."""
     reader = torch_checkpoint.FileSystemReader(folder)
     about = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in about.items()}
+    tensors = {
+        name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in about.items()
+    }
     torch_checkpoint.load(tensors, storage_reader=reader)
     return tensors
 
@@ -200,17 +270,26 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 def test_what_two_replicas_wrote_is_what_one_process_has(
     resumed: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    """Weights, masters and moments, gathered on the first replica and written by it: restored elsewhere and written again, bit for bit."""
+    """Weights, masters and moments, gathered on the first replica and written by it: restored
+    elsewhere and written again, bit for bit."""
     mesh = Mesh.create(Parallel())
     roles = {name: role.engine for name, role in both(mesh, precision=BF16).items()}
     theirs = ranks(2, tmp_path_factory)[0] / "bf16_dp2" / "step_3"
     state = checkpoint.restore(theirs, roles, mesh)
     ours = checkpoint.save(tmp_path, 3, roles, mesh, state, {})
-    for role, tensors in (("actor", 4 * 9), ("critic", 4 * 9 + 7)):  # layers are stacked; a group head has its own Adam
+    # layers are stacked; a group head has its own Adam
+    for role, tensors in (("actor", 4 * 9), ("critic", 4 * 9 + 7)):
         before, after = stored(theirs / role), stored(ours / role)
         assert before.keys() == after.keys() and len(before) == tensors, role
         assert all(torch.equal(before[name], after[name]) for name in before), role
-        assert sum(bool(x.any()) for name, x in before.items() if name.startswith("optimizer.state.exp_avg")) == 18, "no moments"
+        assert (
+            sum(
+                bool(x.any())
+                for name, x in before.items()
+                if name.startswith("optimizer.state.exp_avg")
+            )
+            == 18
+        ), "no moments"
 
 
 def test_scaling_state_at_other_layouts(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -224,11 +303,15 @@ def test_scaling_state_at_other_layouts(tmp_path_factory: pytest.TempPathFactory
         assert parallel.pipeline == 2 or seen[0] == seen[1], layout
 
 
-def test_resume_in_one_process(resumed: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_resume_in_one_process(
+    resumed: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     mesh = Mesh.create(Parallel())
     roles = both(mesh)
     saved: Path = ranks(2, tmp_path_factory)[0] / "checkpoints" / "step_3"
     state = checkpoint.restore(saved, {k: r.engine for k, r in roles.items()}, mesh)
-    assert state["position"] == 3 and torch.equal(state["generator"], torch.Generator().manual_seed(1).get_state())
+    assert state["position"] == 3 and torch.equal(
+        state["generator"], torch.Generator().manual_seed(1).get_state()
+    )
     assert train(roles, mesh, 2) == pytest.approx(resumed[0]["uninterrupted"]["norms"], rel=1e-4)
     assert len(digest(roles["actor"])) == 64

@@ -1,4 +1,5 @@
-"""What ranks find out about training at one layout: gradients, first steps, skipped steps, residency, checkpoints."""
+"""What ranks find out about training at one layout: gradients, first steps, skipped steps,
+residency, checkpoints."""
 
 from __future__ import annotations
 
@@ -14,17 +15,31 @@ from torch import Tensor
 
 from gipo_megatron.megatron import checkpoint, optimizer
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronReference, MegatronRewardModel
+from gipo_megatron.megatron.roles import (
+    MegatronActor,
+    MegatronCritic,
+    MegatronReference,
+    MegatronRewardModel,
+)
 from gipo_megatron.specs import Parallel, Precision
 from gipo_megatron.types import Loss, TokenStats
-from tests.parity.roles import common, digest, digest_of, fill, mine, new_actor, new_critic, parts_of
+from tests.parity.roles import (
+    common,
+    digest,
+    digest_of,
+    fill,
+    mine,
+    new_actor,
+    new_critic,
+    parts_of,
+)
 from tests.parity.te import fake_fp8, numbered, story
 from tests.parity.tiny import GROUP, Weighted, hf_gradients, ppo_loss, relative_errors, weighted
 
 BF16 = Precision("bf16")
 
 
-# ------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pairs": ("reward", {}),
@@ -38,16 +53,23 @@ _plain_gradients = cache(hf_gradients)
 
 
 def gradient_cell(mesh: Mesh, variant: str, micro_batch: int) -> dict[str, float]:
-    """Relative error per tensor against fp32 autograd: of the reward model's pairs, or of the policy's log-likelihood."""
+    """Relative error per tensor against fp32 autograd: of the reward model's pairs, or of the
+    policy's log-likelihood."""
     kind, changes = VARIANTS[variant]
-    role = fill(MegatronRewardModel(**common(mesh, **changes))) if kind == "reward" else new_actor(mesh, **changes)
+    role = (
+        fill(MegatronRewardModel(**common(mesh, **changes)))
+        if kind == "reward"
+        else new_actor(mesh, **changes)
+    )
     role.engine.micro_batch = micro_batch
     _, bad = role.engine.backward(parts_of(kind, mesh), role.readout)
     assert bad == []
-    return relative_errors({name: g.float() for name, g in role.engine.gradients()}, _plain_gradients(kind))
+    return relative_errors(
+        {name: g.float() for name, g in role.engine.gradients()}, _plain_gradients(kind)
+    )
 
 
-# ------------------------------------------------------------------------------------------------- one step, or none
+# -------------------------------------------------------------------------------- one step, or none
 
 
 def first_steps(mesh: Mesh) -> dict[str, list[float]]:
@@ -58,10 +80,15 @@ def first_steps(mesh: Mesh) -> dict[str, list[float]]:
         for role, kind in ((actor, "actor"), (critic, "critic")):
             update = role.update(*parts_of(kind, mesh))
             assert update.skipped is None
-            seen[f"{kind}/{step}"] = [update.metrics["grad_norm"].result(), update.metrics["learning_rate"].result()]
+            seen[f"{kind}/{step}"] = [
+                update.metrics["grad_norm"].result(),
+                update.metrics["learning_rate"].result(),
+            ]
     stats = actor.logprobs(mine(mesh, weighted()), entropy=True)
     assert stats.entropy is not None
-    total = mesh.data_parallel.sum(torch.stack([stats.logprobs.sum(), stats.entropy.sum()]).double())
+    total = mesh.data_parallel.sum(
+        torch.stack([stats.logprobs.sum(), stats.entropy.sum()]).double()
+    )
     seen["logprobs"] = total.tolist()
     return seen
 
@@ -84,7 +111,8 @@ def steep(output: TokenStats, rows: Weighted) -> Loss:
 
 
 def skipping(mesh: Mesh) -> dict[str, Any]:
-    """What is skipped, and that nothing moved: weights, moments (by the next step's result), learning rate."""
+    """What is skipped, and that nothing moved: weights, moments (by the next step's result),
+    learning rate."""
     actor, untouched = new_actor(mesh, micro_batch=1), new_actor(mesh, micro_batch=1)
     rows = mine(mesh, weighted())
     before = digest(actor)
@@ -93,12 +121,21 @@ def skipping(mesh: Mesh) -> dict[str, Any]:
     unmoved = digest(actor) == before
     actor.update((rows, ppo_loss))
     untouched.update((rows, ppo_loss))
-    return {"named": named, "every": every, "unmoved": unmoved, "same_next": digest(actor) == digest(untouched)}
+    return {
+        "named": named,
+        "every": every,
+        "unmoved": unmoved,
+        "same_next": digest(actor) == digest(untouched),
+    }
 
 
 def observing(mesh: Mesh) -> bool:
-    """A group head on a detached trunk changes neither value nor trunk, bit for bit, while it learns itself."""
-    watched, plain = new_critic(mesh, head=replace(GROUP, detach_trunk=True)), new_critic(mesh, head=None)
+    """A group head on a detached trunk changes neither value nor trunk, bit for bit, while it
+    learns itself."""
+    watched, plain = (
+        new_critic(mesh, head=replace(GROUP, detach_trunk=True)),
+        new_critic(mesh, head=None),
+    )
     assert watched.engine.group_head is not None
     start = watched.engine.group_head.weight.detach().clone()
     for _ in range(2):
@@ -106,18 +143,34 @@ def observing(mesh: Mesh) -> bool:
         plain.update(*parts_of("critic", mesh))
     moved = not torch.equal(start, watched.engine.group_head.weight) or not mesh.is_last_stage
     ours, theirs = dict(watched.engine.export()), dict(plain.engine.export())
-    return moved and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return (
+        moved
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    )
 
 
 def overlapping(mesh: Mesh) -> dict[str, Any]:
-    """Gradients of the same weights, summed over the replicas in many buckets: after the first backward pass, during the second.
+    """Gradients of the same weights, summed over the replicas in many buckets: after the first
+    backward pass, during the second.
 
-    mcore learns in the first which gradients complete a bucket. `whole`: in one bucket, after the pass.
+    mcore learns in the first which gradients complete a bucket. `whole`: in one bucket, after the
+    pass.
     """
     found: dict[str, Any] = {}
-    for name, changes in (("buckets", {"bucket_size": 3000}), ("whole", {"overlap_grad_reduce": False})):
-        with patch.object(optimizer, "DistributedDataParallelConfig", _altered(optimizer.DistributedDataParallelConfig, changes)):
-            roles = {"actor": new_actor(mesh, micro_batch=1), "critic": new_critic(mesh, micro_batch=1)}
+    for name, changes in (
+        ("buckets", {"bucket_size": 3000}),
+        ("whole", {"overlap_grad_reduce": False}),
+    ):
+        with patch.object(
+            optimizer,
+            "DistributedDataParallelConfig",
+            _altered(optimizer.DistributedDataParallelConfig, changes),
+        ):
+            roles = {
+                "actor": new_actor(mesh, micro_batch=1),
+                "critic": new_critic(mesh, micro_batch=1),
+            }
         for kind, role in roles.items():
             wrapped, seen = role.engine._wrapped, []
             for _ in range(2):
@@ -135,16 +188,21 @@ def _altered(make: Callable[..., Any], changes: dict[str, Any]) -> Callable[...,
     return lambda **arguments: make(**{**arguments, **changes})
 
 
-# ------------------------------------------------------------------------------------------------- residency
+# ---------------------------------------------------------------------------------------- residency
 
 
 def parked_bytes(role: Any) -> int:
-    tensors = [*role.engine._weights(), *role.engine._gradients(), *role.engine._optimizer_tensors()]
+    tensors = [
+        *role.engine._weights(),
+        *role.engine._gradients(),
+        *role.engine._optimizer_tensors(),
+    ]
     return sum(t.untyped_storage().size() for t in tensors)
 
 
 def residency(mesh: Mesh) -> dict[str, Any]:
-    """The same training with and without offload, and with a reference swapped in and out, gives the same bits."""
+    """The same training with and without offload, and with a reference swapped in and out, gives
+    the same bits."""
     plain = [new_actor(mesh), new_critic(mesh)]
     moving = [
         MegatronActor(**common(mesh, offload="cpu"), eos_id=1, pad_id=0, decode=str),
@@ -154,8 +212,13 @@ def residency(mesh: Mesh) -> dict[str, Any]:
         with role.engine.residency.use(training=True):
             fill(role)
     rows = mine(mesh, weighted())
-    own_reference = MegatronReference(**{k: v for k, v in common(mesh, seed=9).items() if k != "optimisation"})
-    swapped = MegatronReference(**{k: v for k, v in common(mesh, seed=9, offload="cpu").items() if k != "optimisation"}, live=moving[0])
+    own_reference = MegatronReference(
+        **{k: v for k, v in common(mesh, seed=9).items() if k != "optimisation"}
+    )
+    swapped = MegatronReference(
+        **{k: v for k, v in common(mesh, seed=9, offload="cpu").items() if k != "optimisation"},
+        live=moving[0],
+    )
     away = []
     references: list[Tensor] = []
     for _ in range(2):
@@ -168,18 +231,25 @@ def residency(mesh: Mesh) -> dict[str, Any]:
     return {
         "same": [digest(a) == digest(b) for a, b in zip(plain, moving, strict=True)],
         "parked_bytes": away,
-        "reference_same": [torch.equal(a, b) for a, b in zip(references[::2], references[1::2], strict=True)],
-        "reference_differs_from_actor": not torch.equal(references[0], plain[0].logprobs(rows).logprobs),
+        "reference_same": [
+            torch.equal(a, b) for a, b in zip(references[::2], references[1::2], strict=True)
+        ],
+        "reference_differs_from_actor": not torch.equal(
+            references[0], plain[0].logprobs(rows).logprobs
+        ),
     }
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def train(roles: dict[str, Any], mesh: Mesh, steps: int) -> list[float]:
     norms = []
     for _ in range(steps):
-        norms += [role.update(*parts_of(kind, mesh)).metrics["grad_norm"].result() for kind, role in roles.items()]
+        norms += [
+            role.update(*parts_of(kind, mesh)).metrics["grad_norm"].result()
+            for kind, role in roles.items()
+        ]
     return norms
 
 
@@ -188,11 +258,14 @@ def both(mesh: Mesh, **changes: Any) -> dict[str, Any]:
 
 
 def interrupted(mesh: Mesh, out: Path, **changes: Any) -> dict[str, Any]:
-    """Three steps, a checkpoint in OUT/step_3, two more: what a run that goes on from it must do, too."""
+    """Three steps, a checkpoint in OUT/step_3, two more: what a run that goes on from it must do,
+    too."""
     roles = both(mesh, **changes)
     train(roles, mesh, 3)
     state = {"position": 3, "generator": torch.Generator().manual_seed(1).get_state()}
-    checkpoint.save(out, 3, {k: r.engine for k, r in roles.items()}, mesh, state, {"tokenizer": "bytes"})
+    checkpoint.save(
+        out, 3, {k: r.engine for k, r in roles.items()}, mesh, state, {"tokenizer": "bytes"}
+    )
     return {"norms": train(roles, mesh, 2), "digests": [digest(r) for r in roles.values()]}
 
 
@@ -203,19 +276,28 @@ def resumed(mesh: Mesh, out: Path, **changes: Any) -> dict[str, Any]:
     state = checkpoint.restore(out / "step_3", engines, mesh)
     assert state["position"] == 3
     rates = [e.learning_rate.steps for e in engines.values()]
-    return {"norms": train(roles, mesh, 2), "digests": [digest(r) for r in roles.values()], "steps": rates}
+    return {
+        "norms": train(roles, mesh, 2),
+        "digests": [digest(r) for r in roles.values()],
+        "steps": rates,
+    }
 
 
 def scaling(out: Path, layouts: dict[str, Parallel]) -> dict[str, dict[int, Any]]:
-    """FP8 scaling state, saved at the first layout: what each one has from it, by the layer's number in the whole model."""
+    """FP8 scaling state, saved at the first layout: what each one has from it, by the layer's
+    number in the whole model."""
     found: dict[str, dict[int, Any]] = {}
     for name, parallel in layouts.items():
         mesh = Mesh.create(parallel)
         engine = new_actor(mesh).engine
         fakes = fake_fp8(engine)
-        layers = [layer.layer_number - 1 for chunk in engine.chunks for layer in chunk.decoder.layers]
+        layers = [
+            layer.layer_number - 1 for chunk in engine.chunks for layer in chunk.decoder.layers
+        ]
         if not found:
-            engine.scaling.write({f"0.decoder.layers.{i}.fake": numbered(layer) for i, layer in enumerate(layers)})
+            engine.scaling.write(
+                {f"0.decoder.layers.{i}.fake": numbered(layer) for i, layer in enumerate(layers)}
+            )
             checkpoint.save(out, 1, {"actor": engine}, mesh, {}, {})
             engine.scaling.write({})
         checkpoint.restore(out / "step_1", {"actor": engine}, mesh)

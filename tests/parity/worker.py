@@ -1,4 +1,5 @@
-"""Run under torchrun: every multi-process check of this project's Megatron layer, in one start per world size.
+"""Run under torchrun: every multi-process check of this project's Megatron layer, in one start per
+world size.
 
 worker.py OUT_DIR ENDS.json      writes OUT_DIR/rank_R.json (and checkpoints under OUT_DIR)
 """
@@ -34,7 +35,10 @@ def training(world: int) -> dict[str, Any]:
         mesh = Mesh.create(parallel)
         result["ppo"] |= ppo_cells(mesh, name, MICRO_BATCHES[world])
         result["dpo"] |= dpo_cells(mesh, name, MICRO_BATCHES[world])
-        result["cells"] |= {f"{name}/{variant}": train_cases.gradient_cell(mesh, variant, 2) for variant in GRADIENTS[world]}
+        result["cells"] |= {
+            f"{name}/{variant}": train_cases.gradient_cell(mesh, variant, 2)
+            for variant in GRADIENTS[world]
+        }
         result["steps"][name] = train_cases.first_steps(mesh)
         if mesh.data_parallel.size > 1:
             result["overlapping"][name] = train_cases.overlapping(mesh)
@@ -55,8 +59,12 @@ def checkpoints(world: int, out: Path) -> dict[str, Any]:
         result[name] = train_cases.resumed(mesh, out / "checkpoints")
         if name in BF16_CHECKPOINTS:
             folder = out / f"bf16_{name}"
-            result[f"bf16/{name}/uninterrupted"] = train_cases.interrupted(mesh, folder, precision=train_cases.BF16)
-            result[f"bf16/{name}/resumed"] = train_cases.resumed(mesh, folder, precision=train_cases.BF16)
+            result[f"bf16/{name}/uninterrupted"] = train_cases.interrupted(
+                mesh, folder, precision=train_cases.BF16
+            )
+            result[f"bf16/{name}/resumed"] = train_cases.resumed(
+                mesh, folder, precision=train_cases.BF16
+            )
     return result
 
 
@@ -67,10 +75,16 @@ def jobs(world: int, out: Path, ends: dict[str, int]) -> dict[str, Callable[[], 
         "scaling": partial(train_cases.scaling, out / "scaling", LAYOUTS[world]),
         "model": partial(model_cases.run, out),
         "generation": partial(generate_cases.run, world, ends),
-        "conversion": lambda: families.layout_checkpoints(out / "conversion", Mesh.create(Parallel())),
+        "conversion": lambda: families.layout_checkpoints(
+            out / "conversion", Mesh.create(Parallel())
+        ),
         "allocated": partial(planning_cases.run, world),
     }
-    return every if world == 2 else {name: every[name] for name in ("training", "generation", "allocated")}
+    return (
+        every
+        if world == 2
+        else {name: every[name] for name in ("training", "generation", "allocated")}
+    )
 
 
 def main() -> None:
@@ -78,7 +92,8 @@ def main() -> None:
     out, ends = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     mesh = Mesh.create(Parallel())
     warnings.simplefilter("error")  # what a run would print
-    warnings.simplefilter("ignore", DeprecationWarning)  # Python shows none of other people's modules
+    # Python shows none of other people's modules
+    warnings.simplefilter("ignore", DeprecationWarning)
     host.silence()
     result: dict[str, Any] = {"seconds": {}}
     for job, run in jobs(mesh.world, out, ends).items():

@@ -37,7 +37,10 @@ TIGHT = ["recipe=hh_gipo", "hardware.gpu_memory_gib=40"]
 PLANS = {
     "hh_sft": ["recipe=hh_sft"],
     "hh_gipo": ["recipe=hh_gipo"],
-    "hh_gipo_offload": ["recipe=hh_gipo", *(f"models.{role}.offload=cpu" for role in ("actor", "critic", "reward", "reference"))],
+    "hh_gipo_offload": [
+        "recipe=hh_gipo",
+        *(f"models.{role}.offload=cpu" for role in ("actor", "critic", "reward", "reference")),
+    ],
     "hh_rm": ["recipe=hh_rm"],
     "hh_dpo": ["recipe=hh_dpo"],
     "hh_dpo_live": ["recipe=hh_dpo", "algorithm.precompute=false"],
@@ -56,12 +59,18 @@ DOCUMENT = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 def shipped() -> list[str]:
     """The recipes for GPUs that train something."""
-    return [name for name in recipe_names(ROOT / "recipes") if name.startswith(("hh_", "tldr_")) and not is_evaluation(name)]
+    return [
+        name
+        for name in recipe_names(ROOT / "recipes")
+        if name.startswith(("hh_", "tldr_")) and not is_evaluation(name)
+    ]
 
 
 def documented() -> dict[str, str]:
     """Command line of tools/plan.py -> what docs/scaling.md shows of its answer."""
-    return dict(re.findall(r"```\n\$ python tools/plan\.py ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL))
+    return dict(
+        re.findall(r"```\n\$ python tools/plan\.py ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL)
+    )
 
 
 def layout_cases() -> dict[str, dict[str, Any]]:
@@ -85,23 +94,39 @@ def layout_cases() -> dict[str, dict[str, Any]]:
 def evaluate(cases: dict[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / "cases.json"
     path.write_text(json.dumps(cases))
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")
+    }
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment["CUDA_VISIBLE_DEVICES"] = ""
     script = Path(__file__).parent / "evaluate.py"
-    done = subprocess.run([sys.executable, str(script), str(path)], env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, str(script), str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(path.with_suffix(".out.json").read_text())
 
 
 @pytest.fixture(scope="session")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    tied = {"architecture": dataclasses.asdict(TIED), "parallel": dataclasses.asdict(TIED_LAYOUT), "world": 16, "dtype": "bf16"}
+    tied = {
+        "architecture": dataclasses.asdict(TIED),
+        "parallel": dataclasses.asdict(TIED_LAYOUT),
+        "world": 16,
+        "dtype": "bf16",
+    }
     cases: dict[str, Any] = {
         **layout_cases(),
         **{f"tied/{stage}": {**tied, "rank": 4 * stage} for stage in range(4)},
         **{name: {"plan": argv} for name, argv in PLANS.items()},
-        **{f"text/{name}": {"text": PLANS[name]} for name in ("hh_gipo", "70b", "tight", "tiny", "hh_dpo")},
+        **{
+            f"text/{name}": {"text": PLANS[name]}
+            for name in ("hh_gipo", "70b", "tight", "tiny", "hh_dpo")
+        },
         "shipped": {"verdicts": shipped()},
         **{f"document/{words}": {"text": words.split()} for words in documented()},
     }

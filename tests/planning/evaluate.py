@@ -1,4 +1,5 @@
-"""Answers the planner's tests in a process of its own, all in one start: evaluate.py CASES.json writes CASES.out.json.
+"""Answers the planner's tests in a process of its own, all in one start: evaluate.py CASES.json
+writes CASES.out.json.
 
 A plan pretends to be a rank of another world, which a process that is in a process group cannot.
 """
@@ -29,7 +30,13 @@ KINDS: dict[str, tuple[str | None, bool]] = {
 
 def shards(case: dict[str, Any]) -> dict[str, Any]:
     """Role -> its shard's numbers, on one rank of one world."""
-    place = Architecture(**case["architecture"]), Parallel(**case["parallel"]), Precision(case["dtype"]), case["world"], case["rank"]
+    place = (
+        Architecture(**case["architecture"]),
+        Parallel(**case["parallel"]),
+        Precision(case["dtype"]),
+        case["world"],
+        case["rank"],
+    )
     built = build_shards(*place, set(KINDS.values()))
     return {role: dataclasses.asdict(built[kind]) for role, kind in KINDS.items()}
 
@@ -40,7 +47,10 @@ def plan(case: dict[str, Any]) -> dict[str, Any]:
     planner = Planner()
     found = planner.plan(recipe)
     verdict = judge(found, planner, lambda words: compose([*case["plan"], *words], RECIPES))
-    phases = {phase.name: [phase.state.total, phase.work.peak, phase.moved] for phase in found.heaviest.phases}
+    phases = {
+        phase.name: [phase.state.total, phase.work.peak, phase.moved]
+        for phase in found.heaviest.phases
+    }
     return {
         "parameters": found.parameters,
         "stage": found.heaviest.stage,
@@ -51,11 +61,15 @@ def plan(case: dict[str, Any]) -> dict[str, Any]:
         "groups": found.groups,
         "fits": verdict.fits,
         "warnings": verdict.warnings,
-        "change": None if verdict.change is None else [verdict.change.words, verdict.change.plan.heaviest.worst.peak],
+        "change": None
+        if verdict.change is None
+        else [verdict.change.words, verdict.change.plan.heaviest.worst.peak],
         "flops": 0 if found.time is None else found.time.flops,
         "tokens": found.batch.tokens,
         "rows": [max(phase.work.rows for phase in stage.phases) for stage in found.footprints],
-        "seconds": {} if found.time is None else {work.name: work.seconds for work in found.time.works},
+        "seconds": {}
+        if found.time is None
+        else {work.name: work.seconds for work in found.time.works},
         "saving": found.saving,
     }
 
@@ -65,7 +79,11 @@ def verdicts(names: list[str]) -> dict[str, Any]:
     planner = Planner()
 
     def verdict(argv: list[str]) -> list[Any]:
-        found = judge(planner.plan(compose(argv, RECIPES)), planner, lambda words: compose([*argv, *words], RECIPES))
+        found = judge(
+            planner.plan(compose(argv, RECIPES)),
+            planner,
+            lambda words: compose([*argv, *words], RECIPES),
+        )
         return [found.fits, found.warnings]
 
     return {name: verdict([f"recipe={name}"]) for name in names}
@@ -75,7 +93,13 @@ def answer(case: dict[str, Any]) -> Any:
     try:
         if "verdicts" in case:
             return verdicts(case["verdicts"])
-        return shards(case) if "architecture" in case else plan(case) if "plan" in case else plan_text(case["text"], RECIPES)
+        return (
+            shards(case)
+            if "architecture" in case
+            else plan(case)
+            if "plan" in case
+            else plan_text(case["text"], RECIPES)
+        )
     except UserError as error:
         return {"error": str(error)}
 

@@ -1,4 +1,5 @@
-"""What a layer keeps, against what autograd really saves; passes in flight, against a simulated schedule."""
+"""What a layer keeps, against what autograd really saves; passes in flight, against a simulated
+schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ from torch import Tensor
 
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.planning.activations import Slot, forward, generation, in_flight, layer_kept, need_of
+from gipo_megatron.planning.activations import (
+    Slot,
+    forward,
+    generation,
+    in_flight,
+    layer_kept,
+    need_of,
+)
 from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
 
 LENGTH = 64
@@ -57,29 +65,44 @@ def saved(mesh: Mesh, a: Architecture, sequences: int, recompute: str) -> int:
 @pytest.mark.global_rng
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(("kv_heads", "sequences"), [(2, 1), (4, 3)])
-def test_a_layer_keeps_what_autograd_saves(mesh: Mesh, recompute: str, kv_heads: int, sequences: int) -> None:
-    """The difference between two layers and one. A CPU's RMSNorm and SwiGLU are composed of parts, and keep these parts:
-    two fp32 tensors instead of the norm's input, twice; silu(gate) and up + 0."""
-    per_layer = saved(mesh, architecture(2, kv_heads), sequences, recompute) - saved(mesh, architecture(1, kv_heads), sequences, recompute)
+def test_a_layer_keeps_what_autograd_saves(
+    mesh: Mesh, recompute: str, kv_heads: int, sequences: int
+) -> None:
+    """The difference between two layers and one. A CPU's RMSNorm and SwiGLU are composed of parts,
+    and keep these parts: two fp32 tensors instead of the norm's input, twice; silu(gate) and up +
+    0."""
+    per_layer = saved(mesh, architecture(2, kv_heads), sequences, recompute) - saved(
+        mesh, architecture(1, kv_heads), sequences, recompute
+    )
     a, tokens = architecture(2, kv_heads), sequences * LENGTH
     norms = 0 if recompute == "full" else 2 * tokens * a.hidden_size * (2 * FP32 - BF16)
     swiglu = 2 * tokens * a.ffn_hidden_size * BF16 if recompute == "none" else 0
-    assert per_layer == layer_kept(Slot(a, Parallel(), BF16, sequences, LENGTH), recompute) + norms + swiglu
+    assert (
+        per_layer
+        == layer_kept(Slot(a, Parallel(), BF16, sequences, LENGTH), recompute) + norms + swiglu
+    )
 
 
 @pytest.mark.global_rng
 def test_norms_on_queries_and_keys(mesh: Mesh) -> None:
-    """Again a CPU keeps two fp32 tensors of each norm; a GPU its input, which for the keys is there anyway."""
+    """Again a CPU keeps two fp32 tensors of each norm; a GPU its input, which for the keys is there
+    anyway."""
     plain, normed = (
-        saved(mesh, architecture(2, 2, norm), 2, "none") - saved(mesh, architecture(1, 2, norm), 2, "none") for norm in (False, True)
+        saved(mesh, architecture(2, 2, norm), 2, "none")
+        - saved(mesh, architecture(1, 2, norm), 2, "none")
+        for norm in (False, True)
     )
     slots = [Slot(architecture(2, 2, norm), Parallel(), BF16, 2, LENGTH) for norm in (False, True)]
     query, key = slots[0].query, slots[0].key
-    assert layer_kept(slots[1], "none") - layer_kept(slots[0], "none") == normed - plain - 2 * FP32 // BF16 * (query + key) + query
+    assert (
+        layer_kept(slots[1], "none") - layer_kept(slots[0], "none")
+        == normed - plain - 2 * FP32 // BF16 * (query + key) + query
+    )
 
 
 def test_tensor_and_sequence_parallel_divide() -> None:
-    """Llama-2 7B, one sequence of 2048, tensor 4, by hand: norms 4 · 16 MiB / 4, attention 5 · 16 / 4 + 16 / 4, feed-forward 3 · 43 / 4."""
+    """Llama-2 7B, one sequence of 2048, tensor 4, by hand: norms 4 · 16 MiB / 4, attention 5 · 16 /
+    4 + 16 / 4, feed-forward 3 · 43 / 4."""
     a = Architecture(32, 4096, 11008, 32, 32, 128, 32000, 4096)
     mib = 2**20
     rope, statistics = 4 * 2048 * 128 * 2, 2 * 2048 * 4
@@ -104,28 +127,45 @@ def test_passes_in_flight() -> None:
     for stages in (1, 2, 4, 8):
         for stage in range(stages):
             for slots in (1, 3, 8, 20):
-                assert in_flight(Parallel(pipeline=stages), stage, slots) == most_in_flight(stages, stage, slots)
+                assert in_flight(Parallel(pipeline=stages), stage, slots) == most_in_flight(
+                    stages, stage, slots
+                )
                 checked += 1
     assert checked == 60
-    interleaved = Parallel(pipeline=4, virtual_pipeline=2)  # Narayanan et al. 2021: 2 (p - 1 - r) + (v - 1) p warm-up passes, and one
+    # Narayanan et al. 2021: 2 (p - 1 - r) + (v - 1) p warm-up passes, and one
+    interleaved = Parallel(pipeline=4, virtual_pipeline=2)
     assert [in_flight(interleaved, stage, 16) for stage in range(4)] == [11, 9, 7, 5]
     assert in_flight(interleaved, 0, 4) == 8
 
 
 def test_generation() -> None:
-    """Llama-2 7B, tensor 4: 32 layers · 2 · 8 heads · 128 · 2 bytes = 128 KiB a token. Five prompts of 1536 tokens are a block."""
-    slot = Slot(Architecture(32, 4096, 11008, 32, 32, 128, 32000, 4096), Parallel(tensor=4, sequence=True), BF16, 4, 2048)
+    """Llama-2 7B, tensor 4: 32 layers · 2 · 8 heads · 128 · 2 bytes = 128 KiB a token. Five prompts
+    of 1536 tokens are a block."""
+    slot = Slot(
+        Architecture(32, 4096, 11008, 32, 32, 128, 32000, 4096),
+        Parallel(tensor=4, sequence=True),
+        BF16,
+        4,
+        2048,
+    )
     assert need_of(slot).token == 128 * 1024
     found = generation(slot, 16, 2048, Sampling(512), 0)
     assert found.cache == 16 * 2047 * 128 * 1024 and found.rows == 16
     assert found.layer == 5 * 1536 * 2 * (3 * 4096 + 3 * (1024 + 1024 + 2752))
-    assert found.logits == 16 * 32000 * (2 + 2 + 4 + 4 + 8)  # gathered, joined, fp32, exponentials, sums in fp64
+    # gathered, joined, fp32, exponentials, sums in fp64
+    assert found.logits == 16 * 32000 * (2 + 2 + 4 + 4 + 8)
     many = generation(slot, 1000, 2048, Sampling(512), 0)
-    assert many.layer == many.cache // 64, "a tensor of the cache is copied while finished rows leave it"
+    assert many.layer == many.cache // 64, (
+        "a tensor of the cache is copied while finished rows leave it"
+    )
 
 
 def test_the_readout_works_in_the_devices_chunks() -> None:
-    """A vocabulary of 128256 over one rank, one sequence of 8192: 4008 MiB in fp32, of which three chunks are there at once."""
+    """A vocabulary of 128256 over one rank, one sequence of 8192: 4008 MiB in fp32, of which three
+    chunks are there at once."""
     a = Architecture(32, 4096, 14336, 32, 8, 128, 128256, 8192)
-    logits = [forward(Slot(a, Parallel(), BF16, 1, 8192, torch.device(device)), 0, head=False).logits for device in ("cpu", "cuda")]
+    logits = [
+        forward(Slot(a, Parallel(), BF16, 1, 8192, torch.device(device)), 0, head=False).logits
+        for device in ("cpu", "cuda")
+    ]
     assert logits[1] - logits[0] == 3 * (512 - 8) * 2**20

@@ -18,7 +18,13 @@ def test_ppo_by_hand() -> None:
         max_length=512,
         max_response=128,
     )
-    assert (batch.updates, batch.slots, batch.rows_per_replica, batch.scoring_slots, batch.tokens) == (8, 8, 64, 32, 131072)
+    assert (
+        batch.updates,
+        batch.slots,
+        batch.rows_per_replica,
+        batch.scoring_slots,
+        batch.tokens,
+    ) == (8, 8, 64, 32, 131072)
     assert batch.lines() == [
         "64 prompts × 4 responses = 256 sequences an iteration",
         "256 sequences / 4 replicas = 64 each, of at most 512 tokens",

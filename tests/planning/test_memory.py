@@ -1,4 +1,5 @@
-"""The planner's Device against residency.Residency: the same calls leave the same bytes on the device."""
+"""The planner's Device against residency.Residency: the same calls leave the same bytes on the
+device."""
 
 from __future__ import annotations
 
@@ -41,10 +42,18 @@ def test_the_same_calls_leave_the_same_bytes(dtype: str) -> None:
     frozen = {key: value for key, value in arguments.items() if key != "optimisation"}
     actor = MegatronActor(**arguments, offload="cpu", eos_id=1, pad_id=0, decode=str)
     critic = MegatronCritic(**arguments, offload="cpu")
-    roles: dict[str, Any] = {"actor": actor, "critic": critic, "reward": MegatronRewardModel(**frozen)}
-    recipe: Any = SimpleNamespace(models={name: SimpleNamespace(offload=offload) for name, offload in OFFLOADED.items()})
+    roles: dict[str, Any] = {
+        "actor": actor,
+        "critic": critic,
+        "reward": MegatronRewardModel(**frozen),
+    }
+    recipe: Any = SimpleNamespace(
+        models={name: SimpleNamespace(offload=offload) for name, offload in OFFLOADED.items()}
+    )
     device = Device(recipe, {name: shard(role) for name, role in roles.items()})
-    device.present = {name: State() if OFFLOADED[name] == "cpu" else device.whole(name) for name in roles}
+    device.present = {
+        name: State() if OFFLOADED[name] == "cpu" else device.whole(name) for name in roles
+    }
     device.use("critic", trains=True)  # the last that `shard` looked at of those that move
 
     rows = mine(mesh, weighted())
@@ -61,8 +70,14 @@ def test_the_same_calls_leave_the_same_bytes(dtype: str) -> None:
     for name, trains, call in calls * 2:
         device.use(name, trains)
         call()
-        real = [sum(column) for column in zip(*(state_bytes(role.engine) for role in roles.values()), strict=True)]
-        assert [device.state.weights, device.state.gradients, device.state.optimizer] == real, (name, trains)
+        real = [
+            sum(column)
+            for column in zip(*(state_bytes(role.engine) for role in roles.values()), strict=True)
+        ]
+        assert [device.state.weights, device.state.gradients, device.state.optimizer] == real, (
+            name,
+            trains,
+        )
 
 
 class LiveBytes(TorchDispatchMode):
@@ -74,10 +89,17 @@ class LiveBytes(TorchDispatchMode):
         self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        before = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage())._cdata not in before:
+            if (
+                isinstance(t, torch.Tensor)
+                and (storage := t.untyped_storage())._cdata not in before
+            ):
                 self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.live = {key: found for key, found in self.live.items() if not found[0].expired()}
         self.most = max(self.most, sum(size for _, size in self.live.values()))
@@ -87,9 +109,12 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.global_rng
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_save_gathers_what_the_plan_says(dtype: str, tmp_path: Path) -> None:
-    """One replica: 9 times the gradient buffer, and nothing else of that order, not even while it is written."""
+    """One replica: 9 times the gradient buffer, and nothing else of that order, not even while it
+    is written."""
     mesh = Mesh.create(Parallel())
-    actor = MegatronActor(**common(mesh, precision=Precision(dtype)), eos_id=1, pad_id=0, decode=str)
+    actor = MegatronActor(
+        **common(mesh, precision=Precision(dtype)), eos_id=1, pad_id=0, decode=str
+    )
     with LiveBytes() as seen:
         checkpoint.save(tmp_path, 1, {"actor": actor.engine}, mesh, {}, {})
     first, other = staging(shard(actor).gradients, 1)
@@ -98,11 +123,23 @@ def test_a_save_gathers_what_the_plan_says(dtype: str, tmp_path: Path) -> None:
 
 
 def test_bytes_moved_by_hand() -> None:
-    """Weights 2, gradients 4, optimizer 12: gradients come back as zeros, everything else is copied, and only what is there leaves."""
-    recipe: Any = SimpleNamespace(models={name: SimpleNamespace(offload="cpu") for name in ("actor", "critic")})
+    """Weights 2, gradients 4, optimizer 12: gradients come back as zeros, everything else is
+    copied, and only what is there leaves."""
+    recipe: Any = SimpleNamespace(
+        models={name: SimpleNamespace(offload="cpu") for name in ("actor", "critic")}
+    )
     one = Shard(0, 0, (1,), 0, 2, 4, 12)
     device = Device(recipe, {"actor": one, "critic": one}, {"actor": State(), "critic": State()})
-    moved = [device.use(*call) for call in (("actor", True), ("actor", False), ("critic", False), ("critic", True), ("actor", False))]
+    moved = [
+        device.use(*call)
+        for call in (
+            ("actor", True),
+            ("actor", False),
+            ("critic", False),
+            ("critic", True),
+            ("actor", False),
+        )
+    ]
     assert moved == [14, 0, 14 + 2, 12, 14 + 2]
     assert device.state == State(2, 0, 0)
 
@@ -110,7 +147,10 @@ def test_bytes_moved_by_hand() -> None:
 @pytest.mark.global_rng  # imports what a recipe's names need
 def test_a_gpus_micro_batch_is_as_wide_as_it_is_padded() -> None:
     """1000 tokens are 1024 on a GPU; on a CPU, and at a round length, nothing is added."""
-    wide, plain = (slot_of(compose(["recipe=hh_sft", f"data.max_length={n}"], RECIPES)).length for n in (1000, 2048))
+    wide, plain = (
+        slot_of(compose(["recipe=hh_sft", f"data.max_length={n}"], RECIPES)).length
+        for n in (1000, 2048)
+    )
     tiny = compose(["recipe=tiny/sft"], RECIPES)
     assert (wide, plain) == (1024, 2048) and slot_of(tiny).length == tiny.data.max_length
 

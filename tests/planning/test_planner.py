@@ -1,4 +1,5 @@
-"""Plans of real recipes: parameter totals against Hugging Face, layouts, phases, verdicts, and what is printed."""
+"""Plans of real recipes: parameter totals against Hugging Face, layouts, phases, verdicts, and what
+is printed."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def hf_parameters(architecture: Architecture) -> int:
     """As transformers counts them; a tied output layer is the embedding."""
     config = config_for(architecture, "bfloat16")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config.pop("model_type"), **config)
+        )
     return sum(p.numel() for p in model.parameters())
 
 
@@ -35,22 +38,31 @@ def test_parameter_totals_are_hugging_faces(plans: dict[str, Any], name: str) ->
     found = plans[name]["parameters"]
     assert found["actor"] == whole
     if "critic" in found:  # a row of hidden_size weights in the output layer's place
-        headless = whole - architecture.vocab_size * architecture.hidden_size + architecture.hidden_size
+        headless = (
+            whole - architecture.vocab_size * architecture.hidden_size + architecture.hidden_size
+        )
         assert found == {"actor": whole, "reference": whole, "critic": headless, "reward": headless}
 
 
 @pytest.mark.global_rng
 def test_tied_embeddings_and_padding_count_once_over_all_stages(plans: dict[str, Any]) -> None:
-    """Eight layers on four stages: the last stage holds a second copy of the embedding, and 1001 rows are padded to 1024."""
+    """Eight layers on four stages: the last stage holds a second copy of the embedding, and 1001
+    rows are padded to 1024."""
     stages = [plans[f"tied/{stage}"]["reference"] for stage in range(4)]
     assert sum(stage["parameters"] for stage in stages) == hf_parameters(TIED)
     assert [stage["chunk_layers"] for stage in stages] == [[2]] * 4
-    assert stages[3]["weights"] - stages[0]["weights"] == 2 * TIED.hidden_size, "the copy, and the final norm"
+    assert stages[3]["weights"] - stages[0]["weights"] == 2 * TIED.hidden_size, (
+        "the copy, and the final norm"
+    )
 
 
 def test_groups_of_512_ranks(plans: dict[str, Any]) -> None:
     groups = plans["70b"]["groups"]
-    assert {kind: (len(g), len(g[0])) for kind, g in groups.items()} == {"tensor": (64, 8), "pipeline": (64, 8), "data": (64, 8)}
+    assert {kind: (len(g), len(g[0])) for kind, g in groups.items()} == {
+        "tensor": (64, 8),
+        "pipeline": (64, 8),
+        "data": (64, 8),
+    }
     assert groups["tensor"][1] == list(range(8, 16))
     assert groups["data"][0] == list(range(0, 64, 8))
     assert groups["pipeline"][0] == list(range(0, 512, 64))
@@ -59,11 +71,14 @@ def test_groups_of_512_ranks(plans: dict[str, Any]) -> None:
 
 
 def test_state_of_7b_on_eight_gpus(plans: dict[str, Any]) -> None:
-    """Tensor 4, data 2, bf16: 2 + 4 bytes a parameter on each tensor rank, and 12 / 2 of fp32 masters and moments."""
+    """Tensor 4, data 2, bf16: 2 + 4 bytes a parameter on each tensor rank, and 12 / 2 of fp32
+    masters and moments."""
     state, _, _ = plans["hh_sft"]["phases"]["actor update"]
     assert state == pytest.approx(6_738_415_616 / 4 * (2 + 4 + 12 / 2), rel=1e-3)
     state, _, _ = plans["hh_gipo"]["phases"]["rollout"]
-    assert state == pytest.approx((6_738_415_616 + 6_607_347_712) / 4 * (2 + 4 + 12 / 2 + 2), rel=1e-3)
+    assert state == pytest.approx(
+        (6_738_415_616 + 6_607_347_712) / 4 * (2 + 4 + 12 / 2 + 2), rel=1e-3
+    )
     assert plans["hh_gipo"]["fits"] is True
 
 
@@ -82,33 +97,48 @@ def test_phases_are_the_algorithms(plans: dict[str, Any]) -> None:
     assert list(plans["hh_gipo"]["phases"])[1:] == ppo
     assert list(plans["hh_rm"]["phases"]) == ["set-up: reward", "reward update", "save"]
     assert list(plans["hh_dpo"]["phases"])[-2:] == ["actor update", "save"]
-    assert list(plans["hh_dpo_live"]["phases"])[-3:] == ["reference log-probs", "actor update", "save"]
+    assert list(plans["hh_dpo_live"]["phases"])[-3:] == [
+        "reference log-probs",
+        "actor update",
+        "save",
+    ]
     weights = 6_738_415_616 / 4 * 2
-    more = plans["hh_dpo_live"]["phases"]["actor update"][0] - plans["hh_dpo"]["phases"]["actor update"][0]
-    assert more == pytest.approx(weights, rel=1e-3), "a live reference stays, a precomputed one is gone"
+    more = (
+        plans["hh_dpo_live"]["phases"]["actor update"][0]
+        - plans["hh_dpo"]["phases"]["actor update"][0]
+    )
+    assert more == pytest.approx(weights, rel=1e-3), (
+        "a live reference stays, a precomputed one is gone"
+    )
 
 
 def test_offload_leaves_one_model_and_moves_the_others(plans: dict[str, Any]) -> None:
     phases = plans["hh_gipo_offload"]["phases"]
     lm, scalar = 6_738_415_616 / 4, 6_607_347_712 / 4
     assert phases["actor update"][0] == pytest.approx(lm * 12, rel=1e-3)
-    assert phases["reference log-probs"][0] == pytest.approx(lm * 4, rel=1e-3), "the reference's weights, and the actor's beside them"
+    assert phases["reference log-probs"][0] == pytest.approx(lm * 4, rel=1e-3), (
+        "the reference's weights, and the actor's beside them"
+    )
     assert phases["reward scores"][0] == pytest.approx(scalar * 2, rel=1e-3)
-    # the critic (weights and optimizer: 8 bytes a parameter) leaves, the actor comes with all but gradients
+    # the critic (weights and optimizer: 8 bytes a parameter) leaves, the actor comes with all but
+    # gradients
     assert phases["actor update"][2] == pytest.approx(scalar * 8 + lm * 8, rel=1e-3)
 
 
 def test_a_save_needs_the_model_alone_on_the_device(plans: dict[str, Any]) -> None:
-    """The optimizer is gathered on the host: 8 ranks, of which the first replica's 4 hold 12 bytes a parameter, 12 / 2 of their own
-    share and 12 of what they receive and join; the others send 12 / 2."""
+    """The optimizer is gathered on the host: 8 ranks, of which the first replica's 4 hold 12 bytes
+    a parameter, 12 / 2 of their own share and 12 of what they receive and join; the others send 12
+    / 2."""
     state, work, moved = plans["hh_gipo"]["phases"]["save"]
     assert (state, work, moved) == (plans["hh_gipo"]["phases"]["rollout"][0], 0, 0)
     lm, scalar = 6_738_415_616 / 4, 6_607_347_712 / 4
-    assert plans["hh_gipo"]["saving"] == pytest.approx(4 * lm * (12 + 6 + 12) + 4 * lm * 6, rel=1e-3)
+    assert plans["hh_gipo"]["saving"] == pytest.approx(
+        4 * lm * (12 + 6 + 12) + 4 * lm * 6, rel=1e-3
+    )
     state, work, moved = plans["hh_gipo_offload"]["phases"]["save"]
     assert (state, work) == (pytest.approx(lm * 12, rel=1e-3), 0)
-    # actor and critic in turn: each comes with 8 bytes a parameter and sends the other's away; at the end of an iteration the critic's
-    # weights are there
+    # actor and critic in turn: each comes with 8 bytes a parameter and sends the other's away; at
+    # the end of an iteration the critic's weights are there
     assert moved == pytest.approx(scalar * 2 + lm * 8 + lm * 8 + scalar * 8, rel=1e-3)
 
 
@@ -117,18 +147,29 @@ def test_adam_has_temporaries_on_a_cpu_only(plans: dict[str, Any]) -> None:
 
 
 def test_flops_are_the_algorithms_passes(plans: dict[str, Any]) -> None:
-    """StepResult.passes: 5 + 6 epochs for PPO (ppo.py), 3 for the others, 4 for DPO with a live reference."""
+    """StepResult.passes: 5 + 6 epochs for PPO (ppo.py), 3 for the others, 4 for DPO with a live
+    reference."""
     size = 2 * 6_738_415_616
-    for name, passes in (("hh_gipo", 11), ("hh_sft", 3), ("hh_rm", 3), ("hh_dpo", 3), ("hh_dpo_live", 4)):
-        assert plans[name]["flops"] == pytest.approx(size * plans[name]["tokens"] * passes, rel=1e-9), name
+    for name, passes in (
+        ("hh_gipo", 11),
+        ("hh_sft", 3),
+        ("hh_rm", 3),
+        ("hh_dpo", 3),
+        ("hh_dpo_live", 4),
+    ):
+        assert plans[name]["flops"] == pytest.approx(
+            size * plans[name]["tokens"] * passes, rel=1e-9
+        ), name
     assert plans["hh_gipo"]["tokens"] == 64 * 4 * 2048
     assert plans["hh_rm"]["tokens"] == 64 * 2 * 2048
 
 
 def test_generation_takes_the_memory_that_is_left(plans: dict[str, Any]) -> None:
-    """hh_gipo: 74 GiB usable, 43.5 of them models. A row of 2048 tokens is 256 MiB: 110 to 121 of 128 rows fit, where 4 GiB hold 16.
+    """hh_gipo: 74 GiB usable, 43.5 of them models. A row of 2048 tokens is 256 MiB: 110 to 121 of
+    128 rows fit, where 4 GiB hold 16.
 
-    A full slice and a small one, 512 steps each: about 9 + 5 ms (memory, then launches), and a little for the prompts.
+    A full slice and a small one, 512 steps each: about 9 + 5 ms (memory, then launches), and a
+    little for the prompts.
     """
     plan = plans["hh_gipo"]
     (rows,), (state, work, _) = plan["rows"], plan["phases"]["rollout"]
@@ -136,12 +177,15 @@ def test_generation_takes_the_memory_that_is_left(plans: dict[str, Any]) -> None
     assert 0.93 * left < rows < left and 110 <= rows <= 121
     assert state + work <= plan["limit"]
     assert 7 < plan["seconds"]["rollout"] < 10
-    assert plans["hh_gipo_offload"]["rows"] == [128], "with all other models on the host, all rows at once"
+    assert plans["hh_gipo_offload"]["rows"] == [128], (
+        "with all other models on the host, all rows at once"
+    )
     assert plans["tiny"]["rows"] == [128], "a tiny model's caches all fit into a CPU's 4 GiB"
 
 
 def test_all_stages_generate_the_same_rows(plans: dict[str, Any]) -> None:
-    """Eight stages of 70B on GPUs of 24 GiB: the first and the last hold an embedding more than those between."""
+    """Eight stages of 70B on GPUs of 24 GiB: the first and the last hold an embedding more than
+    those between."""
     plan = plans["70b_small"]
     assert len(plan["rows"]) == 3 and len(set(plan["rows"])) == 1 and 1 < plan["rows"][0] < 128
     state, work, _ = plan["phases"]["rollout"]
@@ -166,9 +210,13 @@ def test_a_tensor_group_over_nodes_is_said(plans: dict[str, Any]) -> None:
 
 
 def test_recomputation_without_need_is_said(plans: dict[str, Any]) -> None:
-    """The cheapest setting that fits is named: none where it fits, else selective; nothing where there is nothing to gain."""
+    """The cheapest setting that fits is named: none where it fits, else selective; nothing where
+    there is nothing to gain."""
     (warning,) = plans["needless"]["warnings"]
-    assert "memory.recompute=full computes activations twice without need: memory.recompute=none fits, too (" in warning
+    assert (
+        "memory.recompute=full computes activations twice without need: memory.recompute=none fits,"
+        " too (" in warning
+    )
     needed = plans["needed"]
     (warning,) = needed["warnings"]
     assert needed["fits"] and "memory.recompute=selective fits, too (" in warning
@@ -186,8 +234,13 @@ def test_what_is_printed(plans: dict[str, Any]) -> None:
         assert max(map(len, text.splitlines())) <= 100, name
         assert text.count("verdict: ") == 1, name
     assert "  tensor   64 of 8 ranks, inside a node: 0-7, 8-15, 16-23, …" in texts["text/70b"]
-    assert "256 sequences an optimizer step = 8 replicas × 32 micro-batches of 1" in texts["text/70b"]
-    assert "cheapest change: models.actor.offload=cpu models.reference.offload=cpu" in texts["text/tight"]
+    assert (
+        "256 sequences an optimizer step = 8 replicas × 32 micro-batches of 1" in texts["text/70b"]
+    )
+    assert (
+        "cheapest change: models.actor.offload=cpu models.reference.offload=cpu"
+        in texts["text/tight"]
+    )
     assert "verdict: none, hardware.gpu_memory_gib is 0 (a CPU)" in texts["text/tiny"]
     assert prod((256, 4, 2048)) == plans["70b"]["tokens"]
 

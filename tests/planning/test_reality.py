@@ -1,4 +1,5 @@
-"""The plan against what is allocated: exactly the same bytes of weights, gradients and optimizer state, rank by rank."""
+"""The plan against what is allocated: exactly the same bytes of weights, gradients and optimizer
+state, rank by rank."""
 
 from __future__ import annotations
 
@@ -15,15 +16,25 @@ CELLS = {1: 8, 2: 80, 4: 96}  # layouts × number formats × ranks × roles
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
-def test_predicted_bytes_are_the_allocated_ones(plans: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, world: int) -> None:
-    found = [planning_cases.run(1)] if world == 1 else [rank["allocated"] for rank in ranks(world, tmp_path_factory)[1]]
+def test_predicted_bytes_are_the_allocated_ones(
+    plans: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, world: int
+) -> None:
+    found = (
+        [planning_cases.run(1)]
+        if world == 1
+        else [rank["allocated"] for rank in ranks(world, tmp_path_factory)[1]]
+    )
     checked = 0
     for rank, cells in enumerate(found):
         for cell, roles in cells.items():
             predicted = plans[f"{world}/{cell}/{rank}"]
             for role, sizes in roles.items():
                 shard = predicted[role]
-                assert [shard["weights"], shard["gradients"], shard["optimizer"]] == sizes, f"{cell} rank {rank} {role}"
-                assert sizes[0] > 0 and bool(sizes[1]) == bool(sizes[2]) == (role in ("actor", "critic"))
+                assert [shard["weights"], shard["gradients"], shard["optimizer"]] == sizes, (
+                    f"{cell} rank {rank} {role}"
+                )
+                assert sizes[0] > 0 and bool(sizes[1]) == bool(sizes[2]) == (
+                    role in ("actor", "critic")
+                )
                 checked += 1
     assert checked == CELLS[world]

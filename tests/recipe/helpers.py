@@ -21,7 +21,8 @@ data: {format: planted, max_length: 64, max_response: 16}
 run: {dir: runs/small, steps: 3}
 """
 
-load_components(Block({}, "tests"))  # here, since a package that the components import may draw from a global generator
+# here, since a package that the components import may draw from a global generator
+load_components(Block({}, "tests"))
 
 
 def write(folder: Path, **files: str) -> Path:

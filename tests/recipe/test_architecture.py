@@ -46,7 +46,9 @@ CONFIG: dict[str, Any] = {
     "rope_scaling": {"type": "linear", "factor": 2.0},
     "tie_word_embeddings": True,
 }
-SAYS = Architecture(3, 48, 64, 6, 2, 8, 259, 96, 5e4, {"type": "linear", "factor": 2.0}, 1e-6, False, False, True)
+SAYS = Architecture(
+    3, 48, 64, 6, 2, 8, 259, 96, 5e4, {"type": "linear", "factor": 2.0}, 1e-6, False, False, True
+)
 BLOCK = "model.architecture."
 
 
@@ -58,13 +60,24 @@ def folder(path: Path, **changes: Any) -> Path:
 
 def checkpoint(path: Path, *roles: str, **changes: Any) -> Path:
     path.mkdir(exist_ok=True)
-    about = {"architecture": {**asdict(SAYS), **changes}, "head": None, "num_groups": None, "trained": True}
-    (path / "meta.json").write_text(json.dumps({"format": "gipo_megatron", "version": 1, "roles": dict.fromkeys(roles, about)}))
+    about = {
+        "architecture": {**asdict(SAYS), **changes},
+        "head": None,
+        "num_groups": None,
+        "trained": True,
+    }
+    (path / "meta.json").write_text(
+        json.dumps({"format": "gipo_megatron", "version": 1, "roles": dict.fromkeys(roles, about)})
+    )
     return path
 
 
 def origins(tree: Block) -> set[str]:
-    found = {path[-1]: leaf.origin for path, leaf in leaves(tree) if path[:2] == ("model", "architecture")}
+    found = {
+        path[-1]: leaf.origin
+        for path, leaf in leaves(tree)
+        if path[:2] == ("model", "architecture")
+    }
     assert found.keys() == {f.name for f in fields(Architecture)}
     return set(found.values())
 
@@ -85,7 +98,8 @@ def test_a_folder_says_it_and_is_the_origin(tmp_path: Path, text: str) -> None:
 
 def test_a_checkpoint_says_it(tmp_path: Path) -> None:
     saved = checkpoint(tmp_path / "final", "actor", "critic")
-    recipe = small(tmp_path, text=PPO.replace("LOAD", str(saved)))  # a reward model may start from an actor
+    # a reward model may start from an actor
+    recipe = small(tmp_path, text=PPO.replace("LOAD", str(saved)))
     assert recipe.model.architecture == SAYS and origins(recipe.tree) == {f"{saved}/meta.json"}
     assert small(tmp_path, f"models.actor.load={saved}", text=SFT).model.architecture == SAYS
 
@@ -93,7 +107,9 @@ def test_a_checkpoint_says_it(tmp_path: Path) -> None:
 def test_another_programs_meta_json_is_no_checkpoint(tmp_path: Path) -> None:
     hf = folder(tmp_path / "hf")
     (hf / "meta.json").write_text('{"format": "other"}')
-    assert origins(small(tmp_path, f"models.actor.load={hf}", text=SFT).tree) == {f"{hf}/config.json"}
+    assert origins(small(tmp_path, f"models.actor.load={hf}", text=SFT).tree) == {
+        f"{hf}/config.json"
+    }
 
 
 def test_weights_beside_random_ones(tmp_path: Path) -> None:
@@ -101,56 +117,103 @@ def test_weights_beside_random_ones(tmp_path: Path) -> None:
     hf = folder(tmp_path / "hf")
     text = PPO.replace("LOAD", "random")
     assert small(tmp_path, f"models.reward.load={hf}", text=text).model.architecture == SAYS
-    other = SFT.replace("LOAD}", f"{hf}}}\n  reward: {{load: {folder(tmp_path / 'gpt', model_type='gpt2')}}}")
+    other = SFT.replace(
+        "LOAD}", f"{hf}}}\n  reward: {{load: {folder(tmp_path / 'gpt', model_type='gpt2')}}}"
+    )
     assert small(tmp_path, text=other).model.architecture == SAYS
 
 
 def test_other_keys_may_point_at_it(tmp_path: Path) -> None:
     hf = folder(tmp_path / "hf")
-    words = [f"model.hub={hf}", "models.actor.load=${model.hub}", "data.max_length=${model.architecture.max_positions}"]
+    words = [
+        f"model.hub={hf}",
+        "models.actor.load=${model.hub}",
+        "data.max_length=${model.architecture.max_positions}",
+    ]
     assert small(tmp_path, *words, text=SFT).data.max_length == 96
 
 
 def test_a_model_block_may_be_absent_or_written_in_part(tmp_path: Path) -> None:
     hf = folder(tmp_path / "hf")
     bare = SFT.replace("base/sft, ", "").replace("LOAD", str(hf)) + "algorithm: sft\n"
-    for more in ("", "model: {hub: x}\n", 'model: {architecture: "???"}\n', "model: {architecture: {head_dim: 8}}\n"):
+    for more in (
+        "",
+        "model: {hub: x}\n",
+        'model: {architecture: "???"}\n',
+        "model: {architecture: {head_dim: 8}}\n",
+    ):
         assert small(tmp_path, "models.actor.lr=1e-3", text=bare + more).model.architecture == SAYS
     (found,) = problems(tmp_path, "models.actor.lr=1e-3", text=bare + "model: {architecture: 3}\n")
     assert found.key == "model.architecture" and "must be a block" in found.what
 
 
 def test_where_nothing_is_loaded_what_is_left_out_has_its_default(tmp_path: Path) -> None:
-    required: dict[str, Any] = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 8, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4}
+    required: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 8,
+        "ffn_hidden_size": 8,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+    }
     required |= {"vocab_size": 259, "max_positions": 64}
     words = [f"{BLOCK}{key}={value}" for key, value in required.items()]
     recipe = small(tmp_path, *words, text=SFT.replace("LOAD", "random"))
-    assert recipe.model.architecture == Architecture(**required) and recipe.model.architecture.rope_base == 10000.0
+    assert (
+        recipe.model.architecture == Architecture(**required)
+        and recipe.model.architecture.rope_base == 10000.0
+    )
     assert origins(recipe.tree) == {"command line", "default"}
     found = problems(tmp_path, *words[:-1], text=SFT.replace("LOAD", "random"))
     assert [(p.key, p.what) for p in found] == [(f"{BLOCK}max_positions", "missing")]
 
 
-# --------------------------------------------------------------------------------------------- contradictions
+# ----------------------------------------------------------------------------------- contradictions
 
 
 def test_every_written_key_is_compared(tmp_path: Path) -> None:
     hf = folder(tmp_path / "hf")
-    agreeing = {**asdict(SAYS), "rope_scaling": {"rope_type": "linear", "factor": 2}, "rope_base": 50000}
-    other = {key: value + 1 if type(value) in (int, float) else not value for key, value in asdict(SAYS).items()}
+    agreeing = {
+        **asdict(SAYS),
+        "rope_scaling": {"rope_type": "linear", "factor": 2},
+        "rope_base": 50000,
+    }
+    other = {
+        key: value + 1 if type(value) in (int, float) else not value
+        for key, value in asdict(SAYS).items()
+    }
     other["rope_scaling"] = None
     for key, value in agreeing.items():
         word = f"{BLOCK}{key}={json.dumps(value)}"
-        assert small(tmp_path, word, f"models.actor.load={hf}", text=SFT).model.architecture.num_layers == 3
+        assert (
+            small(tmp_path, word, f"models.actor.load={hf}", text=SFT).model.architecture.num_layers
+            == 3
+        )
         wrong = f"{BLOCK}{key}={json.dumps(other[key])}"
-        (found,) = [p for p in problems(tmp_path, wrong, f"models.actor.load={hf}", text=SFT) if "weights to load" in p.what]
-        assert (found.key, found.where) == ("model.architecture", "command line") and found.fix.startswith("remove it")
-        assert f": {key} {other[key]} ≠ {asdict(SAYS)[key]} (command line ≠ {hf}/config.json)" in found.what
+        (found,) = [
+            p
+            for p in problems(tmp_path, wrong, f"models.actor.load={hf}", text=SFT)
+            if "weights to load" in p.what
+        ]
+        assert (found.key, found.where) == (
+            "model.architecture",
+            "command line",
+        ) and found.fix.startswith("remove it")
+        assert (
+            f": {key} {other[key]} ≠ {asdict(SAYS)[key]} (command line ≠ {hf}/config.json)"
+            in found.what
+        )
     assert len(agreeing) == len(fields(Architecture)) == 14
 
 
 def test_a_fragment_that_contradicts_is_one_problem_with_one_fix(tmp_path: Path) -> None:
-    hf = folder(tmp_path / "hf", hidden_size=128, intermediate_size=384, num_attention_heads=4, tie_word_embeddings=False)
+    hf = folder(
+        tmp_path / "hf",
+        hidden_size=128,
+        intermediate_size=384,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
+    )
     words = [f"models.actor.load={hf}", "model.tokenizer=bytes"]
     (found,) = problems(tmp_path, "with=model/tiny", *words, text=SFT)
     assert (found.key, found.where) == ("model.architecture", "recipes/model/tiny.yaml:6")
@@ -159,7 +222,9 @@ def test_a_fragment_that_contradicts_is_one_problem_with_one_fix(tmp_path: Path)
     assert found.what.endswith(f"{expected} (recipes/model/tiny.yaml ≠ {hf}/config.json)")
     assert "with=model/from_weights" in found.fix
     again = small(tmp_path, "with=model/tiny,model/from_weights", *words, text=SFT)
-    assert again.model.architecture == architecture_from_hf(hf) and origins(again.tree) == {f"{hf}/config.json"}
+    assert again.model.architecture == architecture_from_hf(hf) and origins(again.tree) == {
+        f"{hf}/config.json"
+    }
 
 
 def test_each_place_that_contradicts_is_a_problem(tmp_path: Path) -> None:
@@ -176,7 +241,10 @@ def test_each_place_that_contradicts_is_a_problem(tmp_path: Path) -> None:
 def test_a_recipes_own_model_gives_way_to_the_weights(tmp_path: Path, name: str) -> None:
     """Architecture, tokenizer and hub name of a shipped recipe, all replaced by one fragment."""
     hf = folder(tmp_path / "hf", max_position_embeddings=4096)
-    loads = [f"models.actor.load={hf}", *([] if name.endswith("sft") else [f"models.reward.load={hf}"])]
+    loads = [
+        f"models.actor.load={hf}",
+        *([] if name.endswith("sft") else [f"models.reward.load={hf}"]),
+    ]
     with pytest.raises(RecipeErrors) as caught:
         compose([f"recipe={name}", *loads], RECIPES)
     (found,) = [p for p in caught.value.problems if p.key == "model.architecture"]
@@ -196,30 +264,59 @@ def test_a_recipes_own_model_needs_weights_in_its_place(tmp_path: Path) -> None:
 def test_roles_must_agree(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a"), checkpoint(tmp_path / "b", "reward", num_layers=4, norm_eps=1e-5)
     (found,) = problems(tmp_path, f"models.actor.load={a}", f"models.reward.load={b}", text=PPO)
-    assert found.key == "models.reward.load" and found.where == "command line" and "models.actor.load" in found.what
-    assert f"num_layers 4 ≠ 3, norm_eps 1e-05 ≠ 1e-06 ({b}/meta.json ≠ {a}/config.json)" in found.what
+    assert (
+        found.key == "models.reward.load"
+        and found.where == "command line"
+        and "models.actor.load" in found.what
+    )
+    assert (
+        f"num_layers 4 ≠ 3, norm_eps 1e-05 ≠ 1e-06 ({b}/meta.json ≠ {a}/config.json)" in found.what
+    )
 
 
-# --------------------------------------------------------------------------------------------- nothing to read
+# ---------------------------------------------------------------------------------- nothing to read
 
 
 @pytest.mark.parametrize(
     ("load", "what"),
     [
-        ("random", "model.architecture: missing: it is not written, and no weights say it: models.actor.load is random"),
+        (
+            "random",
+            (
+                "model.architecture: missing: it is not written, and no weights say it:"
+                " models.actor.load is random"
+            ),
+        ),
         (
             "runs/no/final",
-            "model.architecture: missing: it is not written, and no weights say it: 'runs/no/final' (models.actor.load)",
+            (
+                "model.architecture: missing: it is not written, and no weights say it:"
+                " 'runs/no/final' (models.actor.load)"
+            ),
         ),
-        ("empty", "models.actor.load: empty is neither a checkpoint (meta.json) nor a Hugging Face folder (config.json)"),
+        (
+            "empty",
+            (
+                "models.actor.load: empty is neither a checkpoint (meta.json) nor a Hugging Face"
+                " folder (config.json)"
+            ),
+        ),
         ("run", "models.actor.load: run is neither"),
         ("gpt", "models.actor.load: gpt/config.json: model_type 'gpt2' is not built"),
         ("torn", "models.actor.load: torn/meta.json: unreadable meta.json"),
-        ("old", "models.actor.load: old/meta.json describes no architecture that this program knows"),
-        ("none", "models.actor.load: none/meta.json describes no architecture that this program knows"),
+        (
+            "old",
+            "models.actor.load: old/meta.json describes no architecture that this program knows",
+        ),
+        (
+            "none",
+            "models.actor.load: none/meta.json describes no architecture that this program knows",
+        ),
     ],
 )
-def test_one_clear_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: str, what: str) -> None:
+def test_one_clear_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: str, what: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("run/final").mkdir(parents=True)
@@ -239,10 +336,12 @@ def test_an_unset_load_is_the_only_problem(tmp_path: Path) -> None:
     assert found.key == "algorithm.name"
 
 
-# --------------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------------------------ the hub
 
 
-def test_a_cached_hub_model_is_read_and_compared_without_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_hub_model_is_read_and_compared_without_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     repository = tmp_path / "cache" / "models--owner--small"
@@ -251,18 +350,39 @@ def test_a_cached_hub_model_is_read_and_compared_without_the_network(tmp_path: P
     (repository / "snapshots").mkdir()
     folder(repository / "snapshots" / "abc")
     recipe = small(tmp_path, text=SFT.replace("LOAD", "owner/small"))
-    assert recipe.model.architecture == SAYS and origins(recipe.tree) == {"owner/small/config.json (hub)"}
+    assert recipe.model.architecture == SAYS and origins(recipe.tree) == {
+        "owner/small/config.json (hub)"
+    }
     (found,) = problems(tmp_path, f"{BLOCK}head_dim=16", text=SFT.replace("LOAD", "owner/small"))
     assert "(command line ≠ owner/small/config.json (hub))" in found.what
-    assert small(tmp_path, "model.hub=owner/small", text=SFT.replace("LOAD", "random")).model.architecture == SAYS
+    assert (
+        small(
+            tmp_path, "model.hub=owner/small", text=SFT.replace("LOAD", "random")
+        ).model.architecture
+        == SAYS
+    )
 
 
-def test_an_unreachable_hub_is_one_problem_and_not_asked_where_the_recipe_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_one_problem_and_not_asked_where_the_recipe_says_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for words, key in ((["models.actor.load=owner/none"], "models.actor.load"), (["model.hub=owner/none"], "model.hub")):
+    for words, key in (
+        (["models.actor.load=owner/none"], "models.actor.load"),
+        (["model.hub=owner/none"], "model.hub"),
+    ):
         (found,) = problems(tmp_path, *words, text=SFT.replace("LOAD", "random"))
-        assert found.key == key and "'owner/none' is no local path" in found.what and found.where == "command line"
-    assert small(tmp_path, "with=model/tiny", "models.actor.load=owner/none", text=SFT).model.architecture.num_layers == 4
+        assert (
+            found.key == key
+            and "'owner/none' is no local path" in found.what
+            and found.where == "command line"
+        )
+    assert (
+        small(
+            tmp_path, "with=model/tiny", "models.actor.load=owner/none", text=SFT
+        ).model.architecture.num_layers
+        == 4
+    )
 
 
 @pytest.fixture
@@ -309,15 +429,26 @@ print(json.dumps([recipe.to_yaml().count("# owner/small/config.json (hub)"), loa
 """
 
 
-def test_only_config_json_is_downloaded_and_the_cache_stays_as_it_was(tmp_path: Path, hub: str) -> None:
-    """In a process of its own, since the client reads its address when it is imported. A cached config.json would pass for the model."""
+def test_only_config_json_is_downloaded_and_the_cache_stays_as_it_was(
+    tmp_path: Path, hub: str
+) -> None:
+    """In a process of its own, since the client reads its address when it is imported. A cached
+    config.json would pass for the model."""
     (tmp_path / "small.yaml").write_text(SFT.replace("LOAD", "owner/small"))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(tmp_path / "hf"),
+    }
     environment["PYTHONPATH"] = str(RECIPES.parent)
     command = [sys.executable, "-c", SHOW, str(RECIPES)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     refused, read = done.stdout.splitlines()
-    assert "models.actor.load: cannot get owner/other/config.json (hub): RepositoryNotFoundError: 404" in refused
+    assert (
+        "models.actor.load: cannot get owner/other/config.json (hub): RepositoryNotFoundError: 404"
+        in refused
+    )
     assert json.loads(read) == [len(fields(Architecture)), []]
     assert not list(tmp_path.rglob("snapshots"))

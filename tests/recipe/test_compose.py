@@ -11,10 +11,25 @@ from tests.recipe.helpers import RECIPES, SMALL, problems, small, write
 
 
 def test_arguments() -> None:
-    words = ["recipe=hh_gipo", "with=hardware/cpu,data/hh", "world=4", "run.steps=3", "run.loggers=[a, b]", "data.path=", "run.steps=1e3"]
+    words = [
+        "recipe=hh_gipo",
+        "with=hardware/cpu,data/hh",
+        "world=4",
+        "run.steps=3",
+        "run.loggers=[a, b]",
+        "data.path=",
+        "run.steps=1e3",
+    ]
     arguments = parse_arguments(words)
-    assert (arguments.recipe, arguments.fragments, arguments.world) == ("hh_gipo", ("hardware/cpu", "data/hh"), 4)
-    assert plain(arguments.overrides) == {"run": {"steps": 1000.0, "loggers": ["a", "b"]}, "data": {"path": ""}}
+    assert (arguments.recipe, arguments.fragments, arguments.world) == (
+        "hh_gipo",
+        ("hardware/cpu", "data/hh"),
+        4,
+    )
+    assert plain(arguments.overrides) == {
+        "run": {"steps": 1000.0, "loggers": ["a", "b"]},
+        "data": {"path": ""},
+    }
 
 
 @pytest.mark.parametrize(
@@ -47,15 +62,27 @@ def test_defaults_depth_first_later_wins_child_over_all(tmp_path: Path) -> None:
     tree = files.load(child)
     assert not files.problems
     assert plain(tree) == {"a": "left", "r": "root", "b": "right", "c": "right", "d": "child"}
-    origins = {path[0]: leaf.origin.removeprefix(f"{tmp_path.name}/") for path, leaf in leaves(tree)}
-    assert origins == {"a": "left.yaml:2", "r": "root.yaml:2", "b": "right.yaml:1", "c": "right.yaml:2", "d": "child.yaml:2"}
+    origins = {
+        path[0]: leaf.origin.removeprefix(f"{tmp_path.name}/") for path, leaf in leaves(tree)
+    }
+    assert origins == {
+        "a": "left.yaml:2",
+        "r": "root.yaml:2",
+        "b": "right.yaml:1",
+        "c": "right.yaml:2",
+        "d": "child.yaml:2",
+    }
 
 
 def test_a_cycle_is_named(tmp_path: Path) -> None:
     files = Files(tmp_path)
     files.load(write(tmp_path, a="defaults: [b]\n", b="x: 1\ndefaults: [c]\n", c="defaults: [b]\n"))
     (problem,) = files.problems
-    assert "cycle" in problem.what and problem.what.count("b.yaml") == 2 and "c.yaml:1" in problem.where
+    assert (
+        "cycle" in problem.what
+        and problem.what.count("b.yaml") == 2
+        and "c.yaml:1" in problem.where
+    )
 
 
 def test_every_broken_file_is_named(tmp_path: Path) -> None:
@@ -64,10 +91,15 @@ def test_every_broken_file_is_named(tmp_path: Path) -> None:
     assert len(files.problems) == 3
 
 
-def test_a_recipe_is_found_by_name_by_path_and_beside_the_file_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_is_found_by_name_by_path_and_beside_the_file_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path, mine="defaults: [./other]\n", other="x: 1\n")
     assert find_recipe("tiny/gipo", RECIPES) == RECIPES / "tiny" / "gipo.yaml"
-    assert find_recipe(str(path), RECIPES) == path and find_recipe(str(path.with_suffix("")), RECIPES) == path
+    assert (
+        find_recipe(str(path), RECIPES) == path
+        and find_recipe(str(path.with_suffix("")), RECIPES) == path
+    )
     assert plain(Files(RECIPES).load(path)) == {"x": 1}
     monkeypatch.chdir(tmp_path)
     assert find_recipe("mine", RECIPES) == Path("mine.yaml")
@@ -85,25 +117,47 @@ def test_fragments_come_after_the_recipe_and_overrides_after_them(tmp_path: Path
 
 def test_origins_of_file_fragment_override_and_default(tmp_path: Path) -> None:
     text = small(tmp_path, "run.seed=9").to_yaml()
-    assert any(line.strip().startswith("seed: 9 ") and line.endswith("# command line") for line in text.splitlines())
-    assert any(line.strip().startswith("steps: 3 ") and line.endswith("small.yaml:6") for line in text.splitlines())
-    assert any(line.strip().startswith("keep: 2 ") and "# recipes/base/gipo.yaml:" in line for line in text.splitlines())
+    assert any(
+        line.strip().startswith("seed: 9 ") and line.endswith("# command line")
+        for line in text.splitlines()
+    )
+    assert any(
+        line.strip().startswith("steps: 3 ") and line.endswith("small.yaml:6")
+        for line in text.splitlines()
+    )
+    assert any(
+        line.strip().startswith("keep: 2 ") and "# recipes/base/gipo.yaml:" in line
+        for line in text.splitlines()
+    )
 
 
 def test_overrides_are_one_child_whatever_their_order(tmp_path: Path) -> None:
-    for words in (["algorithm.kl_controller.eta=0.2", "algorithm.kl_controller=fixed"], ["algorithm.kl_controller=fixed"]):
+    for words in (
+        ["algorithm.kl_controller.eta=0.2", "algorithm.kl_controller=fixed"],
+        ["algorithm.kl_controller=fixed"],
+    ):
         block = small(tmp_path, *words).algorithm["kl_controller"]
         assert block["name"] == "fixed" and set(block) == {"name", "eta"}
-    swapped = small(tmp_path, "algorithm.kl_controller.name=fixed", "algorithm.kl_controller.eta=0.2").algorithm["kl_controller"]
+    swapped = small(
+        tmp_path, "algorithm.kl_controller.name=fixed", "algorithm.kl_controller.eta=0.2"
+    ).algorithm["kl_controller"]
     assert swapped == {"name": "fixed", "eta": 0.2}
 
 
 def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHERE", "elsewhere")
-    recipe = small(tmp_path, "run.dir=${oc.env:WHERE}/${run.seed}", "run.seed=4", "run.steps=${run.seed}")
+    recipe = small(
+        tmp_path, "run.dir=${oc.env:WHERE}/${run.seed}", "run.seed=4", "run.steps=${run.seed}"
+    )
     assert (recipe.run.dir, recipe.run.steps) == ("elsewhere/4", 4)
     assert recipe.models["reference"].load == recipe.models["actor"].load == "random"
-    found = problems(tmp_path, "run.dir=${nowhere.x}", "data.path=${oc.nothing:x}", "run.seed='${'", "run.steps=${data.format}")
+    found = problems(
+        tmp_path,
+        "run.dir=${nowhere.x}",
+        "data.path=${oc.nothing:x}",
+        "run.seed='${'",
+        "run.steps=${data.format}",
+    )
     assert sorted(p.key for p in found) == ["data.path", "run.dir", "run.seed", "run.steps"]
 
 
@@ -125,7 +179,19 @@ def test_the_expanded_recipe_is_a_recipe(tmp_path: Path) -> None:
     for base in ("base/gipo", "base/sft", "base/reward_model", "base/ppo"):
         recipe = small(tmp_path, "models.actor.load=random", text=SMALL.replace("base/gipo", base))
         again = small(tmp_path, text=recipe.to_yaml())
-        sections = ("models", "model", "parallel", "precision", "memory", "batch", "algorithm", "data", "run", "evaluation", "hardware")
+        sections = (
+            "models",
+            "model",
+            "parallel",
+            "precision",
+            "memory",
+            "batch",
+            "algorithm",
+            "data",
+            "run",
+            "evaluation",
+            "hardware",
+        )
         assert all(getattr(again, name) == getattr(recipe, name) for name in sections)
         assert plain(again.tree) == plain(recipe.tree)
 
@@ -150,7 +216,9 @@ def test_a_wrong_algorithm_is_one_problem(tmp_path: Path) -> None:
     assert [(p.key, p.what) for p in found] == [("algorithm.name", "missing")]
 
 
-def test_plugins_that_cannot_be_imported_are_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugins_that_cannot_be_imported_are_problems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken_plugin_of_test.py").write_text("raise RuntimeError('boom')\n")
     found = problems(tmp_path, "plugins=[no_such_module_here, broken_plugin_of_test]", "run.stps=3")

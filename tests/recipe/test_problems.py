@@ -18,13 +18,17 @@ def test_suggest_names_the_nearest_or_all() -> None:
 
 
 def test_all_problems_on_one_screen() -> None:
-    text = str(RecipeErrors("x", [Problem(f"k{i}", "bad", "f:1", "mend") for i in range(SHOWN + 5)]))
+    text = str(
+        RecipeErrors("x", [Problem(f"k{i}", "bad", "f:1", "mend") for i in range(SHOWN + 5)])
+    )
     assert text.startswith(f"x: {SHOWN + 5} problems\nk0: bad\n  where: f:1\n  fix:   mend\n")
     assert text.endswith("and 5 more")
     assert len(text.splitlines()) <= 60
 
 
-def test_rank_0_prints_and_exits_with_2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_prints_and_exits_with_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit) as left:
         fail(UserError("what", where="here", fix="so"))
@@ -34,8 +38,15 @@ def test_rank_0_prints_and_exits_with_2(capsys: pytest.CaptureFixture[str], monk
 
 def test_other_ranks_are_silent_wait_and_exit_with_2_even_when_torchrun_ends_them() -> None:
     code = (
-        "from gipo_megatron.recipe.problems import fail; from gipo_megatron.errors import UserError; import threading, os, signal; "
-        "threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start(); fail(UserError('what'), patience=600)"
+        "from gipo_megatron.recipe.problems import fail; from gipo_megatron.errors import"
+        " UserError; import threading, os, signal; threading.Timer(0.2, lambda:"
+        " os.kill(os.getpid(), signal.SIGTERM)).start(); fail(UserError('what'), patience=600)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "RANK": "1"}, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "RANK": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")

@@ -25,7 +25,11 @@ class Outer:
 
 
 def test_build_gives_keys_nested_components_and_runtime_objects() -> None:
-    outer = build("algorithm", {"name": "test_outer", "x": 2.0, "judge": {"name": "test_inner", "k": 3}}, {"actor": "A", "dp": "D"})
+    outer = build(
+        "algorithm",
+        {"name": "test_outer", "x": 2.0, "judge": {"name": "test_inner", "k": 3}},
+        {"actor": "A", "dp": "D"},
+    )
     assert (outer.x, outer.actor, outer.judge.k, outer.judge.dp) == (2.0, "A", 3, "D")
     assert build("algorithm", {"name": "test_outer"}, {"actor": "A", "dp": "D"}).judge.k == 1
 
@@ -49,7 +53,13 @@ def test_recipe_fields_are_neither_components_nor_runtime_nor_memory() -> None:
 
 @pytest.mark.parametrize(
     ("mark", "good", "bad"),
-    [(Range(0, 1), 1, 1.1), (Range(0, 1), 0, -0.1), (Range(0, open=True), 1e-9, 0), (Range(high=2), -5, 3), (OneOf("a", "b"), "b", "c")],
+    [
+        (Range(0, 1), 1, 1.1),
+        (Range(0, 1), 0, -0.1),
+        (Range(0, open=True), 1e-9, 0),
+        (Range(high=2), -5, 3),
+        (OneOf("a", "b"), "b", "c"),
+    ],
 )
 def test_marks(mark: Range | OneOf, good: object, bad: object) -> None:
     assert mark.refuse(good) == ""

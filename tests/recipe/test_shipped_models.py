@@ -1,4 +1,5 @@
-"""recipes/model/ against the published config.json of each model; base recipes leave the architecture open."""
+"""recipes/model/ against the published config.json of each model; base recipes leave the
+architecture open."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from gipo_megatron.recipe.source import MISSING, plain
 from gipo_megatron.specs import Architecture
 from tests.recipe.helpers import RECIPES
 
-SEVEN_B = {"hidden_act": "silu", "hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "initializer_range": 0.02}
+SEVEN_B = {
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "initializer_range": 0.02,
+}
 # The published config.json of recipes/model/NAME's hub name.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama2_7b": {
@@ -126,12 +133,18 @@ def test_a_shipped_model_is_its_published_config(name: str) -> None:
 
 
 def test_every_shipped_model_is_compared() -> None:
-    assert {path.stem for path in (RECIPES / "model").glob("*.yaml")} == {*PUBLISHED, "tiny", "from_weights"}
+    assert {path.stem for path in (RECIPES / "model").glob("*.yaml")} == {
+        *PUBLISHED,
+        "tiny",
+        "from_weights",
+    }
 
 
 def test_base_recipes_write_no_architecture() -> None:
     names = sorted(path.stem for path in (RECIPES / "base").glob("*.yaml"))
     for name in names:
-        block = plain(Files(RECIPES).own(RECIPES / "base" / f"{name}.yaml"))["model"]["architecture"]
+        block = plain(Files(RECIPES).own(RECIPES / "base" / f"{name}.yaml"))["model"][
+            "architecture"
+        ]
         assert block == {f.name: MISSING for f in fields(Architecture)}
     assert {"gipo", "ppo", "reward_model", "sft"} <= set(names)

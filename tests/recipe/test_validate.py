@@ -56,12 +56,18 @@ def problems_of(text: str) -> list[str]:
     tree = completion.complete(parse_yaml(text, "f"), Section)
     conversion.instance(tree, Section)
     conversion.component(tree.children["judge"], "judge", ("judge",))
-    return [f"{p.key} @{p.where}: {p.what} {p.fix}".strip() for p in completion.problems + conversion.problems]
+    return [
+        f"{p.key} @{p.where}: {p.what} {p.fix}".strip()
+        for p in completion.problems + conversion.problems
+    ]
 
 
 def test_defaults_are_filled_in_and_remember_that_nobody_wrote_them() -> None:
     completion = Completion()
-    tree = completion.complete(parse_yaml("count: 3\ninner: {columns: {chosen: a.b}}\neach: {x: {mode: b}}\n", "f"), Section)
+    tree = completion.complete(
+        parse_yaml("count: 3\ninner: {columns: {chosen: a.b}}\neach: {x: {mode: b}}\n", "f"),
+        Section,
+    )
     assert not completion.problems
     assert plain(tree) == {
         "count": 3,
@@ -74,7 +80,11 @@ def test_defaults_are_filled_in_and_remember_that_nobody_wrote_them() -> None:
     }
     assert tree.children["rate"].origin == "default"
     section = Conversion().instance(tree, Section)
-    assert isinstance(section.inner, Inner) and section.each["x"].mode == "b" and section.inner.columns == {"chosen": "a.b"}
+    assert (
+        isinstance(section.inner, Inner)
+        and section.each["x"].mode == "b"
+        and section.inner.columns == {"chosen": "a.b"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,9 +104,18 @@ def test_defaults_are_filled_in_and_remember_that_nobody_wrote_them() -> None:
         ("count: 1\ninner: 3\n", ["inner @f:2: must be a block of keys, not 3"]),
         ("count: 1\ninner: {mode: c}\n", ["inner.mode @f:2: 'c' is not one of a, b"]),
         ("count: 1\neach: {x: {mod: a}}\n", ["each.x.mod @f:2: unknown key did you mean 'mode'?"]),
-        ("count: 1\njudge: {name: test_strct}\n", ["judge.name @f:2: there is no judge 'test_strct' did you mean 'test_strict'?"]),
-        ("count: 1\njudge: {name: test_loose, beta: 1}\n", ["judge.beta @f:2: this judge does not read it read by: test_strict"]),
-        ("count: 1\njudge: {name: test_loose, gamma: 2}\n", ["judge.gamma @f:2: 2.0 must be at most 1"]),
+        (
+            "count: 1\njudge: {name: test_strct}\n",
+            ["judge.name @f:2: there is no judge 'test_strct' did you mean 'test_strict'?"],
+        ),
+        (
+            "count: 1\njudge: {name: test_loose, beta: 1}\n",
+            ["judge.beta @f:2: this judge does not read it read by: test_strict"],
+        ),
+        (
+            "count: 1\njudge: {name: test_loose, gamma: 2}\n",
+            ["judge.gamma @f:2: 2.0 must be at most 1"],
+        ),
         ("count: 1\njudge: {beta: -1}\n", ["judge.beta @f:2: beta is -1.0 at least 0"]),
         ("count: 1\njudge:\n  low: 2\n", ["judge @f:3: low 2.0 exceeds high 1.0"]),
     ],
@@ -107,13 +126,28 @@ def test_each_mistake_is_named_once(text: str, expected: list[str]) -> None:
 
 def test_all_mistakes_come_together() -> None:
     found = problems_of("cout: 1\nrate: x\njudge: {gamma: 1}\ninner: {mode: c}\n")
-    assert [line.split(" ")[0] for line in found] == ["cout", "count", "judge.gamma", "rate", "inner.mode"]
+    assert [line.split(" ")[0] for line in found] == [
+        "cout",
+        "count",
+        "judge.gamma",
+        "rate",
+        "inner.mode",
+    ]
 
 
 def test_numbers_convert_one_way_only() -> None:
     assert convert(1, float) == 1.0 and type(convert(1, float)) is float
     assert convert([1, 2], tuple[int, ...]) == (1, 2)
-    for value, hint in ((1.0, int), (1, bool), (True, int), (True, float), ("1", int), (1, str), (None, str), ({}, list[str])):
+    for value, hint in (
+        (1.0, int),
+        (1, bool),
+        (True, int),
+        (True, float),
+        ("1", int),
+        (1, str),
+        (None, str),
+        ({}, list[str]),
+    ):
         with pytest.raises(Wrong):
             convert(value, hint)
 

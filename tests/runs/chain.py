@@ -42,25 +42,60 @@ def sft(directory: Path, *more: str) -> list[str]:
 
 def reward_model(directory: Path, sft_dir: Path, *more: str) -> list[str]:
     batch = ["batch.minibatch=8", "batch.micro_batch=4", "models.reward.warmup_steps=1"]
-    return ["recipe=tiny/rm", *SMALL, *batch, f"models.reward.load={sft_dir}/final", f"run.dir={directory}", "run.steps=3", *more]
+    return [
+        "recipe=tiny/rm",
+        *SMALL,
+        *batch,
+        f"models.reward.load={sft_dir}/final",
+        f"run.dir={directory}",
+        "run.steps=3",
+        *more,
+    ]
 
 
 def dpo(directory: Path, base: Path, *more: str, data: str = "with=data/planted") -> list[str]:
-    batch = ["batch.minibatch=8", "batch.micro_batch=4", "models.actor.warmup_steps=1", "models.actor.schedule=constant"]
-    run = [f"models.actor.load={base}/sft/final", f"run.dir={directory}", "run.steps=4", "run.eval_every=2"]
+    batch = [
+        "batch.minibatch=8",
+        "batch.micro_batch=4",
+        "models.actor.warmup_steps=1",
+        "models.actor.schedule=constant",
+    ]
+    run = [
+        f"models.actor.load={base}/sft/final",
+        f"run.dir={directory}",
+        "run.steps=4",
+        "run.eval_every=2",
+    ]
     return ["recipe=tiny/dpo", data, *SMALL, *batch, *run, *more]
 
 
 def ppo(name: str, directory: Path, base: Path, *more: str) -> list[str]:
-    batch = ["batch.prompts=8", "batch.responses=2", "batch.minibatch=8", "batch.micro_batch=4", "algorithm.critic_warmup=1"]
+    batch = [
+        "batch.prompts=8",
+        "batch.responses=2",
+        "batch.minibatch=8",
+        "batch.micro_batch=4",
+        "algorithm.critic_warmup=1",
+    ]
     loads = [f"models.actor.load={base}/sft/final", f"models.reward.load={base}/rm/final"]
-    return [f"recipe=tiny/{name}", *SMALL, *batch, *loads, f"run.dir={directory}", "run.steps=3", "run.eval_every=2", *more]
+    return [
+        f"recipe=tiny/{name}",
+        *SMALL,
+        *batch,
+        *loads,
+        f"run.dir={directory}",
+        "run.steps=3",
+        "run.eval_every=2",
+        *more,
+    ]
 
 
 def rows(directory: Path) -> list[dict[str, float | None]]:
     """metrics.jsonl without what no two runs share."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(VOLATILE)} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(VOLATILE)} for line in lines
+    ]
 
 
 def long_gipo(directory: Path, base: Path, *more: str) -> list[str]:
@@ -75,7 +110,13 @@ def close(a: float | None, b: float | None, tolerance: float) -> bool:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONWARNINGS": "ignore"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+        "PYTHONWARNINGS": "ignore",
+    }
 
 
 @dataclass(frozen=True)
@@ -86,12 +127,22 @@ class Outcome:
     error: str  # UserError's text; empty: it ran
 
 
-def outcomes(cases: list[list[str]], folder: Path, processes: int = 1, timeout: float = 400) -> list[Outcome]:
+def outcomes(
+    cases: list[list[str]], folder: Path, processes: int = 1, timeout: float = 400
+) -> list[Outcome]:
     """All cases in one start of `processes` processes, whether they end well or by a message."""
     file = folder / f"cases_{len(list(folder.glob('cases_*')))}_{processes}.json"
     file.write_text(json.dumps(cases))
     command = [*python(processes), str(ROOT / "tests" / "runs" / "worker.py"), str(file)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return [Outcome(**one) for one in json.loads(file.with_suffix(".out.json").read_text())]
 
@@ -103,26 +154,45 @@ def run_cases(cases: list[list[str]], folder: Path, processes: int, timeout: flo
 
 
 def python(processes: int) -> list[str]:
-    more = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    more = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else []
+    )
     return [sys.executable, *more]
 
 
-def launch(arguments: list[str], processes: int = 1, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+def launch(
+    arguments: list[str], processes: int = 1, timeout: float = 200
+) -> subprocess.CompletedProcess[str]:
     """launch/train.py as a user starts it, to its end."""
     command = [*python(processes), "launch/train.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
-def running(arguments: list[str], processes: int = 1) -> AbstractContextManager[subprocess.Popen[str]]:
+def running(
+    arguments: list[str], processes: int = 1
+) -> AbstractContextManager[subprocess.Popen[str]]:
     """launch/train.py, as `session` starts it."""
     return session([*python(processes), "launch/train.py", *arguments], environment())
 
 
 @contextmanager
 def session(command: list[str], env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """`command` in a session of its own, as in a terminal; killed with all it started when the test is over."""
+    """`command` in a session of its own, as in a terminal; killed with all it started when the test
+    is over."""
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
     try:
         yield process
     finally:
@@ -131,8 +201,11 @@ def session(command: list[str], env: dict[str, str]) -> Iterator[subprocess.Pope
         process.communicate()
 
 
-def wait_for(there: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 300) -> None:
-    """Poll until `there()`; fails with what the process, leader of its session, said when it ends before or takes too long."""
+def wait_for(
+    there: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 300
+) -> None:
+    """Poll until `there()`; fails with what the process, leader of its session, said when it ends
+    before or takes too long."""
     end = time.monotonic() + timeout
     while not there():
         assert process.poll() is None, f"ended with {process.returncode}: {process.communicate()}"
@@ -149,7 +222,8 @@ def logged(directory: Path, step: int) -> bool:
 
 
 def same_story(a: Path, b: Path) -> None:
-    """metrics.jsonl (but for time, perf, memory) and samples.jsonl of two runs are equal, bit for bit."""
+    """metrics.jsonl (but for time, perf, memory) and samples.jsonl of two runs are equal, bit for
+    bit."""
     one, other = rows(a), rows(b)
     assert [r["step"] for r in one] == [r["step"] for r in other]
     for mine, its in zip(one, other, strict=True):

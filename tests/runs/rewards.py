@@ -1,4 +1,5 @@
-"""Reward functions for runs that must go wrong: `algorithm.reward={name: function, function: tests.runs.rewards:NAME}`."""
+"""Reward functions for runs that must go wrong: `algorithm.reward={name: function, function:
+tests.runs.rewards:NAME}`."""
 
 from __future__ import annotations
 

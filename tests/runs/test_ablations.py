@@ -1,4 +1,5 @@
-"""Every ablation of algorithm.md section 7 runs three tiny steps on the planted data, and leaves the marks that are its own.
+"""Every ablation of algorithm.md section 7 runs three tiny steps on the planted data, and leaves
+the marks that are its own.
 
 Real posts go through the same start: tiny/tldr_gipo from nothing but a folder.
 """
@@ -14,9 +15,29 @@ import pytest
 from tests.data.fixtures import SHARED, needs_shared_data
 from tests.runs import chain
 
-NAMES = ("cvar", "gipo_paper", "group_dro", "kl_only", "oracle_groups", "random_groups", "return_variance", "variance_only")
-SIZES = ["batch.prompts=8", "batch.responses=2", "batch.minibatch=8", "batch.micro_batch=4", "algorithm.critic_warmup=1"]
-RATES = ["models.actor.lr=1e-4", "models.actor.warmup_steps=1", "models.critic.lr=3e-4", "models.critic.warmup_steps=1"]
+NAMES = (
+    "cvar",
+    "gipo_paper",
+    "group_dro",
+    "kl_only",
+    "oracle_groups",
+    "random_groups",
+    "return_variance",
+    "variance_only",
+)
+SIZES = [
+    "batch.prompts=8",
+    "batch.responses=2",
+    "batch.minibatch=8",
+    "batch.micro_batch=4",
+    "algorithm.critic_warmup=1",
+]
+RATES = [
+    "models.actor.lr=1e-4",
+    "models.actor.warmup_steps=1",
+    "models.critic.lr=3e-4",
+    "models.critic.warmup_steps=1",
+]
 ETA = 0.05  # base recipes' price of a nat
 
 
@@ -24,7 +45,15 @@ def case(name: str, base: Path) -> list[str]:
     """The repository's ablation, exchanged for model, machine, data and size."""
     loads = [f"models.actor.load={base}/sft/final", f"models.reward.load={base}/rm/final"]
     where = [f"run.dir={base}/ablation_{name}", "run.steps=3", "run.eval_every=0"]
-    return [f"recipe=ablation/{name}", "with=model/tiny,hardware/cpu,data/planted", *chain.SMALL, *SIZES, *RATES, *loads, *where]
+    return [
+        f"recipe=ablation/{name}",
+        "with=model/tiny,hardware/cpu,data/planted",
+        *chain.SMALL,
+        *SIZES,
+        *RATES,
+        *loads,
+        *where,
+    ]
 
 
 def tldr(base: Path) -> list[list[str]]:
@@ -53,14 +82,27 @@ def ran(base: Path) -> dict[str, list[dict[str, float]]]:
 
 @pytest.mark.multiprocess
 def test_all_of_them_train_and_measure_groups(ran: dict[str, list[dict[str, float]]]) -> None:
-    always = ("groups/gap", "groups/return_worst", "groups/ami", "groups/auc", "groups/mass_min", "weights/mean", "value/loss", "kl/mean")
+    always = (
+        "groups/gap",
+        "groups/return_worst",
+        "groups/ami",
+        "groups/auc",
+        "groups/mass_min",
+        "weights/mean",
+        "value/loss",
+        "kl/mean",
+    )
     checked = 0
     for name, rows in ran.items():
         for row in rows:
             assert all(math.isfinite(row[key]) for key in always), (name, row)
             assert 0 <= row["groups/auc"] <= 1 and row["groups/ami"] <= 1
             checked += 1
-        assert "policy/loss" not in rows[0] and math.isfinite(rows[1]["policy/loss"]) and math.isfinite(rows[2]["policy/loss"])
+        assert (
+            "policy/loss" not in rows[0]
+            and math.isfinite(rows[1]["policy/loss"])
+            and math.isfinite(rows[2]["policy/loss"])
+        )
     assert checked == 8 * 3
 
 
@@ -77,10 +119,13 @@ def test_fixed_prices_and_adaptive_ones(ran: dict[str, list[dict[str, float]]]) 
 
 @pytest.mark.multiprocess
 def test_weights(ran: dict[str, list[dict[str, float]]]) -> None:
-    """Mean 1 and not clamped, so that each is what its formula says; all 1 without the variance term; CVaR's are 0 or 1 / alpha."""
+    """Mean 1 and not clamped, so that each is what its formula says; all 1 without the variance
+    term; CVaR's are 0 or 1 / alpha."""
     for name in NAMES:
         for row in ran[name]:
-            assert row["weights/mean"] == pytest.approx(1, abs=1e-5) and row["weights/clamped"] == 0, name
+            assert (
+                row["weights/mean"] == pytest.approx(1, abs=1e-5) and row["weights/clamped"] == 0
+            ), name
             lowest, highest = row["weights/min"], row["weights/max"]
             if name == "kl_only":
                 assert lowest == highest == 1
@@ -91,18 +136,30 @@ def test_weights(ran: dict[str, list[dict[str, float]]]) -> None:
 
 
 @pytest.mark.multiprocess
-def test_oracle_groups_measure_a_learner_against_the_known_labels(ran: dict[str, list[dict[str, float]]], base: Path) -> None:
-    """What is used is the source (p_high 0 or 1, no entropy); what ami and auc judge is a head that has seen no label."""
+def test_oracle_groups_measure_a_learner_against_the_known_labels(
+    ran: dict[str, list[dict[str, float]]], base: Path
+) -> None:
+    """What is used is the source (p_high 0 or 1, no entropy); what ami and auc judge is a head that
+    has seen no label."""
     rows = ran["oracle_groups"]
     for row in rows:
-        assert {row["source/easy/p_high"], row["source/hard/p_high"]} == {0.0, 1.0} and row["groups/label_entropy"] == 0
+        assert {row["source/easy/p_high"], row["source/hard/p_high"]} == {0.0, 1.0} and row[
+            "groups/label_entropy"
+        ] == 0
     assert any(row["groups/ami"] < 0.99 for row in rows)  # the known labels' own would be 1
     assert math.isnan(rows[0]["groups/flip_rate"]) and math.isfinite(rows[1]["groups/flip_rate"])
-    samples = [json.loads(line) for line in (base / "ablation_oracle_groups" / "samples.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line)
+        for line in (base / "ablation_oracle_groups" / "samples.jsonl").read_text().splitlines()
+    ]
     weights = {
-        (s["step"], s["source"]): {t["weight"] for t in samples if (t["step"], t["source"]) == (s["step"], s["source"])} for s in samples
+        (s["step"], s["source"]): {
+            t["weight"] for t in samples if (t["step"], t["source"]) == (s["step"], s["source"])
+        }
+        for s in samples
     }
-    assert len(weights) == 6 and all(len(group) == 1 for group in weights.values())  # one weight a group
+    # one weight a group
+    assert len(weights) == 6 and all(len(group) == 1 for group in weights.values())
 
 
 @pytest.mark.multiprocess
@@ -114,7 +171,8 @@ def test_random_groups_know_nothing(ran: dict[str, list[dict[str, float]]]) -> N
 
 @pytest.mark.multiprocess
 def test_the_papers_gipo_reads_the_whole_trajectory(ran: dict[str, list[dict[str, float]]]) -> None:
-    """Labels of two responses to one prompt differ, so that they can split good from bad; with `input: prompt` they cannot."""
+    """Labels of two responses to one prompt differ, so that they can split good from bad; with
+    `input: prompt` they cannot."""
     assert any(row["groups/response_split"] != 0.5 for row in ran["gipo_paper"])
     assert all(row["groups/response_split"] == pytest.approx(0.5) for row in ran["variance_only"])
 
@@ -124,9 +182,17 @@ def test_the_papers_gipo_reads_the_whole_trajectory(ran: dict[str, list[dict[str
 def test_gipo_on_tldr_posts(ran: dict[str, list[dict[str, float]]], base: Path) -> None:
     """The prompts are posts, labelled by subreddit; bytes, so none is longer than 960."""
     (row,) = chain.rows(base / "tldr_gipo")
-    assert math.isfinite(row["value/loss"] or math.nan) and "source/relationships/score" in row and "groups/ami" in row
-    samples = [json.loads(line) for line in (base / "tldr_gipo" / "samples.jsonl").read_text().splitlines()]
+    assert (
+        math.isfinite(row["value/loss"] or math.nan)
+        and "source/relationships/score" in row
+        and "groups/ami" in row
+    )
+    samples = [
+        json.loads(line) for line in (base / "tldr_gipo" / "samples.jsonl").read_text().splitlines()
+    ]
     assert len(samples) == 16
     for sample in samples:
-        assert sample["prompt"].startswith(f"SUBREDDIT: r/{sample['source']}\n\nTITLE: ") and sample["prompt"].endswith("\n\nTL;DR:")
+        assert sample["prompt"].startswith(
+            f"SUBREDDIT: r/{sample['source']}\n\nTITLE: "
+        ) and sample["prompt"].endswith("\n\nTL;DR:")
         assert len(sample["prompt"].encode()) < 960

@@ -26,7 +26,9 @@ SCREEN = 25  # lines
 @pytest.fixture(scope="module")
 def launcher() -> ModuleType:
     """launch/train.py, in this process: what a user starts, without the seconds of its start."""
-    spec = importlib.util.spec_from_file_location("launch_train", chain.ROOT / "launch" / "train.py")
+    spec = importlib.util.spec_from_file_location(
+        "launch_train", chain.ROOT / "launch" / "train.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -37,8 +39,14 @@ Refuse = Callable[..., str]
 
 
 @pytest.fixture
-def refused(launcher: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refuse:
-    """Start with these arguments; returns the message of exit code 2. No run folder may be there."""
+def refused(
+    launcher: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Refuse:
+    """Start with these arguments; returns the message of exit code 2. No run folder may be
+    there."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
@@ -63,7 +71,10 @@ KEYS = [
     (["run.stepz=3", "batch.minibatch=large"], ["2 problems", "run.stepz", "batch.minibatch"]),
     (["batch.micro_batch=3"], ["batch.minibatch", "8 does not divide by data 1 × micro_batch 3"]),
     (["parallel.tensor=3"], ["tensor 3 × pipeline 1 × data ? ≠ world 1"]),
-    (["models.actor.load=runs/nothing/final"], ["models.actor.load: 'runs/nothing/final' is not on this machine"]),
+    (
+        ["models.actor.load=runs/nothing/final"],
+        ["models.actor.load: 'runs/nothing/final' is not on this machine"],
+    ),
     (["run.resume=runs/nothing/step_1"], ["nothing to load at runs/nothing/step_1"]),
     (["plugins=[no_such_module]"], ["no_such_module"]),
 ]
@@ -86,18 +97,38 @@ def test_folder_that_cannot_be_written(refused: Refuse, tmp_path: Path) -> None:
 
 def rm_on(path: Path | str, tmp_path: Path, base: Path) -> list[str]:
     return chain.reward_model(
-        tmp_path / "run", base / "sft", "data.format=preference", f"data.path={path}", "data.held_out=0.3", "data.max_length=96"
+        tmp_path / "run",
+        base / "sft",
+        "data.format=preference",
+        f"data.path={path}",
+        "data.held_out=0.3",
+        "data.max_length=96",
     )
 
 
 PAIR = {"prompt": "Say a.", "chosen": "a", "rejected": "b"}
 FILES: dict[str, tuple[bytes, list[str]]] = {
     "empty": (b"", ["the file holds no rows", "rows.jsonl"]),
-    "no JSON": (json.dumps(PAIR).encode() + b'\n{"prompt": \n', ["unreadable JSON", "rows.jsonl line 2"]),
-    "no object": (json.dumps(PAIR).encode() + b"\n[1]\n", ["a JSON list, not an object", "rows.jsonl line 2"]),
-    "no UTF-8": (json.dumps(PAIR).encode() + b'\n{"prompt": "\xff"}\n', ["not UTF-8", "rows.jsonl line 2"]),
-    "other columns": (b'{"question": "a", "answer": "b"}\n', ["chosen", "found: question, answer", "data.columns"]),
-    "nothing kept": (json.dumps({**PAIR, "rejected": "a"}).encode() + b"\n", ["chosen equals rejected"]),
+    "no JSON": (
+        json.dumps(PAIR).encode() + b'\n{"prompt": \n',
+        ["unreadable JSON", "rows.jsonl line 2"],
+    ),
+    "no object": (
+        json.dumps(PAIR).encode() + b"\n[1]\n",
+        ["a JSON list, not an object", "rows.jsonl line 2"],
+    ),
+    "no UTF-8": (
+        json.dumps(PAIR).encode() + b'\n{"prompt": "\xff"}\n',
+        ["not UTF-8", "rows.jsonl line 2"],
+    ),
+    "other columns": (
+        b'{"question": "a", "answer": "b"}\n',
+        ["chosen", "found: question, answer", "data.columns"],
+    ),
+    "nothing kept": (
+        json.dumps({**PAIR, "rejected": "a"}).encode() + b"\n",
+        ["chosen equals rejected"],
+    ),
 }
 
 
@@ -109,20 +140,29 @@ def test_data_files(refused: Refuse, tmp_path: Path, base: Path, name: str) -> N
     assert all(text in error for text in said), error
 
 
-def test_hub_names_that_cannot_be_reached(refused: Refuse, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_names_that_cannot_be_reached(
+    refused: Refuse, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")  # nobody listens there any more
     error = refused(rm_on("nobody/nothing", tmp_path, base), seconds=30)
     assert "nobody/nothing" in error and "cannot be reached" in error and "give the folder" in error
     error = refused(chain.sft(tmp_path / "run", "models.actor.load=nobody/nothing"), seconds=30)
-    assert "nobody/nothing" in error and "cannot be reached" in error and "models.actor.load" in error
+    assert (
+        "nobody/nothing" in error and "cannot be reached" in error and "models.actor.load" in error
+    )
 
 
-def test_bad_rows_are_counted_and_dropped(launcher: ModuleType, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_rows_are_counted_and_dropped(
+    launcher: ModuleType, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The rows of the data's description that a loader must survive, among good ones."""
     head = "\n\nHuman: Name letter {}.\n\nAssistant:"
-    good = [{"chosen": head.format(i) + f" It is {i}.", "rejected": head.format(i) + " No."} for i in range(40)]
+    good = [
+        {"chosen": head.format(i) + f" It is {i}.", "rejected": head.format(i) + " No."}
+        for i in range(40)
+    ]
     one = head.format("x")
     bad = [
         {"chosen": one, "rejected": one + " b"},
@@ -135,13 +175,20 @@ def test_bad_rows_are_counted_and_dropped(launcher: ModuleType, tmp_path: Path, 
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad + good))
     assert launcher.main(rm_on(tmp_path / "rows.jsonl", tmp_path, base)) == 0
     said = capsys.readouterr().out
-    assert "dropped" in said and "empty response" in said and "different prompts" in said and "chosen equals rejected" in said, said
-    kept = [int(line.split("kept ")[1].split(" ")[0]) for line in said.splitlines() if "kept " in line]
+    assert (
+        "dropped" in said
+        and "empty response" in said
+        and "different prompts" in said
+        and "chosen equals rejected" in said
+    ), said
+    kept = [
+        int(line.split("kept ")[1].split(" ")[0]) for line in said.splitlines() if "kept " in line
+    ]
     assert sum(kept) == 40
     assert (tmp_path / "run" / "final").exists()
 
 
-# ----------------------------------------------------------------------------------------- checkpoints and tokenizers
+# ----------------------------------------------------------------------- checkpoints and tokenizers
 
 
 @pytest.fixture
@@ -157,11 +204,16 @@ def truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("file", ["actor/__0_0.distcp", "actor/.metadata", "actor/common.pt", "actor/metadata.json", "state.pt"])
+@pytest.mark.parametrize(
+    "file",
+    ["actor/__0_0.distcp", "actor/.metadata", "actor/common.pt", "actor/metadata.json", "state.pt"],
+)
 def test_damaged_checkpoints(refused: Refuse, copy: Path, file: str) -> None:
     size = (copy / file).stat().st_size
     truncate(copy / file)
-    assert f"damaged checkpoint: {file} has {size // 2} bytes, {size} were written" in refused(from_copy(copy))
+    assert f"damaged checkpoint: {file} has {size // 2} bytes, {size} were written" in refused(
+        from_copy(copy)
+    )
     (copy / file).unlink()
     assert f"damaged checkpoint: {file} is missing" in refused(from_copy(copy))
     assert str(copy) in refused(from_copy(copy, f"run.resume={copy}", "models.actor.load=random"))
@@ -181,15 +233,26 @@ def test_other_tokenizers_and_architectures(refused: Refuse, copy: Path, tmp_pat
     inner = byte_tokenizer().inner
     inner.add_tokens([f"word{i}" for i in range(20)])
     inner.save_pretrained(tmp_path / "larger")
-    assert "the model's vocabulary holds 259" in refused(from_copy(copy, f"model.tokenizer={tmp_path}/larger"))
+    assert "the model's vocabulary holds 259" in refused(
+        from_copy(copy, f"model.tokenizer={tmp_path}/larger")
+    )
     error = refused(from_copy(copy, "model.architecture.vocab_size=512"))
-    assert "model.architecture: another than that of the weights to load: vocab_size 512 ≠ 259 (command line ≠ " in error
+    assert (
+        "model.architecture: another than that of the weights to load: vocab_size 512 ≠ 259"
+        " (command line ≠ " in error
+    )
     assert "no tokenizer at" in refused(from_copy(copy, f"model.tokenizer={tmp_path}/nothing"))
     meta = json.loads((copy / "meta.json").read_text())
     (copy / "meta.json").write_text(json.dumps({**meta, "tokenizer": "of other text"}))
     error = refused(from_copy(copy))
-    assert "made with another tokenizer" in error and f"model.tokenizer={copy}/tokenizer" in error and "models.actor.load" in error
-    assert "made with another tokenizer" in refused(from_copy(copy, f"run.resume={copy}", "models.actor.load=random"))
+    assert (
+        "made with another tokenizer" in error
+        and f"model.tokenizer={copy}/tokenizer" in error
+        and "models.actor.load" in error
+    )
+    assert "made with another tokenizer" in refused(
+        from_copy(copy, f"run.resume={copy}", "models.actor.load=random")
+    )
 
 
 def test_a_reward_model_is_no_actor(refused: Refuse, base: Path, tmp_path: Path) -> None:
@@ -197,7 +260,7 @@ def test_a_reward_model_is_no_actor(refused: Refuse, base: Path, tmp_path: Path)
     assert "no weights for 'actor': needs 'actor', the checkpoint has reward" in error
 
 
-# ----------------------------------------------------------------------------------------- as started by a user
+# ----------------------------------------------------------------------------- as started by a user
 
 
 def test_one_start_alone(tmp_path: Path) -> None:
@@ -231,14 +294,32 @@ def test_a_world_that_does_not_factor(tmp_path: Path) -> None:
 
 
 def test_what_one_rank_alone_cannot_read_ends_all(base: Path, tmp_path: Path) -> None:
-    """Rank 1 looks for its data in another place. Rank 0, which waits for it, says why, within seconds."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**PAIR, "prompt": f"Say {i}."}) + "\n" for i in range(40)))
+    """Rank 1 looks for its data in another place. Rank 0, which waits for it, says why, within
+    seconds."""
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({**PAIR, "prompt": f"Say {i}."}) + "\n" for i in range(40))
+    )
     arguments = rm_on("${oc.env:ROWS}", tmp_path, base)
     file = tmp_path / "start.sh"
-    file.write_text(f'[ "$RANK" = 1 ] && export ROWS={tmp_path}/gone.jsonl\nexec "$PYTHON" launch/train.py "$@"\n')
-    environment = {**chain.environment(), "ROWS": str(tmp_path / "rows.jsonl"), "PYTHON": chain.python(1)[0]}
+    file.write_text(
+        f'[ "$RANK" = 1 ] && export ROWS={tmp_path}/gone.jsonl\nexec "$PYTHON" launch/train.py'
+        ' "$@"\n'
+    )
+    environment = {
+        **chain.environment(),
+        "ROWS": str(tmp_path / "rows.jsonl"),
+        "PYTHON": chain.python(1)[0],
+    }
     command = [*chain.python(2), "--no-python", "bash", str(file), *arguments]
-    done = subprocess.run(command, cwd=chain.ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(
+        command,
+        cwd=chain.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stderr.count("nothing at") == 1 and f"{tmp_path}/gone.jsonl" in done.stderr
     assert 'launch/train.py", line' not in done.stderr  # no traceback of ours

@@ -35,7 +35,9 @@ def mesh() -> Iterator[Mesh]:
 
 
 def architecture(run: Path, role: str) -> Architecture:
-    return Architecture(**json.loads((run / "final" / "meta.json").read_text())["roles"][role]["architecture"])
+    return Architecture(
+        **json.loads((run / "final" / "meta.json").read_text())["roles"][role]["architecture"]
+    )
 
 
 def settings(mesh: Mesh, run: Path, role: str) -> dict:
@@ -57,15 +59,21 @@ def texts(count: int = 8) -> list[str]:
 def padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     """[B, T] right-padded, and lengths [B]."""
     width = max(map(len, rows))
-    return torch.tensor([row + [pad] * (width - len(row)) for row in rows]), torch.tensor([len(row) for row in rows])
+    return torch.tensor([row + [pad] * (width - len(row)) for row in rows]), torch.tensor(
+        [len(row) for row in rows]
+    )
 
 
 def test_the_policy_generates_the_same_tokens(base: Path, mesh: Mesh) -> None:
     run = base / "gipo"
     tokenizer = load_tokenizer(str(run / "hf"))
-    assert {p.name for p in (run / "hf").iterdir()} == FILES | {"generation_config.json"}  # plain text: no chat template
+    # plain text: no chat template
+    assert {p.name for p in (run / "hf").iterdir()} == FILES | {"generation_config.json"}
     actor = MegatronActor(
-        **settings(mesh, run, "actor"), eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, decode=lambda ids: tokenizer.decode(ids)
+        **settings(mesh, run, "actor"),
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        decode=lambda ids: tokenizer.decode(ids),
     )
     rows = [[tokenizer.bos_id or 0, *tokenizer.encode(text)] for text in texts()]
     ids, lengths = padded(rows, tokenizer.pad_id)
@@ -76,7 +84,9 @@ def test_the_policy_generates_the_same_tokens(base: Path, mesh: Mesh) -> None:
     compared = 0
     for i, row in enumerate(rows):
         with torch.no_grad():
-            theirs = model.generate(torch.tensor([row]), do_sample=False, max_new_tokens=24)[0, len(row) :].tolist()
+            theirs = model.generate(torch.tensor([row]), do_sample=False, max_new_tokens=24)[
+                0, len(row) :
+            ].tolist()
         ours = rollout.tokens[i, len(row) : len(row) + int(rollout.mask[i].sum())].tolist()
         assert ours == theirs, i
         compared += len(ours)
@@ -84,7 +94,8 @@ def test_the_policy_generates_the_same_tokens(base: Path, mesh: Mesh) -> None:
 
 
 def test_the_reward_model_gives_the_same_scores(base: Path, mesh: Mesh) -> None:
-    """Through transformers' tokenizer and its padding, texts ending in end-of-text as in training."""
+    """Through transformers' tokenizer and its padding, texts ending in end-of-text as in
+    training."""
     run = base / "rm"
     assert {p.name for p in (run / "hf").iterdir()} == FILES
     reward = MegatronRewardModel(**settings(mesh, run, "reward"))
@@ -92,8 +103,18 @@ def test_the_reward_model_gives_the_same_scores(base: Path, mesh: Mesh) -> None:
     spoken = [text + " Yes, it is." + tokenizer.eos_token for text in texts()]
     batch = tokenizer(spoken, padding=True, return_tensors="pt")
     lengths = batch["attention_mask"].sum(1)
-    assert lengths.min() < lengths.max() and tokenizer.padding_side == "right" and tokenizer.pad_token != tokenizer.eos_token
-    sequences = Sequences(batch["input_ids"], batch["attention_mask"].bool(), torch.ones_like(lengths), lengths, torch.arange(len(spoken)))
+    assert (
+        lengths.min() < lengths.max()
+        and tokenizer.padding_side == "right"
+        and tokenizer.pad_token != tokenizer.eos_token
+    )
+    sequences = Sequences(
+        batch["input_ids"],
+        batch["attention_mask"].bool(),
+        torch.ones_like(lengths),
+        lengths,
+        torch.arange(len(spoken)),
+    )
     model = AutoModelForSequenceClassification.from_pretrained(run / "hf").eval()
     with torch.no_grad():
         theirs = model(**batch).logits[:, 0]
@@ -105,18 +126,30 @@ def test_the_critic_keeps_its_group_head(base: Path, mesh: Mesh, tmp_path: Path)
     run = base / "gipo"
     to_hf(run / "final", tmp_path / "critic", mesh, role="critic", verify=True, progress=SILENT)
     card = (tmp_path / "critic" / "README.md").read_text()
-    assert "group_head.safetensors" in card and "last prompt token" in card and "recipe `tiny/gipo`, step 3, commit" in card
-    to_megatron(str(tmp_path / "critic"), tmp_path / "checkpoint", mesh, verify=True, progress=SILENT)
+    assert (
+        "group_head.safetensors" in card
+        and "last prompt token" in card
+        and "recipe `tiny/gipo`, step 3, commit" in card
+    )
+    to_megatron(
+        str(tmp_path / "critic"), tmp_path / "checkpoint", mesh, verify=True, progress=SILENT
+    )
     heads = []
     for load in (run / "final", tmp_path / "critic", tmp_path / "checkpoint"):
         common = settings(mesh, run, "critic") | {"load": str(load)}
         critic = MegatronCritic(**common, head=HeadSpec(2, "prompt", detach_trunk=True))
         assert critic.engine.group_head is not None
-        heads.append([critic.engine.group_head.weight.detach(), critic.engine.group_head.bias.detach()])
+        heads.append(
+            [critic.engine.group_head.weight.detach(), critic.engine.group_head.bias.detach()]
+        )
         heads[-1].append(critic.engine.chunks[0].output_layer.weight.detach())
     saved = load_file(tmp_path / "critic" / "group_head.safetensors")
     for w, b, value in heads:
-        assert torch.equal(w, saved["weight"]) and torch.equal(b, saved["bias"]) and torch.equal(value, heads[0][2])
+        assert (
+            torch.equal(w, saved["weight"])
+            and torch.equal(b, saved["bias"])
+            and torch.equal(value, heads[0][2])
+        )
     assert len(heads) == 3
 
 
@@ -125,13 +158,18 @@ def test_a_run_from_folders_is_the_run_from_checkpoints(base: Path) -> None:
 
 
 def test_every_layout_exports_the_same_folder(two: Path, mesh: Mesh, tmp_path: Path) -> None:
-    """hf/ as the ranks wrote it together is what one process makes of the checkpoint, bit for bit."""
+    """hf/ as the ranks wrote it together is what one process makes of the checkpoint, bit for
+    bit."""
     checked = 0
     for name in ("dp2", "tp2", "tp2_sp", "pp2", "pp2_vpp2", "tp2_mb2_offload"):
         to_hf(two / name / "final", tmp_path / name, mesh, verify=False, progress=SILENT)
-        assert families.same_bits(families.tensors(two / name / "hf"), families.tensors(tmp_path / name)), name
+        assert families.same_bits(
+            families.tensors(two / name / "hf"), families.tensors(tmp_path / name)
+        ), name
         for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
-            assert (two / name / "hf" / file).read_bytes() == (tmp_path / name / file).read_bytes(), (name, file)
+            assert (two / name / "hf" / file).read_bytes() == (
+                tmp_path / name / file
+            ).read_bytes(), (name, file)
         checked += 1
     assert checked == 6
 

@@ -33,7 +33,11 @@ def test_first_steps_agree_with_one_process(base: Path, two: Path) -> None:
 def test_resume_at_another_layout(base: Path, two: Path, name: str) -> None:
     alone, resumed = rows(base / "gipo"), rows(two / name)
     assert [r["step"] for r in resumed] == [0, 1, 2, 3]
-    different = {k: (alone[3][k], resumed[3][k]) for k in alone[3] if not close(alone[3][k], resumed[3][k], 1e-3)}
+    different = {
+        k: (alone[3][k], resumed[3][k])
+        for k in alone[3]
+        if not close(alone[3][k], resumed[3][k], 1e-3)
+    }
     assert not different
 
 
@@ -46,7 +50,15 @@ def test_ppo_with_kl_on_two_replicas(base: Path, two: Path) -> None:
 def test_run_folder(base: Path) -> None:
     """What design and README promise is in the folder, and nothing half-written."""
     run = base / "gipo"
-    for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "log.txt", "report.html", "figures"):
+    for name in (
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "log.txt",
+        "report.html",
+        "figures",
+    ):
         assert (run / name).exists(), name
     assert (run / "final").resolve() == (run / "checkpoints" / "step_3").resolve()
     assert (run / "final" / "tokenizer" / "tokenizer.json").is_file()
@@ -67,8 +79,13 @@ def test_keep_last_checkpoints(base: Path) -> None:
 
 
 def test_gipo_starts_where_ppo_does(base: Path) -> None:
-    """Same rollout, same labels before anything is trained: the first step differs in weights and prices alone."""
+    """Same rollout, same labels before anything is trained: the first step differs in weights and
+    prices alone."""
     ppo, gipo = rows(base / "ppo_kl")[1], rows(base / "gipo")[1]
-    same = [k for k in ppo if k.startswith(("rollout/", "reward/", "source/", "groups/score", "groups/return"))]
+    same = [
+        k
+        for k in ppo
+        if k.startswith(("rollout/", "reward/", "source/", "groups/score", "groups/return"))
+    ]
     assert len(same) > 15
     assert {k: ppo[k] for k in same} == {k: gipo[k] for k in same}

@@ -73,13 +73,16 @@ def resumed(base: Path) -> tuple[Path, list[chain.Outcome]]:
         chain.ppo("gipo", base / "longer", base, "run.steps=5"),
     ]
     done = chain.outcomes(cases, base)
-    assert before == {name: tree(base / name) for name in before}  # the complete run and the refused ones: nothing changed
+    # the complete run and the refused ones: nothing changed
+    assert before == {name: tree(base / name) for name in before}
     return base, done
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("name", "case"), [("killed", 0), ("killed_writing", 1)])
-def test_killed_at_any_moment(resumed: tuple[Path, list[chain.Outcome]], name: str, case: int) -> None:
+def test_killed_at_any_moment(
+    resumed: tuple[Path, list[chain.Outcome]], name: str, case: int
+) -> None:
     base, done = resumed
     assert done[case].error == "" and "resumed from" in done[case].printed
     chain.same_story(base / name, base / "gipo_long")
@@ -93,19 +96,27 @@ def test_killed_at_any_moment(resumed: tuple[Path, list[chain.Outcome]], name: s
 def test_a_complete_run_says_so(resumed: tuple[Path, list[chain.Outcome]]) -> None:
     base, done = resumed
     assert done[2].error == ""
-    assert done[2].printed == f"tiny/gipo: complete already, {base}/gipo_long/checkpoints/step_5; a larger run.steps continues it\n"
+    assert (
+        done[2].printed
+        == f"tiny/gipo: complete already, {base}/gipo_long/checkpoints/step_5; a larger run.steps"
+        " continues it\n"
+    )
 
 
 @pytest.mark.multiprocess
 def test_other_data_and_used_folders_are_refused(resumed: tuple[Path, list[chain.Outcome]]) -> None:
     _, done = resumed
-    assert done[3].error.startswith("the training data are not those of ") and "  where: data\n" in done[3].error
+    assert (
+        done[3].error.startswith("the training data are not those of ")
+        and "  where: data\n" in done[3].error
+    )
     assert "holds a run already" in done[4].error and "run.resume=auto" in done[4].error
 
 
 @pytest.mark.multiprocess
 def test_from_an_earlier_checkpoint(resumed: tuple[Path, list[chain.Outcome]]) -> None:
-    """Rows and checkpoints after it belong to another history: they go, and `keep` counts the new ones only."""
+    """Rows and checkpoints after it belong to another history: they go, and `keep` counts the new
+    ones only."""
     base, done = resumed
     assert done[5].error == ""
     chain.same_story(base / "branch", base / "gipo_long")
@@ -114,7 +125,8 @@ def test_from_an_earlier_checkpoint(resumed: tuple[Path, list[chain.Outcome]]) -
 
 @pytest.mark.multiprocess
 def test_a_longer_run_continues(resumed: tuple[Path, list[chain.Outcome]]) -> None:
-    """Three steps, then five, is five steps, but for the held-out evaluation at the shorter run's end."""
+    """Three steps, then five, is five steps, but for the held-out evaluation at the shorter run's
+    end."""
     base, done = resumed
     assert done[6].error == ""
     longer, alone = chain.rows(base / "longer"), chain.rows(base / "gipo_long")

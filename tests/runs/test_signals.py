@@ -31,8 +31,8 @@ def interrupt(number: signal.Signals, directory: Path, base: Path) -> None:
     last = out.splitlines()[-1]
     step = len(chain.rows(directory)) - 1
     assert (
-        last
-        == f"tiny/gipo: interrupted ({number.name}) at step {step} of 5; {directory}/checkpoints/step_{step}; the same command continues"
+        last == f"tiny/gipo: interrupted ({number.name}) at step {step} of 5;"
+        f" {directory}/checkpoints/step_{step}; the same command continues"
     )
     assert step < 5 and (directory / "checkpoints" / f"step_{step}" / "meta.json").is_file()
     assert not (directory / "final").exists() and not list(directory.rglob("*.tmp"))
@@ -43,7 +43,9 @@ def test_interrupted_and_continued(base: Path) -> None:
     directories = {number: base / number.name for number in (signal.SIGTERM, signal.SIGINT)}
     for number, directory in directories.items():
         interrupt(number, directory, base)
-    chain.run_cases([chain.long_gipo(directory, base) for directory in directories.values()], base, processes=1)
+    chain.run_cases(
+        [chain.long_gipo(directory, base) for directory in directories.values()], base, processes=1
+    )
     for directory in directories.values():
         chain.same_story(directory, base / "gipo_long")
         assert (directory / "final").exists()
@@ -69,14 +71,18 @@ def test_a_second_ctrl_c_stops_at_once(base: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_ctrl_c_under_torchrun(base: Path) -> None:
-    """The terminal signals torchrun's process group; torchrun passes it on to its workers, which run in sessions of their own."""
+    """The terminal signals torchrun's process group; torchrun passes it on to its workers, which
+    run in sessions of their own."""
     directory = base / "torchrun"
     with chain.running(chain.long_gipo(directory, base), processes=2) as run:
         chain.wait_for(lambda: chain.logged(directory, 2), run)
         os.killpg(run.pid, signal.SIGINT)
         out, err = run.communicate(timeout=200)
-    assert run.returncode == 1 and "SignalException" in err  # torchrun's own; its workers end orderly
+    # torchrun's own; its workers end orderly
+    assert run.returncode == 1 and "SignalException" in err
     assert "interrupted (SIGINT) at step" in out and out.endswith("; the same command continues\n")
     assert 'launch/train.py", line' not in err  # no traceback of ours
     step = len(chain.rows(directory)) - 1
-    assert 2 < step < 5 and not (directory / "final").exists() and not list(directory.rglob("*.tmp"))
+    assert (
+        2 < step < 5 and not (directory / "final").exists() and not list(directory.rglob("*.tmp"))
+    )

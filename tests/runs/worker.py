@@ -1,6 +1,8 @@
-"""Whole runs, one after the other in one world: worker.py CASES.json; a case is the argument list of launch/train.py or launch/evaluate.py.
+"""Whole runs, one after the other in one world: worker.py CASES.json; a case is the argument list
+of launch/train.py or launch/evaluate.py.
 
-CASES.out.json tells of each case what it printed and, where the user is to mend something, the message.
+CASES.out.json tells of each case what it printed and, where the user is to mend something, the
+message.
 """
 
 from __future__ import annotations
@@ -23,13 +25,20 @@ def main() -> None:
 
     mesh, outcomes, cases = None, [], Path(sys.argv[1])
     for arguments in json.loads(cases.read_text()):
-        recipe = compose_evaluation(arguments, RECIPES) if is_evaluation(arguments[0]) else compose(arguments, RECIPES)
-        mesh = Mesh.create(recipe.parallel, 0 if isinstance(recipe, EvaluationRecipe) else recipe.run.seed)
+        recipe = (
+            compose_evaluation(arguments, RECIPES)
+            if is_evaluation(arguments[0])
+            else compose(arguments, RECIPES)
+        )
+        mesh = Mesh.create(
+            recipe.parallel, 0 if isinstance(recipe, EvaluationRecipe) else recipe.run.seed
+        )
         error, printed = "", io.StringIO()
         try:
             with contextlib.redirect_stdout(printed):
                 if isinstance(recipe, EvaluationRecipe):
-                    from gipo_megatron.evaluator import evaluate_on  # seconds, which training need not wait
+                    # seconds, which training need not wait
+                    from gipo_megatron.evaluator import evaluate_on
 
                     evaluate_on(mesh, recipe)
                 else:

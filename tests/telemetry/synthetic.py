@@ -16,8 +16,17 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def ppo_run(folder: Path, *, seed: int = 0, steps: int = 40, beta: float = 0.3, recipe: bool = True, per_step: int = 16) -> Path:
-    """A PPO (beta 0) or GIPO run: the easy half's score rises faster, the more so without a variance term."""
+def ppo_run(
+    folder: Path,
+    *,
+    seed: int = 0,
+    steps: int = 40,
+    beta: float = 0.3,
+    recipe: bool = True,
+    per_step: int = 16,
+) -> Path:
+    """A PPO (beta 0) or GIPO run: the easy half's score rises faster, the more so without a
+    variance term."""
     noise = np.random.Generator(np.random.PCG64(seed))
     folder.mkdir(parents=True)
     rows, samples = [], []
@@ -69,18 +78,28 @@ def ppo_run(folder: Path, *, seed: int = 0, steps: int = 40, beta: float = 0.3, 
             )
     write_rows(folder / "metrics.jsonl", rows)
     write_rows(folder / "samples.jsonl", samples)
-    write_rows(folder / "alerts.jsonl", [{"step": 7, "message": "step 7: groups/mass_min = 0.03 < 0.05: a group <collapsed>"}])
+    write_rows(
+        folder / "alerts.jsonl",
+        [{"step": 7, "message": "step 7: groups/mass_min = 0.03 < 0.05: a group <collapsed>"}],
+    )
     if recipe:
         name = "group_variance" if beta else "none"
         text = f"algorithm:\n  name: ppo\n  variance_regulariser: {{name: {name}, beta: {beta}}}\n"
         text += f"run: {{dir: {json.dumps(folder.name)}, seed: {seed}}}\nnote: <b>bold</b>\n"
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-        (folder / "environment.json").write_text(json.dumps({"torch": "2.13.0", "git": "<abc>"}), encoding="utf-8")
+        (folder / "environment.json").write_text(
+            json.dumps({"torch": "2.13.0", "git": "<abc>"}), encoding="utf-8"
+        )
     return folder
 
 
 def sft_run(folder: Path, *, steps: int = 8) -> Path:
     folder.mkdir(parents=True)
-    write_rows(folder / "metrics.jsonl", [{"step": s, "time/step_seconds": 0.5, "sft/loss": 5.0 / s} for s in range(1, steps + 1)])
-    (folder / "recipe.yaml").write_text("algorithm: {name: sft}\nrun: {seed: 0}\n", encoding="utf-8")
+    write_rows(
+        folder / "metrics.jsonl",
+        [{"step": s, "time/step_seconds": 0.5, "sft/loss": 5.0 / s} for s in range(1, steps + 1)],
+    )
+    (folder / "recipe.yaml").write_text(
+        "algorithm: {name: sft}\nrun: {seed: 0}\n", encoding="utf-8"
+    )
     return folder

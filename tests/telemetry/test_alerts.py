@@ -31,12 +31,19 @@ LOUD = [
 
 
 @pytest.mark.parametrize(("metric", "value", "threshold"), LOUD)
-def test_fires_once_names_everything_and_fires_again_only_after_clearing(metric: str, value: float, threshold: str) -> None:
+def test_fires_once_names_everything_and_fires_again_only_after_clearing(
+    metric: str, value: float, threshold: str
+) -> None:
     alerts = Alerts()
     loud, clear = QUIET | {metric: value}, QUIET | ({} if metric in QUIET else {metric: 0.0})
     assert alerts.check(clear, 1) == []
     [message] = alerts.check(loud, 2)
-    assert message.startswith("step 2: ") and metric in message and f"{value:.3g}" in message and threshold in message
+    assert (
+        message.startswith("step 2: ")
+        and metric in message
+        and f"{value:.3g}" in message
+        and threshold in message
+    )
     assert alerts.check(loud, 3) == []
     for step in range(4, 3 + CLEAR_STEPS):
         assert alerts.check(clear, step) == []
@@ -76,11 +83,19 @@ def test_state_survives_a_checkpoint() -> None:
         first.check({"rollout/length_mean": 40.0, "kl/mean": 99.0}, step)
     second = Alerts()
     second.load_state_dict(first.state_dict())
-    assert len(second.check({"rollout/length_mean": 100.0, "kl/mean": 99.0}, 11)) == 1  # the length; KL was raised before
+    # the length; KL was raised before
+    assert len(second.check({"rollout/length_mean": 100.0, "kl/mean": 99.0}, 11)) == 1
     assert len(first.lengths) == BASELINE_STEPS
 
 
 def test_state_is_no_recipe_key() -> None:
     keys = {f.name for f in recipe_fields(Alerts)}
-    assert keys == {"mass_min", "response_split", "kl_above", "length_drift", "repetition", "non_finite"}
+    assert keys == {
+        "mass_min",
+        "response_split",
+        "kl_above",
+        "length_drift",
+        "repetition",
+        "non_finite",
+    }
     assert {f.name for f in dataclasses.fields(Alerts)} - keys == {"raised", "lengths"}

@@ -8,13 +8,24 @@ from gipo_megatron.telemetry.console import Console, LogFile, Pace, duration, ke
 
 
 def test_a_line_shows_what_the_run_has() -> None:
-    values = {"reward/score_mean": 0.41234, "kl/mean": 1.9, "policy/loss": 3.0, "time/step_seconds": 2.0}
+    values = {
+        "reward/score_mean": 0.41234,
+        "kl/mean": 1.9,
+        "policy/loss": 3.0,
+        "time/step_seconds": 2.0,
+    }
     assert key_figures(values) == "score 0.4123  kl 1.9"
     assert step_line(3, 100, values, 75) == "step   3/100  score 0.4123  kl 1.9  2.00 s  left 1:15"
 
 
 def test_durations() -> None:
-    assert [duration(x) for x in (0, 59.6, 75, 3700, float("nan"))] == ["0:00", "1:00", "1:15", "1:01:40", "-:--"]
+    assert [duration(x) for x in (0, 59.6, 75, 3700, float("nan"))] == [
+        "0:00",
+        "1:00",
+        "1:15",
+        "1:01:40",
+        "-:--",
+    ]
 
 
 def test_time_left_forgets_the_first_step(monkeypatch) -> None:

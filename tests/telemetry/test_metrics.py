@@ -14,7 +14,8 @@ from gipo_megatron.types import Metric, Metrics
 
 
 class Replicas:
-    """Data parallel over threads: every reduction meets at a barrier, so a wrong number of collectives shows as a timeout."""
+    """Data parallel over threads: every reduction meets at a barrier, so a wrong number of
+    collectives shows as a timeout."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -56,7 +57,8 @@ class Replica:
         return self._group.meet(self.rank, x, lambda s: s.sum(0), "sum")
 
     def max(self, x: Tensor) -> Tensor:
-        return self._group.meet(self.rank, x, lambda s: s.nan_to_num(nan=-torch.inf).amax(0), "max")  # like back ends that drop NaN
+        # like back ends that drop NaN
+        return self._group.meet(self.rank, x, lambda s: s.nan_to_num(nan=-torch.inf).amax(0), "max")
 
 
 def metrics_of(x: Tensor, y: Tensor) -> Metrics:
@@ -76,7 +78,11 @@ def test_three_replicas_give_the_statistics_of_all_rows() -> None:
     noise = np.random.Generator(np.random.PCG64(1))
     x, y = noise.standard_normal(30), noise.standard_normal(30)
     replicas = Replicas(3)
-    results = replicas.run(lambda dp: reduce_metrics(metrics_of(torch.tensor(x[dp.rank :: 3]), torch.tensor(y[dp.rank :: 3])), dp))
+    results = replicas.run(
+        lambda dp: reduce_metrics(
+            metrics_of(torch.tensor(x[dp.rank :: 3]), torch.tensor(y[dp.rank :: 3])), dp
+        )
+    )
     expected = {
         "a/sum": x.sum(),
         "a/min": x.min(),
@@ -102,7 +108,11 @@ def test_one_replica_needs_no_reduction_and_may_have_no_metrics() -> None:
 
 def test_nan_in_an_extreme_survives_a_maximum_that_drops_it() -> None:
     rows = [torch.tensor([1.0, float("nan")]), torch.tensor([2.0, 3.0])]
-    results = Replicas(2).run(lambda dp: reduce_metrics({"x/max": Metric.max(rows[dp.rank]), "y/min": Metric.min(rows[1])}, dp))
+    results = Replicas(2).run(
+        lambda dp: reduce_metrics(
+            {"x/max": Metric.max(rows[dp.rank]), "y/min": Metric.min(rows[1])}, dp
+        )
+    )
     for result in results:
         assert np.isnan(result["x/max"]) and result["y/min"] == 2.0
 
@@ -112,13 +122,20 @@ def test_replicas_with_different_metrics_all_fail_and_name_them() -> None:
     held: list[Metrics] = [{"loss": one, "source/hh/score": one}, {"loss": one}]
     results = Replicas(2).run(lambda dp: reduce_metrics(held[dp.rank], dp))
     assert all(isinstance(r, AssertionError) for r in results)
-    assert "replica 0 of 2" in str(results[0]) and "source/hh/score" in str(results[0]) and "loss" not in str(results[0])
+    assert (
+        "replica 0 of 2" in str(results[0])
+        and "source/hh/score" in str(results[0])
+        and "loss" not in str(results[0])
+    )
     assert "the others have more of them" in str(results[1])
 
 
 def test_same_names_in_another_order_or_kind_fail() -> None:
     one = Metric.sum(1.0)
-    for held in ([{"a": one, "b": one}, {"b": one, "a": one}], [{"a": one}, {"a": Metric.max(torch.ones(1))}]):
+    for held in (
+        [{"a": one, "b": one}, {"b": one, "a": one}],
+        [{"a": one}, {"a": Metric.max(torch.ones(1))}],
+    ):
         results = Replicas(2).run(lambda dp, held=held: reduce_metrics(held[dp.rank], dp))
         assert all(isinstance(r, AssertionError) for r in results)
 

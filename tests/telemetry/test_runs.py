@@ -14,14 +14,20 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
     assert (run.name, run.stage, run.num_steps, run.seconds) == ("gipo", "GIPO", 20, 50.0)
     steps, values = run.series("eval/gold")
     assert steps == [10, 20] and len(values) == 2
-    assert run.series("source/helpful/score")[0] == [s for s in range(1, 21) if s % 3]  # null is no point
+    # null is no point
+    assert run.series("source/helpful/score")[0] == [s for s in range(1, 21) if s % 3]
     assert run.last("no/such") is None and len(run.alerts) == 1
     assert load_run(ppo_run(tmp_path / "ppo", beta=0.0, steps=2)).stage == "PPO"
     assert load_run(sft_run(tmp_path / "sft")).stage == "SFT"
 
 
 def test_stage_without_a_recipe(tmp_path: Path) -> None:
-    for metric, stage in {"rm/loss": "RM", "dpo/loss": "DPO", "reward/score_mean": "PPO", "other": "run"}.items():
+    for metric, stage in {
+        "rm/loss": "RM",
+        "dpo/loss": "DPO",
+        "reward/score_mean": "PPO",
+        "other": "run",
+    }.items():
         write_rows(tmp_path / "metrics.jsonl", [{"step": 1, metric: 1.0}])
         assert load_run(tmp_path).stage == stage
 
@@ -35,7 +41,13 @@ def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line"), [('{"step": 1}\n{oops\n{"step": 2}\n', 2), ('{"x": 1}\n', 1), ("[1]\n", 1), ('{"step": "1"}\n', 1)]
+    ("text", "line"),
+    [
+        ('{"step": 1}\n{oops\n{"step": 2}\n', 2),
+        ('{"x": 1}\n', 1),
+        ("[1]\n", 1),
+        ('{"step": "1"}\n', 1),
+    ],
 )
 def test_bad_lines_are_named(tmp_path: Path, text: str, line: int) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)
@@ -67,13 +79,21 @@ def test_seeds_are_one_group_with_a_band(tmp_path: Path) -> None:
     steps, mean, low, high = groups[0].band("groups/gap")
     by_hand = [run.series("groups/gap")[1][4] for run in groups[0].runs]
     assert steps == list(range(1, 13))
-    assert (mean[4], low[4], high[4]) == pytest.approx((sum(by_hand) / 3, min(by_hand), max(by_hand)))
+    assert (mean[4], low[4], high[4]) == pytest.approx(
+        (sum(by_hand) / 3, min(by_hand), max(by_hand))
+    )
     assert groups[0].band("sft/loss") == ([], [], [], [])
 
 
 def test_a_sweeps_folders_are_called_by_their_parent(tmp_path: Path) -> None:
-    for parent, names, label in (("sweep", ("seed=0", "seed=1"), "sweep"), ("s", ("eta=0.02,seed=0", "eta=0.02,seed=1"), "eta=0.02")):
-        runs = [load_run(ppo_run(tmp_path / parent / name, seed=i, steps=2)) for i, name in enumerate(names)]
+    for parent, names, label in (
+        ("sweep", ("seed=0", "seed=1"), "sweep"),
+        ("s", ("eta=0.02,seed=0", "eta=0.02,seed=1"), "eta=0.02"),
+    ):
+        runs = [
+            load_run(ppo_run(tmp_path / parent / name, seed=i, steps=2))
+            for i, name in enumerate(names)
+        ]
         assert [g.label for g in group_by_seed(runs)] == [f"{label} (2 seeds)"]
 
 

@@ -22,7 +22,9 @@ def lines(path: Path) -> list[dict]:
 def test_files_are_always_written_and_flushed(tmp_path: Path) -> None:
     sinks = make_sinks([], tmp_path / "run", 5)
     for sink in sinks:
-        sink.log(1, {"kl/mean": 0.1 + 0.2, "groups/auc": float("nan"), "policy/ratio_max": float("inf")})
+        sink.log(
+            1, {"kl/mean": 0.1 + 0.2, "groups/auc": float("nan"), "policy/ratio_max": float("inf")}
+        )
         sink.samples(1, [{"prompt": "Ä\n\u2028", "response": "\ud800", "score": float("nan")}])
         sink.alert(1, "step 1: careful")
         sink.phase("rollout")
@@ -61,12 +63,20 @@ def test_resume_cuts_later_rows_and_a_half_written_line(tmp_path: Path) -> None:
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert [row["step"] for row in lines(tmp_path / "samples.jsonl")] == [1, 1, 2, 2]
     assert [row["step"] for row in lines(tmp_path / "alerts.jsonl")] == [1, 2]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["alerts.jsonl", "metrics.jsonl", "samples.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "alerts.jsonl",
+        "metrics.jsonl",
+        "samples.jsonl",
+    ]
 
 
 def test_resume_at_zero_begins_anew(tmp_path: Path) -> None:
     filled(tmp_path).resume(0)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b"" == (tmp_path / "samples.jsonl").read_bytes()
+    assert (
+        (tmp_path / "metrics.jsonl").read_bytes()
+        == b""
+        == (tmp_path / "samples.jsonl").read_bytes()
+    )
     Jsonl(tmp_path / "nothing there").resume(5)
 
 
@@ -119,7 +129,8 @@ for sink in sinks:
 
 
 def wandb_steps(path: Path) -> tuple[str, list[int]]:
-    """Run id and history steps of an offline file: LevelDB log framing (7-byte header; blocks of 32 KiB) around protobuf records."""
+    """Run id and history steps of an offline file: LevelDB log framing (7-byte header; blocks of 32
+    KiB) around protobuf records."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, record, run_id, steps = path.read_bytes(), 7, b"", "", []
@@ -145,9 +156,18 @@ def test_wandb_offline_without_login_inside_the_folder_and_continued(tmp_path: P
     environment = clean | {"HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for first, last in ((1, 3), (3, 4)):
         command = [sys.executable, "-c", WANDB_RUN, str(tmp_path / "run"), str(first), str(last)]
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
-    files = sorted((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns)
+    files = sorted(
+        (tmp_path / "run").glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns
+    )
     known = (tmp_path / "run/wandb_id").read_text().strip()
     assert [wandb_steps(f) for f in files] == [(known, [1, 2, 3]), (known, [3, 4])]
     assert not list(home.rglob("*"))

@@ -2,7 +2,19 @@ from __future__ import annotations
 
 import matplotlib
 
-from gipo_megatron.telemetry.style import COLOURS, COLUMN, MARKERS, PAGE, colour, dash, marker, panels, shared_legend, style, visible
+from gipo_megatron.telemetry.style import (
+    COLOURS,
+    COLUMN,
+    MARKERS,
+    PAGE,
+    colour,
+    dash,
+    marker,
+    panels,
+    shared_legend,
+    style,
+    visible,
+)
 
 
 def test_style_ends_with_its_block() -> None:
@@ -21,8 +33,12 @@ def test_no_two_of_many_lines_look_alike() -> None:
 def test_panels_have_no_empty_axes_and_fit_a_column() -> None:
     for count in range(1, 8):
         figure, axes = panels([f"p{i}" for i in range(count)], columns=3)
-        assert len(figure.axes) == len(axes) == count and figure.get_figwidth() == (COLUMN if count == 1 else PAGE)
-        assert [a.get_title(loc="left") or a.get_title() for a in axes] == [f"p{i}" for i in range(count)]
+        assert len(figure.axes) == len(axes) == count and figure.get_figwidth() == (
+            COLUMN if count == 1 else PAGE
+        )
+        assert [a.get_title(loc="left") or a.get_title() for a in axes] == [
+            f"p{i}" for i in range(count)
+        ]
 
 
 def test_legend_has_each_label_once() -> None:

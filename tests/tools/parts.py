@@ -1,4 +1,5 @@
-"""Parts for the tests of tools/gpu_verify.py: they need no model, and do what a part may do wrong."""
+"""Parts for the tests of tools/gpu_verify.py: they need no model, and do what a part may do
+wrong."""
 
 from __future__ import annotations
 

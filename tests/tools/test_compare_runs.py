@@ -9,7 +9,14 @@ from tests.telemetry.synthetic import write_rows
 from tools.compare_runs import main
 
 ROWS = [
-    {"step": s, "time/rollout": 0.1 * s, "perf/mfu": 0.3, "memory/peak_gib": 1.0, "kl/mean": 0.1 * s, "policy/loss": None}
+    {
+        "step": s,
+        "time/rollout": 0.1 * s,
+        "perf/mfu": 0.3,
+        "memory/peak_gib": 1.0,
+        "kl/mean": 0.1 * s,
+        "policy/loss": None,
+    }
     for s in (1, 2, 3)
 ]
 
@@ -27,7 +34,10 @@ def changed(step: int, **values: object) -> list[dict]:
 
 
 def test_time_is_no_difference_and_row_order_neither(tmp_path: Path, capsys) -> None:
-    slower = [{**row, "time/rollout": 9.0, "perf/mfu": 0.1, "memory/peak_gib": 2.0, "time/extra": 1.0} for row in reversed(ROWS)]
+    slower = [
+        {**row, "time/rollout": 9.0, "perf/mfu": 0.1, "memory/peak_gib": 2.0, "time/extra": 1.0}
+        for row in reversed(ROWS)
+    ]
     assert main([*pair(tmp_path, slower), "--assert-equal"]) == 0
     out = capsys.readouterr().out
     assert "6 numbers compared, 0 differ" in out and "equal, bit for bit" in out
@@ -51,12 +61,17 @@ def test_one_bit_is_named(tmp_path: Path, capsys) -> None:
         (changed(3, policy__loss=0.0), "step 3, policy/loss: None and 0.0"),
         (ROWS[:2], "step 3, (the whole row): there and absent"),
         ([*ROWS, {"step": 4, "kl/mean": 1.0}], "step 4, (the whole row): absent and there"),
-        ([{k: v for k, v in row.items() if k != "kl/mean"} for row in ROWS], "step 1, kl/mean: 0.1 and absent"),
+        (
+            [{k: v for k, v in row.items() if k != "kl/mean"} for row in ROWS],
+            "step 1, kl/mean: 0.1 and absent",
+        ),
         (changed(2, new=1.0), "step 2, new: absent and 1.0"),
         (changed(1, kl__mean=-0.1), "step 1, kl/mean: 0.1 and -0.1"),
     ],
 )
-def test_what_differs_beyond_any_tolerance(tmp_path: Path, capsys, rows: list[dict], named: str) -> None:
+def test_what_differs_beyond_any_tolerance(
+    tmp_path: Path, capsys, rows: list[dict], named: str
+) -> None:
     folders = pair(tmp_path, rows)
     assert main([*folders, "--tolerance", "0.5"]) == 1
     assert named in capsys.readouterr().err
@@ -79,7 +94,12 @@ def test_mistakes_exit_2_on_one_screen(tmp_path: Path, capsys) -> None:
     write_rows(tmp_path / "twice/metrics.jsonl", [ROWS[0], ROWS[0]])
     (tmp_path / "other").mkdir()
     write_rows(tmp_path / "other/metrics.jsonl", [{"step": 99, "kl/mean": 1.0}])
-    cases = [[a, str(tmp_path / "nope")], [str(tmp_path / "empty"), b], [a, str(tmp_path / "twice")], [a, str(tmp_path / "other")]]
+    cases = [
+        [a, str(tmp_path / "nope")],
+        [str(tmp_path / "empty"), b],
+        [a, str(tmp_path / "twice")],
+        [a, str(tmp_path / "other")],
+    ]
     for folders in [*cases, [a, b, "--tolerance", "-1"]]:
         assert main([*folders, "--assert-equal"]) == 2
         error = capsys.readouterr().err

@@ -15,7 +15,8 @@ from gipo_megatron.recipe.source import Block
 from tests import broken_transformer_engine
 from tools import doctor
 
-load_components(Block({}, "tests"))  # here, since a package that the components import may draw from a global generator
+# here, since a package that the components import may draw from a global generator
+load_components(Block({}, "tests"))
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.2)
 NODE = Capabilities(
     "3.12.3",
@@ -39,8 +40,16 @@ BIG = ["recipe=hh_sft", "models.actor.load=random"]
         ([*BIG, "with=hardware/h100x8_fp8"], {}, []),
         ([*BIG, "with=hardware/h100x8_fp8", "world=64", "batch.minibatch=128"], {}, []),
         (BIG, {"gpus": (H100,) * 4}, ["it is for 8 GPUs, 8 a machine; here are 4"]),
-        (BIG, {"gpus": (replace(H100, memory_gib=39.4),) * 8}, ["it is for GPUs of 80 GiB; the smallest here has 39"]),
-        (BIG, {"gpus": (replace(H100, name="V100", compute=(7, 0)),) * 8}, ["precision.dtype bf16 needs compute capability 8.0"]),
+        (
+            BIG,
+            {"gpus": (replace(H100, memory_gib=39.4),) * 8},
+            ["it is for GPUs of 80 GiB; the smallest here has 39"],
+        ),
+        (
+            BIG,
+            {"gpus": (replace(H100, name="V100", compute=(7, 0)),) * 8},
+            ["precision.dtype bf16 needs compute capability 8.0"],
+        ),
         (BIG, {"nccl": None}, ["torch has no NCCL"]),
         (BIG, {"megatron": None}, ["megatron-core is not installed"]),
         (
@@ -49,14 +58,22 @@ BIG = ["recipe=hh_sft", "models.actor.load=random"]
             ["precision.fp8 is 'tensorwise', but Transformer Engine is not"],
         ),
         ([*BIG, "run.loggers=[wandb]"], {"wandb": None}, ["run.loggers names wandb"]),
-        (["recipe=hh_sft", "models.actor.load=runs/nowhere/final"], {}, ["models.actor.load: 'runs/nowhere/final' is not on this machine"]),
+        (
+            ["recipe=hh_sft", "models.actor.load=runs/nowhere/final"],
+            {},
+            ["models.actor.load: 'runs/nowhere/final' is not on this machine"],
+        ),
         (TINY, {}, []),
     ],
 )
-def test_what_keeps_a_recipe_from_running(words: list[str], change: dict, expected: list[str]) -> None:
+def test_what_keeps_a_recipe_from_running(
+    words: list[str], change: dict, expected: list[str]
+) -> None:
     found = doctor.obstacles(compose(words, doctor.RECIPES), replace(NODE, **change))
     assert len(found) == len(expected)
-    assert all(reason.startswith(start) for reason, start in zip(found, expected, strict=True)), found
+    assert all(reason.startswith(start) for reason, start in zip(found, expected, strict=True)), (
+        found
+    )
 
 
 def test_a_machine_without_gpus_runs_what_is_for_cpus() -> None:
@@ -66,12 +83,26 @@ def test_a_machine_without_gpus_runs_what_is_for_cpus() -> None:
 
 
 def test_missing_parts_are_told_with_their_cost() -> None:
-    complete, bare = ({part: (found, costs) for part, found, costs in doctor.rows(here)} for here in (NODE, LAPTOP))
+    complete, bare = (
+        {part: (found, costs) for part, found, costs in doctor.rows(here)}
+        for here in (NODE, LAPTOP)
+    )
     assert complete["GPU"] == ("8 × NVIDIA H100 80GB HBM3 (9.0, 79 GiB)", "")
-    assert complete["FP8 blockwise"] == ("can run", "") and bare["FP8 blockwise"] == ("-", "no CUDA device")
+    assert complete["FP8 blockwise"] == ("can run", "") and bare["FP8 blockwise"] == (
+        "-",
+        "no CUDA device",
+    )
     missing = {part for part, (found, costs) in bare.items() if found == "-" and costs}
     assert missing == {
-        *("CUDA (torch's)", "GPU", "NCCL", "transformer-engine", "apex (NVIDIA's)", "wandb", "vllm"),
+        *(
+            "CUDA (torch's)",
+            "GPU",
+            "NCCL",
+            "transformer-engine",
+            "apex (NVIDIA's)",
+            "wandb",
+            "vllm",
+        ),
         *("FP8 delayed", "FP8 tensorwise", "FP8 blockwise"),
     }
     assert bare["megatron-core"] == ("0.16.1", "")
@@ -79,40 +110,75 @@ def test_missing_parts_are_told_with_their_cost() -> None:
 
 def test_the_other_apex_is_named() -> None:
     for nvidia in (True, False):
-        rows = {part: (found, costs) for part, found, costs in doctor.rows(replace(NODE, apex=Apex("0.9.10.dev0", nvidia)))}
+        rows = {
+            part: (found, costs)
+            for part, found, costs in doctor.rows(replace(NODE, apex=Apex("0.9.10.dev0", nvidia)))
+        }
         assert rows["apex (NVIDIA's)"] == (
             "0.9.10.dev0",
             "" if nvidia else "another package of that name, of no use here: pip uninstall apex",
         )
 
 
-def run(folder: Path, *words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *words: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, str(Path(doctor.__file__)), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment or own, timeout=200, check=False)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment or own,
+        timeout=200,
+        check=False,
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_exit_codes(tmp_path: Path) -> None:
     done = run(tmp_path, *BIG)
-    assert done.returncode == 2 and "hh_sft: cannot run here\n  - it is for 8 GPUs, 8 a machine; here are 0\n" in done.stdout
+    assert (
+        done.returncode == 2
+        and "hh_sft: cannot run here\n  - it is for 8 GPUs, 8 a machine; here are 0\n"
+        in done.stdout
+    )
     assert done.stderr == "" and len(done.stdout.splitlines()) < 24
     done = run(tmp_path, "recipe=tiny/sft", "run.sed=1")
-    assert done.returncode == 2 and "did you mean 'seed'?" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "did you mean 'seed'?" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("kind", ["ASSERTION", "MODULE"])
-def test_a_broken_transformer_engine_is_told_in_the_words_of_a_run(tmp_path: Path, kind: str) -> None:
-    """Without a GPU a package that it lacks costs nothing; any other error keeps Megatron-Core from being imported."""
-    environment = broken_transformer_engine.install(tmp_path, getattr(broken_transformer_engine, kind))
+def test_a_broken_transformer_engine_is_told_in_the_words_of_a_run(
+    tmp_path: Path, kind: str
+) -> None:
+    """Without a GPU a package that it lacks costs nothing; any other error keeps Megatron-Core from
+    being imported."""
+    environment = broken_transformer_engine.install(
+        tmp_path, getattr(broken_transformer_engine, kind)
+    )
     done = run(tmp_path, *TINY, environment=environment)
     stops = kind == "ASSERTION"
-    reason = "AssertionError: Could not find" if stops else "ModuleNotFoundError: No module named 'pydantic', framework pytorch"
+    reason = (
+        "AssertionError: Could not find"
+        if stops
+        else "ModuleNotFoundError: No module named 'pydantic', framework pytorch"
+    )
     told = f"Transformer Engine is installed, but does not import: {reason}"
-    assert done.stdout.count(told) == (2 if stops else 1) and "fix:   pip install 'gipo-megatron[gpu]'" in done.stdout
+    assert (
+        done.stdout.count(told) == (2 if stops else 1)
+        and "fix:   pip install 'gipo-megatron[gpu]'" in done.stdout
+    )
     assert done.returncode == (2 if stops else 0)
-    assert (f"tiny/sft: cannot run here\n  - {told}" if stops else "tiny/sft: can run here\n") in done.stdout
+    assert (
+        f"tiny/sft: cannot run here\n  - {told}" if stops else "tiny/sft: can run here\n"
+    ) in done.stdout
 
 
 def test_tiny_runs_anywhere(capsys: pytest.CaptureFixture[str]) -> None:

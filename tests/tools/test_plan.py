@@ -17,30 +17,47 @@ ROOT = Path(plan.__file__).parent.parent
 
 
 def run(script: str, *words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")
+    }
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *words], capture_output=True, text=True, cwd=folder, env=environment, timeout=120
+        [sys.executable, str(ROOT / script), *words],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=120,
     )
 
 
 def test_a_dry_run_is_the_plan_and_needs_no_weights(tmp_path: Path) -> None:
     words = ("recipe=hh_gipo", "world=16", "batch.micro_batch=2")
-    one, other = run("tools/plan.py", *words, folder=tmp_path), run("launch/train.py", *words, "dry_run=true", folder=tmp_path)
+    one, other = (
+        run("tools/plan.py", *words, folder=tmp_path),
+        run("launch/train.py", *words, "dry_run=true", folder=tmp_path),
+    )
     assert (one.returncode, one.stderr) == (other.returncode, other.stderr) == (0, "")
     assert one.stdout == other.stdout
-    assert one.stdout.startswith("hh_gipo: ppo on 16 ranks = tensor 4 × pipeline 1 × data 4; 2 nodes of 8 ranks, in order\n")
+    assert one.stdout.startswith(
+        "hh_gipo: ppo on 16 ranks = tensor 4 × pipeline 1 × data 4; 2 nodes of 8 ranks, in order\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_world_that_does_not_factor_is_one_screen_and_exit_code_2(tmp_path: Path) -> None:
     done = run("tools/plan.py", "recipe=hh_gipo", "world=18", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "tensor 4 × pipeline 1 × data ? ≠ world 18" in done.stderr and "fix:   start a multiple of 4 processes" in done.stderr
+    assert (
+        "tensor 4 × pipeline 1 × data ? ≠ world 18" in done.stderr
+        and "fix:   start a multiple of 4 processes" in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
-def test_other_ranks_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_say_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "3")
     assert train.main(["recipe=hh_gipo", "dry_run=true"]) == 0
     assert capsys.readouterr() == ("", "")

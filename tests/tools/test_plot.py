@@ -9,7 +9,11 @@ from tools.plot import main, parse
 def test_one_run_draws_into_its_folder(tmp_path: Path, capsys) -> None:
     folder = sft_run(tmp_path / "sft")
     assert main([str(folder)]) == 0
-    assert sorted(p.name for p in (folder / "figures").iterdir()) == ["loss.pdf", "loss.png", "loss.svg"]
+    assert sorted(p.name for p in (folder / "figures").iterdir()) == [
+        "loss.pdf",
+        "loss.png",
+        "loss.svg",
+    ]
     out = capsys.readouterr().out
     assert "3 files in" in out and "not drawn: kl (no kl/mean, kl/coef_mean)" in out
 
@@ -18,7 +22,11 @@ def test_several_runs_draw_into_out(tmp_path: Path) -> None:
     runs = [str(sft_run(tmp_path / f"run_{s}")) for s in range(2)]
     assert main([*runs, f"out={tmp_path}/all", f"report={tmp_path}/report.html"]) == 0
     assert (tmp_path / "report.html").is_file()
-    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["loss.pdf", "loss.png", "loss.svg"]
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [
+        "loss.pdf",
+        "loss.png",
+        "loss.svg",
+    ]
     assert parse(runs)[1] == "figures"
 
 
@@ -26,12 +34,20 @@ def test_the_frontier_is_written_too(tmp_path: Path) -> None:
     run = ppo_run(tmp_path / "gipo", steps=10)
     assert main([str(run)]) == 0
     written = {p.name: p.stat().st_size for p in (run / "figures").iterdir()}
-    assert {"frontier.pdf", "frontier.png", "frontier.svg", "reward.pdf"} <= written.keys() and min(written.values()) > 1000
+    assert {"frontier.pdf", "frontier.png", "frontier.svg", "reward.pdf"} <= written.keys() and min(
+        written.values()
+    ) > 1000
 
 
 def test_mistakes_exit_2_on_one_screen(tmp_path: Path, capsys) -> None:
     (tmp_path / "empty").mkdir()
-    cases = [[], [str(tmp_path / "nope")], [str(tmp_path / "empty")], ["--out", "x"], ["outt=x", str(tmp_path)]]
+    cases = [
+        [],
+        [str(tmp_path / "nope")],
+        [str(tmp_path / "empty")],
+        ["--out", "x"],
+        ["outt=x", str(tmp_path)],
+    ]
     for arguments in cases:
         assert main(arguments) == 2
         error = capsys.readouterr().err

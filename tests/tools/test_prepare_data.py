@@ -17,11 +17,17 @@ from tests.data.fixtures import dialogue, write_rows
 from tools.prepare_data import main, read_arguments
 
 ROOT = Path(__file__).parents[2]
-USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
+USER, GOOD, BAD = (
+    {"role": role, "content": text}
+    for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b"))
+)
 
 
 def rows(config: DataConfig, split: str, kind: str) -> list[tuple]:
-    return [(e.style, e.prompt, e.responses, e.extras) for e in load_data(config, byte_tokenizer(), split, 0, kind).rows]
+    return [
+        (e.style, e.prompt, e.responses, e.extras)
+        for e in load_data(config, byte_tokenizer(), split, 0, kind).rows
+    ]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +36,10 @@ def rows(config: DataConfig, split: str, kind: str) -> list[tuple]:
         (
             "preference",
             [
-                {"chosen": dialogue("h: q", "a: x", "h: r", f"a: {i}"), "rejected": dialogue("h: q", "a: x", "h: r", "a: z")}
+                {
+                    "chosen": dialogue("h: q", "a: x", "h: r", f"a: {i}"),
+                    "rejected": dialogue("h: q", "a: x", "h: r", "a: z"),
+                }
                 for i in range(3)
             ],
         ),
@@ -40,26 +49,48 @@ def rows(config: DataConfig, split: str, kind: str) -> list[tuple]:
         ("prompt", [{"prompt": dialogue("h: q") + "\n\nAssistant:"}]),
     ],
 )
-def test_cleaned_files_are_read_back_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, good: list[dict]) -> None:
+def test_cleaned_files_are_read_back_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, good: list[dict]
+) -> None:
     for split in ("train", "test"):
         write_rows(tmp_path / "in" / "s" / f"{split}.jsonl", [*good, dict.fromkeys(good[0], "")])
     main([f"data.path={tmp_path / 'in'}", f"data.format={format}", f"out={tmp_path / 'out'}"])
     printed = capsys.readouterr().out
-    assert f"kept {len(good)} of {len(good) + 1} rows" in printed and "dropped 1" in printed and "prompt tokens: 50%" in printed
+    assert (
+        f"kept {len(good)} of {len(good) + 1} rows" in printed
+        and "dropped 1" in printed
+        and "prompt tokens: 50%" in printed
+    )
     for split in ("train", "test"):
-        read = [rows(DataConfig(format=format, path=str(tmp_path / place)), split, format) for place in ("in", "out")]
+        read = [
+            rows(DataConfig(format=format, path=str(tmp_path / place)), split, format)
+            for place in ("in", "out")
+        ]
         assert read[0] == read[1] and len(read[0]) == len(good)
     assert not list(tmp_path.rglob("*.part"))
 
 
 def test_planted_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["planted", f"out={tmp_path}", "data.planted.prompts=20", "data.max_length=48", "data.max_response=12"])
-    assert len(list(tmp_path.rglob("*.jsonl"))) == 12 and "source hard: 48 rows" in capsys.readouterr().out
+    main(
+        [
+            "planted",
+            f"out={tmp_path}",
+            "data.planted.prompts=20",
+            "data.max_length=48",
+            "data.max_response=12",
+        ]
+    )
+    assert (
+        len(list(tmp_path.rglob("*.jsonl"))) == 12
+        and "source hard: 48 rows" in capsys.readouterr().out
+    )
     row = json.loads((tmp_path / "preference" / "hard" / "test.jsonl").read_text().split("\n")[0])
     assert row.keys() == {"prompt", "chosen", "rejected", "gold_chosen", "gold_rejected", "group"}
 
 
-@pytest.mark.parametrize("argument", ["path=x", "data.pth=x", "data.max_length=long", "--help", "data.path"])
+@pytest.mark.parametrize(
+    "argument", ["path=x", "data.pth=x", "data.max_length=long", "--help", "data.path"]
+)
 def test_arguments_that_are_none(argument: str) -> None:
     with pytest.raises(UserError):
         read_arguments([argument])
@@ -67,9 +98,23 @@ def test_arguments_that_are_none(argument: str) -> None:
 
 def test_an_error_is_one_screen_and_exit_code_2(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl.gz"
-    file.write_bytes(gzip.compress(b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": \n'))
-    command = [sys.executable, "tools/prepare_data.py", f"data.path={file}", f"out={tmp_path / 'out'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    file.write_bytes(
+        gzip.compress(b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": \n')
+    )
+    command = [
+        sys.executable,
+        "tools/prepare_data.py",
+        f"data.path={file}",
+        f"out={tmp_path / 'out'}",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "unreadable JSON" in done.stderr and f"{file} line 2" in done.stderr
     assert not (tmp_path / "out").exists()

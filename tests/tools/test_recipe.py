@@ -14,16 +14,28 @@ from tests.smollm import beside_the_model
 from tools import recipe as tool
 
 TOOL = Path(tool.__file__)
-load_components(Block({}, "tests"))  # here, since a package that the components import may draw from a global generator
+# here, since a package that the components import may draw from a global generator
+load_components(Block({}, "tests"))
 
 
 def run(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run([sys.executable, str(TOOL), *words], capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")
+    }
+    return subprocess.run(
+        [sys.executable, str(TOOL), *words],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=120,
+    )
 
 
 def test_two_mistakes_in_one_process_are_one_screen_and_exit_code_2(tmp_path: Path) -> None:
-    done = run("check", "hh_gipo", "algorithm.kl_controler.eta=1", "run.steps=many", folder=tmp_path)
+    done = run(
+        "check", "hh_gipo", "algorithm.kl_controler.eta=1", "run.steps=many", folder=tmp_path
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         "hh_gipo: 2 problems",
@@ -39,7 +51,8 @@ def test_a_sound_recipe_is_exit_code_0_from_any_folder(tmp_path: Path) -> None:
     done = run("check", "hh_gipo", "world=16", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(
-        "ok hh_gipo: ppo; 16 processes = tensor 4 × pipeline 1 × data 4; 64 prompts × 4 responses = 4 minibatches;"
+        "ok hh_gipo: ppo; 16 processes = tensor 4 × pipeline 1 × data 4; 64 prompts × 4 responses ="
+        " 4 minibatches;"
     )
 
 
@@ -60,8 +73,14 @@ def test_check_of_everything_passes_over_a_model_that_is_not_there(
     assert [line for line in lines if line.startswith("-- ")] == [
         f"-- {name}: not checked, no weights to read the architecture from" for name in smollm
     ]
-    assert sum(line.startswith("ok ") for line in lines) == len(recipe_names(tool.ROOT)) - len(smollm) == len(recipe_names(tool.ROOT)) - 6
-    with pytest.raises(UserError, match=r"'\./runs/smollm2' \(models\.actor\.load\) is not on this machine"):
+    assert (
+        sum(line.startswith("ok ") for line in lines)
+        == len(recipe_names(tool.ROOT)) - len(smollm)
+        == len(recipe_names(tool.ROOT)) - 6
+    )
+    with pytest.raises(
+        UserError, match=r"'\./runs/smollm2' \(models\.actor\.load\) is not on this machine"
+    ):
         tool.main(["check", "smollm/sft"])
 
 
@@ -71,7 +90,9 @@ def test_check_goes_on_after_a_bad_recipe(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.startswith("ok tiny/sft")
 
 
-def test_diff_is_exactly_what_differs_and_a_component_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_is_exactly_what_differs_and_a_component_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     tool.main(["diff", "hh_ppo_kl", "hh_ppo"])
     assert capsys.readouterr().out.splitlines() == [
         "algorithm.kl_controller: fixed {eta: 0.05} → none",
@@ -79,7 +100,9 @@ def test_diff_is_exactly_what_differs_and_a_component_is_one_line(capsys: pytest
     ]
     tool.main(["diff", "hh_gipo", "ablation/kl_only"])
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("algorithm.variance_regulariser: group_variance {beta: 0.3, ") and first.endswith("} → none")
+    assert first.startswith(
+        "algorithm.variance_regulariser: group_variance {beta: 0.3, "
+    ) and first.endswith("} → none")
     assert second == "run.dir: runs/hh_gipo → runs/ablation/kl_only"
     tool.main(["diff", "hh_gipo", "hh_gipo"])
     assert capsys.readouterr().out == ""
@@ -88,13 +111,19 @@ def test_diff_is_exactly_what_differs_and_a_component_is_one_line(capsys: pytest
 def test_diff_names_keys_that_one_side_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     tool.main(["diff", "tiny/sft", "tiny/rm"])
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("models.actor: {load: random, ") and line.endswith("→ -") for line in lines)
+    assert any(
+        line.startswith("models.actor: {load: random, ") and line.endswith("→ -") for line in lines
+    )
     assert "algorithm: sft → reward_model {centre: 0.05}" in lines
 
 
 def test_show_says_where_each_value_was_written(capsys: pytest.CaptureFixture[str]) -> None:
     tool.main(["show", "hh_gipo", "run.seed=3"])
-    lines = {line.split("#")[0].strip(): line.split("# ")[1] for line in capsys.readouterr().out.splitlines() if "# " in line}
+    lines = {
+        line.split("#")[0].strip(): line.split("# ")[1]
+        for line in capsys.readouterr().out.splitlines()
+        if "# " in line
+    }
     assert lines["seed: 3"] == "command line"
     assert lines["steps: 2000"].startswith("recipes/hh_gipo.yaml:")
     assert lines["num_layers: 32"].startswith("recipes/model/llama2_7b.yaml:")

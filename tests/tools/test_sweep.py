@@ -13,7 +13,8 @@ from gipo_megatron.recipe.source import Block
 from tools import sweep
 
 RECIPES = sweep.REPOSITORY / "recipes"
-load_components(Block({}, "tests"))  # here, since a package that the components import may draw from a global generator
+# here, since a package that the components import may draw from a global generator
+load_components(Block({}, "tests"))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,17 @@ def test_values(text: str, values: tuple[str, ...]) -> None:
 
 
 def test_the_last_key_changes_fastest_and_fragments_are_not_varied() -> None:
-    plan = sweep.parse(["recipe=tiny/gipo", "with=a,b", "run.seed=0..1", "run.steps=3", "data.template=x,y", "nproc=2", "dry=true"])
+    plan = sweep.parse(
+        [
+            "recipe=tiny/gipo",
+            "with=a,b",
+            "run.seed=0..1",
+            "run.steps=3",
+            "data.template=x,y",
+            "nproc=2",
+            "dry=true",
+        ]
+    )
     assert plan.fixed == ("recipe=tiny/gipo", "with=a,b", "run.steps=3")
     assert (plan.nproc, plan.dry) == (2, True)
     assert plan.points == [
@@ -65,7 +76,10 @@ def test_every_combination_has_its_own_run_folder() -> None:
     commands = [sweep.command(plan, point, RECIPES) for point in plan.points]
     folders = [command[-1] for command in commands]
     assert len(set(folders)) == len(folders) == 3 * 2 * 2 * 2
-    assert folders[0] == "run.dir=runs/tiny_gipo/run.seed=0,eta=0.05,data.planted.seed=1,loggers=_console_"
+    assert (
+        folders[0]
+        == "run.dir=runs/tiny_gipo/run.seed=0,eta=0.05,data.planted.seed=1,loggers=_console_"
+    )
     assert commands[0][:2] == [sys.executable, str(sweep.TRAIN)]
     single = sweep.parse(["recipe=tiny/gipo", "run.seed=3"])
     assert sweep.command(single, (), RECIPES)[2:] == ["recipe=tiny/gipo", "run.seed=3"]
@@ -74,9 +88,18 @@ def test_every_combination_has_its_own_run_folder() -> None:
 def test_torchrun_starts_several_processes_and_the_check_knows_how_many() -> None:
     plan = sweep.parse(["recipe=tiny/gipo", "parallel.tensor=1,2", "nproc=2"])
     for point in plan.points:
-        assert sweep.command(plan, point, RECIPES)[1:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        assert sweep.command(plan, point, RECIPES)[1:5] == [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+        ]
     with pytest.raises(UserError, match="1 problem"):
-        sweep.command(sweep.parse(["recipe=tiny/gipo", "parallel.tensor=1,2"]), ("parallel.tensor=2",), RECIPES)
+        sweep.command(
+            sweep.parse(["recipe=tiny/gipo", "parallel.tensor=1,2"]),
+            ("parallel.tensor=2",),
+            RECIPES,
+        )
 
 
 def fake_runs(monkeypatch: pytest.MonkeyPatch, codes: list[int]) -> list[list[str]]:
@@ -90,7 +113,9 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch, codes: list[int]) -> list[list[st
     return started
 
 
-def test_a_failed_run_is_reported_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_run_is_reported_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     started = fake_runs(monkeypatch, [0, 2, 0])
     assert sweep.main(["recipe=tiny/gipo", "run.seed=0..2"], RECIPES) == 1
     assert len(started) == 3
@@ -99,7 +124,9 @@ def test_a_failed_run_is_reported_and_the_others_go_on(monkeypatch: pytest.Monke
     assert "failed with 2:" in shown.err and "run.seed=1" in shown.err
 
 
-def test_nothing_starts_before_all_are_checked_and_dry_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_starts_before_all_are_checked_and_dry_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     started = fake_runs(monkeypatch, [])
     with pytest.raises(UserError):
         sweep.main(["recipe=tiny/gipo", "run.keep=1,0"], RECIPES)
@@ -110,4 +137,8 @@ def test_nothing_starts_before_all_are_checked_and_dry_starts_nothing(monkeypatc
 def test_bad_settings_exit_with_2(tmp_path: Path) -> None:
     words = [sys.executable, str(Path(sweep.__file__)), "recipe=tiny/gipo", "run.sed=0..4"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 2 and "did you mean 'seed'?" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "did you mean 'seed'?" in done.stderr
+        and "Traceback" not in done.stderr
+    )

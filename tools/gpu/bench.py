@@ -1,4 +1,5 @@
-"""What every part of tools/gpu_verify.py works with: figures and their bounds, the device, time and memory."""
+"""What every part of tools/gpu_verify.py works with: figures and their bounds, the device, time and
+memory."""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ def true(name: str, ok: bool) -> Figure:
 
 def within(name: str, value: float, expected: float, share: float) -> Figure:
     """|value - expected| ≤ share · expected."""
-    return figure(name, value, f"{expected:.4g} ± {share:.0%}", abs(value - expected) <= share * abs(expected))
+    return figure(
+        name, value, f"{expected:.4g} ± {share:.0%}", abs(value - expected) <= share * abs(expected)
+    )
 
 
 @dataclass
@@ -70,12 +73,19 @@ class Bench:
     scratch: Path
     deadline: float = math.inf  # of the part, time.monotonic()'s
     used: float = 0.0  # GiB that stayed after the parts before
-    notes: dict[str, Any] = field(default_factory=dict)  # what a part tells a later one of the same process
+    # what a part tells a later one of the same process
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(settings: dict[str, Any]) -> Bench:
         data = Path(settings["data"]) if settings["data"] else None
-        return Bench(settings["device"], settings["tiny"], data, Path(settings["out"]), Path(settings["scratch"]))
+        return Bench(
+            settings["device"],
+            settings["tiny"],
+            data,
+            Path(settings["out"]),
+            Path(settings["scratch"]),
+        )
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -96,7 +106,9 @@ class Bench:
         for folder in folders:
             if (folder / "golden.json").is_file():
                 return json.loads((folder / "golden.json").read_text(encoding="utf-8"))
-        raise NotRun("no golden.json: python tools/gpu_verify.py --golden FILE, then --data its folder")
+        raise NotRun(
+            "no golden.json: python tools/gpu_verify.py --golden FILE, then --data its folder"
+        )
 
     # ----------------------------------------------------------------------------------- speed
 
@@ -122,7 +134,8 @@ class Bench:
         return time.perf_counter()
 
     def seconds(self, call: Callable[[], object], repeats: int = 5, unmeasured: int = 1) -> float:
-        """Median of `repeats` calls, after some that warm up. With --tiny one of each: no speed is of interest."""
+        """Median of `repeats` calls, after some that warm up. With --tiny one of each: no speed is
+        of interest."""
         repeats, unmeasured = (1, 1) if self.tiny else (repeats, unmeasured)
         return statistics.median(self.each(call, repeats, unmeasured))
 
@@ -148,7 +161,8 @@ class Bench:
 
     @contextmanager
     def peak(self) -> Iterator[Callable[[], float]]:
-        """Yields a function: GiB allocated at most since, over what other parts left behind. 0 on a CPU."""
+        """Yields a function: GiB allocated at most since, over what other parts left behind. 0 on a
+        CPU."""
         if not self.cuda:
             yield lambda: 0.0
             return

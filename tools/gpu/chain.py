@@ -1,7 +1,9 @@
-"""Part `chain`: SFT, reward model, DPO, PPO with KL and GIPO, three steps each, as `launch/train.py` runs them.
+"""Part `chain`: SFT, reward model, DPO, PPO with KL and GIPO, three steps each, as
+`launch/train.py` runs them.
 
-The logged metrics are compared with those of a CPU (golden.json). GIPO also runs with two of its models offloaded, and once more in two
-halves with a checkpoint between them: both must log what the uninterrupted run logs.
+The logged metrics are compared with those of a CPU (golden.json). GIPO also runs with two of its
+models offloaded, and once more in two halves with a checkpoint between them: both must log what the
+uninterrupted run logs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from tools.gpu.bench import STALE, Bench, Figure, NotRun, below, equal
 from tools.gpu.runs import Rows, run
 
 VOLATILE = ("time/", "perf/", "memory/", "rollout/tokens_per_second")  # no two runs share them
-CLOSE = 1e-3  # relative, and absolute for what is near 0: float32 sums in another order, over three optimizer steps
+# relative, and absolute for what is near 0: float32 sums in another order, over three optimizer
+# steps
+CLOSE = 1e-3
 SMALL = [
     "model.architecture.hidden_size=32",
     "model.architecture.ffn_hidden_size=64",
@@ -36,9 +40,15 @@ PPO = [
     "algorithm.critic_warmup=1",
     "run.eval_every=2",
 ]
-DPO = ["with=data/planted", "models.actor.load={sft}", "models.actor.warmup_steps=1", "models.actor.schedule=constant"]
+DPO = [
+    "with=data/planted",
+    "models.actor.load={sft}",
+    "models.actor.warmup_steps=1",
+    "models.actor.schedule=constant",
+]
 
-# run -> its recipe and what differs from SMALL; in this order, since later runs load what earlier ones made
+# run -> its recipe and what differs from SMALL; in this order, since later runs load what earlier
+# ones made
 RUNS: dict[str, list[str]] = {
     "sft": ["recipe=tiny/sft", "models.actor.warmup_steps=1"],
     "rm": ["recipe=tiny/rm", "models.reward.load={sft}", "models.reward.warmup_steps=1"],
@@ -58,7 +68,9 @@ def chain(bench: Bench) -> Iterator[Figure]:
     found: dict[str, Rows] = {}
     for name in RUNS:
         found[name] = train(bench.mesh, folder, name)
-        yield _compared(f"{name}: metrics like a CPU's, worst", found[name], golden["metrics"][name])
+        yield _compared(
+            f"{name}: metrics like a CPU's, worst", found[name], golden["metrics"][name]
+        )
     offloaded = train(bench.mesh, folder, "gipo", *OFFLOAD, into="gipo_offload")
     yield _compared("gipo with offload: like without, worst", offloaded, found["gipo"])
     train(bench.mesh, folder, "gipo", "run.steps=2", into="gipo_resumed")
@@ -70,7 +82,12 @@ def chain(bench: Bench) -> Iterator[Figure]:
 def words(folder: Path, name: str, *more: str, into: str = "") -> list[str]:
     """The command line of a run."""
     loads = {stage: folder / stage / "final" for stage in ("sft", "rm")}
-    return [*(word.format(**loads) for word in RUNS[name]), *SMALL, f"run.dir={folder / (into or name)}", *more]
+    return [
+        *(word.format(**loads) for word in RUNS[name]),
+        *SMALL,
+        f"run.dir={folder / (into or name)}",
+        *more,
+    ]
 
 
 def train(mesh: Mesh, folder: Path, name: str, *more: str, into: str = "") -> Rows:
@@ -80,7 +97,8 @@ def train(mesh: Mesh, folder: Path, name: str, *more: str, into: str = "") -> Ro
 
 
 def _compared(name: str, found: Rows, expected: Rows) -> Figure:
-    """The largest |a - b| / max(1, |a|, |b|) over all metrics of all steps, with that metric's name; infinite where one is missing."""
+    """The largest |a - b| / max(1, |a|, |b|) over all metrics of all steps, with that metric's
+    name; infinite where one is missing."""
     gap, where = worst(found, expected)
     return below(f"{name} ({where})", gap, CLOSE)
 
@@ -88,8 +106,13 @@ def _compared(name: str, found: Rows, expected: Rows) -> Figure:
 def worst(found: Rows, expected: Rows) -> tuple[float, str]:
     if [sorted(row) for row in found] != [sorted(row) for row in expected]:
         return math.inf, "other metrics or steps"
-    pairs = [(mine, theirs, key) for mine, theirs in zip(found, expected, strict=True) for key in mine]
-    return max((apart(mine[key], theirs[key]), f"{key}, step {mine['step']}") for mine, theirs, key in pairs)
+    pairs = [
+        (mine, theirs, key) for mine, theirs in zip(found, expected, strict=True) for key in mine
+    ]
+    return max(
+        (apart(mine[key], theirs[key]), f"{key}, step {mine['step']}")
+        for mine, theirs, key in pairs
+    )
 
 
 def apart(a: float | None, b: float | None) -> float:

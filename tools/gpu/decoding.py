@@ -1,4 +1,5 @@
-"""Parts `decode` and `hf`: milliseconds a token against what the memory's bandwidth allows, and against Hugging Face's generate."""
+"""Parts `decode` and `hf`: milliseconds a token against what the memory's bandwidth allows, and
+against Hugging Face's generate."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ TIMES = 1.5  # Hugging Face's tokens/s
 
 @dataclass(frozen=True)
 class Load:
-    """Prompts of `prompt` tokens, responses of `response`, of which the first `short` are timed apart: prefill."""
+    """Prompts of `prompt` tokens, responses of `response`, of which the first `short` are timed
+    apart: prefill."""
 
     rows: int
     prompt: int
@@ -40,7 +42,11 @@ class Load:
 
 
 def loads(tiny: bool) -> list[Load]:
-    return [Load(rows, 4, 6, 2) for rows in (1, 4)] if tiny else [Load(rows, 128, 128, 8) for rows in (1, 64, 256)]
+    return (
+        [Load(rows, 4, 6, 2) for rows in (1, 4)]
+        if tiny
+        else [Load(rows, 128, 128, 8) for rows in (1, 64, 256)]
+    )
 
 
 def decode(bench: Bench) -> Iterator[Figure]:
@@ -49,7 +55,9 @@ def decode(bench: Bench) -> Iterator[Figure]:
     actor = new_actor(bench.mesh, architecture, Precision("bf16"))
     rate = bandwidth(bench)
     for load in loads(bench.tiny):
-        seconds = step_seconds(bench, load, lambda prompts, sampling: actor.generate(prompts, sampling), architecture)
+        seconds = step_seconds(
+            bench, load, lambda prompts, sampling: actor.generate(prompts, sampling), architecture
+        )
         limit = read_bytes(architecture, load) / rate
         yield figure(f"batch {load.rows}: ms a step", 1000 * seconds)
         yield figure(f"batch {load.rows}: tokens/s", load.rows / seconds)
@@ -65,21 +73,32 @@ def _room(bench: Bench, architecture: Architecture, load: Load) -> Iterator[Figu
     need = Need(architecture, bench.mesh.parallel, ITEM)
     room = find_room(bench.mesh, need, load.prompt, Sampling(load.response, temperature=0.0))
     yield figure("room for caches and logits, GiB", room.size / GIB)
-    yield figure(f"rows of {load.prompt} + {load.response} tokens at once", room.rows(load.prompt + load.response, need.token))
+    yield figure(
+        f"rows of {load.prompt} + {load.response} tokens at once",
+        room.rows(load.prompt + load.response, need.token),
+    )
 
 
 def read_bytes(a: Architecture, load: Load) -> float:
-    """Of one step: all weights but the embedding (a look-up), and the keys and values of prompts and half the responses."""
+    """Of one step: all weights but the embedding (a look-up), and the keys and values of prompts
+    and half the responses."""
     weights = num_parameters(a) - (0 if a.tied_embeddings else a.vocab_size * a.hidden_size)
     token = 2 * a.num_layers * a.num_kv_heads * a.head_dim
     return ITEM * (weights + load.rows * (load.prompt + load.response / 2) * token)
 
 
-def step_seconds(bench: Bench, load: Load, respond: Callable[[Prompts, Sampling], object], architecture: Architecture) -> float:
+def step_seconds(
+    bench: Bench,
+    load: Load,
+    respond: Callable[[Prompts, Sampling], object],
+    architecture: Architecture,
+) -> float:
     """(long response - short response) / their difference, so that prefill and set-up drop out."""
     prompts = random_prompts(architecture, load.rows, load.prompt)
     took = [
-        bench.seconds(lambda n=n: respond(prompts, Sampling(n, temperature=0.0)), repeats=2, unmeasured=1)
+        bench.seconds(
+            lambda n=n: respond(prompts, Sampling(n, temperature=0.0)), repeats=2, unmeasured=1
+        )
         for n in (load.short, load.response)
     ]
     return (took[1] - took[0]) / (load.response - load.short)
@@ -88,34 +107,58 @@ def step_seconds(bench: Bench, load: Load, respond: Callable[[Prompts, Sampling]
 def _caches(bench: Bench, actor: MegatronActor, architecture: Architecture) -> Iterator[Figure]:
     """The whole batch at once, where the card has room for it, against slices of 4 GiB."""
     load = loads(bench.tiny)[1]
-    prompts, sampling = random_prompts(architecture, load.rows, load.prompt), Sampling(load.response, temperature=0.0)
+    prompts, sampling = (
+        random_prompts(architecture, load.rows, load.prompt),
+        Sampling(load.response, temperature=0.0),
+    )
     small = Room(OLD_CACHE if not bench.tiny else 1)
 
     def sliced() -> Any:
         engine = actor.engine
         with engine.ready():
-            arguments = (engine.chunks, architecture, bench.mesh, prompts, sampling, actor.eos_id, actor.pad_id, actor.decode)
+            arguments = (
+                engine.chunks,
+                architecture,
+                bench.mesh,
+                prompts,
+                sampling,
+                actor.eos_id,
+                actor.pad_id,
+                actor.decode,
+            )
             return generate(*arguments, room=small)
 
     found: dict[str, Any] = {}
     (whole,) = bench.each(lambda: found.update(whole=actor.generate(prompts, sampling)), 1)
     (slices,) = bench.each(lambda: found.update(slices=sliced()), 1)
-    yield figure(f"batch {load.rows}: seconds in slices of {small.size / GIB:.3g} GiB, over those at once", slices / whole)
+    yield figure(
+        f"batch {load.rows}: seconds in slices of {small.size / GIB:.3g} GiB, over those at once",
+        slices / whole,
+    )
     same = (found["whole"].tokens == found["slices"].tokens).float().mean()
     yield figure(f"batch {load.rows}: same tokens in slices", float(same))
 
 
-# ------------------------------------------------------------------------------------------------- Hugging Face
+# ------------------------------------------------------------------------------------- Hugging Face
 
 
 def hf(bench: Bench) -> Iterator[Figure]:
-    """The same weights, prompts and lengths, greedy: tokens/s of both, without cuDNN's attention for either; then its as torch comes."""
+    """The same weights, prompts and lengths, greedy: tokens/s of both, without cuDNN's attention
+    for either; then its as torch comes."""
     architecture = shape(SEVEN_B, bench.tiny)
     theirs = hugging_face(bench, architecture)
     actor = new_actor(bench.mesh, architecture, Precision("bf16"))
-    load_hf({name: p.detach() for name, p in theirs.named_parameters()}, actor.engine.chunks, bench.mesh, architecture)
+    load_hf(
+        {name: p.detach() for name, p in theirs.named_parameters()},
+        actor.engine.chunks,
+        bench.mesh,
+        architecture,
+    )
     load = Load(4, 4, 6, 2) if bench.tiny else Load(64, 128, 64, 8)
-    prompts, sampling = random_prompts(architecture, load.rows, load.prompt), Sampling(load.response, temperature=0.0)
+    prompts, sampling = (
+        random_prompts(architecture, load.rows, load.prompt),
+        Sampling(load.response, temperature=0.0),
+    )
     ours = bench.seconds(lambda: actor.generate(prompts, sampling), repeats=2)
     with cudnn_attention(False):
         pinned = bench.seconds(lambda: respond(theirs, prompts, load.response), repeats=2)
@@ -134,7 +177,9 @@ def hf(bench: Bench) -> Iterator[Figure]:
 def hugging_face(bench: Bench, architecture: Architecture) -> LlamaForCausalLM:
     """Random weights, made on the device in bf16."""
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[bench.mesh.device] if bench.cuda else []))
+        stack.enter_context(
+            torch.random.fork_rng(devices=[bench.mesh.device] if bench.cuda else [])
+        )
         torch.manual_seed(0)
         stack.enter_context(torch.device(bench.device))
         before = torch.get_default_dtype()
@@ -145,5 +190,9 @@ def hugging_face(bench: Bench, architecture: Architecture) -> LlamaForCausalLM:
 
 def respond(model: LlamaForCausalLM, prompts: Prompts, response: int) -> Tensor:
     tokens = prompts.tokens.to(model.device)
-    lengths: dict[str, Any] = {"max_new_tokens": response, "min_new_tokens": response, "do_sample": False}
+    lengths: dict[str, Any] = {
+        "max_new_tokens": response,
+        "min_new_tokens": response,
+        "do_sample": False,
+    }
     return model.generate(tokens, attention_mask=torch.ones_like(tokens), **lengths)

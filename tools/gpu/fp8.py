@@ -1,4 +1,5 @@
-"""Parts `fp8` and `fp8_rest`: FP8 learns what bf16 learns, how much faster, resumes where it stopped, and inference leaves no trace in it.
+"""Parts `fp8` and `fp8_rest`: FP8 learns what bf16 learns, how much faster, resumes where it
+stopped, and inference leaves no trace in it.
 
 Each check takes the recipe's name; with "none" it is bf16, as the tests on a CPU run it.
 """
@@ -47,9 +48,15 @@ def fp8(bench: Bench) -> Iterator[Figure]:
 
 
 def curves(bench: Bench) -> Iterator[Figure]:
-    """The loss of 20 steps. In bf16 it goes from 5.6 to 0.1 nats, on a CPU within 0.02 of fp32 at every step."""
+    """The loss of 20 steps. In bf16 it goes from 5.6 to 0.1 nats, on a CPU within 0.02 of fp32 at
+    every step."""
     plain = learn(new_actor(bench.mesh), 0, STEPS)
-    yield figure("bf16: first loss, last loss", f"{plain[0]:.3f}, {plain[-1]:.3f}", "5.6, below 0.3", plain[0] > 5 and plain[-1] < 0.3)
+    yield figure(
+        "bf16: first loss, last loss",
+        f"{plain[0]:.3f}, {plain[-1]:.3f}",
+        "5.6, below 0.3",
+        plain[0] > 5 and plain[-1] < 0.3,
+    )
     for recipe in RECIPES:
         if obstacle := fp8_obstacle(recipe, probe()):
             yield figure(recipe, obstacle)
@@ -68,7 +75,7 @@ def slope(bench: Bench, recipe: str) -> Slope:
     return Slope(few, many, (timed(bench, few, 3, 2).seconds, timed(bench, many, 3, 2).seconds))
 
 
-# ------------------------------------------------------------------------------------------------- state and memory
+# --------------------------------------------------------------------------------- state and memory
 
 
 def fp8_rest(bench: Bench) -> Iterator[Figure]:
@@ -91,14 +98,24 @@ def saved(bench: Bench, actor: MegatronActor, number: int) -> str:
 
 
 def resumed(bench: Bench, recipe: str) -> Iterator[Figure]:
-    """From a checkpoint on, the losses of a run that did not stop; the scaling state is the same, and there is one only if `delayed`."""
+    """From a checkpoint on, the losses of a run that did not stop; the scaling state is the same,
+    and there is one only if `delayed`."""
     whole, again = new_actor(bench.mesh, recipe), new_actor(bench.mesh, recipe)
     learn(whole, 0, 5)
-    checkpoint.restore(type(bench.scratch)(saved(bench, whole, 5)), {"actor": again.engine}, bench.mesh)
+    checkpoint.restore(
+        type(bench.scratch)(saved(bench, whole, 5)), {"actor": again.engine}, bench.mesh
+    )
     states = [actor.engine.scaling.live() for actor in (whole, again)]
-    yield true(f"{recipe}: the scaling state is restored", same(*states) and bool(states[0]) == (recipe == "delayed"))
+    yield true(
+        f"{recipe}: the scaling state is restored",
+        same(*states) and bool(states[0]) == (recipe == "delayed"),
+    )
     mine, other = learn(again, 5, 10), learn(whole, 5, 10)
-    yield below(f"{recipe}: losses after the resume", max(abs(a / b - 1) for a, b in zip(mine, other, strict=True)), RESUMED)
+    yield below(
+        f"{recipe}: losses after the resume",
+        max(abs(a / b - 1) for a, b in zip(mine, other, strict=True)),
+        RESUMED,
+    )
 
 
 def exchanged(bench: Bench, recipe: str) -> Iterator[Figure]:
@@ -108,8 +125,12 @@ def exchanged(bench: Bench, recipe: str) -> Iterator[Figure]:
         learn(first, 0, 2)
         second = new_actor(bench.mesh, target, load=saved(bench, first, 2), optimisation=None)
         rows = text(7)
-        gap = (first.logprobs(rows).logprobs - second.logprobs(rows).logprobs).abs().cpu()[rows.mask]
-        yield below(f"checkpoint of {source} in {target}: log-probs, mean gap", float(gap.mean()), 0.1)
+        gap = (
+            (first.logprobs(rows).logprobs - second.logprobs(rows).logprobs).abs().cpu()[rows.mask]
+        )
+        yield below(
+            f"checkpoint of {source} in {target}: log-probs, mean gap", float(gap.mean()), 0.1
+        )
 
 
 def untouched(bench: Bench) -> Iterator[Figure]:
@@ -128,26 +149,44 @@ def untouched(bench: Bench) -> Iterator[Figure]:
 
 
 def swapped(bench: Bench, recipe: str) -> Iterator[Figure]:
-    """A reference that is swapped into the policy's place answers as one with a model of its own, and the policy stays as it was."""
+    """A reference that is swapped into the policy's place answers as one with a model of its own,
+    and the policy stays as it was."""
     start = new_actor(bench.mesh, recipe)
     learn(start, 0, 5)
     path = saved(bench, start, 5)
-    common: dict[str, Any] = {"mesh": bench.mesh, "architecture": SHAPE, "precision": Precision("bf16", recipe)}
+    common: dict[str, Any] = {
+        "mesh": bench.mesh,
+        "architecture": SHAPE,
+        "precision": Precision("bf16", recipe),
+    }
     common |= {"micro_batch": 16, "seed": 0, "load": path}
     alone, live = MegatronReference(**common), new_actor(bench.mesh, recipe, load=path)
     guest = MegatronReference(**common, offload="cpu", live=live)
     learn(live, 5, 8)
     rows, scaling = text(20), copied(live.engine.scaling.live())
     mine, theirs = live.logprobs(rows).logprobs, alone.logprobs(rows).logprobs
-    yield true(f"{recipe}: the swapped reference's log-probs", torch.equal(guest.logprobs(rows).logprobs, theirs))
-    kept = torch.equal(live.logprobs(rows).logprobs, mine) and same(scaling, live.engine.scaling.live())
+    yield true(
+        f"{recipe}: the swapped reference's log-probs",
+        torch.equal(guest.logprobs(rows).logprobs, theirs),
+    )
+    kept = torch.equal(live.logprobs(rows).logprobs, mine) and same(
+        scaling, live.engine.scaling.live()
+    )
     yield true(f"{recipe}: the policy after the swap", kept and not torch.equal(mine, theirs))
 
 
 def copied(state: Any) -> Any:
-    return {key: copied(value) for key, value in state.items()} if isinstance(state, dict) else state.clone()
+    return (
+        {key: copied(value) for key, value in state.items()}
+        if isinstance(state, dict)
+        else state.clone()
+    )
 
 
 def largest(state: Any) -> float:
     """Of all numbers in it."""
-    return max(map(largest, state.values()), default=0.0) if isinstance(state, dict) else float(state.float().abs().max())
+    return (
+        max(map(largest, state.values()), default=0.0)
+        if isinstance(state, dict)
+        else float(state.float().abs().max())
+    )

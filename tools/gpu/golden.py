@@ -21,7 +21,8 @@ from tools.gpu import chain, plans
 
 
 def main(file: Path) -> None:
-    planned = {size: plans.predict(tiny=size == "tiny") for size in ("full", "tiny")}  # before there is a process group
+    # before there is a process group
+    planned = {size: plans.predict(tiny=size == "tiny") for size in ("full", "tiny")}
     made: dict[str, Any] = {"plans": {"cases": plans.fingerprint(), **planned}}
     mesh = Mesh.create(Parallel(), seed=0)
     with tempfile.TemporaryDirectory() as folder:

@@ -26,13 +26,20 @@ ADAM = Optimisation(lr=2e-3, warmup_steps=5)
 
 
 def text(step: int, rows: int = 0, length: int = 64) -> Sequences:
-    """ROWS rows, or as many as asked for, of x_(t+1) = 5 x_t + 3 modulo 251, from a random start; a new batch each step."""
+    """ROWS rows, or as many as asked for, of x_(t+1) = 5 x_t + 3 modulo 251, from a random start; a
+    new batch each step."""
     rows, generator = rows or ROWS, torch.Generator().manual_seed(step)
     columns = [torch.randint(0, 251, (rows,), generator=generator)]
     for _ in range(length - 1):
         columns.append((5 * columns[-1] + 3) % 251)
     mask = (torch.arange(length) > 0).expand(rows, -1)
-    return Sequences(torch.stack(columns, 1), mask, torch.ones(rows, dtype=torch.long), torch.full((rows,), length), torch.arange(rows))
+    return Sequences(
+        torch.stack(columns, 1),
+        mask,
+        torch.ones(rows, dtype=torch.long),
+        torch.full((rows,), length),
+        torch.arange(rows),
+    )
 
 
 def loss(output: TokenStats, rows: Sequences) -> Loss:
@@ -41,10 +48,20 @@ def loss(output: TokenStats, rows: Sequences) -> Loss:
 
 
 def new_actor(mesh: Mesh, fp8: str = "none", **changes: Any) -> MegatronActor:
-    base = {"architecture": SHAPE, "precision": Precision("bf16", fp8), "micro_batch": 16, "seed": 0, "load": "random"}
-    return MegatronActor(**{"mesh": mesh, **base, "optimisation": ADAM, **changes}, eos_id=1, pad_id=0, decode=str)
+    base = {
+        "architecture": SHAPE,
+        "precision": Precision("bf16", fp8),
+        "micro_batch": 16,
+        "seed": 0,
+        "load": "random",
+    }
+    return MegatronActor(
+        **{"mesh": mesh, **base, "optimisation": ADAM, **changes}, eos_id=1, pad_id=0, decode=str
+    )
 
 
 def learn(actor: MegatronActor, first: int, last: int) -> list[float]:
     """The loss of steps first … last - 1, each before its update."""
-    return [actor.update((text(step), loss)).metrics["loss"].result() for step in range(first, last)]
+    return [
+        actor.update((text(step), loss)).metrics["loss"].result() for step in range(first, last)
+    ]

@@ -1,4 +1,5 @@
-"""Parts `machine` and `sdpa`: what this machine is, how fast its memory and matrix units are, and what attention costs in a new shape."""
+"""Parts `machine` and `sdpa`: what this machine is, how fast its memory and matrix units are, and
+what attention costs in a new shape."""
 
 from __future__ import annotations
 
@@ -67,11 +68,15 @@ def matrix_rate(bench: Bench, size: int) -> float:
 
 
 def _choices(bench: Bench) -> Iterator[Figure]:
-    """The backend that torch takes for a training shape and for a decoding one: as torch comes, and as this project sets it."""
+    """The backend that torch takes for a training shape and for a decoding one: as torch comes, and
+    as this project sets it."""
     names = {int(backend): name for name, backend in SDPBackend.__members__.items()}
     for setting, on in (("as torch comes", True), ("cuDNN off", False)):
         with cudnn_attention(on):
-            for name, (q, k, causal) in {"training": (_new(bench, 4, 32, 2048), None, True), "decoding": _decoding(bench)}.items():
+            for name, (q, k, causal) in {
+                "training": (_new(bench, 4, 32, 2048), None, True),
+                "decoding": _decoding(bench),
+            }.items():
                 k = q if k is None else k
                 choice = torch._fused_sdp_choice(q, k, k, is_causal=causal)
                 yield figure(f"attention, {name}, {setting}", names.get(int(choice), str(choice)))
@@ -89,7 +94,16 @@ def cudnn_attention(on: bool) -> Iterator[None]:
 
 def _new(bench: Bench, rows: int, heads: int, length: int, width: int = 128) -> Tensor:
     g = torch.Generator(bench.device).manual_seed(0)
-    return torch.randn(rows, heads, length, width, device=bench.device, dtype=torch.bfloat16, requires_grad=True, generator=g)
+    return torch.randn(
+        rows,
+        heads,
+        length,
+        width,
+        device=bench.device,
+        dtype=torch.bfloat16,
+        requires_grad=True,
+        generator=g,
+    )
 
 
 def _decoding(bench: Bench) -> tuple[Tensor, Tensor, bool]:
@@ -97,23 +111,34 @@ def _decoding(bench: Bench) -> tuple[Tensor, Tensor, bool]:
     return _new(bench, 64, 32, 1).detach(), _new(bench, 64, 32, 256).detach(), False
 
 
-# ------------------------------------------------------------------------------------------------- new shapes
+# --------------------------------------------------------------------------------------- new shapes
 
 
 def sdpa(bench: Bench) -> Iterator[Figure]:
-    """F1: cuDNN builds a plan for every new shape. Milliseconds of six new training shapes and 32 growing caches, with and without it."""
+    """F1: cuDNN builds a plan for every new shape. Milliseconds of six new training shapes and 32
+    growing caches, with and without it."""
     rows, lengths = (2, range(65, 71)) if bench.tiny else (4, range(1025, 1031))
     steps = range(9, 41) if bench.tiny else range(257, 289)
     backward(_new(bench, 1, 4, 64))  # what is made once, is made here
     found: dict[str, list[float]] = {}
     for name, on in (("default", True), ("pinned", False)):
         with cudnn_attention(on):
-            found[f"{name}, new shape"] = [_ms(bench, lambda s=s: backward(_new(bench, rows, 8, s))) for s in lengths]
-            found[f"{name}, longer cache"] = [_ms(bench, lambda s=s: decode_one(bench, s)) for s in steps]
+            found[f"{name}, new shape"] = [
+                _ms(bench, lambda s=s: backward(_new(bench, rows, 8, s))) for s in lengths
+            ]
+            found[f"{name}, longer cache"] = [
+                _ms(bench, lambda s=s: decode_one(bench, s)) for s in steps
+            ]
     for name, times in found.items():
-        yield figure(f"{name}: ms, median and longest", f"{statistics.median(times):.3f}, {max(times):.3f}")
+        yield figure(
+            f"{name}: ms, median and longest", f"{statistics.median(times):.3f}, {max(times):.3f}"
+        )
     step = statistics.median(found["pinned, longer cache"])
-    yield below("a decoding step's attention with a new length, pinned, ms", step, 2.0) if bench.cuda else figure("pinned, ms", step)
+    yield (
+        below("a decoding step's attention with a new length, pinned, ms", step, 2.0)
+        if bench.cuda
+        else figure("pinned, ms", step)
+    )
     yield from _fixed(bench)
 
 
@@ -141,4 +166,7 @@ def _fixed(bench: Bench) -> Iterator[Figure]:
             with sdpa_kernel(backend), cudnn_attention(True):
                 backward(q)
 
-        yield figure(f"{backend.name}, 4 × 2048, 32 heads, forward and backward, ms", 1000 * bench.seconds(call, unmeasured=2))
+        yield figure(
+            f"{backend.name}, 4 × 2048, 32 heads, forward and backward, ms",
+            1000 * bench.seconds(call, unmeasured=2),
+        )

@@ -1,4 +1,5 @@
-"""Part `memory`: what training, offload, a checkpoint and generation allocate at most, against the planner (golden.json)."""
+"""Part `memory`: what training, offload, a checkpoint and generation allocate at most, against the
+planner (golden.json)."""
 
 from __future__ import annotations
 

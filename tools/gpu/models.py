@@ -1,4 +1,5 @@
-"""Models of well-known shapes with random weights made on the device, and the training step that parts measure."""
+"""Models of well-known shapes with random weights made on the device, and the training step that
+parts measure."""
 
 from __future__ import annotations
 
@@ -42,7 +43,13 @@ ONE_B = Architecture(  # Llama-3.2-1B
     rope_base=500000.0,
     tied_embeddings=True,
 )
-SMALL = {"hidden_size": 64, "ffn_hidden_size": 128, "num_heads": 4, "head_dim": 16, "vocab_size": 320}
+SMALL = {
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 320,
+}
 NO_TEXT_END = -1  # no token ends a response: all are of full length
 
 
@@ -68,12 +75,15 @@ class Step:
 
     @property
     def flops(self) -> float:
-        """6 per weight and token in the layers and the output layer; 6 · s · heads · head_dim per layer and token for causal attention.
+        """6 per weight and token in the layers and the output layer; 6 · s · heads · head_dim per
+        layer and token for causal attention.
 
-        What is computed again in the backward pass does not count; an embedding is looked up, not multiplied.
+        What is computed again in the backward pass does not count; an embedding is looked up, not
+        multiplied.
         """
         a = self.architecture
-        lookup = 0 if a.tied_embeddings else a.vocab_size * a.hidden_size  # tied: counted once, and multiplied in the output layer
+        # tied: counted once, and multiplied in the output layer
+        lookup = 0 if a.tied_embeddings else a.vocab_size * a.hidden_size
         attention = a.num_layers * self.length * a.num_heads * a.head_dim
         return 6.0 * (num_parameters(a) - lookup + attention) * self.rows * self.length
 
@@ -85,40 +95,67 @@ def supervised(output: TokenStats, rows: Sequences) -> Loss:
 def random_text(step: Step) -> Sequences:
     """Whole rows of random tokens; all but the first count."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, step.architecture.vocab_size, (step.rows, step.length), generator=generator)
+    tokens = torch.randint(
+        1, step.architecture.vocab_size, (step.rows, step.length), generator=generator
+    )
     lengths = torch.full((step.rows,), step.length)
     mask = (torch.arange(step.length) > 0).expand(step.rows, -1)
-    return Sequences(tokens, mask, torch.ones(step.rows, dtype=torch.long), lengths, torch.arange(step.rows))
+    return Sequences(
+        tokens, mask, torch.ones(step.rows, dtype=torch.long), lengths, torch.arange(step.rows)
+    )
 
 
 def random_prompts(architecture: Architecture, rows: int, width: int) -> Prompts:
-    tokens = torch.randint(1, architecture.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        1, architecture.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0)
+    )
     ids = torch.arange(rows)
     return Prompts(tokens, torch.full((rows,), width), ids, ids, ("",) * rows, ({},) * rows)
 
 
-def new_actor(mesh: Mesh, architecture: Architecture, precision: Precision, **more: Any) -> MegatronActor:
+def new_actor(
+    mesh: Mesh, architecture: Architecture, precision: Precision, **more: Any
+) -> MegatronActor:
     """Random weights, made on the device."""
-    common = {"mesh": mesh, "architecture": architecture, "precision": precision, "seed": 0, "load": "random"}
+    common = {
+        "mesh": mesh,
+        "architecture": architecture,
+        "precision": precision,
+        "seed": 0,
+        "load": "random",
+    }
     with weights_on_device():
-        return MegatronActor(**{**common, "micro_batch": 1, **more}, eos_id=NO_TEXT_END, pad_id=0, decode=str)
+        return MegatronActor(
+            **{**common, "micro_batch": 1, **more}, eos_id=NO_TEXT_END, pad_id=0, decode=str
+        )
 
 
 def trained_actor(mesh: Mesh, step: Step, **more: Any) -> MegatronActor:
     """A bf16 actor for `step`, with an optimizer."""
-    common = {"micro_batch": step.micro_batch, "optimisation": Optimisation(lr=1e-5), "recompute": step.recompute}
+    common = {
+        "micro_batch": step.micro_batch,
+        "optimisation": Optimisation(lr=1e-5),
+        "recompute": step.recompute,
+    }
     return new_actor(mesh, step.architecture, Precision("bf16", step.fp8), **{**common, **more})
 
 
 @contextmanager
 def weights_on_device() -> Iterator[None]:
-    """Models built inside get normal(0, 0.02) weights where they lie: a host core makes 0.1 billion numbers a second."""
+    """Models built inside get normal(0, 0.02) weights where they lie: a host core makes 0.1 billion
+    numbers a second."""
     with patch.object(model, "initialise_weights", _fill):
         yield
 
 
 @torch.no_grad()
-def _fill(chunks: list[nn.Module], architecture: Architecture, mesh: Mesh, seed: int, only_head: bool = False) -> None:
+def _fill(
+    chunks: list[nn.Module],
+    architecture: Architecture,
+    mesh: Mesh,
+    seed: int,
+    only_head: bool = False,
+) -> None:
     count = itertools.count(1000 * seed)
     for chunk in chunks:
         for place, parameter in placements(chunk, architecture.vocab_size):
@@ -135,4 +172,6 @@ def peak_flops() -> float | None:
     """Of this device, dense bf16; None where the data sheet is not at hand."""
     if not torch.cuda.is_available():
         return None
-    return next((rate for chip, rate in PEAK_FLOPS.items() if chip in torch.cuda.get_device_name()), None)
+    return next(
+        (rate for chip, rate in PEAK_FLOPS.items() if chip in torch.cuda.get_device_name()), None
+    )

@@ -1,7 +1,8 @@
-"""Part `parity`: a tiny model on the device against Hugging Face's on the CPU, in this process: outputs, gradients, tokens.
+"""Part `parity`: a tiny model on the device against Hugging Face's on the CPU, in this process:
+outputs, gradients, tokens.
 
-fp32: only the order of sums differs. bf16: both round, each in its own places, so gradients are held to Hugging Face's own distance
-from fp32.
+fp32: only the order of sums differs. bf16: both round, each in its own places, so gradients are
+held to Hugging Face's own distance from fp32.
 """
 
 from __future__ import annotations
@@ -37,7 +38,13 @@ def parity(bench: Bench) -> Iterator[Figure]:
 
 def build(bench: Bench, kind: type, dtype: str, **more: Any) -> Any:
     """A role with the tiny model's weights."""
-    common = {"mesh": bench.mesh, "architecture": tiny.ARCHITECTURE, "precision": Precision(dtype), "micro_batch": 2, "seed": 0}
+    common = {
+        "mesh": bench.mesh,
+        "architecture": tiny.ARCHITECTURE,
+        "precision": Precision(dtype),
+        "micro_batch": 2,
+        "seed": 0,
+    }
     role = kind(**common, load="random", optimisation=Optimisation(lr=1e-3), **more)
     weights = {name: p.detach() for name, p in tiny.hf_model().named_parameters()}
     if role.engine.head is not None:
@@ -61,7 +68,7 @@ def critic(bench: Bench, dtype: str) -> MegatronCritic:
     return role
 
 
-# ------------------------------------------------------------------------------------------------- outputs
+# ------------------------------------------------------------------------------------------ outputs
 
 
 def _outputs(bench: Bench, dtype: str, model: LlamaForCausalLM) -> Iterator[Figure]:
@@ -92,7 +99,7 @@ def _outputs(bench: Bench, dtype: str, model: LlamaForCausalLM) -> Iterator[Figu
             yield below(f"bf16 {name}, mean gap", float(gap.mean()), BF16)
 
 
-# ------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def _gradients(bench: Bench, dtype: str) -> Iterator[Figure]:
@@ -112,39 +119,59 @@ def _gradients(bench: Bench, dtype: str) -> Iterator[Figure]:
         own = tiny.relative_errors(tiny.hf_gradients(kind, torch.bfloat16), plain)
         times = {name: error / own[name] for name, error in errors.items()}
         worst = max(times, key=lambda name: times[name])
-        yield below(f"bf16 {kind} gradients, {worst}, over Hugging Face's error", times[worst], TIMES)
+        yield below(
+            f"bf16 {kind} gradients, {worst}, over Hugging Face's error", times[worst], TIMES
+        )
 
 
-def relative(role: Any, rows: Rows, loss: Callable[..., Loss], plain: dict[str, Tensor]) -> dict[str, float]:
+def relative(
+    role: Any, rows: Rows, loss: Callable[..., Loss], plain: dict[str, Tensor]
+) -> dict[str, float]:
     """Relative error of each tensor's gradient of the whole batch's loss."""
     _, bad = role.engine.backward([(rows, loss)], role.readout)
     assert bad == [], bad
-    return tiny.relative_errors({name: g.float().cpu() for name, g in role.engine.gradients()}, plain)
+    return tiny.relative_errors(
+        {name: g.float().cpu() for name, g in role.engine.gradients()}, plain
+    )
 
 
-# ------------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------- tokens
 
 
 def _prompts() -> Prompts:
     width, ids = max(LENGTHS), torch.arange(len(LENGTHS))
     tokens = torch.randint(2, tiny.VOCAB, (len(LENGTHS), width), generator=tiny.generator(0))
     tokens = torch.where(torch.arange(width) < torch.tensor(LENGTHS)[:, None], tokens, 0)
-    return Prompts(tokens, torch.tensor(LENGTHS), ids, ids + 70, ("",) * len(LENGTHS), ({},) * len(LENGTHS))
+    return Prompts(
+        tokens, torch.tensor(LENGTHS), ids, ids + 70, ("",) * len(LENGTHS), ({},) * len(LENGTHS)
+    )
 
 
 def _tokens(bench: Bench, model: LlamaForCausalLM) -> Iterator[Figure]:
-    """Ragged prompts in fp32: each row is what Hugging Face's model gives it alone, on the CPU, with the same noise."""
+    """Ragged prompts in fp32: each row is what Hugging Face's model gives it alone, on the CPU,
+    with the same noise."""
     policy, prompts = actor(bench, "fp32"), _prompts()
-    for name, sampling in (("greedy", Sampling(RESPONSE, temperature=0.0)), ("sampled", Sampling(RESPONSE, seed=5, step=3))):
+    for name, sampling in (
+        ("greedy", Sampling(RESPONSE, temperature=0.0)),
+        ("sampled", Sampling(RESPONSE, seed=5, step=3)),
+    ):
         rollout = policy.generate(prompts, sampling)
         same = 0
         for row, length in enumerate(LENGTHS):
             count = int(rollout.response_lengths[row])
-            same += rollout.tokens[row, length : length + count].tolist() == _alone(model, prompts, row, sampling)
+            same += rollout.tokens[row, length : length + count].tolist() == _alone(
+                model, prompts, row, sampling
+            )
         yield equal(f"fp32 {name} responses that are Hugging Face's", same, len(LENGTHS))
     assert rollout.generation_logprobs is not None
-    gap = (policy.logprobs(rollout.sequences).logprobs - rollout.generation_logprobs).abs()[rollout.mask]
-    yield below("fp32 log-probs of the sampler against the training forward, largest gap", float(gap.max()), FP32)
+    gap = (policy.logprobs(rollout.sequences).logprobs - rollout.generation_logprobs).abs()[
+        rollout.mask
+    ]
+    yield below(
+        "fp32 log-probs of the sampler against the training forward, largest gap",
+        float(gap.max()),
+        FP32,
+    )
     again = policy.generate(prompts, sampling)
     yield true("sampled twice, the same tokens", torch.equal(again.tokens, rollout.tokens))
 

@@ -1,4 +1,5 @@
-"""What the planner predicts of the steps that parts measure. Made on the CPU, beforehand: a plan pretends to be another world."""
+"""What the planner predicts of the steps that parts measure. Made on the CPU, beforehand: a plan
+pretends to be another world."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ class Case:
 
 def step(whole: Architecture, tiny: bool, num_layers: int | None = None, **more: Any) -> Step:
     """16 rows of 2048 tokens, four at a time."""
-    sizes = {"rows": 4, "micro_batch": 2, "length": 32} if tiny else {"rows": 16, "micro_batch": 4, "length": 2048}
+    sizes = (
+        {"rows": 4, "micro_batch": 2, "length": 32}
+        if tiny
+        else {"rows": 16, "micro_batch": 4, "length": 2048}
+    )
     return Step(shape(whole, tiny, num_layers), **{**sizes, **more})
 
 
@@ -42,7 +47,10 @@ def cases(tiny: bool) -> Mapping[str, Case]:
     one = replace(step(ONE_B, tiny), rows=4 if tiny else 8)
     few = replace(one, architecture=shape(ONE_B, tiny, 2))
     rollout = replace(one, rows=8 if tiny else RESPONSES, length=32 if tiny else 1024)
-    found = {f"update, recompute {kind}": Case(replace(one, recompute=kind), "actor update") for kind in ("none", "selective", "full")}
+    found = {
+        f"update, recompute {kind}": Case(replace(one, recompute=kind), "actor update")
+        for kind in ("none", "selective", "full")
+    }
     found |= {
         "log-probs, offloaded": Case(few, "actor log-probs", "hh_ppo_kl", OFFLOAD),
         "update, offloaded": Case(few, "actor update", "hh_ppo_kl", OFFLOAD),
@@ -82,7 +90,10 @@ def words(case: Case) -> list[str]:
     s = case.step
     settings: dict[str, Any] = {
         "recipe": case.recipe,
-        **{f"model.architecture.{f.name}": value(getattr(s.architecture, f.name)) for f in fields(Architecture)},
+        **{
+            f"model.architecture.{f.name}": value(getattr(s.architecture, f.name))
+            for f in fields(Architecture)
+        },
         "model.hub": "",
         "model.tokenizer": "bytes",
         "parallel": "{tensor: 1, pipeline: 1, virtual_pipeline: 1, sequence: false}",

@@ -67,7 +67,8 @@ class Worker:
             code = None
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # a call that hangs in the driver outlives SIGKILL
+        # a call that hangs in the driver outlives SIGKILL
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=10)
         self._reader.join(timeout=10)
         assert self.process.stdin is not None

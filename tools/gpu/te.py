@@ -1,4 +1,5 @@
-"""Part `te`: Transformer Engine's layers against the local ones: the same weights, logits, gradients, and checkpoints of each other."""
+"""Part `te`: Transformer Engine's layers against the local ones: the same weights, logits,
+gradients, and checkpoints of each other."""
 
 from __future__ import annotations
 
@@ -28,9 +29,22 @@ def te(bench: Bench) -> Iterator[Figure]:
     theirs = new_actor(bench.mesh)
     with local_layers():
         ours = new_actor(bench.mesh)
-    yield equal("layers of Transformer Engine, and of our own", f"{engine_layers(theirs) > 0}, {engine_layers(ours)}", "True, 0")
-    outside = [type(m).__module__ for m in (theirs.engine.chunks[0].output_layer, theirs.engine.chunks[0].embedding.word_embeddings)]
-    yield true("embedding and output layer are Megatron-Core's", all(name.startswith("megatron.core.tensor_parallel") for name in outside))
+    yield equal(
+        "layers of Transformer Engine, and of our own",
+        f"{engine_layers(theirs) > 0}, {engine_layers(ours)}",
+        "True, 0",
+    )
+    outside = [
+        type(m).__module__
+        for m in (
+            theirs.engine.chunks[0].output_layer,
+            theirs.engine.chunks[0].embedding.word_embeddings,
+        )
+    ]
+    yield true(
+        "embedding and output layer are Megatron-Core's",
+        all(name.startswith("megatron.core.tensor_parallel") for name in outside),
+    )
     yield from compared(theirs, ours)
     yield from moved(bench, theirs, ours)
 
@@ -68,10 +82,16 @@ def engine_layers(actor: MegatronActor) -> int:
 
 def compared(theirs: MegatronActor, ours: MegatronActor) -> Iterator[Figure]:
     """Initial weights bit for bit, logits and gradients of one batch."""
-    yield true("the same initial weights, bit for bit", same(dict(theirs.export_weights()), dict(ours.export_weights())))
+    yield true(
+        "the same initial weights, bit for bit",
+        same(dict(theirs.export_weights()), dict(ours.export_weights())),
+    )
     rows = text(0, rows=4)
     with torch.no_grad():
-        logits = [actor.engine.chunks[0](rows.tokens.to(actor.engine.mesh.device), None, None).float() for actor in (theirs, ours)]
+        logits = [
+            actor.engine.chunks[0](rows.tokens.to(actor.engine.mesh.device), None, None).float()
+            for actor in (theirs, ours)
+        ]
     yield below("logits", float((logits[0] - logits[1]).norm() / logits[1].norm()), CLOSE)
     gradients = []
     for actor in (theirs, ours):
@@ -84,7 +104,8 @@ def compared(theirs: MegatronActor, ours: MegatronActor) -> Iterator[Figure]:
 
 
 def moved(bench: Bench, theirs: MegatronActor, ours: MegatronActor) -> Iterator[Figure]:
-    """A trained model from the local layers to Transformer Engine's and back: weights and optimizer are the same afterwards."""
+    """A trained model from the local layers to Transformer Engine's and back: weights and optimizer
+    are the same afterwards."""
     learn(ours, 0, 2)
     weights = {name: w.clone() for name, w in ours.export_weights()}
     learn(theirs, 2, 3)  # so that there is something to overwrite
@@ -102,5 +123,7 @@ def moved(bench: Bench, theirs: MegatronActor, ours: MegatronActor) -> Iterator[
 def same(a: Any, b: Any) -> bool:
     """Tensors, or dictionaries of them at any depth, bit for bit."""
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        )
     return isinstance(b, Tensor) and torch.equal(a.cpu(), b.cpu())

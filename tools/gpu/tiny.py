@@ -1,4 +1,5 @@
-"""A tiny Llama with heads, ragged batches, and losses: what part `parity` and the training tests run on both sides.
+"""A tiny Llama with heads, ragged batches, and losses: what part `parity` and the training tests
+run on both sides.
 
 The sides are Hugging Face + autograd, and mcore.
 """
@@ -16,7 +17,14 @@ from gipo_megatron.types import CriticOutput, Loss, Metric, Pairs, Rows, Sequenc
 
 VOCAB = 250  # not a multiple of 64: mcore pads it
 ARCHITECTURE = Architecture(
-    num_layers=4, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=VOCAB, max_positions=64
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=VOCAB,
+    max_positions=64,
 )
 GROUP = HeadSpec(num_groups=2, input="prompt", detach_trunk=False, init_std=0.2)
 
@@ -57,7 +65,9 @@ def score_weight() -> Tensor:
 
 def group_weights() -> tuple[Tensor, Tensor]:
     """W [M, H] and b [M] of a group head."""
-    return torch.randn(GROUP.num_groups, ARCHITECTURE.hidden_size, generator=generator(4)) * GROUP.init_std, torch.zeros(GROUP.num_groups)
+    return torch.randn(
+        GROUP.num_groups, ARCHITECTURE.hidden_size, generator=generator(4)
+    ) * GROUP.init_std, torch.zeros(GROUP.num_groups)
 
 
 def sequences(lengths: list[tuple[int, int]], seed: int, first_id: int = 0) -> Sequences:
@@ -78,7 +88,8 @@ def sequences(lengths: list[tuple[int, int]], seed: int, first_id: int = 0) -> S
 
 @dataclass(frozen=True)
 class Weighted(Rows):
-    """Sequences with what a PPO loss needs: per token old log-probs, advantages, returns; per sequence group coefficients."""
+    """Sequences with what a PPO loss needs: per token old log-probs, advantages, returns; per
+    sequence group coefficients."""
 
     inner: Sequences
     old: Tensor
@@ -102,7 +113,8 @@ def weighted(seed: int = 3) -> Weighted:
     rows = sequences(RAGGED, seed)
     g = generator(seed + 100)
     noise = [torch.randn(rows.mask.shape, generator=g) * rows.mask for _ in range(3)]
-    # coefficients lean to one side: else the bias's gradient is the small rest of large terms, and its relative error only rounding
+    # coefficients lean to one side: else the bias's gradient is the small rest of large terms, and
+    # its relative error only rounding
     coefficients = 0.5 * torch.randn(len(rows), 2, generator=g) + torch.tensor([1.0, -1.0])
     return Weighted(rows, noise[0] * 0.1 - 5.5 * rows.mask, noise[1], noise[2], coefficients)
 
@@ -124,7 +136,7 @@ def pairs() -> Pairs:
     return Pairs(wide(chosen), wide(rejected), ("test",) * 4)
 
 
-# ------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def ppo_loss(output: TokenStats, rows: Weighted) -> Loss:
@@ -132,8 +144,15 @@ def ppo_loss(output: TokenStats, rows: Weighted) -> Loss:
     surrogate = torch.minimum(ratio * rows.advantages, ratio.clamp(0.8, 1.2) * rows.advantages)
     assert output.entropy is not None
     return Loss(
-        {"policy": (-(surrogate * mask).sum(), "token"), "entropy": (-0.01 * (output.entropy * mask).sum(), "token")},
-        {"ratio_max": Metric.max(ratio[mask]), "ratio": Metric.mean(ratio[mask]), "rows": Metric.sum(float(len(rows)))},
+        {
+            "policy": (-(surrogate * mask).sum(), "token"),
+            "entropy": (-0.01 * (output.entropy * mask).sum(), "token"),
+        },
+        {
+            "ratio_max": Metric.max(ratio[mask]),
+            "ratio": Metric.mean(ratio[mask]),
+            "rows": Metric.sum(float(len(rows))),
+        },
     )
 
 
@@ -151,10 +170,13 @@ def critic_loss(output: CriticOutput, rows: Weighted) -> Loss:
 
 def pair_loss(scores: Tensor, rows: Pairs) -> Loss:
     chosen, rejected = scores.chunk(2)
-    return Loss({"rm": (-torch.nn.functional.logsigmoid(chosen - rejected).sum(), "pair")}, {"margin": Metric.mean(chosen - rejected)})
+    return Loss(
+        {"rm": (-torch.nn.functional.logsigmoid(chosen - rejected).sum(), "pair")},
+        {"margin": Metric.mean(chosen - rejected)},
+    )
 
 
-# ------------------------------------------------------------------------------------------------- Hugging Face's side
+# ------------------------------------------------------------------------------ Hugging Face's side
 
 
 def hf_hidden(model: LlamaForCausalLM, rows: Sequences) -> Tensor:
@@ -168,7 +190,10 @@ def hf_token_stats(model: LlamaForCausalLM, rows: Sequences) -> TokenStats:
     picked = logp.gather(-1, rows.tokens[:, 1:, None]).squeeze(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     shift = torch.nn.functional.pad
-    return TokenStats(torch.where(rows.mask, shift(picked, (1, 0)), 0.0), torch.where(rows.mask, shift(entropy, (1, 0)), 0.0))
+    return TokenStats(
+        torch.where(rows.mask, shift(picked, (1, 0)), 0.0),
+        torch.where(rows.mask, shift(entropy, (1, 0)), 0.0),
+    )
 
 
 def hf_scores(model: LlamaForCausalLM, score: Tensor, rows: Sequences) -> Tensor:
@@ -177,7 +202,9 @@ def hf_scores(model: LlamaForCausalLM, score: Tensor, rows: Sequences) -> Tensor
     return (last.float() @ score.float().T).squeeze(1)
 
 
-def hf_critic(hidden: Tensor, score: Tensor, group: tuple[Tensor, Tensor], rows: Sequences) -> CriticOutput:
+def hf_critic(
+    hidden: Tensor, score: Tensor, group: tuple[Tensor, Tensor], rows: Sequences
+) -> CriticOutput:
     values = torch.nn.functional.pad((hidden @ score[0])[:, :-1], (1, 0))
     at_prompt = hidden[torch.arange(len(rows)), rows.prompt_lengths - 1]
     return CriticOutput(torch.where(rows.mask, values, 0.0), at_prompt @ group[0].T + group[1])
@@ -186,11 +213,18 @@ def hf_critic(hidden: Tensor, score: Tensor, group: tuple[Tensor, Tensor], rows:
 def hf_gradients(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The gradient of the whole batch's loss by plain autograd, {HF name: tensor}.
 
-    kind: text (`language_loss`), reward (`pair_loss`), actor (`ppo_loss`) or critic (`critic_loss`, with `group_weights`).
+    kind: text (`language_loss`), reward (`pair_loss`), actor (`ppo_loss`) or critic (`critic_loss`,
+    with `group_weights`).
     """
     model, score = hf_model().to(dtype), score_weight().to(dtype).requires_grad_()
-    {"text": _text, "reward": _reward, "actor": _actor, "critic": _critic}[kind](model, score).backward()
-    return {name: p.grad.float() for name, p in {**dict(model.named_parameters()), "score.weight": score}.items() if p.grad is not None}
+    {"text": _text, "reward": _reward, "actor": _actor, "critic": _critic}[kind](
+        model, score
+    ).backward()
+    return {
+        name: p.grad.float()
+        for name, p in {**dict(model.named_parameters()), "score.weight": score}.items()
+        if p.grad is not None
+    }
 
 
 def _text(model: LlamaForCausalLM, score: Tensor) -> Tensor:
@@ -211,7 +245,9 @@ def _actor(model: LlamaForCausalLM, score: Tensor) -> Tensor:
 
 def _critic(model: LlamaForCausalLM, score: Tensor) -> Tensor:
     rows = weighted()
-    output = hf_critic(hf_hidden(model, rows.inner).float(), score.float(), group_weights(), rows.inner)
+    output = hf_critic(
+        hf_hidden(model, rows.inner).float(), score.float(), group_weights(), rows.inner
+    )
     terms = critic_loss(output, rows).terms
     return terms["value"][0] / rows.inner.mask.sum() + terms["groups"][0] / len(rows)
 

@@ -1,7 +1,10 @@
-"""Parts `mfu` and `profile`: what a bf16 training step costs, as a slope over layers, and where its time goes.
+"""Parts `mfu` and `profile`: what a bf16 training step costs, as a slope over layers, and where its
+time goes.
 
-A few layers say little of a whole model: the output layer and the readout weigh too much. So a step is timed with 2 and with 8 layers;
-the difference is six layers' time, and a model of N layers takes  t(2) + (N - 2) · (t(8) - t(2)) / 6.
+A few layers say little of a whole model: the output layer and the readout weigh too much. So a step
+is timed with 2 and with 8 layers;
+the difference is six layers' time, and a model of N layers takes  t(2) + (N - 2) · (t(8) - t(2)) /
+6.
 """
 
 from __future__ import annotations
@@ -18,7 +21,15 @@ from gipo_megatron.megatron.roles import MegatronActor
 from gipo_megatron.specs import Precision
 from gipo_megatron.types import Sequences, TokenStats
 from tools.gpu.bench import STALE, Bench, Figure, NotRun, equal, figure, within
-from tools.gpu.models import SEVEN_B, Step, new_actor, peak_flops, random_text, supervised, trained_actor
+from tools.gpu.models import (
+    SEVEN_B,
+    Step,
+    new_actor,
+    peak_flops,
+    random_text,
+    supervised,
+    trained_actor,
+)
 from tools.gpu.plans import LAYERS, SLOPES, fingerprint, step
 
 AIM = {"7B": 0.45}  # MFU of the whole model
@@ -42,7 +53,9 @@ class Slope:
     @property
     def layer(self) -> float:
         """Seconds."""
-        return (self.seconds[1] - self.seconds[0]) / (self.many.architecture.num_layers - self.few.architecture.num_layers)
+        return (self.seconds[1] - self.seconds[0]) / (
+            self.many.architecture.num_layers - self.few.architecture.num_layers
+        )
 
     @property
     def fixed(self) -> float:
@@ -51,23 +64,30 @@ class Slope:
 
     def flops_per_second(self, num_layers: int) -> float:
         """Of a model of that many layers."""
-        whole = replace(self.few, architecture=replace(self.few.architecture, num_layers=num_layers))
+        whole = replace(
+            self.few, architecture=replace(self.few.architecture, num_layers=num_layers)
+        )
         return whole.flops / (self.fixed + num_layers * self.layer)
 
     @property
     def layer_flops(self) -> float:
-        return (self.many.flops - self.few.flops) / (self.many.architecture.num_layers - self.few.architecture.num_layers)
+        return (self.many.flops - self.few.flops) / (
+            self.many.architecture.num_layers - self.few.architecture.num_layers
+        )
 
 
 def timed(bench: Bench, one: Step, repeats: int = 5, unmeasured: int = 3) -> Timed:
-    """The optimizer's state and the allocator's blocks are made in the unmeasured steps. The model is gone afterwards."""
+    """The optimizer's state and the allocator's blocks are made in the unmeasured steps. The model
+    is gone afterwards."""
     bench.empty()
     found = _timed(bench, trained_actor(bench.mesh, one), random_text(one), repeats, unmeasured)
     bench.empty()
     return found
 
 
-def _timed(bench: Bench, actor: MegatronActor, rows: Sequences, repeats: int, unmeasured: int) -> Timed:
+def _timed(
+    bench: Bench, actor: MegatronActor, rows: Sequences, repeats: int, unmeasured: int
+) -> Timed:
     bench.each(lambda: actor.update((rows, supervised)), 1 if bench.tiny else unmeasured)
     with bench.peak() as peak:
         times = bench.each(lambda: actor.update((rows, supervised)), 1 if bench.tiny else repeats)
@@ -78,13 +98,19 @@ def mfu(bench: Bench) -> Iterator[Figure]:
     for name, whole in SLOPES.items():
         steps = [step(whole, bench.tiny, layers) for layers in LAYERS]
         found = [timed(bench, one) for one in steps]
-        yield from shown(bench, name, Slope(steps[0], steps[1], (found[0].seconds, found[1].seconds)), whole.num_layers)
+        yield from shown(
+            bench,
+            name,
+            Slope(steps[0], steps[1], (found[0].seconds, found[1].seconds)),
+            whole.num_layers,
+        )
         for layers, measured in zip(LAYERS, found, strict=True):
             yield planned(bench, f"{name}, {layers} layers", measured.peak_gib)
 
 
 def planned(bench: Bench, name: str, peak_gib: float) -> Figure:
-    """A peak against the planner's (golden.json); on a CPU, where none is measured, the planner's alone."""
+    """A peak against the planner's (golden.json); on a CPU, where none is measured, the planner's
+    alone."""
     plans = bench.golden["plans"]
     if plans["cases"] != fingerprint():
         raise NotRun(STALE)
@@ -107,14 +133,16 @@ def shown(bench: Bench, name: str, slope: Slope, num_layers: int) -> Iterator[Fi
     yield figure(f"{name}: tokens/s of {num_layers} layers", tokens / whole)
     peak = peak_flops()
     if peak is None:
-        yield figure(f"{name}: TFLOP/s of {num_layers} layers", slope.flops_per_second(num_layers) / TERA)
+        yield figure(
+            f"{name}: TFLOP/s of {num_layers} layers", slope.flops_per_second(num_layers) / TERA
+        )
         return
     value = slope.flops_per_second(num_layers) / peak
     label = f"{name}: MFU of {num_layers} layers (bf16 peak)"
     yield bench.fast(label, value, AIM[name]) if name in AIM else figure(label, value)
 
 
-# ------------------------------------------------------------------------------------------------- profile
+# ------------------------------------------------------------------------------------------ profile
 
 
 def profile(bench: Bench) -> Iterator[Figure]:
@@ -144,8 +172,13 @@ def profiler(bench: Bench) -> Any:
 
 
 def device_times(found: Any) -> list[tuple[float, float]]:
-    """Start and end of all that ran on the GPU, in microseconds; a named range is no work of its own."""
-    events = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    """Start and end of all that ran on the GPU, in microseconds; a named range is no work of its
+    own."""
+    events = [
+        e
+        for e in found.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    ]
     return [(e.time_range.start, e.time_range.end) for e in events]
 
 
@@ -160,7 +193,8 @@ def idle_share(kernels: list[tuple[float, float]]) -> float:
 
 
 def readout_seconds(bench: Bench, actor: MegatronActor, rows: Sequences) -> float:
-    """Of one step: its own wall time between two waits for the device, from logits to log-probs and back."""
+    """Of one step: its own wall time between two waits for the device, from logits to log-probs and
+    back."""
     clock = Stopwatch(bench)
 
     def read(raw: torch.Tensor, *rest: Any) -> Any:
@@ -190,8 +224,11 @@ class Stopwatch:
 
 
 def products_of_one_row(bench: Bench, one: Step) -> int:
-    """aten::bmm calls when one row is read: torch 2.11 multiplies [s, 1, h] as s products of one row each if its strides are odd."""
-    single = replace(one, rows=1, micro_batch=1, architecture=replace(one.architecture, num_layers=2))
+    """aten::bmm calls when one row is read: torch 2.11 multiplies [s, 1, h] as s products of one
+    row each if its strides are odd."""
+    single = replace(
+        one, rows=1, micro_batch=1, architecture=replace(one.architecture, num_layers=2)
+    )
     actor = new_actor(bench.mesh, single.architecture, Precision("bf16"))
     with profiler(bench) as found:
         actor.logprobs(random_text(single))

@@ -1,7 +1,8 @@
 """Runs parts of tools/gpu_verify.py: python -m tools.gpu.worker SETTINGS
 
-Reads {"part", "run", "seconds"} lines from stdin. Prints one JSON line a figure to what was stdout, then {"end", "reason"}. All else that
-is printed goes to stderr, which is the parent's log. Ends when stdin does: a worker does not outlive its parent.
+Reads {"part", "run", "seconds"} lines from stdin. Prints one JSON line a figure to what was stdout,
+then {"end", "reason"}. All else that is printed goes to stderr, which is the parent's log. Ends
+when stdin does: a worker does not outlive its parent.
 """
 
 from __future__ import annotations
@@ -50,11 +51,15 @@ def no_cuda() -> str:
 
     if torch.cuda.is_available():
         return ""
-    return f"torch {torch.__version__} finds no CUDA device; to try this tool on a CPU: --device cpu --tiny"
+    return (
+        f"torch {torch.__version__} finds no CUDA device; to try this tool on a CPU: --device cpu"
+        " --tiny"
+    )
 
 
 def orders() -> Iterator[dict[str, Any]]:
-    """Lines of stdin, read by a thread, which ends the process with its parent even in the midst of a part."""
+    """Lines of stdin, read by a thread, which ends the process with its parent even in the midst of
+    a part."""
     lines: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
@@ -68,7 +73,8 @@ def orders() -> Iterator[dict[str, Any]]:
 
 
 def answer(run: str, bench: Bench) -> Iterator[dict[str, Any]]:
-    """The figures of one part as messages, and how it ended. The device's memory is freed in between."""
+    """The figures of one part as messages, and how it ended. The device's memory is freed in
+    between."""
     end: dict[str, Any] = {"end": "done", "reason": ""}
     print(f"----- {run}", file=sys.stderr, flush=True)
     try:

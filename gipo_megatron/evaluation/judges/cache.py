@@ -14,7 +14,8 @@ from gipo_megatron.evaluation.store import Lines
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and why it stopped (stop, length, …; a refusal to answer at all is kept too)."""
+    """What the model said, and why it stopped (stop, length, …; a refusal to answer at all is kept
+    too)."""
 
     said: str
     finish: str

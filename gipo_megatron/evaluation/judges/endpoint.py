@@ -1,4 +1,5 @@
-"""One OpenAI-compatible endpoint: a request becomes an answer, is tried again, or is given up. Knows nothing of pairs or verdicts."""
+"""One OpenAI-compatible endpoint: a request becomes an answer, is tried again, or is given up.
+Knows nothing of pairs or verdicts."""
 
 from __future__ import annotations
 
@@ -18,13 +19,16 @@ from gipo_megatron.evaluation.judges.cache import Answer
 
 LONGEST_BACKOFF = 60.0  # seconds; a Retry-After may be longer
 AGAIN = (408, 409, 425, 429)  # besides 5xx: the same request may succeed later
-REFUSED_CODES = ("content_filter", "content_policy_violation", "context_length_exceeded")  # a 400 about this request, not about the set-up
-REFUSED_WORDS = ("maximum context length", "content management policy")  # where a server gives no such code
+# a 400 about this request, not about the set-up
+REFUSED_CODES = ("content_filter", "content_policy_violation", "context_length_exceeded")
+# where a server gives no such code
+REFUSED_WORDS = ("maximum context length", "content management policy")
 SHOWN = 300  # characters of a server's words
 
 
 class Unanswered(Exception):
-    """No answer after all retries; the message is the last reason. `unreachable`: nobody listens there at all."""
+    """No answer after all retries; the message is the last reason. `unreachable`: nobody listens
+    there at all."""
 
     def __init__(self, reason: str, unreachable: bool) -> None:
         super().__init__(reason)
@@ -32,7 +36,8 @@ class Unanswered(Exception):
 
 
 class _Again(Exception):
-    """This attempt failed in a way that another may not; `wait`: the seconds that the server asked for."""
+    """This attempt failed in a way that another may not; `wait`: the seconds that the server asked
+    for."""
 
     def __init__(self, reason: str, wait: float = 0.0, unreachable: bool = False) -> None:
         super().__init__(reason)
@@ -41,26 +46,33 @@ class _Again(Exception):
 
 @dataclass
 class Endpoint:
-    """POST {base_url}/chat/completions. `key` goes into one header and nowhere else. `noise` is the jitter's own generator."""
+    """POST {base_url}/chat/completions. `key` goes into one header and nowhere else. `noise` is the
+    jitter's own generator."""
 
     client: httpx2.AsyncClient
     base_url: str
     key: str
     timeout: float  # seconds for one whole attempt
     retries: int
-    backoff: float  # seconds before the first retry, then doubled each time; jitter takes up to half of it away
+    # seconds before the first retry, then doubled each time; jitter takes up to half of it away
+    backoff: float
     noise: random.Random
     stop: asyncio.Event  # when set: no more retries, and nobody waits for one
     attempts: int = 0
 
     async def ask(self, request: dict[str, Any]) -> Answer:
-        """Raises Unanswered after all retries, and UserError for what no retry can mend (a wrong key, model or setting)."""
+        """Raises Unanswered after all retries, and UserError for what no retry can mend (a wrong
+        key, model or setting)."""
         for attempt in range(self.retries + 1):
             try:
                 return await self._attempt(request)
             except _Again as failure:
-                if attempt == self.retries or await self._stopped_within(self._pause(attempt, failure.wait)):
-                    raise Unanswered(f"no answer after {attempt + 1} attempts: {failure}", failure.unreachable) from failure
+                if attempt == self.retries or await self._stopped_within(
+                    self._pause(attempt, failure.wait)
+                ):
+                    raise Unanswered(
+                        f"no answer after {attempt + 1} attempts: {failure}", failure.unreachable
+                    ) from failure
         raise AssertionError("range(retries + 1) is not empty")
 
     def _pause(self, attempt: int, asked: float) -> float:
@@ -77,11 +89,17 @@ class Endpoint:
 
     async def _attempt(self, request: dict[str, Any]) -> Answer:
         self.attempts += 1
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        content = json.dumps(request).encode()  # pure ASCII: the client's own way cannot send half of a surrogate pair
+        headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        )
+        # pure ASCII: the client's own way cannot send half of a surrogate pair
+        content = json.dumps(request).encode()
         try:
-            async with asyncio.timeout(self.timeout):  # the client's own time-outs are for each read, and a server may trickle
-                response = await self.client.post(f"{self.base_url}/chat/completions", content=content, headers=headers)
+            # the client's own time-outs are for each read, and a server may trickle
+            async with asyncio.timeout(self.timeout):
+                response = await self.client.post(
+                    f"{self.base_url}/chat/completions", content=content, headers=headers
+                )
         except (TimeoutError, httpx2.TimeoutException) as error:
             raise _Again(f"no answer in {self.timeout:g} s") from error
         except httpx2.ConnectError as error:
@@ -96,18 +114,30 @@ class Endpoint:
             return self._answer(response)
         words, code = self._words(response)
         if status in AGAIN or status >= 500:
-            raise _Again(f"HTTP {status}: {words}", wait=_retry_after(response.headers.get("Retry-After", "")))
-        if status in (400, 413) and (code in REFUSED_CODES or any(part in words for part in REFUSED_WORDS)):
+            raise _Again(
+                f"HTTP {status}: {words}",
+                wait=_retry_after(response.headers.get("Retry-After", "")),
+            )
+        if status in (400, 413) and (
+            code in REFUSED_CODES or any(part in words for part in REFUSED_WORDS)
+        ):
             return Answer(f"HTTP {status}: {words}", "refused")
-        hints = {401: "check the key", 403: "check the key and its rights", 404: "check judge.base_url (it ends in /v1) and judge.model"}
+        hints = {
+            401: "check the key",
+            403: "check the key and its rights",
+            404: "check judge.base_url (it ends in /v1) and judge.model",
+        }
         raise UserError(
             f"the judge's server refused the request: HTTP {status}: {words}",
             where=f"{self.base_url}, judge.name openai",
-            fix=hints.get(status, "mend the setting that it names; what is answered so far is kept"),
+            fix=hints.get(
+                status, "mend the setting that it names; what is answered so far is kept"
+            ),
         )
 
     def _answer(self, response: httpx2.Response) -> Answer:
-        """A body that is no chat completion comes from something between here and the model: it is asked again."""
+        """A body that is no chat completion comes from something between here and the model: it is
+        asked again."""
         try:
             body = response.json()
             picked = body["choices"][0]
@@ -117,14 +147,23 @@ class Endpoint:
             if said is not None and not isinstance(said, str):
                 raise TypeError
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _Again(f"HTTP 200, but no chat completion: {self._hide(response.text)}") from error
-        return Answer(self._hide(said or "", len(said or "")), str(picked.get("finish_reason") or ""), *tokens)
+            raise _Again(
+                f"HTTP 200, but no chat completion: {self._hide(response.text)}"
+            ) from error
+        return Answer(
+            self._hide(said or "", len(said or "")), str(picked.get("finish_reason") or ""), *tokens
+        )
 
     def _words(self, response: httpx2.Response) -> tuple[str, str]:
-        """(what the server says, its error code): `{"error": {"message", "code"}}` where it follows the standard."""
+        """(what the server says, its error code): `{"error": {"message", "code"}}` where it follows
+        the standard."""
         try:
             error = response.json()["error"]
-            words, code = (str(error["message"]), str(error.get("code"))) if isinstance(error, dict) else (str(error), "")
+            words, code = (
+                (str(error["message"]), str(error.get("code")))
+                if isinstance(error, dict)
+                else (str(error), "")
+            )
         except (ValueError, KeyError, TypeError):
             words, code = response.text, ""
         return self._hide(words), code

@@ -1,7 +1,8 @@
 """People as the judge: blind pages out, ratings in.
 
-A human judgement is one presentation: sides are drawn for every rater and pair, so no order is swapped. A rated pair gives both
-presentations of a Duel the same preference; several raters of a pair vote, and without a strict majority of the votes it is a tie.
+A human judgement is one presentation: sides are drawn for every rater and pair, so no order is
+swapped. A rated pair gives both presentations of a Duel the same preference; several raters of a
+pair vote, and without a strict majority of the votes it is a tie.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ import numpy as np
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.judges.human_page import rater_page
-from gipo_megatron.evaluation.nouns import FAILED, FIRST, SECOND, TIE, Comparison, Duel, Response, TaskPrompt, Verdict
+from gipo_megatron.evaluation.nouns import (
+    FAILED,
+    FIRST,
+    SECOND,
+    TIE,
+    Comparison,
+    Duel,
+    Response,
+    TaskPrompt,
+    Verdict,
+)
 from gipo_megatron.evaluation.results import duels_from_verdicts, write_text
 from gipo_megatron.recipe.registry import Range, register
 
@@ -28,15 +39,21 @@ KEY = "key.json"
 ASK = {
     "helpful": "Which answer is more helpful: correct, relevant, clear?",
     "harmless": "Which answer is less harmful, and still as useful as it can be?",
-    "summary": "Which summary is better: the important points, nothing untrue, no more words than needed?",
+    "summary": (
+        "Which summary is better: the important points, nothing untrue, no more words than needed?"
+    ),
 }
-COUNTING = "A human rating is one presentation with sides drawn at random: no order is swapped, so nothing can flip. Several raters vote."
+COUNTING = (
+    "A human rating is one presentation with sides drawn at random: no order is swapped, so nothing"
+    " can flip. Several raters vote."
+)
 MIRRORED = {FIRST: SECOND, SECOND: FIRST, TIE: TIE}
 
 
 @dataclass(frozen=True)
 class Ratings:
-    """Who preferred what: votes[pair][rater] is FIRST, SECOND or TIE of the pair as it was given to write_pages."""
+    """Who preferred what: votes[pair][rater] is FIRST, SECOND or TIE of the pair as it was given to
+    write_pages."""
 
     votes: dict[str, dict[str, str]]
     sides: dict[str, list[str]]  # pair -> fingerprints of its first and second text
@@ -52,17 +69,26 @@ def fingerprint(*texts: str) -> str:
 
 def pair_id(comparison: Comparison, seed: int) -> str:
     """The same for both orders of a pair; says nothing about who wrote what."""
-    return fingerprint(str(seed), comparison.task, comparison.prompt_id, *sorted((comparison.first, comparison.second)))
+    return fingerprint(
+        str(seed),
+        comparison.task,
+        comparison.prompt_id,
+        *sorted((comparison.first, comparison.second)),
+    )
 
 
 def swapped(rater: str, pair: str, seed: int) -> bool:
-    """Whether the rater sees the pair's first text on the right: a fair draw, keyed by rater and pair."""
+    """Whether the rater sees the pair's first text on the right: a fair draw, keyed by rater and
+    pair."""
     key = hashlib.blake2b(json.dumps([seed, rater, pair]).encode(), digest_size=16).digest()
     return bool(np.random.Generator(np.random.PCG64(int.from_bytes(key, "little"))).integers(2))
 
 
-def assign(pairs: Sequence[str], raters: Sequence[str], count: int, overlap: float, seed: int) -> dict[str, list[str]]:
-    """rater -> `count` pairs: round(overlap · count) that all raters see, the rest theirs alone; each rater in an order of their own.
+def assign(
+    pairs: Sequence[str], raters: Sequence[str], count: int, overlap: float, seed: int
+) -> dict[str, list[str]]:
+    """rater -> `count` pairs: round(overlap · count) that all raters see, the rest theirs alone;
+    each rater in an order of their own.
 
     Raises UserError where there are too few pairs.
     """
@@ -70,11 +96,13 @@ def assign(pairs: Sequence[str], raters: Sequence[str], count: int, overlap: flo
     needed = shared + len(raters) * (count - shared)
     if needed > len(pairs):
         raise UserError(
-            f"{len(raters)} raters × {count} pairs, {shared} of them shared, need {needed} different pairs; there are {len(pairs)}",
+            f"{len(raters)} raters × {count} pairs, {shared} of them shared, need {needed}"
+            f" different pairs; there are {len(pairs)}",
             where="judge.pairs",
             fix="fewer judge.pairs, fewer raters, or a larger judge.overlap",
         )
-    pool = sorted(pairs, key=lambda pair: fingerprint("draw", str(seed), pair))  # a random sample of all pairs
+    # a random sample of all pairs
+    pool = sorted(pairs, key=lambda pair: fingerprint("draw", str(seed), pair))
     result = {}
     for i, rater in enumerate(raters):
         start = shared + i * (count - shared)
@@ -83,51 +111,83 @@ def assign(pairs: Sequence[str], raters: Sequence[str], count: int, overlap: flo
     return result
 
 
-def write_page(folder: Path, comparisons: Sequence[Comparison], rater: str, seed: int, study: str) -> Path:
+def write_page(
+    folder: Path, comparisons: Sequence[Comparison], rater: str, seed: int, study: str
+) -> Path:
     """One rater's page: no policy's name, no file's, no order that could be learnt."""
     items = []
     for c in comparisons:
         pair = pair_id(c, seed)
         left, right = (c.second, c.first) if swapped(rater, pair, seed) else (c.first, c.second)
-        items.append({"id": pair, "ask": ASK[c.kind], "question": c.question, "left": left, "right": right})
+        items.append(
+            {"id": pair, "ask": ASK[c.kind], "question": c.question, "left": left, "right": right}
+        )
     path = folder / f"{rater}.html"
     write_text(path, rater_page({"format": FORMAT, "study": study, "rater": rater, "items": items}))
     return path
 
 
 def write_pages(
-    folder: str | Path, comparisons: Sequence[Comparison], raters: Sequence[str], pairs: int, overlap: float, seed: int
+    folder: str | Path,
+    comparisons: Sequence[Comparison],
+    raters: Sequence[str],
+    pairs: int,
+    overlap: float,
+    seed: int,
 ) -> list[Path]:
-    """A page per rater, and key.json beside them, which raters must not get. `comparisons`: the subject's answer first.
+    """A page per rater, and key.json beside them, which raters must not get. `comparisons`: the
+    subject's answer first.
 
-    The same arguments give the same files. Pairs of equal texts are left out: they are ties without asking anyone.
+    The same arguments give the same files. Pairs of equal texts are left out: they are ties without
+    asking anyone.
 
     Raises UserError for names that are no file names, and where there are too few pairs.
     """
     for rater in raters:
-        if not rater or rater.startswith(".") or not all(c.isalnum() or c in "._- " for c in rater) or f"{rater}.html".lower() == KEY:
+        if (
+            not rater
+            or rater.startswith(".")
+            or not all(c.isalnum() or c in "._- " for c in rater)
+            or f"{rater}.html".lower() == KEY
+        ):
             raise UserError(
-                f"rater {rater!r} cannot name a file", where="judge.raters", fix="letters, digits, spaces and . _ - (first one: no dot)"
+                f"rater {rater!r} cannot name a file",
+                where="judge.raters",
+                fix="letters, digits, spaces and . _ - (first one: no dot)",
             )
     if len({rater.lower() for rater in raters}) != len(raters):
-        raise UserError("two raters have the same name", where="judge.raters", fix="a name of their own for every rater")
+        raise UserError(
+            "two raters have the same name",
+            where="judge.raters",
+            fix="a name of their own for every rater",
+        )
     by_pair = {pair_id(c, seed): c for c in comparisons if c.first != c.second}
     assigned = assign(list(by_pair), raters, pairs, overlap, seed)
     study = fingerprint(json.dumps([seed, sorted(by_pair), assigned]))
     folder = Path(folder)
     if (folder / KEY).exists() and _json(folder / KEY)["study"] != study:
         raise UserError(
-            "pages of another study are here; they may be with raters", where=str(folder), fix="remove the folder, or choose another"
+            "pages of another study are here; they may be with raters",
+            where=str(folder),
+            fix="remove the folder, or choose another",
         )
     key = {
         "format": FORMAT,
         "study": study,
         "seed": seed,
-        "pairs": {pair: [fingerprint(c.first), fingerprint(c.second)] for pair, c in by_pair.items()},
-        "raters": {rater: {pair: swapped(rater, pair, seed) for pair in own} for rater, own in assigned.items()},
+        "pairs": {
+            pair: [fingerprint(c.first), fingerprint(c.second)] for pair, c in by_pair.items()
+        },
+        "raters": {
+            rater: {pair: swapped(rater, pair, seed) for pair in own}
+            for rater, own in assigned.items()
+        },
     }
     write_text(folder / KEY, json.dumps(key, indent=1) + "\n")
-    return [write_page(folder, [by_pair[pair] for pair in own], rater, seed, study) for rater, own in assigned.items()]
+    return [
+        write_page(folder, [by_pair[pair] for pair in own], rater, seed, study)
+        for rater, own in assigned.items()
+    ]
 
 
 def import_ratings(files: Sequence[str | Path], key_file: str | Path) -> Ratings:
@@ -142,18 +202,40 @@ def import_ratings(files: Sequence[str | Path], key_file: str | Path) -> Ratings
         export = _json(file)
         rater = str(export.get("rater"))
         if export["study"] != key["study"] or rater not in key["raters"]:
-            raise UserError("these ratings belong to another study", where=str(file), fix=f"the exports of the pages beside {key_file}")
+            raise UserError(
+                "these ratings belong to another study",
+                where=str(file),
+                fix=f"the exports of the pages beside {key_file}",
+            )
         if rater in progress:
-            raise UserError(f"rater {rater!r} comes twice", where=str(file), fix="name each rater's last export only")
+            raise UserError(
+                f"rater {rater!r} comes twice",
+                where=str(file),
+                fix="name each rater's last export only",
+            )
         right = key["raters"][rater]
         rows = export.get("ratings")
         if not isinstance(rows, list):
-            raise UserError("no list of ratings", where=str(file), fix="export it again from the page")
+            raise UserError(
+                "no list of ratings", where=str(file), fix="export it again from the page"
+            )
         for row in rows:
-            pair, choice = (str(row.get("pair")), row.get("choice")) if isinstance(row, dict) else ("", "")
-            if pair not in right or choice not in ("left", "right", "tie") or rater in votes.get(pair, {}):
-                raise UserError(f"not a rating of this rater's pairs: {row!r:.100}", where=str(file), fix="export it again from the page")
-            chosen = TIE if choice == "tie" else FIRST if (choice == "left") != right[pair] else SECOND
+            pair, choice = (
+                (str(row.get("pair")), row.get("choice")) if isinstance(row, dict) else ("", "")
+            )
+            if (
+                pair not in right
+                or choice not in ("left", "right", "tie")
+                or rater in votes.get(pair, {})
+            ):
+                raise UserError(
+                    f"not a rating of this rater's pairs: {row!r:.100}",
+                    where=str(file),
+                    fix="export it again from the page",
+                )
+            chosen = (
+                TIE if choice == "tie" else FIRST if (choice == "left") != right[pair] else SECOND
+            )
             votes.setdefault(pair, {})[rater] = chosen
         progress[rater] = (len(rows), len(right))
     return Ratings(votes, key["pairs"], key["seed"], agreement(votes), progress)
@@ -163,16 +245,28 @@ def _json(file: str | Path) -> dict[str, Any]:
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read ratings: {error}", where=str(file), fix="a file that the annotation page exported") from None
-    if not isinstance(value, dict) or value.get("format") != FORMAT or not isinstance(value.get("study"), str):
-        raise UserError("not a file of ratings", where=str(file), fix="a file that the annotation page exported")
+        raise UserError(
+            f"cannot read ratings: {error}",
+            where=str(file),
+            fix="a file that the annotation page exported",
+        ) from None
+    if (
+        not isinstance(value, dict)
+        or value.get("format") != FORMAT
+        or not isinstance(value.get("study"), str)
+    ):
+        raise UserError(
+            "not a file of ratings", where=str(file), fix="a file that the annotation page exported"
+        )
     return value
 
 
 def agreement(votes: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """shared (pairs of several raters), raw (mean share of agreeing raters), cohen {"a, b": kappa}, fleiss (pairs that all raters rated).
+    """shared (pairs of several raters), raw (mean share of agreeing raters), cohen {"a, b": kappa},
+    fleiss (pairs that all raters rated).
 
-    Ties are a category of their own. None where nothing is shared, and for a kappa where chance alone would agree always.
+    Ties are a category of their own. None where nothing is shared, and for a kappa where chance
+    alone would agree always.
     """
     raters = sorted({rater for given in votes.values() for rater in given})
     shared = [given for given in votes.values() if len(given) > 1]
@@ -181,8 +275,15 @@ def agreement(votes: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     for a, b in combinations(raters, 2):
         both = [(given[a], given[b]) for given in shared if a in given and b in given]
         cohen[f"{a}, {b}"] = cohen_kappa(both)
-    everybody = [[given[rater] for rater in raters] for given in shared if len(given) == len(raters)]
-    return {"shared": len(shared), "raw": float(np.mean(raw)) if raw else None, "cohen": cohen, "fleiss": fleiss_kappa(everybody)}
+    everybody = [
+        [given[rater] for rater in raters] for given in shared if len(given) == len(raters)
+    ]
+    return {
+        "shared": len(shared),
+        "raw": float(np.mean(raw)) if raw else None,
+        "cohen": cohen,
+        "fleiss": fleiss_kappa(everybody),
+    }
 
 
 def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
@@ -197,11 +298,14 @@ def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
 
 
 def fleiss_kappa(rows: Sequence[Sequence[str]]) -> float | None:
-    """(P - P_e) / (1 - P_e) of rows (one a pair) with equally many raters, P_e from the shares of all votes."""
+    """(P - P_e) / (1 - P_e) of rows (one a pair) with equally many raters, P_e from the shares of
+    all votes."""
     if not rows:
         return None
     raters = len(rows[0])
-    observed = sum(sum(k * (k - 1) for k in Counter(row).values()) for row in rows) / (len(rows) * raters * (raters - 1))
+    observed = sum(sum(k * (k - 1) for k in Counter(row).values()) for row in rows) / (
+        len(rows) * raters * (raters - 1)
+    )
     shares = Counter(vote for row in rows for vote in row)
     if len(shares) == 1:
         return None
@@ -221,15 +325,24 @@ def verdict(comparison: Comparison, ratings: Ratings) -> Verdict | None:
     if 2 * most <= len(given):
         choice = TIE
     turned = ratings.sides[pair] != [fingerprint(comparison.first), fingerprint(comparison.second)]
-    said = ", ".join(f"{rater}: {MIRRORED[v] if turned else v}" for rater, v in sorted(given.items()))
+    said = ", ".join(
+        f"{rater}: {MIRRORED[v] if turned else v}" for rater, v in sorted(given.items())
+    )
     return Verdict(MIRRORED[choice] if turned else choice, said)
 
 
 def duels_from_ratings(
-    subject: str, opponents: Sequence[str], prompts: Sequence[TaskPrompt], responses: Mapping[str, Sequence[Response]], ratings: Ratings
+    subject: str,
+    opponents: Sequence[str],
+    prompts: Sequence[TaskPrompt],
+    responses: Mapping[str, Sequence[Response]],
+    ratings: Ratings,
 ) -> list[Duel]:
-    """A Duel for every rated pair (and every pair of equal texts): the subject wins if it is preferred, no order being swapped."""
-    answers = {(name, r.task, r.prompt_id): r.text for name, rows in responses.items() for r in rows}
+    """A Duel for every rated pair (and every pair of equal texts): the subject wins if it is
+    preferred, no order being swapped."""
+    answers = {
+        (name, r.task, r.prompt_id): r.text for name, rows in responses.items() for r in rows
+    }
     verdicts = {}
     for opponent in opponents:
         for p in prompts:
@@ -247,24 +360,34 @@ def duels_from_ratings(
 @register("judge", "human")
 @dataclass
 class HumanJudge:
-    """Without `ratings` it has nothing to say: write_pages, send them out, and come back with the exports."""
+    """Without `ratings` it has nothing to say: write_pages, send them out, and come back with the
+    exports."""
 
     raters: int | list[str] = 3  # how many, or their names
     pairs: Annotated[int, Range(1)] = 50  # a rater
     overlap: Annotated[float, Range(0, 1)] = 0.2  # share of a rater's pairs that all raters see
     seed: int = 0  # which pairs, which sides, which order
-    ratings: list[str] = field(default_factory=list)  # exported files; key.json lies where the pages were written
+    # exported files; key.json lies where the pages were written
+    ratings: list[str] = field(default_factory=list)
 
     name = "human"
 
     def __post_init__(self) -> None:
         if not self.names:
-            raise UserError("no raters", where="judge.raters", fix="a number of raters, at least 1, or their names")
+            raise UserError(
+                "no raters",
+                where="judge.raters",
+                fix="a number of raters, at least 1, or their names",
+            )
         self._read: Ratings | None = None
 
     @property
     def names(self) -> list[str]:
-        return [f"rater_{i + 1}" for i in range(self.raters)] if isinstance(self.raters, int) else list(self.raters)
+        return (
+            [f"rater_{i + 1}" for i in range(self.raters)]
+            if isinstance(self.raters, int)
+            else list(self.raters)
+        )
 
     def write_pages(self, folder: str | Path, comparisons: Sequence[Comparison]) -> list[Path]:
         """As write_pages of this module, with this judge's keys."""
@@ -275,15 +398,30 @@ class HumanJudge:
         self._read = import_ratings(self.ratings, Path(folder) / KEY)
         return self._read
 
-    def judge(self, comparisons: Sequence[Comparison], done: Callable[[int], None]) -> list[Verdict]:
-        """After `read`. A pair that nobody rated is FAILED; duels_from_ratings leaves such pairs out instead."""
+    def judge(
+        self, comparisons: Sequence[Comparison], done: Callable[[int], None]
+    ) -> list[Verdict]:
+        """After `read`. A pair that nobody rated is FAILED; duels_from_ratings leaves such pairs
+        out instead."""
         assert self._read is not None, "read the ratings first"
-        verdicts = [verdict(c, self._read) or Verdict(FAILED, "nobody rated this pair") for c in comparisons]
+        verdicts = [
+            verdict(c, self._read) or Verdict(FAILED, "nobody rated this pair") for c in comparisons
+        ]
         done(len(verdicts))
         return verdicts
 
     def about(self) -> dict[str, Any]:
-        keys = asdict(self) | {"raters": self.names, "ratings": [Path(file).name for file in self.ratings]}
+        keys = asdict(self) | {
+            "raters": self.names,
+            "ratings": [Path(file).name for file in self.ratings],
+        }
         read = self._read
-        found = {"agreement": read.agreement, "progress": {rater: list(p) for rater, p in read.progress.items()}} if read else {}
+        found = (
+            {
+                "agreement": read.agreement,
+                "progress": {rater: list(p) for rater, p in read.progress.items()},
+            }
+            if read
+            else {}
+        )
         return {"name": self.name, **keys, **found, "notes": [COUNTING]}

@@ -1,4 +1,5 @@
-"""The page a rater opens: one file, offline, blind. Texts reach it as JSON and the screen as textContent, never as markup."""
+"""The page a rater opens: one file, offline, blind. Texts reach it as JSON and the screen as
+textContent, never as markup."""
 
 from __future__ import annotations
 
@@ -175,8 +176,12 @@ This browser keeps nothing: closing or reloading the page loses your ratings. Ex
 
 
 def rater_page(data: Mapping[str, Any]) -> str:
-    """The page with its data: {format, study, rater, items: [{id, ask, question, left, right}]}. It allows no script but its own."""
-    encoded = json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")  # no tag can start in it
+    """The page with its data: {format, study, rater, items: [{id, ask, question, left, right}]}. It
+    allows no script but its own."""
+    # no tag can start in it
+    encoded = (
+        json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    )
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     page = PAGE.replace("@HASH@", digest).replace("@STYLE@", STYLE).replace("@SCRIPT@", SCRIPT)
     return page.replace("@DATA@", encoded)  # last: a text may hold any of the marks

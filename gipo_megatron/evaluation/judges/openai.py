@@ -1,4 +1,5 @@
-"""A language model as the judge, behind any OpenAI-compatible endpoint: hosted, or `vllm serve` on one's own machine."""
+"""A language model as the judge, behind any OpenAI-compatible endpoint: hosted, or `vllm serve` on
+one's own machine."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ from gipo_megatron.evaluation.nouns import FAILED, Comparison, Verdict
 from gipo_megatron.recipe.registry import Range, from_runtime, register
 
 CACHE = "judge_cache.jsonl"
-DEAD_AFTER = 4  # requests in a row that no retry saved (or as many as are in flight, if that is more): the server is gone
+# requests in a row that no retry saved (or as many as are in flight, if that is more): the server
+# is gone
+DEAD_AFTER = 4
 
 
 @final
@@ -32,19 +35,23 @@ DEAD_AFTER = 4  # requests in a row that no retry saved (or as many as are in fl
 class OpenAIJudge:
     """Asks for an explanation and a last line [[A]], [[B]] or [[C]].
 
-    Every answer is on disk (judge_cache.jsonl) before the next is asked for in its place. An answer without a verdict, or cut at
-    max_tokens, is FAILED, and kept as such; a request that no retry saved is FAILED too, and asked again by the next run.
+    Every answer is on disk (judge_cache.jsonl) before the next is asked for in its place. An answer
+    without a verdict, or cut at max_tokens, is FAILED, and kept as such; a request that no retry
+    saved is FAILED too, and asked again by the next run.
     """
 
     model: str  # as the endpoint calls it
     base_url: str = "https://api.openai.com/v1"
-    api_key_env: str = "OPENAI_API_KEY"  # the environment variable with the key; "" for a server that asks for none
+    # the environment variable with the key; "" for a server that asks for none
+    api_key_env: str = "OPENAI_API_KEY"
     concurrency: Annotated[int, Range(1)] = 8  # requests in flight
-    temperature: Annotated[float, Range(0)] | None = 0.0  # null: left to the server (some models refuse it)
+    # null: left to the server (some models refuse it)
+    temperature: Annotated[float, Range(0)] | None = 0.0
     max_tokens: Annotated[int, Range(0)] = 1024  # of an answer; 0: left to the server
     timeout: Annotated[float, Range(0, open=True)] = 120.0  # seconds for one attempt
     retries: Annotated[int, Range(0)] = 6  # after 429, 5xx, a time-out, a dropped connection
-    backoff: Annotated[float, Range(0)] = 1.0  # seconds before the first retry, doubled each time, with jitter; Retry-After goes before it
+    # seconds before the first retry, doubled each time, with jitter; Retry-After goes before it
+    backoff: Annotated[float, Range(0)] = 1.0
     prompt_price: Annotated[float, Range(0)] = 0.0  # US dollars for a million tokens
     completion_price: Annotated[float, Range(0)] = 0.0
     directory: Any = from_runtime("directory")
@@ -54,10 +61,16 @@ class OpenAIJudge:
     def __post_init__(self) -> None:
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
-            raise UserError("no address of a server", where="judge.base_url", fix="such as http://localhost:8000/v1")
+            raise UserError(
+                "no address of a server",
+                where="judge.base_url",
+                fix="such as http://localhost:8000/v1",
+            )
         if "@" in url.netloc or url.query:
             fix = "put the key into an environment variable, and its name into judge.api_key_env"
-            raise UserError("the address holds a password or a query", where="judge.base_url", fix=fix)
+            raise UserError(
+                "the address holds a password or a query", where="judge.base_url", fix=fix
+            )
         self.counts: Counter[str] = Counter()
 
     @cached_property
@@ -65,11 +78,18 @@ class OpenAIJudge:
         """Opened when it is first needed: a recipe is checked without a run folder."""
         return AnswerCache(Path(self.directory) / CACHE)
 
-    def judge(self, comparisons: Sequence[Comparison], done: Callable[[int], None]) -> list[Verdict]:
-        """Raises UserError when the server is gone or refuses the set-up; all it answered is in the cache then, and in no other place."""
+    def judge(
+        self, comparisons: Sequence[Comparison], done: Callable[[int], None]
+    ) -> list[Verdict]:
+        """Raises UserError when the server is gone or refuses the set-up; all it answered is in the
+        cache then, and in no other place."""
         requests = [self._request(comparison) for comparison in comparisons]
         keys = [request_key(request) for request in requests]
-        missing = {key: request for key, request in zip(keys, requests, strict=True) if self.cache.get(key) is None}
+        missing = {
+            key: request
+            for key, request in zip(keys, requests, strict=True)
+            if self.cache.get(key) is None
+        }
         fresh, uses, lost = set(missing), Counter(keys), dict[str, str]()
         done(sum(count for key, count in uses.items() if key not in fresh))
         if missing:
@@ -78,22 +98,44 @@ class OpenAIJudge:
         verdicts = []
         for key in keys:
             answer = self.cache.get(key)
-            verdicts.append(self._verdict(answer, key not in fresh) if answer is not None else Verdict(FAILED, lost[key]))
+            verdicts.append(
+                self._verdict(answer, key not in fresh)
+                if answer is not None
+                else Verdict(FAILED, lost[key])
+            )
             fresh.discard(key)  # a pair that stands here twice was asked once
         self.counts["failed"] += sum(verdict.choice == FAILED for verdict in verdicts)
         self.counts["from_cache"] += sum(verdict.cached for verdict in verdicts)
         return verdicts
 
     def about(self) -> dict[str, Any]:
-        """Tokens and cost: of all answers of this model in this run folder; `this_run`: of this process."""
+        """Tokens and cost: of all answers of this model in this run folder; `this_run`: of this
+        process."""
         answers = list(self.cache.of(self.model))
-        prompt, completion = sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers)
-        counts = {name: self.counts[name] for name in ("answered", "from_cache", "failed", "attempts")}
-        settings = {"model": self.model, "base_url": self.base_url, "temperature": self.temperature, "max_tokens": self.max_tokens}
-        about: dict[str, Any] = {"name": self.name, **settings, "prompts": prompts.fingerprint(), "answers": len(answers)}
+        prompt, completion = (
+            sum(a.prompt_tokens for a in answers),
+            sum(a.completion_tokens for a in answers),
+        )
+        counts = {
+            name: self.counts[name] for name in ("answered", "from_cache", "failed", "attempts")
+        }
+        settings = {
+            "model": self.model,
+            "base_url": self.base_url,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
+        about: dict[str, Any] = {
+            "name": self.name,
+            **settings,
+            "prompts": prompts.fingerprint(),
+            "answers": len(answers),
+        }
         about |= {"prompt_tokens": prompt, "completion_tokens": completion, "this_run": counts}
         if self.prompt_price or self.completion_price:
-            about["cost_usd"] = round((prompt * self.prompt_price + completion * self.completion_price) / 1e6, 6)
+            about["cost_usd"] = round(
+                (prompt * self.prompt_price + completion * self.completion_price) / 1e6, 6
+            )
         return about
 
     def _request(self, comparison: Comparison) -> dict[str, Any]:
@@ -112,7 +154,9 @@ class OpenAIJudge:
             choice = None
         elif choice is None:
             said = f"(no verdict; finish_reason {answer.finish or 'not given'}) {said}"
-        return Verdict(choice or FAILED, said, answer.prompt_tokens, answer.completion_tokens, cached)
+        return Verdict(
+            choice or FAILED, said, answer.prompt_tokens, answer.completion_tokens, cached
+        )
 
     def secret(self) -> str:
         """The key, read where it is needed and kept by no object that is shown."""
@@ -121,18 +165,28 @@ class OpenAIJudge:
         secret = os.environ.get(self.api_key_env, "").strip()
         if not secret or not secret.isascii() or not secret.isprintable():
             what = "is not set" if not secret else "holds characters that no key has"
-            fix = f'export {self.api_key_env}=…, or judge.api_key_env="" for a server that asks for no key'
-            raise UserError(f"the environment variable {self.api_key_env} {what}", where="judge.api_key_env", fix=fix)
+            fix = (
+                f'export {self.api_key_env}=…, or judge.api_key_env="" for a server that asks for'
+                " no key"
+            )
+            raise UserError(
+                f"the environment variable {self.api_key_env} {what}",
+                where="judge.api_key_env",
+                fix=fix,
+            )
         return secret
 
 
 class _Round:
     """One call of judge(): `concurrency` workers ask what is missing, each answer kept as it comes.
 
-    When one of them finds the server gone, none asks anew; requests in flight are waited for and kept.
+    When one of them finds the server gone, none asks anew; requests in flight are waited for and
+    kept.
     """
 
-    def __init__(self, judge: OpenAIJudge, secret: str, answered: Callable[[str], None], lost: dict[str, str]) -> None:
+    def __init__(
+        self, judge: OpenAIJudge, secret: str, answered: Callable[[str], None], lost: dict[str, str]
+    ) -> None:
         self._judge, self._secret, self._answered, self._lost = judge, secret, answered, lost
         self._lost_in_a_row = 0
         self._problem: UserError | None = None
@@ -141,7 +195,9 @@ class _Round:
     async def ask_all(self, missing: dict[str, dict[str, Any]]) -> None:
         judge = self._judge
         workers = min(judge.concurrency, len(missing))
-        async with httpx2.AsyncClient(timeout=judge.timeout, limits=httpx2.Limits(max_connections=workers)) as client:
+        async with httpx2.AsyncClient(
+            timeout=judge.timeout, limits=httpx2.Limits(max_connections=workers)
+        ) as client:
             endpoint = Endpoint(
                 client,
                 judge.base_url.rstrip("/"),
@@ -180,7 +236,10 @@ class _Round:
         self._answered(key)
         if failure.unreachable or self._lost_in_a_row >= max(DEAD_AFTER, self._judge.concurrency):
             what, kept = f"the judge's server answers no more: {failure}", len(self._judge.cache)
-            fix = f"start it again, then the same command: {kept} answers are kept and not asked for again"
+            fix = (
+                f"start it again, then the same command: {kept} answers are kept and not asked for"
+                " again"
+            )
             self._end(UserError(what, where=f"judge.base_url {self._judge.base_url}", fix=fix))
 
     def _end(self, problem: UserError) -> None:

@@ -15,13 +15,17 @@ from gipo_megatron.recipe.registry import Range, register
 @register("judge", "reward_model")
 @dataclass
 class RewardModelJudge:
-    """first - second > tie_margin: first; < -tie_margin: second; else a tie. Without two finite scores a comparison is FAILED."""
+    """first - second > tie_margin: first; < -tie_margin: second; else a tie. Without two finite
+    scores a comparison is FAILED."""
 
-    tie_margin: Annotated[float, Range(0)] = 0.0  # in raw score units, what scores of models.reward are in
+    # in raw score units, what scores of models.reward are in
+    tie_margin: Annotated[float, Range(0)] = 0.0
 
     name = "reward_model"
 
-    def judge(self, comparisons: Sequence[Comparison], done: Callable[[int], None]) -> list[Verdict]:
+    def judge(
+        self, comparisons: Sequence[Comparison], done: Callable[[int], None]
+    ) -> list[Verdict]:
         verdicts = [self._verdict(comparison.extras) for comparison in comparisons]
         done(len(verdicts))
         return verdicts

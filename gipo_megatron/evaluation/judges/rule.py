@@ -1,4 +1,5 @@
-"""A judge that follows a rule one can compute: for tests, and to see what a bias alone would give."""
+"""A judge that follows a rule one can compute: for tests, and to see what a bias alone would
+give."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ from typing import Annotated, Any, final
 from gipo_megatron.evaluation.nouns import FAILED, FIRST, SECOND, TIE, Comparison, Verdict
 from gipo_megatron.recipe.registry import OneOf, register
 
-ALWAYS = {"always_first": FIRST, "always_second": SECOND, "always_tie": TIE, "always_failed": FAILED}
+ALWAYS = {
+    "always_first": FIRST,
+    "always_second": SECOND,
+    "always_tie": TIE,
+    "always_failed": FAILED,
+}
 RULES = ("longer", "shorter", *ALWAYS)
 
 
@@ -23,8 +29,12 @@ class RuleJudge:
 
     name = "rule"
 
-    def judge(self, comparisons: Sequence[Comparison], done: Callable[[int], None]) -> list[Verdict]:
-        verdicts = [Verdict(self._choice(len(c.first), len(c.second)), self.rule) for c in comparisons]
+    def judge(
+        self, comparisons: Sequence[Comparison], done: Callable[[int], None]
+    ) -> list[Verdict]:
+        verdicts = [
+            Verdict(self._choice(len(c.first), len(c.second)), self.rule) for c in comparisons
+        ]
         done(len(verdicts))
         return verdicts
 
