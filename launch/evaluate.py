@@ -16,7 +16,7 @@ from gipo_megatron import environment
 environment.set_defaults()  # before torch is imported, below
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.recipe.evaluation import compose_evaluation, missing_weights
+from gipo_megatron.evaluation.recipe import compose_evaluation, missing_weights
 from gipo_megatron.recipe.problems import RecipeErrors, fail
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
         if missing := missing_weights(recipe):
             raise RecipeErrors(recipe.name, missing)
         # Megatron: only now, a typo should not cost its start
-        from gipo_megatron.evaluator import evaluate
+        from gipo_megatron.evaluation.run import evaluate
 
         evaluate(recipe)
     except UserError as error:

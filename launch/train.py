@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         )  # before torch and Megatron start up: a typo costs a second, not a minute
         if missing := missing_loads(recipe):
             raise RecipeErrors(recipe.name, missing)
-        from gipo_megatron.runner import train
+        from gipo_megatron.training.runner import train
 
         train(recipe)
     except UserError as error:

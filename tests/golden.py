@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from gipo_megatron.evaluation.recipe import EvaluationRecipe, compose_evaluation, is_evaluation
 from gipo_megatron.recipe.compose import Files, compose, find_recipe, load_components, recipe_names
-from gipo_megatron.recipe.evaluation import EvaluationRecipe, compose_evaluation, is_evaluation
 from gipo_megatron.recipe.needs import needed, pruned
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import Block, dump_value, leaves, plain

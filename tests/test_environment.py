@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 import gipo_megatron.megatron  # noqa: F401  # sets the defaults
-from gipo_megatron import environment, record
+from gipo_megatron import environment
+from gipo_megatron.training import run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,7 +95,9 @@ def test_importing_megatron_sets_them() -> None:
 
 def test_a_run_keeps_them() -> None:
     assert (
-        json.loads(json.dumps(record.environment()))["variables"] == environment.variables() != {}
+        json.loads(json.dumps(run_folder.environment()))["variables"]
+        == environment.variables()
+        != {}
     )
 
 

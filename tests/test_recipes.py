@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gipo_megatron.evaluation.recipe import compose_evaluation, is_evaluation
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.compose import (
     Files,
@@ -18,7 +19,6 @@ from gipo_megatron.recipe.compose import (
     parse_arguments,
     recipe_names,
 )
-from gipo_megatron.recipe.evaluation import compose_evaluation, is_evaluation
 from gipo_megatron.recipe.schema import TRAINING_KEYS, Recipe
 from gipo_megatron.recipe.source import DEFAULT, MISSING, Block, leaves, plain
 from gipo_megatron.recipe.validate import Completion

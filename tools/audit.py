@@ -20,11 +20,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.audit import Audit, audit_responses, audit_run
-from gipo_megatron.evaluation.audit_page import audit_document, facts, signed
-from gipo_megatron.evaluation.nouns import Response, TaskPrompt
 from gipo_megatron.evaluation.results import write_text
-from gipo_megatron.telemetry.runs import load_run
+from gipo_megatron.evaluation.types import Response, TaskPrompt
+from gipo_megatron.reports.audit import Audit, audit_responses, audit_run
+from gipo_megatron.reports.audit_page import audit_document, facts, signed
+from gipo_megatron.reports.runs import load_run
 
 Noun = TypeVar("Noun", TaskPrompt, Response)
 

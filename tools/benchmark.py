@@ -33,16 +33,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gipo_megatron.assembly import assemble
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.megatron.readout import response_positions, token_stats
+from gipo_megatron.megatron.outputs import response_positions, token_stats
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.recipe.problems import fail
 from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
+from gipo_megatron.training.assembly import assemble
 from gipo_megatron.types import Prompts, Sequences
 from tools.benchmark_common import hugging_face, interleave, ratio, show
 

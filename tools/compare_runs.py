@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.telemetry.runs import Run, load_run
+from gipo_megatron.reports.runs import Run, load_run
 
 IGNORED = ("time/", "perf/", "memory/", "rollout/tokens_per_second")
 ROWS_SHOWN = 15

@@ -28,8 +28,8 @@ from gipo_megatron.conversion.command import run
 from gipo_megatron.conversion.staging import refuse_existing, staged
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
-from gipo_megatron.hf_config import config_for
 from gipo_megatron.specs import Architecture
+from gipo_megatron.weights.hf_config import config_for
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

@@ -17,9 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.report import summary, write_report
-from gipo_megatron.telemetry.figures import write_figures
-from gipo_megatron.telemetry.runs import load_run
+from gipo_megatron.reports.figures import write_figures
+from gipo_megatron.reports.run_report import summary, write_report
+from gipo_megatron.reports.runs import load_run
 
 
 def parse(arguments: list[str]) -> tuple[list[str], str, str | None]:

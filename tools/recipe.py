@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.evaluation.recipe import EvaluationRecipe, compose_evaluation, is_evaluation
 from gipo_megatron.recipe.compose import compose, find_recipe, recipe_names
-from gipo_megatron.recipe.evaluation import EvaluationRecipe, compose_evaluation, is_evaluation
 from gipo_megatron.recipe.problems import RecipeErrors, fail
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import Block, Node, dump_value, plain

@@ -11,7 +11,6 @@ from typing import Any
 
 from safetensors import safe_open
 
-from gipo_megatron.assembly import locate
 from gipo_megatron.conversion.card import model_card
 from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.conversion.staging import refuse_existing, staged
@@ -25,14 +24,8 @@ from gipo_megatron.conversion.verify import (
 from gipo_megatron.data.templates import as_chat_template
 from gipo_megatron.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from gipo_megatron.errors import UserError
-from gipo_megatron.hf_config import (
-    architecture_from_hf,
-    config_for,
-    config_like,
-    is_classifier,
-    num_labels,
-)
 from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.hf import (
     GROUP_HEAD,
     Seen,
@@ -42,12 +35,19 @@ from gipo_megatron.megatron.hf import (
     save_group_head,
     save_hf,
 )
-from gipo_megatron.megatron.hf_files import SHARD_BYTES, open_weights
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import load_into
-from gipo_megatron.megatron.schedule import Engine
-from gipo_megatron.record import commit
 from gipo_megatron.specs import Architecture, HeadSpec, Precision
+from gipo_megatron.training.assembly import locate
+from gipo_megatron.training.run_folder import commit
+from gipo_megatron.weights.hf_config import (
+    architecture_from_hf,
+    config_for,
+    config_like,
+    is_classifier,
+    num_labels,
+)
+from gipo_megatron.weights.hf_files import SHARD_BYTES, open_weights
 
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 TORCH_NAMES = {ours: theirs for theirs, ours in NAMES.items()}

@@ -19,9 +19,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from gipo_megatron.conversion.staging import Mismatch
-from gipo_megatron.megatron.hf_files import BYTES, Weights, open_weights
+from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.roles import outputs
-from gipo_megatron.megatron.schedule import Engine
+from gipo_megatron.weights.hf_files import BYTES, Weights, open_weights
 
 # of the largest output, in fp32: rounding grows with depth; a wrong weight or rotary base is off by
 # far more than this

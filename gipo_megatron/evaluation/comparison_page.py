@@ -1,7 +1,7 @@
 """The page of an evaluation's report.html: a jinja2 template, always rendered with autoescape.
 Style as in a run's report."""
 
-from gipo_megatron.evaluation.report_page import PAGE
+from gipo_megatron.reports.run_page import PAGE
 
 STYLE = PAGE.partition("<style>\n")[2].partition("</style>")[0]
 

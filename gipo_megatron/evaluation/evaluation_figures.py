@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gipo_megatron.evaluation.nouns import LOSE, TIE, WIN, Response
-from gipo_megatron.telemetry.distributions import scatter_p_high, score_bins, tails
-from gipo_megatron.telemetry.figures import FORMATS, save
-from gipo_megatron.telemetry.style import (
+from gipo_megatron.evaluation.types import LOSE, TIE, WIN, Response
+from gipo_megatron.reports.distributions import scatter_p_high, score_bins, tails
+from gipo_megatron.reports.figures import FORMATS, save
+from gipo_megatron.reports.style import (
     NEUTRAL,
     SMALLEST,
     Drawn,

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gipo_megatron.evaluation.nouns import Duel, Response, TaskPrompt, Verdict
 from gipo_megatron.evaluation.statistics import compare, policy_figures
+from gipo_megatron.evaluation.types import Duel, Response, TaskPrompt, Verdict
 
 Presentation = tuple[str, str, str, bool]  # task, opponent, prompt_id, subject_first
 

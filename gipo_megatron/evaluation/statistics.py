@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from gipo_megatron.evaluation.nouns import FAILED, LOSE, TIE, WIN, Duel, Response
+from gipo_megatron.evaluation.types import FAILED, LOSE, TIE, WIN, Duel, Response
 
 OUTCOMES = (WIN, TIE, LOSE)
 HIGH, LOW = "high", "low"  # inferred groups of prompts

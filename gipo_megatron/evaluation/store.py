@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.nouns import Response, TaskPrompt, Verdict
 from gipo_megatron.evaluation.results import Presentation
+from gipo_megatron.evaluation.types import Response, TaskPrompt, Verdict
 
 
 class Lines:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gipo_megatron.evaluation.report import printable
 from gipo_megatron.evaluation.statistics import OUTCOMES
+from gipo_megatron.reports.run_report import printable
 
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&",

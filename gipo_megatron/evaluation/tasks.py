@@ -21,7 +21,7 @@ from gipo_megatron.data.templates import choose
 from gipo_megatron.data.tldr import POST, PROMPT
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.nouns import TaskPrompt
+from gipo_megatron.evaluation.types import TaskPrompt
 
 # preference rows: HH's and TRL's, OpenAI's comparisons
 PAIRS = (("chosen", "rejected"), ("info", "summaries", "choice"))

@@ -32,10 +32,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.pipeline import quiet
 from gipo_megatron.megatron.scaling import EXTRA_STATE, without_extra_states
-from gipo_megatron.megatron.schedule import Engine
+from gipo_megatron.megatron.schedules import quiet
 from gipo_megatron.specs import Architecture
 
 FORMAT, VERSION = "gipo_megatron", 2  # 2: FP8 scaling state as tensors; all else as in 1

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from gipo_megatron.megatron.layout import unwrap
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import rope_frequencies
+from gipo_megatron.megatron.param_sharding import unwrap
 from gipo_megatron.specs import Architecture
 
 # The local layer spec's name, then Transformer Engine's (its linear layers hold the norm before

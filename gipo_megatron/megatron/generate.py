@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.decode import Cache, Decoder
+from gipo_megatron.megatron.kv_budget import PREFILL_TOKENS, Need, Room, find_room
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.room import PREFILL_TOKENS, Need, Room, find_room
 from gipo_megatron.megatron.sampling import check_sampling, pick, uniforms
 from gipo_megatron.specs import Architecture, Sampling
 from gipo_megatron.types import Prompts, Rollout

@@ -17,9 +17,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from gipo_megatron.megatron.host import HostAdam
-from gipo_megatron.megatron.layout import SCORE, unwrap
+from gipo_megatron.megatron.cpu_compat import HostAdam
 from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.param_sharding import SCORE, unwrap
 from gipo_megatron.specs import HeadSpec
 from gipo_megatron.types import Sequences
 

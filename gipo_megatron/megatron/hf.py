@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.heads import GroupHead
-from gipo_megatron.megatron.hf_files import SHARD_BYTES, Shards, Weights, open_weights
 from gipo_megatron.megatron.hf_table import HF_EMBEDDING, HF_OUTPUT, HF_SCORE, Entry, table
-from gipo_megatron.megatron.layout import EMBEDDING, Placement, placements
 from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.param_sharding import EMBEDDING, Placement, placements
 from gipo_megatron.specs import Architecture
+from gipo_megatron.weights.hf_files import SHARD_BYTES, Shards, Weights, open_weights
 
 GROUP_HEAD = "group_head.safetensors"
 # a tensor's name and bytes, once it is through: for progress bars

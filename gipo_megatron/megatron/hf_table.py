@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gipo_megatron.megatron.layout import EMBEDDING, OUTPUT, SCORE
+from gipo_megatron.megatron.param_sharding import EMBEDDING, OUTPUT, SCORE
 from gipo_megatron.specs import Architecture
 
 HF_EMBEDDING = "model.embed_tokens.weight"

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron import host
+from gipo_megatron.megatron import cpu_compat
 from gipo_megatron.specs import Parallel
 
 _FAILURE = "gipo_megatron/failure"
@@ -71,12 +71,12 @@ class Mesh:
         mcore's groups and seeds.
 
         May be called again in the same world with other sizes: the groups are made anew.
-        `deterministic` (host.make_deterministic) holds for the rest of the process. Raises
+        `deterministic` (cpu_compat.make_deterministic) holds for the rest of the process. Raises
         UserError when the world does not factor.
         """
-        host.install()
+        cpu_compat.install()
         if deterministic:
-            host.make_deterministic()
+            cpu_compat.make_deterministic()
         device = _device()
         world = (
             dist.get_world_size()

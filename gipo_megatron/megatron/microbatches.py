@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gipo_megatron.megatron.readout import response_positions
+from gipo_megatron.megatron.outputs import response_positions
 from gipo_megatron.types import BatchLoss, CriticOutput, Output, Rows, Sequences, TokenStats
 
 HOST = torch.device("cpu")

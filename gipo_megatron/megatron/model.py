@@ -26,11 +26,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron import host
+from gipo_megatron.megatron import cpu_compat
 from gipo_megatron.megatron import precision as number_formats
 from gipo_megatron.megatron.heads import ScalarHead
-from gipo_megatron.megatron.layout import EMBEDDING, OUTPUT, SCORE, placements
 from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.param_sharding import EMBEDDING, OUTPUT, SCORE, placements
 from gipo_megatron.specs import Architecture, Parallel, Precision
 
 INIT_STD = 0.02
@@ -68,7 +68,7 @@ def build_chunks(
     assert head is None or head in HEADS, head
     check_split(architecture, mesh.parallel)
     config = transformer_config(architecture, mesh.parallel, precision, recompute)
-    with host.host_mode():
+    with cpu_compat.host_mode():
         chunks = [
             _chunk(architecture, mesh, config, head, stage)
             for stage in range(mesh.parallel.virtual_pipeline)

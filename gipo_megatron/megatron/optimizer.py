@@ -14,9 +14,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from gipo_megatron.megatron import host
-from gipo_megatron.megatron.layout import placements
-from gipo_megatron.megatron.pipeline import quiet
+from gipo_megatron.megatron import cpu_compat
+from gipo_megatron.megatron.param_sharding import placements
+from gipo_megatron.megatron.schedules import quiet
 from gipo_megatron.specs import Optimisation, Precision
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -88,7 +88,7 @@ def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=replicas > 1
     )
-    with host.host_mode():
+    with cpu_compat.host_mode():
         # only the first chunk buckets, as in Megatron-LM: later chunks' reductions overlap with
         # other work anyway
         return [
@@ -132,7 +132,7 @@ def build_optimizer(
         use_distributed_optimizer=True,
         clip_grad=optimisation.clip_grad,
     )
-    with host.host_mode():
+    with cpu_compat.host_mode():
         optimizer = get_megatron_optimizer(config, wrapped)
         for part in optimizer.chained_optimizers:
             # else a model that was never stepped (critic warm-up) has no moments to save

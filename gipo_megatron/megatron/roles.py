@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.hf_config import architecture_from_hf
 from gipo_megatron.megatron.checkpoint import check_architecture, kind, load_weights, read_hf_files
+from gipo_megatron.megatron.engine import Engine, Part
 from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.heads import take_hidden
 from gipo_megatron.megatron.hf import Seen, ignore, load_group_head, load_hf
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.microbatches import MicroBatch, Readout
 from gipo_megatron.megatron.model import initialise_weights
-from gipo_megatron.megatron.readout import critic_output, last_token_score, token_stats
-from gipo_megatron.megatron.residency import Snapshot
-from gipo_megatron.megatron.schedule import Engine, Part
+from gipo_megatron.megatron.offload import Snapshot
+from gipo_megatron.megatron.outputs import critic_output, last_token_score, token_stats
 from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision, Sampling
 from gipo_megatron.types import CriticOutput, Output, Prompts, Rollout, Rows, TokenStats, Update
+from gipo_megatron.weights.hf_config import architecture_from_hf
 
 
 def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron.layout import unwrap
+from gipo_megatron.megatron.param_sharding import unwrap
 from gipo_megatron.specs import Precision
 
 EXTRA_STATE = "_extra_state"  # the name of a module's extra state in mcore's state dicts

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
+from gipo_megatron.megatron.kv_budget import PREFILL_TOKENS, Need
 from gipo_megatron.megatron.model import padded_vocab
-from gipo_megatron.megatron.readout import chunk_bytes
-from gipo_megatron.megatron.room import PREFILL_TOKENS, Need
+from gipo_megatron.megatron.outputs import chunk_bytes
 from gipo_megatron.specs import Architecture, Parallel, Sampling
 
 FP32 = 4

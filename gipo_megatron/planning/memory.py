@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from gipo_megatron.megatron.kv_budget import FRAGMENTATION, HOST_ROOM, Room, room_in
+from gipo_megatron.megatron.meta_shard import Shard
 from gipo_megatron.megatron.microbatches import padded_length
 from gipo_megatron.megatron.precision import DTYPES, length_multiple
-from gipo_megatron.megatron.room import FRAGMENTATION, HOST_ROOM, Room, room_in
-from gipo_megatron.megatron.shard import Shard
 from gipo_megatron.planning.activations import Pass, Slot, forward, generation, need_of, training
 from gipo_megatron.planning.arithmetic import batch_plan
 from gipo_megatron.recipe import registry

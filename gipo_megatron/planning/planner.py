@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gipo_megatron.megatron.shard import Shard, build, groups, pretend
+from gipo_megatron.megatron.meta_shard import Shard, build, groups, pretend
 from gipo_megatron.planning.arithmetic import BatchPlan, batch_plan
 from gipo_megatron.planning.compute import Timing, timing
 from gipo_megatron.planning.memory import Footprint, budget, footprints, head_of

@@ -13,11 +13,11 @@ from typing import Any
 
 from gipo_megatron.data.hub import reach_hub
 from gipo_megatron.errors import UserError
-from gipo_megatron.hf_config import architecture_from_hf
 from gipo_megatron.recipe.check import may_be_hub
 from gipo_megatron.recipe.problems import Problem
 from gipo_megatron.recipe.source import COMMAND_LINE, MISSING, Block, Leaf, Node
 from gipo_megatron.specs import Architecture
+from gipo_megatron.weights.hf_config import architecture_from_hf
 
 KEY = "model.architecture"
 FIELDS = tuple(f.name for f in dataclasses.fields(Architecture))

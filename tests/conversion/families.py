@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gipo_megatron.data.tokenizer import byte_tokenizer
-from gipo_megatron.hf_config import architecture_from_hf
 from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import load_into
-from gipo_megatron.megatron.schedule import Engine
 from gipo_megatron.specs import Parallel, Precision
+from gipo_megatron.weights.hf_config import architecture_from_hf
 
 SIZES = {  # heads ≠ kv heads ≠ layers, head_dim ≠ hidden / heads, an odd vocabulary
     "vocab_size": 261,

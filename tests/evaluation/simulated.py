@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gipo_megatron.evaluation.nouns import (
+from gipo_megatron.evaluation.types import (
     FAILED,
     FIRST,
     LOSE,

@@ -13,9 +13,9 @@ from gipo_megatron.evaluation.evaluation_figures import (
     draw_evaluation,
     write_evaluation_figures,
 )
-from gipo_megatron.evaluation.nouns import Response
-from gipo_megatron.telemetry.distributions import tails
-from gipo_megatron.telemetry.style import COLUMN, PAGE, SMALLEST, style
+from gipo_megatron.evaluation.types import Response
+from gipo_megatron.reports.distributions import tails
+from gipo_megatron.reports.style import COLUMN, PAGE, SMALLEST, style
 
 TASKS = ("hh", "tldr")
 

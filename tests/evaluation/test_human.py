@@ -22,7 +22,7 @@ from gipo_megatron.evaluation.judges.human import (
     swapped,
     write_pages,
 )
-from gipo_megatron.evaluation.nouns import FIRST, SECOND, TIE, Comparison
+from gipo_megatron.evaluation.types import FIRST, SECOND, TIE, Comparison
 from gipo_megatron.recipe.registry import lookup
 from tests.evaluation.simulated import MARKUP, answers, prompts
 

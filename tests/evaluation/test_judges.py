@@ -9,7 +9,7 @@ import pytest
 from gipo_megatron.evaluation.judges import prompts
 from gipo_megatron.evaluation.judges.reward_model import RewardModelJudge
 from gipo_megatron.evaluation.judges.rule import RuleJudge
-from gipo_megatron.evaluation.nouns import (
+from gipo_megatron.evaluation.types import (
     FAILED,
     FIRST,
     KINDS,

@@ -20,7 +20,7 @@ import pytest
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.judges import prompts
 from gipo_megatron.evaluation.judges.openai import CACHE, OpenAIJudge
-from gipo_megatron.evaluation.nouns import FAILED, FIRST, SECOND, TIE, Comparison, Verdict
+from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Comparison, Verdict
 from gipo_megatron.recipe import registry
 from tests.evaluation.judge_server import TOKENS, Log, Reply, Script, serving
 

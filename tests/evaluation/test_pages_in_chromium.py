@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gipo_megatron.evaluation.judges.human import import_ratings, write_pages
-from gipo_megatron.evaluation.nouns import FIRST, SECOND, TIE
+from gipo_megatron.evaluation.types import FIRST, SECOND, TIE
 from tests.evaluation.chromium import PROGRAM, Browser, browser
 from tests.evaluation.simulated import MARKUP
 from tests.evaluation.test_comparison_report import evaluate

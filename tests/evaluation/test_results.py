@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from gipo_megatron.evaluation.nouns import FIRST, SECOND, Response, Verdict
 from gipo_megatron.evaluation.results import build_results, duels_from_verdicts, write_results
 from gipo_megatron.evaluation.tables import latex_table, markdown_table
+from gipo_megatron.evaluation.types import FIRST, SECOND, Response, Verdict
 from tests.evaluation.simulated import answers, prompts, verdicts
 
 TASKS = ("hh", "tl;dr_|x|")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from gipo_megatron.evaluation.nouns import FAILED, FIRST, LOSE, TIE, WIN, Duel, Response, Verdict
 from gipo_megatron.evaluation.statistics import (
     bootstrap,
     compare,
@@ -16,6 +15,7 @@ from gipo_megatron.evaluation.statistics import (
     refuses,
     sign_test,
 )
+from gipo_megatron.evaluation.types import FAILED, FIRST, LOSE, TIE, WIN, Duel, Response, Verdict
 from tests.evaluation.simulated import duel, duels, swap
 
 

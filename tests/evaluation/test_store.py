@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.nouns import FAILED, FIRST, TIE, Response, TaskPrompt, Verdict
 from gipo_megatron.evaluation.store import ResponseStore, VerdictStore, write_prompts
+from gipo_megatron.evaluation.types import FAILED, FIRST, TIE, Response, TaskPrompt, Verdict
 
 
 def response(prompt_id: str, text: str = "x") -> Response:

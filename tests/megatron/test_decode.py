@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gipo_megatron.megatron.decode import Decoder, layer_weights, rms_norm
+from gipo_megatron.megatron.kv_budget import Need
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.megatron.room import Need
 from gipo_megatron.specs import Architecture, Parallel, Precision
 from tests.parity import families
 from tests.parity.tiny import ARCHITECTURE

@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.hf_config import architecture_from_hf, config_for
 from gipo_megatron.megatron.hf import export_weights, load_hf, save_hf
 from gipo_megatron.megatron.hf_table import table
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.megatron.readout import last_token_score
+from gipo_megatron.megatron.outputs import last_token_score
 from gipo_megatron.specs import Architecture, Precision
+from gipo_megatron.weights.hf_config import architecture_from_hf, config_for
 from tests.parity import families
-from tests.parity.readout_reference import ReadoutCase
+from tests.parity.outputs_reference import ReadoutCase
 
 FP32 = Precision("fp32")
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron import host
+from gipo_megatron.megatron import cpu_compat
 from gipo_megatron.megatron import mesh as mesh_module
 from gipo_megatron.megatron.mesh import Mesh, check_factors
 from gipo_megatron.specs import Parallel
@@ -70,7 +70,7 @@ def test_determinism_is_chosen_when_the_world_starts(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = []
-    monkeypatch.setattr(host, "make_deterministic", lambda: chosen.append(True))
+    monkeypatch.setattr(cpu_compat, "make_deterministic", lambda: chosen.append(True))
     Mesh.create(Parallel(), seed=1)
     assert chosen == []
     Mesh.create(Parallel(), seed=1, deterministic=True)

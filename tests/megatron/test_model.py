@@ -14,7 +14,6 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.hf_config import architecture_from_config
 from gipo_megatron.megatron import model, precision
 from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.mesh import Mesh
@@ -29,6 +28,7 @@ from gipo_megatron.megatron.model import (
     transformer_config,
 )
 from gipo_megatron.specs import Parallel, Precision
+from gipo_megatron.weights.hf_config import architecture_from_config
 from tests.parity import families
 from tests.parity.tiny import ARCHITECTURE
 

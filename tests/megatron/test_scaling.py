@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.residency import Snapshot
+from gipo_megatron.megatron.offload import Snapshot
 from gipo_megatron.megatron.roles import MegatronActor
 from gipo_megatron.megatron.scaling import Scaling
 from gipo_megatron.specs import Precision

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gipo_megatron.megatron import room
+from gipo_megatron.megatron import kv_budget
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel, Sampling
 from tests.parity import families
@@ -76,17 +76,17 @@ def same_on_replica(x: Tensor, mesh: Mesh) -> bool:
 def check_room(mesh: Mesh) -> dict[str, Any]:
     """Rank r pretends to be a GPU with r + 1 of 16 MB free: the room of one rank alone, and what
     this replica agreed on."""
-    need, sampling = room.Need(ARCHITECTURE, mesh.parallel, 2), Sampling(1)
+    need, sampling = kv_budget.Need(ARCHITECTURE, mesh.parallel, 2), Sampling(1)
     free = [(rank + 1) * 1_000_000 for rank in range(mesh.world)]
     with (
-        patch.object(room, "PREFILL_TOKENS", 8),
-        patch.object(room, "free_memory", lambda device: (free[mesh.rank], 16_000_000)),
+        patch.object(kv_budget, "PREFILL_TOKENS", 8),
+        patch.object(kv_budget, "free_memory", lambda device: (free[mesh.rank], 16_000_000)),
     ):
-        alone = [room.room_in(x, 16_000_000, need, 8, sampling).size for x in free]
+        alone = [kv_budget.room_in(x, 16_000_000, need, 8, sampling).size for x in free]
         return {
             "ranks": dist.get_process_group_ranks(mesh.model_group),
             "alone": alone,
-            "agreed": room.find_room(mesh, need, 8, sampling).size,
+            "agreed": kv_budget.find_room(mesh, need, 8, sampling).size,
         }
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gipo_megatron.hf_config import architecture_from_config
 from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.hf import load_hf
+from gipo_megatron.megatron.kv_budget import Room
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.megatron.room import Room
 from gipo_megatron.specs import Architecture, Precision, Sampling
 from gipo_megatron.types import Prompts, Rollout
+from gipo_megatron.weights.hf_config import architecture_from_config
 from tests.parity import families
 
 STEPS = 16

@@ -12,26 +12,26 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from gipo_megatron.hf_config import architecture_from_config
 from gipo_megatron.megatron.checkpoint import _InlineSave
+from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.heads import GroupHead, take_hidden
 from gipo_megatron.megatron.hf import export_weights, load_hf
-from gipo_megatron.megatron.layout import EMBEDDING, placements
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.microbatches import MicroBatch
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.megatron.pipeline import quiet
-from gipo_megatron.megatron.readout import (
+from gipo_megatron.megatron.outputs import (
     critic_output,
     last_token_score,
     response_positions,
     token_stats,
 )
-from gipo_megatron.megatron.schedule import Engine
+from gipo_megatron.megatron.param_sharding import EMBEDDING, placements
+from gipo_megatron.megatron.schedules import quiet
 from gipo_megatron.specs import HeadSpec, Optimisation, Parallel, Precision
 from gipo_megatron.types import Sequences, TokenStats
+from gipo_megatron.weights.hf_config import architecture_from_config
 from tests.parity import families, tiny
-from tests.parity.readout_reference import ReadoutCase, plain_token_stats
+from tests.parity.outputs_reference import ReadoutCase, plain_token_stats
 
 FP32 = Precision("fp32")
 

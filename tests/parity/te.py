@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.scaling import Scaling
-from gipo_megatron.megatron.schedule import Engine
 from gipo_megatron.specs import Precision
 
 ROWS = 4  # of a history; Transformer Engine's has 1024

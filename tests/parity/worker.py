@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gipo_megatron.megatron import host
+from gipo_megatron.megatron import cpu_compat
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
 from tests.conversion import families
@@ -94,7 +94,7 @@ def main() -> None:
     warnings.simplefilter("error")  # what a run would print
     # Python shows none of other people's modules
     warnings.simplefilter("ignore", DeprecationWarning)
-    host.silence()
+    cpu_compat.silence()
     result: dict[str, Any] = {"seconds": {}}
     for job, run in jobs(mesh.world, out, ends).items():
         start = time.process_time()

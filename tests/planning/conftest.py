@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from gipo_megatron.evaluation.recipe import is_evaluation
 from gipo_megatron.recipe.compose import recipe_names
-from gipo_megatron.recipe.evaluation import is_evaluation
 from gipo_megatron.specs import Architecture, Parallel
 from tests.parity.matrix import LAYOUTS
 from tests.parity.planning_cases import DTYPES, tiny_architecture

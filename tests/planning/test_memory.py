@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.meta_shard import Shard
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
-from gipo_megatron.megatron.shard import Shard
 from gipo_megatron.planning.memory import Device, State, budget, slot_of, staging
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel, Precision

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gipo_megatron.hf_config import config_for
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Architecture
+from gipo_megatron.weights.hf_config import config_for
 from tests.parity.planning_cases import RECIPES
 from tests.planning.conftest import PLANS, TIED, documented, shipped
 

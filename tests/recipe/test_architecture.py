@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from gipo_megatron.hf_config import architecture_from_hf
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.recipe.problems import RecipeErrors
 from gipo_megatron.recipe.schema import ModelSpec
 from gipo_megatron.recipe.source import Block, leaves, plain
 from gipo_megatron.specs import Architecture
+from gipo_megatron.weights.hf_config import architecture_from_hf
 from tests.recipe.helpers import RECIPES, problems, small
 
 SFT = """\

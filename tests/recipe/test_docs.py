@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gipo_megatron.hf_config import config_for
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.compose import compose, find_recipe
 from gipo_megatron.recipe.problems import RecipeErrors
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.specs import Architecture
+from gipo_megatron.weights.hf_config import config_for
 from tests.recipe.helpers import RECIPES
 
 TEXT = (RECIPES.parent / "docs" / "recipes.md").read_text(encoding="utf-8")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from gipo_megatron.hf_config import architecture_from_config
 from gipo_megatron.recipe.compose import Files
 from gipo_megatron.recipe.source import MISSING, plain
 from gipo_megatron.specs import Architecture
+from gipo_megatron.weights.hf_config import architecture_from_config
 from tests.recipe.helpers import RECIPES
 
 SEVEN_B = {

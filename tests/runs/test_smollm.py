@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gipo_megatron.assembly import Assembly, assemble
 from gipo_megatron.conversion.convert import to_hf, to_megatron
 from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.data.config import DataConfig
@@ -23,13 +22,14 @@ from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import Example, Turn
 from gipo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gipo_megatron.errors import UserError
-from gipo_megatron.hf_config import architecture_from_config, architecture_from_hf
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, outputs
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel, Precision, Sampling
 from gipo_megatron.telemetry.metrics import reduce_metrics
+from gipo_megatron.training.assembly import Assembly, assemble
 from gipo_megatron.types import Prompts
+from gipo_megatron.weights.hf_config import architecture_from_config, architecture_from_hf
 from tests.data.fixtures import SHARED, needs_shared_data
 from tests.runs.chain import ROOT
 from tests.smollm import CONFIG

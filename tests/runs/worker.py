@@ -18,10 +18,10 @@ RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
 
 def main() -> None:
     from gipo_megatron.errors import UserError
+    from gipo_megatron.evaluation.recipe import EvaluationRecipe, compose_evaluation, is_evaluation
     from gipo_megatron.megatron.mesh import Mesh
     from gipo_megatron.recipe.compose import compose
-    from gipo_megatron.recipe.evaluation import EvaluationRecipe, compose_evaluation, is_evaluation
-    from gipo_megatron.runner import train_on
+    from gipo_megatron.training.runner import train_on
 
     mesh, outcomes, cases = None, [], Path(sys.argv[1])
     for arguments in json.loads(cases.read_text()):
@@ -38,7 +38,7 @@ def main() -> None:
             with contextlib.redirect_stdout(printed):
                 if isinstance(recipe, EvaluationRecipe):
                     # seconds, which training need not wait
-                    from gipo_megatron.evaluator import evaluate_on
+                    from gipo_megatron.evaluation.run import evaluate_on
 
                     evaluate_on(mesh, recipe)
                 else:

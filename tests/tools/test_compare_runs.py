@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.telemetry.synthetic import write_rows
+from tests.reports.synthetic import write_rows
 from tools.compare_runs import main
 
 ROWS = [

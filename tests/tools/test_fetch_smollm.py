@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gipo_megatron.data.tokenizer import load_tokenizer
 from gipo_megatron.errors import UserError
-from gipo_megatron.hf_config import architecture_from_hf
 from gipo_megatron.specs import Architecture
+from gipo_megatron.weights.hf_config import architecture_from_hf
 from tools import fetch_smollm as tool
 
 HIDDEN, FFN, HEADS, KV, WIDTH, LAYERS = 96, 64, 3, 1, 32, 2

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from gipo_megatron.hf_config import config_for
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.recipe.compose import compose
+from gipo_megatron.weights.hf_config import config_for
 from tests.tools import parts
 from tools import gpu_verify
 from tools.gpu import chain, fp8, learning, machine, models, real, te, training

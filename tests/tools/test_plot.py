@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.telemetry.synthetic import ppo_run, sft_run
+from tests.reports.synthetic import ppo_run, sft_run
 from tools.plot import main, parse
 
 

@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 
 from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.hf import load_hf
+from gipo_megatron.megatron.kv_budget import Need, Room, find_room
 from gipo_megatron.megatron.roles import MegatronActor
-from gipo_megatron.megatron.room import Need, Room, find_room
 from gipo_megatron.specs import Architecture, Precision, Sampling
 from gipo_megatron.telemetry.performance import num_parameters
 from gipo_megatron.types import Prompts

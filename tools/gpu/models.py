@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from gipo_megatron.megatron import model
-from gipo_megatron.megatron.layout import placements
 from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.param_sharding import placements
 from gipo_megatron.megatron.roles import MegatronActor
 from gipo_megatron.specs import Architecture, Optimisation, Precision
 from gipo_megatron.telemetry.performance import PEAK_FLOPS, num_parameters

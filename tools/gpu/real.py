@@ -19,10 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gipo_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from gipo_megatron.hf_config import architecture_from_hf
 from gipo_megatron.megatron.roles import MegatronActor, outputs
 from gipo_megatron.specs import Precision, Sampling
 from gipo_megatron.types import Prompts
+from gipo_megatron.weights.hf_config import architecture_from_hf
 from tools.gpu.bench import Bench, Figure, NotRun, below, figure, true
 from tools.gpu.runs import Rows, run
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from gipo_megatron import record
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.recipe.compose import compose
-from gipo_megatron.runner import train_on
+from gipo_megatron.training import run_folder
+from gipo_megatron.training.runner import train_on
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 Rows = list[dict[str, Any]]
@@ -20,7 +20,7 @@ def run(mesh: Mesh, words: list[str]) -> Rows:
     """To its end, but for the report: its figures take longer than a tiny run's steps. Returns
     metrics.jsonl."""
     recipe = compose(words, RECIPES)
-    with patch.object(record, "close_run"):
+    with patch.object(run_folder, "close_run"):
         train_on(mesh, recipe)
     lines = (Path(recipe.run.dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -20,7 +20,8 @@ import numpy as np
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.judges.human_page import rater_page
-from gipo_megatron.evaluation.nouns import (
+from gipo_megatron.evaluation.results import duels_from_verdicts, write_text
+from gipo_megatron.evaluation.types import (
     FAILED,
     FIRST,
     SECOND,
@@ -31,7 +32,6 @@ from gipo_megatron.evaluation.nouns import (
     TaskPrompt,
     Verdict,
 )
-from gipo_megatron.evaluation.results import duels_from_verdicts, write_text
 from gipo_megatron.recipe.registry import Range, register
 
 FORMAT = "gipo_megatron ratings 1"

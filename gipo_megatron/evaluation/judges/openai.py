@@ -20,7 +20,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.judges import prompts
 from gipo_megatron.evaluation.judges.cache import Answer, AnswerCache, request_key
 from gipo_megatron.evaluation.judges.endpoint import Endpoint, Unanswered
-from gipo_megatron.evaluation.nouns import FAILED, Comparison, Verdict
+from gipo_megatron.evaluation.types import FAILED, Comparison, Verdict
 from gipo_megatron.recipe.registry import Range, from_runtime, register
 
 CACHE = "judge_cache.jsonl"

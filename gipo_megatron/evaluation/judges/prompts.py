@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 
-from gipo_megatron.evaluation.nouns import FIRST, SECOND, TIE, Comparison
+from gipo_megatron.evaluation.types import FIRST, SECOND, TIE, Comparison
 
 SYSTEM = """\
 You are an impartial judge. You compare two answers, A and B, that two assistants gave to the same request.

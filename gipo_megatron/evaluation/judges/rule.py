@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, final
 
-from gipo_megatron.evaluation.nouns import FAILED, FIRST, SECOND, TIE, Comparison, Verdict
+from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Comparison, Verdict
 from gipo_megatron.recipe.registry import OneOf, register
 
 ALWAYS = {

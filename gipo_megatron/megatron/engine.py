@@ -1,0 +1,388 @@
+"""One model, spread over this world: forward passes, and exactly one optimizer step per update.
+
+parts ──counts over DP──▶ micro-batches ──1F1B / interleaved──▶ gradients ──finite everywhere?──▶
+clip, step
+                               │ last stage: readout → loss → Σ terms / global count of their unit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from math import isfinite
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from gipo_megatron.megatron import cpu_compat, schedules
+from gipo_megatron.megatron.heads import GroupHead
+from gipo_megatron.megatron.hf import export_weights
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.microbatches import (
+    MicroBatch,
+    Readout,
+    gather,
+    plan,
+    rebuild,
+    tensors,
+    widen,
+)
+from gipo_megatron.megatron.model import build_chunks
+from gipo_megatron.megatron.offload import Residency, Shelf, Snapshot, host_copies, swapped
+from gipo_megatron.megatron.optimizer import (
+    LearningRate,
+    build_optimizer,
+    clipped_step,
+    gradient_norm,
+    mark_shards,
+    wrap,
+)
+from gipo_megatron.megatron.precision import length_multiple
+from gipo_megatron.megatron.scaling import Scaling
+from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision
+from gipo_megatron.types import (
+    BatchLoss,
+    CriticOutput,
+    Metric,
+    Metrics,
+    Output,
+    Rows,
+    TokenStats,
+    Update,
+    merge_metrics,
+)
+
+Part = tuple[Rows, BatchLoss]
+
+
+class Engine:
+    """A model and, with an `optimisation`, all it takes to train it.
+
+    head: None for a language model, "value" or "score"; group: a group head beside the value head;
+    offload: none | cpu. Every method is collective: all ranks call it, the ranks of a replica with
+    the same rows.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        architecture: Architecture,
+        precision: Precision,
+        *,
+        micro_batch: int,
+        seed: int,
+        head: str | None = None,
+        group: HeadSpec | None = None,
+        optimisation: Optimisation | None = None,
+        recompute: str = "none",
+        offload: str = "none",
+        initialise: bool = True,
+    ) -> None:
+        Residency.make_room()
+        self.mesh, self.architecture, self.precision = mesh, architecture, precision
+        self.head, self.group, self.optimisation, self.micro_batch = (
+            head,
+            group,
+            optimisation,
+            micro_batch,
+        )
+        # config.json and the like of the Hugging Face model it came from, word for word
+        self.hf_files: dict[str, str] = {}
+        self.chunks: list[GPTModel] = build_chunks(
+            architecture,
+            mesh,
+            precision,
+            recompute=recompute,
+            head=head,
+            seed=seed,
+            initialise=initialise,
+        )
+        self.group_head = (
+            GroupHead(group, architecture.hidden_size, mesh, seed) if group is not None else None
+        )
+        self._wrapped: list[Any] = list(self.chunks)
+        if optimisation is not None:
+            mark_shards(self.chunks, architecture.vocab_size)
+            self._wrapped = wrap(self.chunks)
+            self.optimizer = build_optimizer(self._wrapped, optimisation, precision)
+            self.learning_rate = LearningRate(optimisation)
+            config = self.chunks[0].config
+            config.finalize_model_grads_func = finalize_model_grads
+            config.no_sync_func = (
+                [w.no_sync for w in self._wrapped]
+                if len(self._wrapped) > 1
+                else self._wrapped[0].no_sync
+            )
+        self.scaling = Scaling(self.chunks, precision)
+        shelves = (
+            (Shelf(self._gradients, keep=False), Shelf(self._optimizer_tensors))
+            if optimisation is not None
+            else ()
+        )
+        self.residency = Residency(offload, Shelf(self._weights), shelves)
+
+    # -------------------------------------------------------------------------------------- forward
+
+    def forward(self, batch: Rows, readout: Readout) -> Output:
+        """What `readout` says of every sequence of `batch`, in their order, on every rank of the
+        replica. No gradient."""
+        slots = self._plan(batch)
+        with self.ready(), self.scaling.inference():
+            outputs = schedules.run(
+                self._wrapped, slots, partial(_answer, readout), forward_only=True
+            )
+            whole = gather(slots, outputs) if outputs else None
+            return self._from_last_stage(whole)
+
+    def _from_last_stage(self, output: Output | None) -> Output:
+        if self.mesh.pipeline_size == 1:
+            assert output is not None
+            return output
+        message: list[Any] = [None]
+        if output is not None:
+            kind = next(k for k in (TokenStats, CriticOutput, Tensor) if isinstance(output, k))
+            message = [(kind, [None if t is None else (t.shape, t.dtype) for t in tensors(output)])]
+        kind, layout = self._share(message)
+        parts = (
+            tensors(output)
+            if output is not None
+            else [None if x is None else self._empty(*x) for x in layout]
+        )
+        return rebuild(
+            kind,
+            [
+                None if t is None else self.mesh.broadcast_from_last_stage(t.contiguous())
+                for t in parts
+            ],
+        )
+
+    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.mesh.device)
+
+    def _share(self, message: list[Any]) -> Any:
+        """The last stage's object, on every stage of its pipeline."""
+        if self.mesh.pipeline_size > 1:
+            dist.broadcast_object_list(
+                message, src=self.mesh.last_stage_rank, group=self.mesh.pipeline_group
+            )
+        return message[0]
+
+    # --------------------------------------------------------------------------------------- update
+
+    def update(self, parts: Sequence[Part], readout: Readout) -> Update:
+        """One optimizer step on Σ_terms sum / N_unit, N the unit's count in that part's whole (data
+        parallel) batch.
+
+        A non-finite loss or gradient on any rank: no step on any rank, and `skipped` names the
+        rows.
+        """
+        assert self.optimisation is not None, "this model was built without an optimiser"
+        with self.residency.use(training=True):
+            metrics, bad = self.backward(parts, readout)
+            norm = gradient_norm(self.optimizer)
+            head_norm = self.group_head.reduce_gradients() if self.group_head is not None else 0.0
+            skipped = self._skipped(parts, bad, isfinite(norm) and isfinite(head_norm))
+            if skipped is not None:
+                return Update({}, skipped)
+            lr = self.learning_rate.value
+            clipped_step(self.optimizer, norm, self.optimisation, lr)
+            if self.group_head is not None:
+                self.group_head.step(head_norm)
+            self.learning_rate.steps += 1
+            metrics = {**metrics, "grad_norm": _exact(norm), "learning_rate": _exact(lr)}
+            return Update(metrics)
+
+    def backward(self, parts: Sequence[Part], readout: Readout) -> tuple[Metrics, list[int]]:
+        """The gradients of the update's loss, reduced but not clipped; the loss's metrics and the
+        row ids of non-finite losses."""
+        slots = self._slots(parts)
+        for wrapped in self._wrapped:
+            wrapped.zero_grad_buffer()
+        if self.group_head is not None:
+            self.group_head.zero_grad()
+        self._mode(train=True)
+        with self.scaling.training():
+            results = schedules.run(
+                self._wrapped, slots, partial(self._loss, readout), forward_only=False
+            )
+        totals: list[Tensor] = []
+        metrics: Metrics = {}
+        for total, slot, new in results:
+            totals.append(total)
+            metrics = metrics if slot.idle else merge_metrics(metrics, new)
+        sums, metrics = _to_host(totals, metrics)
+        slots = [
+            slot
+            for (_, slot, _), x in zip(results, sums, strict=True)
+            if not slot.idle and not isfinite(x)
+        ]
+        return self._share([(metrics, [i for slot in slots for i in slot.rows.row_ids.tolist()])])
+
+    def _slots(self, parts: Sequence[Part]) -> list[MicroBatch]:
+        slots = []
+        for rows, loss in parts:
+            local = rows.counts()
+            total = self.mesh.data_parallel.sum(
+                torch.tensor(list(local.values()), dtype=torch.float64)
+            )
+            counts = dict(zip(local, total.tolist(), strict=True))
+            slots += [replace(slot, loss=loss, counts=counts) for slot in self._plan(rows)]
+        return slots
+
+    @staticmethod
+    def _loss(readout: Readout, slot: MicroBatch, raw: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """mcore's triple. The integer count 0 keeps mcore from dividing by anything: each term has
+        its own count."""
+        assert slot.loss is not None and slot.counts is not None
+        loss = slot.loss(_answer(readout, slot, raw), slot.rows)
+        total = torch.zeros((), device=raw.device)
+        for value, unit in loss.terms.values():
+            total = total + value.float() / max(slot.counts[unit], 1.0)
+        if slot.idle or not total.requires_grad:
+            total = raw.flatten()[0].float() * 0.0
+        return (
+            total,
+            torch.zeros((), dtype=torch.int, device=raw.device),
+            (total.detach().clone(), slot, loss.metrics),
+        )
+
+    def _skipped(
+        self, parts: Sequence[Part], bad: list[int], finite: bool
+    ) -> tuple[int, ...] | None:
+        """Row ids to name, equal on every rank; None when all is well everywhere."""
+        flag = torch.tensor([float(bool(bad) or not finite)], device=self.mesh.device)
+        if self.mesh.world > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if not flag.item():
+            return None
+        mine = (bad, [i for rows, _ in parts for i in rows.row_ids.tolist()])
+        everyone: list[Any] = [mine]
+        if self.mesh.world > 1:
+            everyone = [None] * self.mesh.world
+            dist.all_gather_object(everyone, mine)
+        named = {i for rows, _ in everyone for i in rows} or {
+            i for _, rows in everyone for i in rows
+        }
+        return tuple(sorted(named))
+
+    # --------------------------------------------------------------------------------- the pipeline
+
+    def _plan(self, rows: Rows) -> list[MicroBatch]:
+        mesh = self.mesh
+        slots = mesh.pipeline_size if mesh.parallel.virtual_pipeline > 1 else 1
+        widths = length_multiple(self.precision, mesh.parallel)
+        return plan(
+            rows, self.micro_batch, mesh.device, length_multiple=widths, slot_multiple=slots
+        )
+
+    def _mode(self, *, train: bool) -> None:
+        for chunk in self.chunks:
+            # walking over all modules costs as much as a few layers of a tiny model
+            if chunk.training != train:
+                chunk.train(train)
+
+    # ------------------------------------------------------------------- weights and where they are
+
+    def _weights(self) -> list[Tensor]:
+        """The tensors that hold this rank's weights: flat buffers once wrapped, else the
+        parameters."""
+        if self.optimisation is not None:
+            return [b.param_data for w in self._wrapped for b in w.buffers]
+        return [p.data for chunk in self.chunks for p in chunk.parameters()]
+
+    def _gradients(self) -> list[Tensor]:
+        return [b.grad_data for w in self._wrapped for b in w.buffers]
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        masters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states = [
+            state
+            for optimizer in self.optimizer.chained_optimizers
+            for state in optimizer.optimizer.state.values()
+        ]
+        moments = [x for state in states for x in state.values()]
+        return [t.data for t in (*masters, *moments) if isinstance(t, Tensor)]
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """The weights are on the device and the model is in inference mode inside: for
+        generation."""
+        with self.residency.use(), torch.no_grad():
+            self._mode(train=False)
+            yield
+
+    def snapshot(self) -> Snapshot:
+        """This rank's weights, on the host, and FP8 scaling state: what `swapped` takes."""
+        with self.residency.use():
+            return Snapshot(host_copies(self._weights()), self.scaling.read())
+
+    @contextmanager
+    def swapped(self, other: Snapshot) -> Iterator[None]:
+        """Another model (a `snapshot` of the same layout) in this model's place; its own comes
+        back, bit for bit."""
+        with (
+            self.residency.use(),
+            swapped(self._weights(), other.weights),
+            self.scaling.swapped(other.scaling),
+        ):
+            yield
+
+    def weights_changed(self) -> None:
+        """After weights were loaded: the optimizer's fp32 masters follow (or the next step would
+        bring the old ones back)."""
+        if self.optimisation is not None:
+            with cpu_compat.host_mode():
+                self.optimizer.reload_model_params()
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor), on every rank."""
+        with self.residency.use():
+            yield from export_weights(self.chunks, self.mesh, self.architecture, head=self.head)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole gradient) after `backward`, in the weights' dtype; the group
+        head's is not among them."""
+        group = self.mesh.data_parallel
+        gathered = []
+        for wrapped in self._wrapped:
+            for buffer in wrapped.buffers:
+                whole = torch.empty_like(buffer.grad_data)
+                # each rank holds the sum only in its own shard of every bucket
+                for bucket in buffer.buckets:
+                    shards = bucket.grad_data.chunk(group.size)
+                    end = bucket.offset + bucket.grad_data.numel()
+                    dist.all_gather(
+                        list(whole[bucket.offset : end].chunk(group.size)),
+                        shards[group.rank],
+                        group=group.group,
+                    )
+                gathered.append(whole.to(buffer.param_data.dtype))
+        with swapped(self._weights(), gathered):
+            yield from export_weights(self.chunks, self.mesh, self.architecture, head=self.head)
+
+
+def _answer(readout: Readout, slot: MicroBatch, raw: Tensor) -> Output:
+    return widen(readout(raw, slot), slot.width)
+
+
+def _to_host(totals: list[Tensor], metrics: Metrics) -> tuple[list[float], Metrics]:
+    """The slots' totals and the merged metrics, in one copy from the device: each copy of its own
+    would wait for it."""
+    if not totals:
+        return [], metrics
+    device = totals[0].device
+    parts = [torch.stack(totals).double(), *(m.parts.to(device) for m in metrics.values())]
+    sums, *own = torch.cat(parts).cpu().split([len(part) for part in parts])
+    return sums.tolist(), {
+        name: Metric(m.kind, x) for (name, m), x in zip(metrics.items(), own, strict=True)
+    }
+
+
+def _exact(value: float) -> Metric:
+    return Metric.mean(torch.tensor(value, dtype=torch.float64))

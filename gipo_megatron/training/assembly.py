@@ -1,0 +1,479 @@
+"""A checked recipe becomes objects: data, roles, algorithm. The only place that knows which role a
+recipe key belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gipo_megatron.algorithms.dpo_reference import (
+    LiveReference,
+    PairReference,
+    PrecomputedReference,
+    Split,
+)
+from gipo_megatron.data.batching import Dataset, load_data
+from gipo_megatron.data.hub import is_hub_name, reach_hub
+from gipo_megatron.data.planted import gold_reward
+from gipo_megatron.data.templates import choose, parting
+from gipo_megatron.data.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    tokenizer_facts,
+)
+from gipo_megatron.errors import UserError
+from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.engine import Engine
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.roles import (
+    MegatronActor,
+    MegatronCritic,
+    MegatronReference,
+    MegatronRewardModel,
+)
+from gipo_megatron.recipe import registry
+from gipo_megatron.recipe.schema import ModelConfig, Recipe
+from gipo_megatron.specs import HeadSpec, Optimisation, Sampling
+from gipo_megatron.training.held_out import (
+    HeldOut,
+    evaluate_pairs,
+    evaluate_policy,
+    evaluate_reward_model,
+    evaluate_sft,
+)
+from gipo_megatron.types import Metrics, Sequences
+
+Phase = Callable[[str], AbstractContextManager[None]]
+DATA_KIND = {"sft": "sft", "reward_model": "preference", "dpo": "preference", "ppo": "prompt"}
+
+
+@dataclass
+class Assembly:
+    """Everything a run needs that a recipe describes."""
+
+    recipe: Recipe
+    mesh: Mesh
+    tokenizer: Tokenizer
+    train: Dataset
+    held_out: Dataset
+    algorithm: Any
+    trained: dict[str, Engine]  # role -> what a checkpoint holds
+    evaluate: Callable[[], tuple[Metrics, list[dict[str, Any]]]]
+    sequences_per_step: int
+    notes: list[str] = field(default_factory=list)
+
+
+def assemble(recipe: Recipe, mesh: Mesh, phase: Phase) -> Assembly:
+    """Build it all; nothing is trained yet. Collective. Raises UserError for whatever a recipe
+    check cannot see."""
+    name = recipe.algorithm["name"]
+    tokenizer = find_tokenizer(recipe)
+    check_vocabulary(
+        tokenizer, recipe.model.architecture.vocab_size, where="model.architecture.vocab_size"
+    )
+    kind = DATA_KIND[name]
+    train = load_data(recipe.data, tokenizer, "train", recipe.run.seed, kind)
+    held_out = load_data(recipe.data, tokenizer, "test", recipe.run.seed, kind)
+    roles = RoleBuilder(recipe, mesh, tokenizer)
+    build = {
+        "sft": _assemble_sft,
+        "reward_model": _assemble_reward_model,
+        "dpo": _assemble_dpo,
+        "ppo": _assemble_ppo,
+    }[name]
+    parts = build(recipe, mesh, tokenizer, train, held_out, roles, phase)
+    parts.notes += roles.notes
+    return parts
+
+
+def find_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The recipe's, or the one beside the first model's weights."""
+    if recipe.model.tokenizer:
+        return load_tokenizer(recipe.model.tokenizer, where="model.tokenizer")
+    for role, model in recipe.models.items():
+        if model.load != "random":
+            folder = Path(locate(model.load, f"models.{role}.load"))
+            beside = folder / "tokenizer"
+            return load_tokenizer(
+                str(beside if beside.is_dir() else folder), where=f"models.{role}.load"
+            )
+    raise UserError(
+        "all weights are random, so no tokenizer lies beside them",
+        where="model.tokenizer",
+        fix="name one, or use `bytes`, the built-in one",
+    )
+
+
+def locate(load: str, where: str) -> str:
+    """A local path for `load`: itself, or the hub's snapshot. Raises UserError when there is
+    neither."""
+    if Path(load).exists():
+        return load
+    fix = "train that stage first, or give a Hugging Face folder or a checkpoint"
+    if not is_hub_name(load) or load.startswith("runs/"):
+        raise UserError(f"nothing to load at {load!r}", where=where, fix=fix)
+    from huggingface_hub import snapshot_download  # slow to import
+
+    patterns = ["*.safetensors", "*.json", "tokenizer*"]
+    try:
+        # a cached copy needs no network
+        cached = snapshot_download(load, allow_patterns=patterns, local_files_only=True)
+        if any(Path(cached).glob("*.safetensors")):  # a snapshot may hold a tokenizer alone
+            return cached
+    except OSError:
+        pass
+    reach_hub(load, where, fix)
+    return snapshot_download(load, allow_patterns=patterns)
+
+
+def check_tokenizer(load: Path, tokenizer: Tokenizer, template: str, where: str) -> list[str]:
+    """Compares what `load` was made with to the recipe's tokenizer and `data.template`; returns
+    what to warn of.
+
+    A checkpoint says it in meta.json (older ones say less), a Hugging Face folder by the tokenizer
+    in it, where it holds one. Raises UserError for another tokenizer, whose ids mean other text,
+    and for another chat template where the recipe uses the tokenizer's.
+    """
+    trained_with = None
+    if checkpoint.kind(load) == "checkpoint":
+        meta, folder = checkpoint.read_meta(load), load / "tokenizer"
+        fingerprint, chat_template, trained_with = (
+            meta.get("tokenizer"),
+            meta.get("chat_template"),
+            meta.get("template"),
+        )
+    else:
+        fingerprint, chat_template = tokenizer_facts(load, tokenizer)
+        folder = load
+    fix = f"model.tokenizer={folder}"
+    if fingerprint not in (None, tokenizer.fingerprint):
+        said = (
+            f": {load_tokenizer(str(folder), where).difference(tokenizer)}"
+            if folder.is_dir()
+            else ""
+        )
+        raise UserError(
+            f"{load} was made with another tokenizer than this recipe's{said}", where=where, fix=fix
+        )
+    mine = (
+        tokenizer.chat_template if choose(template, "messages", tokenizer).name == "chat" else None
+    )
+    if mine is not None and chat_template not in (None, mine):
+        raise UserError(
+            f"two chat templates: {load} has {parting(chat_template, mine)}, the recipe's tokenizer"
+            f" ({tokenizer.inner.name_or_path}) has {parting(mine, chat_template)}",
+            where=where,
+            fix=f"{fix}, or write data.template explicitly: hh, plain, chatml, or a jinja template",
+        )
+    if trained_with in (None, template):
+        return []
+    said = (
+        f"{load} was trained with data.template {parting(trained_with, template)}, this recipe has"
+        f" {parting(template, trained_with)}"
+    )
+    return [f"{said}: other words around the same conversation"]
+
+
+@dataclass
+class RoleBuilder:
+    """models.<role> of the recipe -> a role."""
+
+    recipe: Recipe
+    mesh: Mesh
+    tokenizer: Tokenizer
+    sampler_temperature: float = 1.0
+    # what the roles' checkpoints say that a run should warn of
+    notes: list[str] = field(default_factory=list)
+
+    def _common(self, role: str) -> dict[str, Any]:
+        recipe, model = self.recipe, self._model(role)
+        load = "random"
+        if model.load != load:
+            load = locate(model.load, f"models.{role}.load")
+            self.notes += check_tokenizer(
+                Path(load), self.tokenizer, recipe.data.template, f"models.{role}.load"
+            )
+        return {
+            "mesh": self.mesh,
+            "architecture": recipe.model.architecture,
+            "precision": recipe.precision,
+            "micro_batch": recipe.batch.micro_batch,
+            "seed": recipe.run.seed,
+            "offload": model.offload,
+            "load": load,
+        }
+
+    def _model(self, role: str) -> ModelConfig:
+        return self.recipe.models[role]
+
+    def _optimisation(self, role: str, total_steps: int) -> Optimisation:
+        model = self._model(role)
+        assert model.lr is not None, "the recipe check asks for it"
+        if model.schedule != "constant" and total_steps <= model.warmup_steps:
+            raise UserError(
+                f"the {model.schedule} schedule ends at step {total_steps}, before its warm-up of"
+                f" {model.warmup_steps} steps does",
+                where=f"models.{role}.warmup_steps",
+                fix="fewer warm-up steps, more run.steps, or schedule: constant",
+            )
+        return Optimisation(
+            lr=model.lr,
+            schedule=model.schedule,
+            warmup_steps=model.warmup_steps,
+            total_steps=total_steps,
+            weight_decay=model.weight_decay,
+            clip_grad=model.clip_grad,
+        )
+
+    def actor(self, total_steps: int) -> MegatronActor:
+        tokenizer = self.tokenizer
+        return MegatronActor(
+            **self._common("actor"),
+            recompute=self.recipe.memory.recompute,
+            optimisation=self._optimisation("actor", total_steps),
+            temperature=self.sampler_temperature,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            decode=tokenizer.decode,
+        )
+
+    def reference(self, live: MegatronActor) -> MegatronReference:
+        """With `offload: cpu` only a host copy, swapped into the actor's place for each call."""
+        swapped = live if self._model("reference").offload == "cpu" else None
+        return MegatronReference(
+            **self._common("reference"), temperature=self.sampler_temperature, live=swapped
+        )
+
+    def passing_reference(self) -> Callable[[], MegatronReference]:
+        """A reference to be made later and not kept: with a model of its own, wherever the actor
+        stands by then."""
+        # now: what is wrong with the weights should be said before the run begins
+        arguments = self._common("reference")
+        return lambda: MegatronReference(**arguments, temperature=self.sampler_temperature)
+
+    def critic(self, head: HeadSpec | None, total_steps: int) -> MegatronCritic:
+        optimisation = self._optimisation("critic", total_steps)
+        return MegatronCritic(
+            **self._common("critic"),
+            recompute=self.recipe.memory.recompute,
+            optimisation=optimisation,
+            head=head,
+        )
+
+    def reward(self, role: str = "reward", total_steps: int | None = None) -> MegatronRewardModel:
+        optimisation = None if total_steps is None else self._optimisation(role, total_steps)
+        return MegatronRewardModel(
+            **self._common(role), recompute=self.recipe.memory.recompute, optimisation=optimisation
+        )
+
+
+def _assemble_sft(
+    recipe: Recipe,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    train: Dataset,
+    held_out: Dataset,
+    roles: RoleBuilder,
+    phase: Phase,
+) -> Assembly:
+    dp, batch = mesh.data_parallel, recipe.batch.minibatch
+    actor = roles.actor(recipe.run.steps)
+    runtime = {
+        "actor": actor,
+        "phase": phase,
+        "examples": lambda step: train.examples(step, batch, dp.rank, dp.size),
+    }
+    algorithm = registry.build("algorithm", recipe.algorithm, runtime)
+    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
+    return Assembly(
+        recipe,
+        mesh,
+        tokenizer,
+        train,
+        held_out,
+        algorithm,
+        {"actor": actor.engine},
+        lambda: (evaluate_sft(actor, rows), []),
+        batch,
+    )
+
+
+def _assemble_reward_model(
+    recipe: Recipe,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    train: Dataset,
+    held_out: Dataset,
+    roles: RoleBuilder,
+    phase: Phase,
+) -> Assembly:
+    dp, batch = mesh.data_parallel, recipe.batch.minibatch
+    reward = roles.reward(total_steps=recipe.run.steps)
+    runtime = {
+        "reward": reward,
+        "phase": phase,
+        "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size),
+    }
+    algorithm = registry.build("algorithm", recipe.algorithm, runtime)
+    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
+    return Assembly(
+        recipe,
+        mesh,
+        tokenizer,
+        train,
+        held_out,
+        algorithm,
+        {"reward": reward.engine},
+        lambda: (evaluate_reward_model(reward, rows), []),
+        batch,
+    )
+
+
+def _assemble_dpo(
+    recipe: Recipe,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    train: Dataset,
+    held_out: Dataset,
+    roles: RoleBuilder,
+    phase: Phase,
+) -> Assembly:
+    dp, batch, steps = mesh.data_parallel, recipe.batch.minibatch, recipe.run.steps
+    actor = roles.actor(steps)
+    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
+    reference: PairReference
+    if recipe.algorithm["precompute"]:
+        one_epoch = -(-len(train) // batch)
+        used = sorted(
+            {row for step in range(min(steps, one_epoch)) for row in train.order(step, batch)}
+        )
+        splits = {
+            "train": Split(used, train.pairs_at),
+            "held_out": Split(rows.indices if recipe.run.eval_every else [], held_out.pairs_at),
+        }
+        told_by = (
+            recipe.models["reference"].load,
+            recipe.data,
+            tokenizer.fingerprint,
+            train.fingerprint,
+            held_out.fingerprint,
+        )
+        reference = PrecomputedReference(
+            roles.passing_reference(), splits, dp, batch, identity=repr(told_by)
+        )
+    else:
+        reference = LiveReference(roles.reference(actor))
+    runtime = {
+        "actor": actor,
+        "reference": reference,
+        "phase": phase,
+        "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size),
+    }
+    algorithm = registry.build("algorithm", recipe.algorithm, runtime)
+    return Assembly(
+        recipe,
+        mesh,
+        tokenizer,
+        train,
+        held_out,
+        algorithm,
+        {"actor": actor.engine},
+        lambda: (evaluate_pairs(algorithm.held_out, rows), []),
+        batch,
+    )
+
+
+def _assemble_ppo(
+    recipe: Recipe,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    train: Dataset,
+    held_out: Dataset,
+    roles: RoleBuilder,
+    phase: Phase,
+) -> Assembly:
+    dp, batch, block = mesh.data_parallel, recipe.batch, recipe.algorithm
+    sequences = batch.prompts * batch.responses
+    updates = block["epochs"] * (sequences // batch.minibatch)
+    sources = tuple(sorted({*train.sources, *held_out.sources}))
+    runtime: dict[str, Any] = {
+        "dp": dp,
+        "seed": recipe.run.seed,
+        "sources": sources,
+        "max_response": recipe.data.max_response,
+    }
+    # The head is the classifier's to choose and the critic's to build, so the classifier is asked
+    # before there is a critic.
+    head = registry.build("group_classifier", block["group_classifier"], runtime).head
+    roles.sampler_temperature = registry.build("rollout", block["rollout"], runtime).temperature
+
+    actor = roles.actor(recipe.run.steps * updates)
+    critic = roles.critic(head, recipe.run.steps * updates)
+    reward_models = {
+        role: roles.reward(role)
+        for role in recipe.models
+        if role == "reward" or role.startswith("reward_")
+    }
+    reference = roles.reference(actor)
+    runtime |= {
+        "actor": actor,
+        "critic": critic,
+        "reference": reference,
+        "reward_models": reward_models,
+        "minibatch": batch.minibatch,
+        "phase": phase,
+        "prompts": lambda step: train.prompts(
+            step, batch.prompts, batch.responses, dp.rank, dp.size
+        ),
+        "examples": _ptx_rows(recipe, mesh, tokenizer),
+        "probe": _probe(held_out, mesh),
+    }
+    algorithm = registry.build("algorithm", block, runtime)
+    evaluation = recipe.evaluation
+    sampling = Sampling(
+        max_response=recipe.data.max_response,
+        temperature=evaluation.temperature,
+        top_k=evaluation.top_k,
+        top_p=evaluation.top_p,
+        repetition_penalty=evaluation.repetition_penalty,
+        seed=recipe.run.seed,
+    )
+    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, sequences)
+    gold = gold_reward if recipe.data.format == "planted" else None
+
+    def evaluate() -> tuple[Metrics, list[dict[str, Any]]]:
+        return evaluate_policy(actor, reference, algorithm.reward, gold, rows, sources, sampling)
+
+    trained = {"actor": actor.engine, "critic": critic.engine}
+    return Assembly(
+        recipe, mesh, tokenizer, train, held_out, algorithm, trained, evaluate, sequences
+    )
+
+
+def _ptx_rows(
+    recipe: Recipe, mesh: Mesh, tokenizer: Tokenizer
+) -> Callable[[int], Sequences] | None:
+    """SFT rows from the same data, one minibatch an optimizer step; None where no ptx loss is asked
+    for."""
+    if recipe.algorithm["ptx"] <= 0:
+        return None
+    dp, size = mesh.data_parallel, recipe.batch.minibatch
+    rows = load_data(recipe.data, tokenizer, "train", recipe.run.seed, "sft")
+    return lambda step: rows.examples(step, size, dp.rank, dp.size)
+
+
+def _probe(held_out: Dataset, mesh: Mesh, prompts: int = 16) -> Sequences:
+    """The first held-out prompts, alone: label changes between iterations are counted on them."""
+    dp = mesh.data_parallel
+    rows, _ = held_out.prompts_at(range(min(prompts, len(held_out))), dp.rank, dp.size)
+    return Sequences(
+        rows.tokens,
+        rows.tokens.new_zeros(rows.tokens.shape).bool(),
+        rows.lengths,
+        rows.lengths,
+        rows.prompt_id,
+    )

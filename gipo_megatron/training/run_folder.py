@@ -1,0 +1,148 @@
+"""What a run leaves besides numbers: recipe.yaml, environment.json, figures, report.html."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gipo_megatron.data.batching import Dataset
+from gipo_megatron.environment import line as environment_line
+from gipo_megatron.environment import variables
+from gipo_megatron.errors import UserError
+from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.recipe.source import plain
+from gipo_megatron.reports.run_report import write_report
+from gipo_megatron.training.held_out import wilson_interval
+
+# the held-out figure that is best, and its direction
+JUDGED_BY = (("eval/score", 1), ("eval/accuracy", 1), ("eval/loss", -1))
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "transformers",
+    "omegaconf",
+    "datasets",
+    "numpy",
+)
+
+
+def plain_recipe(recipe: Recipe) -> dict[str, Any]:
+    tree = plain(recipe.tree)
+    assert isinstance(tree, dict)
+    return tree
+
+
+def check_writable(directory: Path) -> None:
+    """UserError where a run could not write, before anything is built; writes nothing."""
+    place = directory.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "no write permission" if place.is_dir() else "it is no folder"
+        raise UserError(
+            f"cannot write to {directory}: {place}: {why}",
+            where="run.dir",
+            fix="choose a folder you may write to",
+        )
+
+
+def open_run(recipe: Recipe, directory: Path) -> None:
+    """The folder, the expanded recipe with its origins, and what it runs on. Rank 0 only."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (directory / "environment.json").write_text(
+            json.dumps(environment(), indent=1), encoding="utf-8"
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {directory}: {error.strerror}",
+            where="run.dir",
+            fix="choose a folder you may write to",
+        ) from None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, the commit, the command line, the size of the world, the variables that CUDA and
+    its libraries read."""
+    return {
+        "command": sys.argv,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "world": int(os.environ.get("WORLD_SIZE", "1")),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "variables": variables(),
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with `+changes` when the tree differs; "unknown" outside a
+    checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        command = [
+            "git",
+            "-C",
+            str(root),
+            "describe",
+            "--always",
+            "--dirty=+changes",
+            "--abbrev=40",
+        ]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def with_interval(values: Mapping[str, float]) -> dict[str, float]:
+    """An accuracy gets its 95 % interval: eval/accuracy_low, eval/accuracy_high."""
+    result = dict(values)
+    if values.get("eval/pairs", 0) > 0:
+        low, high = wilson_interval(values["eval/accuracy"], round(values["eval/pairs"]))
+        result |= {"eval/accuracy_low": low, "eval/accuracy_high": high}
+    return result
+
+
+def announce(
+    recipe: Recipe, world: int, origin: str, train: Dataset, held_out: Dataset, notes: Sequence[str]
+) -> None:
+    """What is about to run, before the first step; `notes` are warnings that only its weights could
+    give."""
+    p = recipe.parallel
+    data = world // p.model
+    print(
+        f"{recipe.name}: {origin}; {world} processes = tensor {p.tensor} × pipeline {p.pipeline} ×"
+        f" data {data}; writes to {recipe.run.dir}"
+    )
+    print(f"  {environment_line()}")
+    for split, rows in (("train", train), ("held out", held_out)):
+        for line in rows.report:
+            print(f"  {split}: {line}")
+    for warning in dict.fromkeys((*recipe.warnings, *notes)):
+        print(f"  warning: {warning}")
+    sys.stdout.flush()
+
+
+def close_run(directory: Path, recipe: Recipe) -> None:
+    """figures/ and report.html."""
+    write_report(
+        [directory], directory / "report.html", title=recipe.name, figures_to=directory / "figures"
+    )

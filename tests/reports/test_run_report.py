@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.reports.run_report import number, printable, summary, write_report
+from gipo_megatron.reports.runs import load_run
+from tests.reports.synthetic import MARKUP, ppo_run, sft_run, write_rows
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails on tags that do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> tuple[Page, str]:
+    folder = tmp_path_factory.mktemp("report")
+    dirs = [sft_run(folder / "sft"), ppo_run(folder / "gipo", steps=12)]
+    out = write_report(dirs, folder / "deep/report.html", title="<i>demo</i>")
+    assert [p.name for p in out.parent.iterdir()] == ["report.html"]
+    text = out.read_text(encoding="utf-8")
+    return Page(text), text
+
+
+def test_nothing_is_fetched(report) -> None:
+    page, text = report
+    assert not {"script", "link", "iframe", "object", "form", "b", "i", "collapsed"} & set(
+        page.tags
+    )
+    images = [value for _, key, value in page.attributes if key == "src"]
+    assert len(images) == 11  # all figures but accuracy and gold by source
+    for image in images:
+        head, _, body = image.partition(",")
+        assert head == "data:image/png;base64" and base64.b64decode(body)[:4] == b"\x89PNG"
+    assert all(value.startswith("#run") for _, key, value in page.attributes if key == "href")
+    assert (
+        re.search(r"(https?:)?//", re.sub(r"base64,[^\"]*", "", text)) is None
+        and "url(" not in text
+    )
+    assert (
+        "meta",
+        "content",
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+    ) in page.attributes
+
+
+def test_markup_is_shown_as_text(report) -> None:
+    page, _ = report
+    assert page.text.count(MARKUP) == 8  # four rows of the first, four of the last step
+    assert (
+        "a group <collapsed>" in page.text
+        and "note: <b>bold</b>" in page.text
+        and '"<abc>"' in page.text
+    )
+    assert "<i>demo</i>" in page.text
+
+
+def test_summary_and_what_is_missing(report) -> None:
+    page, _ = report
+    words = " ".join(page.text.split())
+    assert "loss 5 → 0.625 (step 8)" in words and "0:04" in words and "0:30" in words
+    assert "accuracy: no rm/accuracy" in words
+    assert "groups/return_high" in words
+
+
+def test_key_figures(tmp_path: Path) -> None:
+    run = load_run(ppo_run(tmp_path / "gipo", steps=20))
+    row = summary(run)
+    assert row["stage"] == "GIPO" and row["alerts"] == "1"
+    assert re.fullmatch(
+        r"held-out score \S+ → \S+ \(step 20\); held-out gold \S+ → \S+ \(step 20\)",
+        row["key figure"],
+    )
+    assert re.fullmatch(
+        r"score \S+ → \S+ \(step 9\)",
+        summary(load_run(ppo_run(tmp_path / "short", steps=9)))["key figure"],
+    )
+    write_rows(
+        tmp_path / "metrics.jsonl",
+        [{"step": 9, "rm/loss": 0.5, "rm/accuracy": 0.9, "eval/accuracy": 0.8, "eval/pairs": 100}],
+    )
+    assert summary(load_run(tmp_path))["key figure"].startswith(
+        "held-out accuracy 0.8 [0.7112, 0.8666] (step 9)"
+    )  # Wilson's interval, by hand
+    write_rows(tmp_path / "metrics.jsonl", [])
+    assert summary(load_run(tmp_path))["key figure"] == "–"
+
+
+def test_the_callers_table(tmp_path: Path) -> None:
+    rows = [{"stage": "SFT", "time": "0:04"}, {"stage": "RM <b>", "key figure": 0.8}]
+    out = write_report(
+        [sft_run(tmp_path / "sft")],
+        tmp_path / "r.html",
+        table=rows,
+        figures_to=tmp_path / "figures",
+    )
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == [
+        "loss.pdf",
+        "loss.png",
+        "loss.svg",
+    ]
+    page = Page(out.read_text(encoding="utf-8"))
+    words = " ".join(page.text.split())
+    assert (
+        "stage time key figure" in words.replace("stagetimekey", "stage time key")
+        and "RM <b>" in words
+    )
+
+
+def test_a_bad_folder_leaves_the_old_report(tmp_path: Path) -> None:
+    (tmp_path / "r.html").write_text("old")
+    with pytest.raises(UserError):
+        write_report([tmp_path / "nope"], tmp_path / "r.html")
+    assert (tmp_path / "r.html").read_text() == "old"
+
+
+def test_control_characters_are_visible() -> None:
+    assert printable("a\x00b\x1b[31m\r\n\tc\ud800") == "a\\x00b\\x1b[31m\n\tc\\ud800"
+    assert [number(x) for x in (3.0, 0.123456, 1e12, -0.5)] == ["3", "0.1235", "1e+12", "-0.5"]
