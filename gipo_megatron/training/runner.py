@@ -13,8 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gipo_megatron.conversion.convert import export_run
-from gipo_megatron.conversion.progress import Progress as ConversionProgress
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
@@ -313,6 +311,10 @@ class Run:
 
     def _export(self) -> None:
         """RUN/hf: the policy, or the reward model. Collective."""
+        # seconds of imports, which a run without an export need not spend
+        from gipo_megatron.conversion.convert import export_run
+        from gipo_megatron.conversion.progress import Progress as ConversionProgress
+
         role, engine = next(iter(self.parts.trained.items()))
         meta = {"step": self.progress.step, **self._about()}
         shown = ConversionProgress(self.mesh.is_main and "console" in self.recipe.run.loggers)
