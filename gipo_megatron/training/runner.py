@@ -21,8 +21,9 @@ from gipo_megatron.telemetry.metrics import PhaseTimer, memory_metrics, reduce_m
 from gipo_megatron.telemetry.performance import performance
 from gipo_megatron.telemetry.sinks import Sink, make_sinks
 from gipo_megatron.training import run_folder
-from gipo_megatron.training.assembly import Assembly, assemble, check_tokenizer
+from gipo_megatron.training.assembly import Assembly, assemble
 from gipo_megatron.types import Metric, Metrics, StepResult
+from gipo_megatron.weights.sources import check_tokenizer
 
 # seconds; torchrun forwards a terminal's Ctrl-C, so every worker sees one press twice
 REPEATED_SIGNAL = 2.0
