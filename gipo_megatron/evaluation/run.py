@@ -30,12 +30,7 @@ from gipo_megatron.evaluation.respond import (
     origin,
     shared_tokenizer,
 )
-from gipo_megatron.evaluation.results import (
-    build_results,
-    duels_from_verdicts,
-    write_results,
-    write_text,
-)
+from gipo_megatron.evaluation.results import build_results, duels_from_verdicts, write_results
 from gipo_megatron.evaluation.store import Presentation, ResponseStore, VerdictStore, write_prompts
 from gipo_megatron.evaluation.tables import latex_table, markdown_table
 from gipo_megatron.evaluation.tasks import LoadedTask, read_task
@@ -49,6 +44,7 @@ from gipo_megatron.evaluation.types import (
     TaskPrompt,
     Verdict,
 )
+from gipo_megatron.files import write_json, write_text
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.recipe import registry
 from gipo_megatron.reports.audit import audit_responses
@@ -127,7 +123,7 @@ def answer_on(mesh: Mesh, recipe: EvaluationRecipe) -> list[TaskPrompt]:
         # verdicts of another judge are refused now, not after hours
         judge, _ = _judge_and_verdicts(recipe)
         write_text(directory / "recipe.yaml", recipe.to_yaml())
-        write_text(directory / "environment.json", json.dumps(run_folder.environment(), indent=1))
+        write_json(directory / "environment.json", run_folder.environment())
         write_prompts(directory / "prompts.jsonl", prompts)
         _announce(recipe, tasks, notes)
         stores = {name: _store(directory, name) for name in recipe.policies}

@@ -4,7 +4,6 @@ network for anything."""
 from __future__ import annotations
 
 import base64
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from gipo_megatron.files import write_text
 from gipo_megatron.reports.figures import draw, rendered, save
 from gipo_megatron.reports.run_page import PAGE
 from gipo_megatron.reports.runs import Run, load_run
@@ -124,12 +124,8 @@ def write_report(
         runs=[show(run) for run in runs],
         sample_columns=SAMPLE_COLUMNS,
     )
-    target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, target)
-    return target
+    write_text(out, page)
+    return Path(out)
 
 
 def summary(run: Run) -> dict[str, str]:

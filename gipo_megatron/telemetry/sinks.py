@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import append_jsonl, read_jsonl, write_jsonl
 from gipo_megatron.telemetry.console import Console, LogFile
 
 LOGGERS = ("console", "jsonl", "tensorboard", "wandb")
@@ -75,14 +75,12 @@ def make_sinks(
 
 
 class Jsonl:
-    """metrics.jsonl (one object a step), samples.jsonl, alerts.jsonl; every row is flushed. Numbers
-    that are not finite become null."""
+    """metrics.jsonl (one object a step), samples.jsonl, alerts.jsonl. NaN and infinity are null."""
 
     FILES = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl")
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._open: dict[str, TextIO] = {}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._write("metrics.jsonl", [{"step": step, **values}])
@@ -97,24 +95,17 @@ class Jsonl:
         pass
 
     def resume(self, step: int) -> None:
-        self.close()
-        for name in self.FILES:
-            if (self._folder / name).exists():
-                _cut(self._folder / name, step)
+        """Keep the rows of steps <= `step`. Raises UserError for an unreadable line."""
+        for file in (self._folder / name for name in self.FILES):
+            if file.exists():
+                rows = [row for _, row in read_jsonl(file, "remove it, or move the file away")]
+                write_jsonl(file, [row for row in rows if 0 < row["step"] <= step])
 
     def close(self) -> None:
-        for file in self._open.values():
-            file.close()
-        self._open = {}
+        pass
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        if name not in self._open:
-            self._open[name] = (self._folder / name).open("a", encoding="utf-8", newline="\n")
-        for row in rows:
-            self._open[name].write(
-                json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
-            )
-        self._open[name].flush()
+        append_jsonl(self._folder / name, [_finite(row) for row in rows])
 
 
 def _finite(value: Any) -> Any:
@@ -128,34 +119,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return value
-
-
-def _cut(path: Path, step: int) -> None:
-    """Keep rows of steps <= `step`; the file is replaced whole, never left half-written. A last
-    line cut short by a kill goes.
-
-    Raises UserError for an unreadable line before the last.
-    """
-    lines = path.read_bytes().split(b"\n")
-    kept = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or step == 0:
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines):  # no newline after it: the write was interrupted
-                continue
-            raise UserError(
-                "cannot resume: not a JSON line",
-                where=f"{path}:{number}",
-                fix="delete that line, or move the file away",
-            ) from None
-        if row["step"] <= step:
-            kept.append(line + b"\n")
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(kept))
-    os.replace(partial, path)
 
 
 class TensorBoard:
