@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "reports": LOW | {"telemetry", "evaluation", "training"},
     "recipe": LOW | {"recipe.registry", "components", "algorithms", "weights", "data", "telemetry"},
     "planning": LOW | {"recipe.registry", "recipe", "megatron", "telemetry"},
-    "conversion": LOW | {"training", "megatron", "data", "weights"},
+    "conversion": LOW | {"training", "megatron", "data", "weights", "telemetry"},
     "training": LOW
     | {"recipe.registry", "recipe", "algorithms", "components", "megatron", "weights"}
     | {"data", "telemetry", "reports", "conversion"},

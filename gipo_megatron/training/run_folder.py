@@ -16,6 +16,7 @@ from gipo_megatron.environment import line as environment_line
 from gipo_megatron.environment import variables
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_json, write_text
+from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import plain
 from gipo_megatron.reports.run_report import write_report
@@ -55,9 +56,12 @@ def check_writable(directory: Path) -> None:
 
 
 def open_run(recipe: Recipe, directory: Path) -> None:
-    """The folder, the expanded recipe with its origins, and what it runs on. Rank 0 only."""
+    """Write the expanded recipe with its origins, and the environment with what a report shows
+    first. Rank 0 only."""
+    page: Any = registry.lookup("algorithm", recipe.algorithm["name"])
+    shown = {"stage": page.stage, "headline": page.headline}
     write_text(directory / "recipe.yaml", recipe.to_yaml())
-    write_json(directory / "environment.json", environment())
+    write_json(directory / "environment.json", environment() | shown)
 
 
 def environment() -> dict[str, Any]:
