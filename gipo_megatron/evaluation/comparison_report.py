@@ -31,7 +31,7 @@ from gipo_megatron.evaluation.types import (
 from gipo_megatron.files import write_text
 from gipo_megatron.reports.audit import Audit
 from gipo_megatron.reports.audit_page import audit_html
-from gipo_megatron.reports.run_report import number, printable
+from gipo_megatron.reports.pages import number, printable
 
 FLIPPED = "flipped"
 PER_OUTCOME = 2  # samples of each outcome of a pair

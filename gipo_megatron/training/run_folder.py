@@ -20,7 +20,7 @@ from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import plain
 from gipo_megatron.reports.run_report import write_report
-from gipo_megatron.training.held_out import wilson_interval
+from gipo_megatron.statistics import wilson_interval
 
 # the held-out figure that is best, and its direction
 JUDGED_BY = (("eval/score", 1), ("eval/accuracy", 1), ("eval/loss", -1))
