@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "roles": {"types", "specs"},
     "ops": {"types"},
     "recipe.registry": {"errors"},
-    "weights": {"specs", "errors"},
+    "weights": {"specs", "errors", "data"},
     "components": LOW | {"recipe.registry"},
     "algorithms": LOW | {"recipe.registry", "components"},
     "megatron": LOW | {"weights"},
@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "reports": LOW | {"telemetry", "evaluation", "training"},
     "recipe": LOW | {"recipe.registry", "components", "algorithms", "weights", "data", "telemetry"},
     "planning": LOW | {"recipe.registry", "recipe", "megatron", "telemetry"},
-    "conversion": LOW | {"training", "megatron", "data", "weights"},
+    "conversion": LOW | {"megatron", "data", "weights", "training"},
     "training": LOW
     | {"recipe.registry", "recipe", "algorithms", "components", "megatron", "weights"}
     | {"data", "telemetry", "reports", "conversion"},

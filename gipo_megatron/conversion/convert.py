@@ -38,7 +38,6 @@ from gipo_megatron.megatron.hf import (
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import load_into
 from gipo_megatron.specs import Architecture, HeadSpec, Precision
-from gipo_megatron.training.assembly import locate
 from gipo_megatron.training.run_folder import commit
 from gipo_megatron.weights.hf_config import (
     architecture_from_hf,
@@ -48,6 +47,7 @@ from gipo_megatron.weights.hf_config import (
     num_labels,
 )
 from gipo_megatron.weights.hf_files import SHARD_BYTES, open_weights
+from gipo_megatron.weights.sources import locate
 
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 TORCH_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
@@ -91,7 +91,7 @@ def to_megatron(hf: str, out: Path, mesh: Mesh, *, verify: bool, progress: Progr
     """Writes a checkpoint that every role may load, at any layout, from a world of one. Raises
     UserError; `out` then does not exist."""
     refuse_existing(out)
-    folder = Path(locate(hf, "hf"))
+    folder = locate(hf, "hf")
     if checkpoint.kind(folder) != "huggingface":
         raise UserError(
             f"{folder} is a checkpoint already",

@@ -13,8 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gipo_megatron.conversion.convert import export_run
-from gipo_megatron.conversion.progress import Progress as ConversionProgress
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
@@ -23,8 +21,9 @@ from gipo_megatron.telemetry.metrics import PhaseTimer, memory_metrics, reduce_m
 from gipo_megatron.telemetry.performance import performance
 from gipo_megatron.telemetry.sinks import Sink, make_sinks
 from gipo_megatron.training import run_folder
-from gipo_megatron.training.assembly import Assembly, assemble, check_tokenizer
+from gipo_megatron.training.assembly import Assembly, assemble
 from gipo_megatron.types import Metric, Metrics, StepResult
+from gipo_megatron.weights.sources import check_tokenizer
 
 # seconds; torchrun forwards a terminal's Ctrl-C, so every worker sees one press twice
 REPEATED_SIGNAL = 2.0
@@ -313,6 +312,10 @@ class Run:
 
     def _export(self) -> None:
         """RUN/hf: the policy, or the reward model. Collective."""
+        # seconds of imports, which a run without an export need not spend
+        from gipo_megatron.conversion.convert import export_run
+        from gipo_megatron.conversion.progress import Progress as ConversionProgress
+
         role, engine = next(iter(self.parts.trained.items()))
         meta = {"step": self.progress.step, **self._about()}
         shown = ConversionProgress(self.mesh.is_main and "console" in self.recipe.run.loggers)
