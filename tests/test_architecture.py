@@ -37,6 +37,9 @@ MAY_IMPORT = {
     "training": LOW
     | {"recipe.registry", "recipe", "algorithms", "components", "megatron", "weights"}
     | {"data", "telemetry", "reports", "conversion"},
+    "cli": {"errors", "environment", "recipe"},
+    "commands": LOW
+    | {"recipe", "data", "megatron", "conversion", "reports", "training", "evaluation", "planning"},
     "evaluation": LOW
     | {"recipe.registry", "recipe", "components", "megatron", "weights", "data", "telemetry"}
     | {"reports", "conversion", "training"},
