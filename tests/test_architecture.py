@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "reports": LOW | {"telemetry", "evaluation", "training"},
     "recipe": LOW | {"recipe.registry", "components", "algorithms", "weights", "data", "telemetry"},
     "planning": LOW | {"recipe.registry", "recipe", "megatron", "telemetry"},
-    "conversion": LOW | {"megatron", "data", "weights", "training"},
+    "conversion": LOW | {"megatron", "data", "weights"},
     "training": LOW
     | {"recipe.registry", "recipe", "algorithms", "components", "megatron", "weights"}
     | {"data", "telemetry", "reports", "conversion"},

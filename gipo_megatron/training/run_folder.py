@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.data.batching import Dataset
+from gipo_megatron.environment import commit, variables
 from gipo_megatron.environment import line as environment_line
-from gipo_megatron.environment import variables
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import plain
@@ -82,27 +81,6 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "variables": variables(),
     }
-
-
-def commit() -> str:
-    """The checkout's commit, with `+changes` when the tree differs; "unknown" outside a
-    checkout."""
-    root = Path(__file__).parent.parent
-    try:
-        command = [
-            "git",
-            "-C",
-            str(root),
-            "describe",
-            "--always",
-            "--dirty=+changes",
-            "--abbrev=40",
-        ]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def _version(package: str) -> str | None:

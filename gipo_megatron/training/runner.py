@@ -13,8 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gipo_megatron.conversion.convert import export_run
+from gipo_megatron.conversion.export import export_run
 from gipo_megatron.conversion.progress import Progress as ConversionProgress
+from gipo_megatron.environment import commit
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
@@ -25,6 +26,7 @@ from gipo_megatron.telemetry.sinks import Sink, make_sinks
 from gipo_megatron.training import run_folder
 from gipo_megatron.training.assembly import Assembly, assemble
 from gipo_megatron.types import Metric, Metrics, StepResult
+from gipo_megatron.weights.checkpoints import CheckpointMeta, latest, read_meta
 from gipo_megatron.weights.sources import check_tokenizer
 
 # seconds; torchrun forwards a terminal's Ctrl-C, so every worker sees one press twice
@@ -137,7 +139,7 @@ def find_checkpoint(recipe: Recipe, directory: Path) -> Path | None:
     """Where `run.resume` says to continue from; None: at the beginning."""
     resume = recipe.run.resume
     if resume == "auto":
-        return checkpoint.latest(directory / "checkpoints")
+        return latest(directory / "checkpoints")
     if resume == "never":
         if (directory / "metrics.jsonl").exists():
             raise UserError(
@@ -146,18 +148,14 @@ def find_checkpoint(recipe: Recipe, directory: Path) -> Path | None:
                 fix="choose another run.dir, or run.resume=auto",
             )
         return None
-    checkpoint.read_meta(Path(resume))
+    read_meta(Path(resume))
     return Path(resume)
 
 
 def is_complete(recipe: Recipe, directory: Path, newest: Path) -> bool:
     """Whether there is nothing left to do: the last step is done, and `final` is its checkpoint."""
     final = directory / "final"
-    return (
-        checkpoint.read_meta(newest)["step"] >= recipe.run.steps
-        and final.exists()
-        and final.samefile(newest)
-    )
+    return read_meta(newest).step >= recipe.run.steps and final.exists() and final.samefile(newest)
 
 
 @dataclass
@@ -271,7 +269,7 @@ class Run:
                 f" {progress.step}; rows in alerts.jsonl)",
                 where=(
                     "the last good checkpoint is"
-                    f" {checkpoint.latest(self.directory / 'checkpoints') or 'none yet'}"
+                    f" {latest(self.directory / 'checkpoints') or 'none yet'}"
                 ),
                 fix=(
                     "lower the learning rate, look at those rows, or use precision.dtype=fp32; then"
@@ -315,9 +313,8 @@ class Run:
     def _export(self) -> None:
         """RUN/hf: the policy, or the reward model. Collective."""
         role, engine = next(iter(self.parts.trained.items()))
-        meta = {"step": self.progress.step, **self._about()}
         shown = ConversionProgress(self.mesh.is_main and "console" in self.recipe.run.loggers)
-        export_run(self.directory / "hf", role, engine, self.parts.tokenizer, meta, shown)
+        export_run(self.directory / "hf", role, engine, self.parts.tokenizer, self._meta(), shown)
 
     # ---------------------------------------------------------------------------------- checkpoints
 
@@ -329,33 +326,32 @@ class Run:
                 "algorithm": self.parts.algorithm.state_dict(),
                 "alerts": self.recipe.alerts.state_dict(),
             }
-            step, keep = self.progress.step, self.recipe.run.keep
             path = checkpoint.save(
                 folder,
-                step,
                 self.parts.trained,
                 self.mesh,
+                self._meta(),
                 state,
-                self._about(),
                 self._extra_files,
-                keep,
+                self.recipe.run.keep,
             )
             if best and self.mesh.is_main:
                 checkpoint.link(self.directory / "best", path)
 
-    def _about(self) -> dict[str, Any]:
-        """What a checkpoint says of its origin."""
+    def _meta(self) -> CheckpointMeta:
+        """Step and origin of a checkpoint written now."""
         recipe, tokenizer = self.recipe, self.parts.tokenizer
-        return {
-            "tokenizer": tokenizer.fingerprint,
-            "chat_template": tokenizer.chat_template,
-            "template": recipe.data.template,
-            "style": self.parts.train.rows[0].style,
-            "recipe": recipe.name,
-            "hub": recipe.model.hub,
-            "commit": run_folder.commit(),
-            "parallel": vars(recipe.parallel),
-        }
+        return CheckpointMeta(
+            step=self.progress.step,
+            recipe=recipe.name,
+            hub=recipe.model.hub,
+            commit=commit(),
+            parallel=vars(recipe.parallel),
+            tokenizer=tokenizer.fingerprint,
+            chat_template=tokenizer.chat_template,
+            template=recipe.data.template,
+            style=self.parts.train.rows[0].style,
+        )
 
     def _extra_files(self, folder: Path) -> None:
         """A checkpoint is complete in itself: the tokenizer and the recipe travel with it."""
