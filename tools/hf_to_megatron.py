@@ -19,11 +19,11 @@ from gipo_megatron.conversion.command import arguments, run
 def main(argv: list[str]) -> None:
     words = arguments(argv, required=("hf", "out"), optional={"verify": "true"})
     from gipo_megatron.conversion.convert import to_megatron
-    from gipo_megatron.conversion.progress import Progress
     from gipo_megatron.megatron.mesh import Mesh
     from gipo_megatron.specs import Parallel
+    from gipo_megatron.telemetry.console import Display
 
-    mesh, progress = Mesh.create(Parallel()), Progress()
+    mesh, progress = Mesh.create(Parallel()), Display()
     try:
         to_megatron(
             words["hf"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -20,6 +20,13 @@ from gipo_megatron.types import Loss, Metric, Pairs, StepResult, prefixed
 class RewardModelling:
     """-log sigmoid(s_chosen - s_rejected) per pair; `centre` adds centre * (s_chosen +
     s_rejected)^2 (Eisenstein et al. 2023)."""
+
+    stage: ClassVar[str] = "reward model"
+    headline: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("eval/accuracy", "held-out accuracy"),
+        ("rm/accuracy", "accuracy"),
+        ("rm/loss", "loss"),
+    )
 
     centre: Annotated[float, Range(0)] = 0.0
 

@@ -10,7 +10,6 @@ from safetensors import safe_open
 
 from gipo_megatron.conversion.card import model_card
 from gipo_megatron.conversion.export import NOT_COMPARED, check_folder, total_bytes, write_folder
-from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.conversion.staging import refuse_existing, staged
 from gipo_megatron.conversion.verify import check_outputs, refuse, release, stored_dtype
 from gipo_megatron.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -22,6 +21,7 @@ from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.hf import GROUP_HEAD, Seen, differing, ignore
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Architecture, HeadSpec, Precision
+from gipo_megatron.telemetry.console import Display
 from gipo_megatron.weights.checkpoints import CheckpointMeta, read_meta, weights_kind
 from gipo_megatron.weights.hf_config import architecture_from_hf, is_classifier, num_labels
 from gipo_megatron.weights.hf_files import OUR_DTYPES, SHARD_BYTES, open_weights
@@ -48,7 +48,7 @@ class Model:
             seen=seen,
         )
 
-    def compared(self, mesh: Mesh, weights: Path, folder: Path, progress: Progress) -> str:
+    def compared(self, mesh: Mesh, weights: Path, folder: Path, progress: Display) -> str:
         """Return one line on the outputs of `weights`, in fp32, against transformers' of
         `folder`."""
         with progress.waiting("comparing outputs with transformers, in fp32"):
@@ -58,7 +58,7 @@ class Model:
 # ----------------------------------------------------------------------- Hugging Face -> checkpoint
 
 
-def to_megatron(hf: str, out: Path, mesh: Mesh, *, verify: bool, progress: Progress) -> None:
+def to_megatron(hf: str, out: Path, mesh: Mesh, *, verify: bool, progress: Display) -> None:
     """Write a checkpoint that every role may load, at any layout, in a world of one.
 
     Raises UserError; `out` then does not exist.
@@ -140,7 +140,7 @@ def to_hf(
     *,
     role: str = "",
     verify: bool,
-    progress: Progress,
+    progress: Display,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write one role of a checkpoint as a Hugging Face folder, in a world of one, from any layout.

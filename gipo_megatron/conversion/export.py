@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from gipo_megatron.conversion.card import model_card
-from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.conversion.staging import staged
 from gipo_megatron.conversion.verify import check_structure, refuse
 from gipo_megatron.data.templates import as_chat_template
@@ -21,6 +20,7 @@ from gipo_megatron.megatron.hf import (
     save_group_head,
     save_hf,
 )
+from gipo_megatron.telemetry.console import Display
 from gipo_megatron.weights.checkpoints import CheckpointMeta
 from gipo_megatron.weights.hf_config import config_for, config_like
 from gipo_megatron.weights.hf_files import HF_DTYPES, SHARD_BYTES
@@ -34,7 +34,7 @@ def export_run(
     engine: Engine,
     tokenizer: Tokenizer,
     meta: CheckpointMeta,
-    progress: Progress,
+    progress: Display,
 ) -> None:
     """Write a run's model as a Hugging Face folder, at the run's own layout, replacing an older
     one. Collective; rank 0 writes.
@@ -69,7 +69,7 @@ def write_folder(
     engine: Engine,
     tokenizer: Tokenizer | None,
     meta: CheckpointMeta,
-    progress: Progress,
+    progress: Display,
     shard_bytes: int = SHARD_BYTES,
 ) -> str | None:
     """Write weights, config.json, generation_config.json, tokenizer and group head.
@@ -126,7 +126,7 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {name: number for name, number in ids.items() if number is not None}
 
 
-def check_folder(work: Path, engine: Engine, progress: Progress) -> list[str]:
+def check_folder(work: Path, engine: Engine, progress: Display) -> list[str]:
     """Read a written folder back; return one line for each check that passed. Raises Mismatch."""
     with progress.tensors("comparing tensors", total_bytes(engine)) as seen:
         different = differing(work, engine.export(), engine.mesh, seen=seen)

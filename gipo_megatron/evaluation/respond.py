@@ -20,8 +20,8 @@ from gipo_megatron.conversion.verify import release
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.recipe import EvaluationRecipe
-from gipo_megatron.evaluation.results import write_text
 from gipo_megatron.evaluation.types import Response, TaskPrompt
+from gipo_megatron.files import write_json
 from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
@@ -151,7 +151,7 @@ def check_origin(directory: Path, mine: Mapping[str, str]) -> None:
             where="run.dir",
             fix=fix,
         )
-    write_text(file, json.dumps({**before, **mine}, indent=1))
+    write_json(file, {**before, **mine})
 
 
 # ------------------------------------------------------------------------------ beside the policies

@@ -13,13 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gipo_megatron.conversion.export import export_run
-from gipo_megatron.conversion.progress import Progress as ConversionProgress
 from gipo_megatron.environment import commit
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.telemetry.console import Display
 from gipo_megatron.telemetry.metrics import PhaseTimer, memory_metrics, reduce_metrics
 from gipo_megatron.telemetry.performance import performance
 from gipo_megatron.telemetry.sinks import Sink, make_sinks
@@ -312,8 +311,11 @@ class Run:
 
     def _export(self) -> None:
         """RUN/hf: the policy, or the reward model. Collective."""
+        # seconds of imports, which a run without an export need not spend
+        from gipo_megatron.conversion.export import export_run
+
         role, engine = next(iter(self.parts.trained.items()))
-        shown = ConversionProgress(self.mesh.is_main and "console" in self.recipe.run.loggers)
+        shown = Display(self.mesh.is_main and "console" in self.recipe.run.loggers)
         export_run(self.directory / "hf", role, engine, self.parts.tokenizer, self._meta(), shown)
 
     # ---------------------------------------------------------------------------------- checkpoints
@@ -396,6 +398,7 @@ class Run:
             directory,
             recipe.run.steps,
             name=recipe.name,
+            headline=self.parts.algorithm.headline,
             config=run_folder.plain_recipe(recipe),
         )
         for sink in self.sinks:

@@ -14,20 +14,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from gipo_megatron.conversion.convert import to_hf, to_megatron
-from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.data.tokenizer import load_tokenizer
 from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronRewardModel
 from gipo_megatron.specs import Architecture, HeadSpec, Parallel, Precision, Sampling
+from gipo_megatron.telemetry.console import Display
 from gipo_megatron.types import Prompts, Sequences
 from gipo_megatron.weights.checkpoints import read_meta
 from tests.conversion import families
 from tests.runs import chain
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.global_rng]
-SILENT = Progress(shown=False)
+SILENT = Display(shown=False)
 FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
