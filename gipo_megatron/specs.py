@@ -87,3 +87,17 @@ class Sampling:
     repetition_penalty: float = 1.0  # evaluation only (algorithm.md 5.7)
     seed: int = 0
     step: int = 0
+
+
+# role -> what stands in place of the output layer; None: a language model
+HEADS = {"actor": None, "reference": None, "reward": "score", "critic": "value"}
+
+
+def base_role(role: str) -> str:
+    """Return the kind of a role: `reward_helpful` is a reward model."""
+    return "reward" if role.startswith("reward_") else role
+
+
+def head_of(role: str) -> str | None:
+    """Return what stands in place of the output layer: None, "score" or "value"."""
+    return HEADS[base_role(role)]

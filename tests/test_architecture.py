@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "roles": {"types", "specs"},
     "ops": {"types"},
     "recipe.registry": {"errors"},
-    "weights": {"specs", "errors", "data"},
+    "weights": LOW | {"data"},
     "components": LOW | {"recipe.registry"},
     "algorithms": LOW | {"recipe.registry", "components"},
     "megatron": LOW | {"weights"},
@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "reports": LOW | {"telemetry", "evaluation"},
     "recipe": LOW | {"recipe.registry", "components", "algorithms", "weights", "data", "telemetry"},
     "planning": LOW | {"recipe.registry", "recipe", "megatron", "telemetry"},
-    "conversion": LOW | {"training", "megatron", "data", "weights", "telemetry"},
+    "conversion": LOW | {"megatron", "data", "weights", "telemetry"},
     "training": LOW
     | {"recipe.registry", "recipe", "algorithms", "components", "megatron", "weights"}
     | {"data", "telemetry", "reports", "conversion"},

@@ -18,6 +18,7 @@ from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.planted import gold_reward
 from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary
 from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.build import build_engine, snapshot_of
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
@@ -104,6 +105,7 @@ class RoleBuilder:
             )
             load = str(folder)
         return {
+            "role": role,
             "mesh": self.mesh,
             "architecture": recipe.model.architecture,
             "precision": recipe.precision,
@@ -137,43 +139,53 @@ class RoleBuilder:
 
     def actor(self, total_steps: int) -> MegatronActor:
         tokenizer = self.tokenizer
-        return MegatronActor(
+        engine = build_engine(
             **self._common("actor"),
             recompute=self.recipe.memory.recompute,
             optimisation=self._optimisation("actor", total_steps),
-            temperature=self.sampler_temperature,
+        )
+        return MegatronActor(
+            engine,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             decode=tokenizer.decode,
+            temperature=self.sampler_temperature,
         )
 
     def reference(self, live: MegatronActor) -> MegatronReference:
         """With `offload: cpu` only a host copy, swapped into the actor's place for each call."""
-        swapped = live if self._model("reference").offload == "cpu" else None
-        return MegatronReference(
-            **self._common("reference"), temperature=self.sampler_temperature, live=swapped
-        )
+        common = self._common("reference")
+        if self._model("reference").offload != "cpu":
+            return MegatronReference(build_engine(**common), self.sampler_temperature)
+        copy = snapshot_of(live.engine, common["load"], "reference", common["seed"])
+        return MegatronReference(live.engine, self.sampler_temperature, copy)
 
     def passing_reference(self) -> Callable[[], MegatronReference]:
         """A reference to be made later and not kept: with a model of its own, wherever the actor
         stands by then."""
         # now: what is wrong with the weights should be said before the run begins
         arguments = self._common("reference")
-        return lambda: MegatronReference(**arguments, temperature=self.sampler_temperature)
+        return lambda: MegatronReference(build_engine(**arguments), self.sampler_temperature)
 
     def critic(self, head: HeadSpec | None, total_steps: int) -> MegatronCritic:
         optimisation = self._optimisation("critic", total_steps)
         return MegatronCritic(
-            **self._common("critic"),
-            recompute=self.recipe.memory.recompute,
-            optimisation=optimisation,
-            head=head,
+            build_engine(
+                **self._common("critic"),
+                recompute=self.recipe.memory.recompute,
+                optimisation=optimisation,
+                group=head,
+            )
         )
 
     def reward(self, role: str = "reward", total_steps: int | None = None) -> MegatronRewardModel:
         optimisation = None if total_steps is None else self._optimisation(role, total_steps)
         return MegatronRewardModel(
-            **self._common(role), recompute=self.recipe.memory.recompute, optimisation=optimisation
+            build_engine(
+                **self._common(role),
+                recompute=self.recipe.memory.recompute,
+                optimisation=optimisation,
+            )
         )
 
 
