@@ -38,7 +38,8 @@ MAY_IMPORT = {
     | {"recipe.registry", "recipe", "algorithms", "components", "megatron", "weights"}
     | {"data", "telemetry", "reports", "conversion"},
     "cli": {"errors", "environment", "recipe"},
-    "commands": LOW | {"telemetry"}
+    "commands": LOW
+    | {"telemetry"}
     | {"recipe", "data", "megatron", "conversion", "reports", "training", "evaluation", "planning"},
     "evaluation": LOW
     | {"recipe.registry", "recipe", "components", "megatron", "weights", "data", "telemetry"}
