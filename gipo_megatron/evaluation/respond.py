@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gipo_megatron import ops
-from gipo_megatron.components.groups import Memory
+from gipo_megatron.components.tracker import GroupTracker
 from gipo_megatron.conversion.verify import release
 from gipo_megatron.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_facts
 from gipo_megatron.errors import UserError
@@ -218,14 +218,14 @@ def _group_head(path: Path) -> tuple[HeadSpec, tuple[float, ...]]:
     if about is None or about["num_groups"] is None:
         raise UserError(f"{path} has no critic with a group head", where=where, fix=fix)
     state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-    if "group_classifier" not in state.get("algorithm", {}):
+    saved = state.get("algorithm", {})
+    if "groups" not in saved:
         raise UserError(f"{path} does not say which group is the high one", where=where, fix=fix)
-    memory = Memory(about["num_groups"])
-    saved = state["algorithm"]["group_classifier"]
+    tracker = GroupTracker(about["num_groups"])
     # with given labels, the head is the one beside them
-    memory.load_state_dict(saved.get("observer", saved))
+    tracker.load_state_dict(saved.get("observer", saved["groups"]))
     return HeadSpec(about["num_groups"], about["group_input"], detach_trunk=True), tuple(
-        memory.ranks()
+        tracker.ranks()
     )
 
 
