@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gipo_megatron.conversion.command import return_freed_memory
 from gipo_megatron.conversion.convert import to_hf, to_megatron
-from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.data.tokenizer import byte_tokenizer
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
+from gipo_megatron.telemetry.console import Display
 
 MIB = 2**20
 SHARD = 256 * MIB
@@ -52,14 +52,14 @@ def measure(direction: str, source: str, out: str, verify: bool) -> None:
     mesh = Mesh.create(Parallel())
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
     if direction == "to Megatron":
-        to_megatron(source, Path(out), mesh, verify=verify, progress=Progress(shown=False))
+        to_megatron(source, Path(out), mesh, verify=verify, progress=Display(shown=False))
     else:
         to_hf(
             Path(source),
             Path(out),
             mesh,
             verify=verify,
-            progress=Progress(shown=False),
+            progress=Display(shown=False),
             shard_bytes=SHARD,
         )
     seconds = time.perf_counter() - start

@@ -45,6 +45,7 @@ class DPO:
     headline: ClassVar[tuple[tuple[str, str], ...]] = (
         ("eval/accuracy", "held-out accuracy"),
         ("dpo/accuracy", "accuracy"),
+        ("dpo/loss", "loss"),
     )
 
     beta: Annotated[float, Range(0, open=True)] = 0.1

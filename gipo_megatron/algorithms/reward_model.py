@@ -29,6 +29,7 @@ class RewardModelling:
     headline: ClassVar[tuple[tuple[str, str], ...]] = (
         ("eval/accuracy", "held-out accuracy"),
         ("rm/accuracy", "accuracy"),
+        ("rm/loss", "loss"),
     )
 
     centre: Annotated[float, Range(0)] = 0.0

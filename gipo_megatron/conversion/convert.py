@@ -12,7 +12,6 @@ from typing import Any
 from safetensors import safe_open
 
 from gipo_megatron.conversion.card import model_card
-from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.conversion.staging import refuse_existing, staged
 from gipo_megatron.conversion.verify import (
     check_outputs,
@@ -38,7 +37,7 @@ from gipo_megatron.megatron.hf import (
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import load_into
 from gipo_megatron.specs import Architecture, HeadSpec, Precision
-from gipo_megatron.training.assembly import locate
+from gipo_megatron.telemetry.console import Display
 from gipo_megatron.training.run_folder import commit
 from gipo_megatron.weights.hf_config import (
     architecture_from_hf,
@@ -48,6 +47,7 @@ from gipo_megatron.weights.hf_config import (
     num_labels,
 )
 from gipo_megatron.weights.hf_files import SHARD_BYTES, open_weights
+from gipo_megatron.weights.sources import locate
 
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 TORCH_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
@@ -87,11 +87,11 @@ class Model:
 # ----------------------------------------------------------------------- Hugging Face -> checkpoint
 
 
-def to_megatron(hf: str, out: Path, mesh: Mesh, *, verify: bool, progress: Progress) -> None:
+def to_megatron(hf: str, out: Path, mesh: Mesh, *, verify: bool, progress: Display) -> None:
     """Writes a checkpoint that every role may load, at any layout, from a world of one. Raises
     UserError; `out` then does not exist."""
     refuse_existing(out)
-    folder = Path(locate(hf, "hf"))
+    folder = locate(hf, "hf")
     if checkpoint.kind(folder) != "huggingface":
         raise UserError(
             f"{folder} is a checkpoint already",
@@ -183,7 +183,7 @@ def to_hf(
     *,
     role: str = "",
     verify: bool,
-    progress: Progress,
+    progress: Display,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes one role of a checkpoint as a Hugging Face folder, in a world of one, whatever layout
@@ -252,7 +252,7 @@ def export_run(
     engine: Engine,
     tokenizer: Tokenizer,
     meta: dict[str, Any],
-    progress: Progress,
+    progress: Display,
 ) -> None:
     """A run's model as a Hugging Face folder, at the run's own layout, replacing an older one.
     Collective; rank 0 writes.
@@ -289,7 +289,7 @@ def _write_folder(
     engine: Engine,
     tokenizer: Tokenizer | None,
     meta: dict[str, Any],
-    progress: Progress,
+    progress: Display,
     shard_bytes: int = SHARD_BYTES,
 ) -> str | None:
     """Weights, config.json, generation_config.json, tokenizer, group head. Returns what a model
@@ -351,7 +351,7 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {name: number for name, number in ids.items() if number is not None}
 
 
-def _check_written(work: Path, engine: Engine, progress: Progress) -> list[str]:
+def _check_written(work: Path, engine: Engine, progress: Display) -> list[str]:
     with progress.tensors("comparing tensors", _total(engine)) as seen:
         different = differing(work, engine.export(), engine.mesh, seen=seen)
     if engine.group_head is not None and not same_group_head(work, engine.group_head):

@@ -17,11 +17,11 @@ from torch import Tensor
 from gipo_megatron import ops
 from gipo_megatron.components.tracker import GroupTracker
 from gipo_megatron.conversion.verify import release
-from gipo_megatron.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_facts
+from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.recipe import EvaluationRecipe
-from gipo_megatron.evaluation.results import write_text
 from gipo_megatron.evaluation.types import Response, TaskPrompt
+from gipo_megatron.files import write_json
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
@@ -31,8 +31,14 @@ from gipo_megatron.megatron.roles import (
     MegatronRewardModel,
 )
 from gipo_megatron.specs import HeadSpec, Sampling
-from gipo_megatron.training.assembly import check_tokenizer, locate
 from gipo_megatron.types import Prompts, Rollout
+from gipo_megatron.weights.sources import (
+    check_tokenizer,
+    find_tokenizer,
+    locate,
+    stored_fingerprint,
+    tokenizer_difference,
+)
 
 # --------------------------------------------------------------------------- weights and tokenizers
 
@@ -44,7 +50,7 @@ def find_weights(recipe: EvaluationRecipe) -> dict[str, Path]:
     for section, group in (("policies", recipe.policies), ("models", recipe.models)):
         for name, weights in group.items():
             key = f"{section}.{name}.load"
-            found[key] = Path(locate(weights.load, key))
+            found[key] = locate(weights.load, key)
             if checkpoint.kind(found[key]) == "checkpoint":
                 checkpoint.read_meta(found[key])  # every file is there, at its size
     return found
@@ -59,26 +65,22 @@ def shared_tokenizer(
     would mean different text.
     """
     keys = [f"policies.{name}.load" for name in recipe.policies]
-    spec, where = recipe.model.tokenizer, "model.tokenizer"
-    if not spec:
-        beside, where = weights[keys[0]] / "tokenizer", keys[0]
-        spec = str(beside if beside.is_dir() else beside.parent)
-    tokenizer = load_tokenizer(spec, where=where)
+    tokenizer = find_tokenizer(recipe.model.tokenizer, {keys[0]: str(weights[keys[0]])})
     first = next(
         (
             (key, said)
             for key in keys
-            if (said := _fingerprint(weights[key], tokenizer)) is not None
+            if (said := stored_fingerprint(weights[key], tokenizer)) is not None
         ),
         None,
     )
     for key in keys:
-        said = _fingerprint(weights[key], tokenizer)
+        said = stored_fingerprint(weights[key], tokenizer)
         if first is not None and said not in (None, first[1]):
             raise UserError(
                 f"two policies with different tokenizers: {first[0].split('.')[1]}"
                 f" ({weights[first[0]]}) and {key.split('.')[1]} ({weights[key]})"
-                + _difference(weights[first[0]], weights[key]),
+                + tokenizer_difference(weights[first[0]], weights[key]),
                 where=key,
                 fix=(
                     "evaluate policies of one tokenizer together, the others in an evaluation of"
@@ -90,26 +92,6 @@ def shared_tokenizer(
         for template in dict.fromkeys(task.template for task in recipe.tasks):
             notes += check_tokenizer(folder, tokenizer, template, key)
     return tokenizer, notes
-
-
-def _fingerprint(folder: Path, known: Tokenizer) -> str | None:
-    """None where the weights do not say."""
-    if checkpoint.kind(folder) == "checkpoint":
-        fingerprint: str | None = checkpoint.read_meta(folder).get("tokenizer")
-        return fingerprint
-    return tokenizer_facts(folder, known)[0]
-
-
-def _difference(one: Path, other: Path) -> str:
-    """In words, where both tokenizers are there to be read."""
-    folders = [
-        folder / "tokenizer" if checkpoint.kind(folder) == "checkpoint" else folder
-        for folder in (one, other)
-    ]
-    if not all(folder.is_dir() for folder in folders):
-        return ""
-    a, b = (load_tokenizer(str(folder), str(folder)) for folder in folders)
-    return f": {a.difference(b)}"
 
 
 # ------------------------------------------------------------------------ where responses come from
@@ -167,7 +149,7 @@ def check_origin(directory: Path, mine: Mapping[str, str]) -> None:
             where="run.dir",
             fix=fix,
         )
-    write_text(file, json.dumps({**before, **mine}, indent=1))
+    write_json(file, {**before, **mine})
 
 
 # ------------------------------------------------------------------------------ beside the policies

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gipo_megatron.algorithms.dpo_reference import (
@@ -16,17 +15,9 @@ from gipo_megatron.algorithms.dpo_reference import (
     Split,
 )
 from gipo_megatron.data.batching import Dataset, load_data
-from gipo_megatron.data.hub import is_hub_name, reach_hub
 from gipo_megatron.data.planted import gold_reward
-from gipo_megatron.data.templates import choose, parting
-from gipo_megatron.data.tokenizer import (
-    Tokenizer,
-    check_vocabulary,
-    load_tokenizer,
-    tokenizer_facts,
-)
+from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
@@ -40,6 +31,7 @@ from gipo_megatron.recipe.schema import ModelConfig, Recipe
 from gipo_megatron.specs import HeadSpec, Optimisation, Sampling
 from gipo_megatron.training.held_out import HeldOut
 from gipo_megatron.types import Sequences
+from gipo_megatron.weights.sources import check_tokenizer, find_tokenizer, locate
 
 Phase = Callable[[str], AbstractContextManager[None]]
 DATA_KIND = {"sft": "sft", "reward_model": "preference", "dpo": "preference", "ppo": "prompt"}
@@ -64,7 +56,8 @@ def assemble(recipe: Recipe, mesh: Mesh, phase: Phase) -> Assembly:
     """Build it all; nothing is trained yet. Collective. Raises UserError for whatever a recipe
     check cannot see."""
     name = recipe.algorithm["name"]
-    tokenizer = find_tokenizer(recipe)
+    loads = {f"models.{role}.load": model.load for role, model in recipe.models.items()}
+    tokenizer = find_tokenizer(recipe.model.tokenizer, loads)
     check_vocabulary(
         tokenizer, recipe.model.architecture.vocab_size, where="model.architecture.vocab_size"
     )
@@ -83,94 +76,6 @@ def assemble(recipe: Recipe, mesh: Mesh, phase: Phase) -> Assembly:
     return parts
 
 
-def find_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The recipe's, or the one beside the first model's weights."""
-    if recipe.model.tokenizer:
-        return load_tokenizer(recipe.model.tokenizer, where="model.tokenizer")
-    for role, model in recipe.models.items():
-        if model.load != "random":
-            folder = Path(locate(model.load, f"models.{role}.load"))
-            beside = folder / "tokenizer"
-            return load_tokenizer(
-                str(beside if beside.is_dir() else folder), where=f"models.{role}.load"
-            )
-    raise UserError(
-        "all weights are random, so no tokenizer lies beside them",
-        where="model.tokenizer",
-        fix="name one, or use `bytes`, the built-in one",
-    )
-
-
-def locate(load: str, where: str) -> str:
-    """A local path for `load`: itself, or the hub's snapshot. Raises UserError when there is
-    neither."""
-    if Path(load).exists():
-        return load
-    fix = "train that stage first, or give a Hugging Face folder or a checkpoint"
-    if not is_hub_name(load) or load.startswith("runs/"):
-        raise UserError(f"nothing to load at {load!r}", where=where, fix=fix)
-    from huggingface_hub import snapshot_download  # slow to import
-
-    patterns = ["*.safetensors", "*.json", "tokenizer*"]
-    try:
-        # a cached copy needs no network
-        cached = snapshot_download(load, allow_patterns=patterns, local_files_only=True)
-        if any(Path(cached).glob("*.safetensors")):  # a snapshot may hold a tokenizer alone
-            return cached
-    except OSError:
-        pass
-    reach_hub(load, where, fix)
-    return snapshot_download(load, allow_patterns=patterns)
-
-
-def check_tokenizer(load: Path, tokenizer: Tokenizer, template: str, where: str) -> list[str]:
-    """Compares what `load` was made with to the recipe's tokenizer and `data.template`; returns
-    what to warn of.
-
-    A checkpoint says it in meta.json (older ones say less), a Hugging Face folder by the tokenizer
-    in it, where it holds one. Raises UserError for another tokenizer, whose ids mean other text,
-    and for another chat template where the recipe uses the tokenizer's.
-    """
-    trained_with = None
-    if checkpoint.kind(load) == "checkpoint":
-        meta, folder = checkpoint.read_meta(load), load / "tokenizer"
-        fingerprint, chat_template, trained_with = (
-            meta.get("tokenizer"),
-            meta.get("chat_template"),
-            meta.get("template"),
-        )
-    else:
-        fingerprint, chat_template = tokenizer_facts(load, tokenizer)
-        folder = load
-    fix = f"model.tokenizer={folder}"
-    if fingerprint not in (None, tokenizer.fingerprint):
-        said = (
-            f": {load_tokenizer(str(folder), where).difference(tokenizer)}"
-            if folder.is_dir()
-            else ""
-        )
-        raise UserError(
-            f"{load} was made with another tokenizer than this recipe's{said}", where=where, fix=fix
-        )
-    mine = (
-        tokenizer.chat_template if choose(template, "messages", tokenizer).name == "chat" else None
-    )
-    if mine is not None and chat_template not in (None, mine):
-        raise UserError(
-            f"two chat templates: {load} has {parting(chat_template, mine)}, the recipe's tokenizer"
-            f" ({tokenizer.inner.name_or_path}) has {parting(mine, chat_template)}",
-            where=where,
-            fix=f"{fix}, or write data.template explicitly: hh, plain, chatml, or a jinja template",
-        )
-    if trained_with in (None, template):
-        return []
-    said = (
-        f"{load} was trained with data.template {parting(trained_with, template)}, this recipe has"
-        f" {parting(template, trained_with)}"
-    )
-    return [f"{said}: other words around the same conversation"]
-
-
 @dataclass
 class RoleBuilder:
     """models.<role> of the recipe -> a role."""
@@ -186,10 +91,11 @@ class RoleBuilder:
         recipe, model = self.recipe, self._model(role)
         load = "random"
         if model.load != load:
-            load = locate(model.load, f"models.{role}.load")
+            folder = locate(model.load, f"models.{role}.load")
             self.notes += check_tokenizer(
-                Path(load), self.tokenizer, recipe.data.template, f"models.{role}.load"
+                folder, self.tokenizer, recipe.data.template, f"models.{role}.load"
             )
+            load = str(folder)
         return {
             "mesh": self.mesh,
             "architecture": recipe.model.architecture,

@@ -45,11 +45,3 @@ class HeldOut:
                 indices[start : start + self.batch], self.dp.rank, self.dp.size
             )
             yield piece, valid.double()
-
-
-def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 +
-    z²/n)."""
-    centre = share + z * z / (2 * count)
-    half = z * ((share * (1 - share) + z * z / (4 * count)) / count) ** 0.5
-    return (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -16,10 +15,12 @@ from gipo_megatron.data.batching import Dataset
 from gipo_megatron.environment import line as environment_line
 from gipo_megatron.environment import variables
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import write_json, write_text
+from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import plain
 from gipo_megatron.reports.run_report import write_report
-from gipo_megatron.training.held_out import wilson_interval
+from gipo_megatron.statistics import wilson_interval
 
 # the held-out figure that is best, and its direction
 JUDGED_BY = (("eval/score", 1), ("eval/accuracy", 1), ("eval/loss", -1))
@@ -55,19 +56,12 @@ def check_writable(directory: Path) -> None:
 
 
 def open_run(recipe: Recipe, directory: Path) -> None:
-    """The folder, the expanded recipe with its origins, and what it runs on. Rank 0 only."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        (directory / "environment.json").write_text(
-            json.dumps(environment(), indent=1), encoding="utf-8"
-        )
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {directory}: {error.strerror}",
-            where="run.dir",
-            fix="choose a folder you may write to",
-        ) from None
+    """Write the expanded recipe with its origins, and the environment with what a report shows
+    first. Rank 0 only."""
+    page: Any = registry.lookup("algorithm", recipe.algorithm["name"])
+    shown = {"stage": page.stage, "headline": page.headline}
+    write_text(directory / "recipe.yaml", recipe.to_yaml())
+    write_json(directory / "environment.json", environment() | shown)
 
 
 def environment() -> dict[str, Any]:

@@ -13,20 +13,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gipo_megatron.conversion.convert import export_run
-from gipo_megatron.conversion.progress import Progress as ConversionProgress
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.metrics import Metric, Metrics
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.roles import Stateful
+from gipo_megatron.telemetry.console import Display
 from gipo_megatron.telemetry.metrics import PhaseTimer, memory_metrics, reduce_metrics
 from gipo_megatron.telemetry.performance import performance
 from gipo_megatron.telemetry.sinks import Sink, make_sinks
 from gipo_megatron.training import run_folder
-from gipo_megatron.training.assembly import Assembly, assemble, check_tokenizer
+from gipo_megatron.training.assembly import Assembly, assemble
 from gipo_megatron.types import StepResult
+from gipo_megatron.weights.sources import check_tokenizer
 
 # seconds; torchrun forwards a terminal's Ctrl-C, so every worker sees one press twice
 REPEATED_SIGNAL = 2.0
@@ -315,9 +315,12 @@ class Run:
 
     def _export(self) -> None:
         """RUN/hf: the policy, or the reward model. Collective."""
+        # seconds of imports, which a run without an export need not spend
+        from gipo_megatron.conversion.convert import export_run
+
         role, engine = next(iter(self.parts.trained.items()))
         meta = {"step": self.progress.step, **self._about()}
-        shown = ConversionProgress(self.mesh.is_main and "console" in self.recipe.run.loggers)
+        shown = Display(self.mesh.is_main and "console" in self.recipe.run.loggers)
         export_run(self.directory / "hf", role, engine, self.parts.tokenizer, meta, shown)
 
     # ---------------------------------------------------------------------------------- checkpoints
@@ -402,6 +405,7 @@ class Run:
             directory,
             recipe.run.steps,
             name=recipe.name,
+            headline=self.parts.algorithm.headline,
             config=run_folder.plain_recipe(recipe),
         )
         for sink in self.sinks:

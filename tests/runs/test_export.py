@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from gipo_megatron.conversion.convert import to_hf, to_megatron
-from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.data.tokenizer import load_tokenizer
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
 from gipo_megatron.specs import Architecture, HeadSpec, Parallel, Precision, Sampling
+from gipo_megatron.telemetry.console import Display
 from gipo_megatron.types import Prompts, Sequences
 from tests.conversion import families
 from tests.runs import chain
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.global_rng]
-SILENT = Progress(shown=False)
+SILENT = Display(shown=False)
 FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 

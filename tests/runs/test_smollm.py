@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gipo_megatron.conversion.convert import to_hf, to_megatron
-from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import Example, Turn
@@ -26,6 +25,7 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, outputs
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel, Precision, Sampling
+from gipo_megatron.telemetry.console import Display
 from gipo_megatron.telemetry.metrics import reduce_metrics
 from gipo_megatron.training.assembly import Assembly, assemble
 from gipo_megatron.types import Prompts
@@ -36,7 +36,7 @@ from tests.smollm import CONFIG
 from tools.fetch_smollm import fetch
 
 pytestmark = [pytest.mark.global_rng]
-SILENT = Progress(shown=False)
+SILENT = Display(shown=False)
 END = 2  # <|im_end|>
 NEW = 24  # tokens of a response
 QUESTIONS = (
