@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gipo_megatron import ops
-from gipo_megatron.components.groups import Memory
+from gipo_megatron.components.tracker import GroupTracker
 from gipo_megatron.conversion.verify import release
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
@@ -202,13 +202,13 @@ def _group_head(path: Path) -> tuple[HeadSpec, tuple[float, ...]]:
     if critic is None or critic.group is None:
         raise UserError(f"{path} has no critic with a group head", where=where, fix=fix)
     state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-    if "group_classifier" not in state.get("algorithm", {}):
+    saved = state.get("algorithm", {})
+    if "groups" not in saved:
         raise UserError(f"{path} does not say which group is the high one", where=where, fix=fix)
-    memory = Memory(critic.group.num_groups)
-    saved = state["algorithm"]["group_classifier"]
+    tracker = GroupTracker(critic.group.num_groups)
     # with given labels, the head is the one beside them
-    memory.load_state_dict(saved.get("observer", saved))
-    return critic.group, tuple(memory.ranks())
+    tracker.load_state_dict(saved.get("observer", saved["groups"]))
+    return critic.group, tuple(tracker.ranks())
 
 
 # ------------------------------------------------------------------------------------------ answers

@@ -30,14 +30,8 @@ from gipo_megatron.megatron.roles import (
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.schema import ModelConfig, Recipe
 from gipo_megatron.specs import HeadSpec, Optimisation, Sampling
-from gipo_megatron.training.held_out import (
-    HeldOut,
-    evaluate_pairs,
-    evaluate_policy,
-    evaluate_reward_model,
-    evaluate_sft,
-)
-from gipo_megatron.types import Metrics, Sequences
+from gipo_megatron.training.held_out import HeldOut
+from gipo_megatron.types import Sequences
 from gipo_megatron.weights.sources import check_tokenizer, find_tokenizer, locate
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -55,7 +49,6 @@ class Assembly:
     held_out: Dataset
     algorithm: Any
     trained: dict[str, Engine]  # role -> what a checkpoint holds
-    evaluate: Callable[[], tuple[Metrics, list[dict[str, Any]]]]
     sequences_per_step: int
     notes: list[str] = field(default_factory=list)
 
@@ -202,21 +195,13 @@ def _assemble_sft(
     actor = roles.actor(recipe.run.steps)
     runtime = {
         "actor": actor,
-        "phase": phase,
+        "timer": phase,
+        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, batch),
         "examples": lambda step: train.examples(step, batch, dp.rank, dp.size),
     }
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
-    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
     return Assembly(
-        recipe,
-        mesh,
-        tokenizer,
-        train,
-        held_out,
-        algorithm,
-        {"actor": actor.engine},
-        lambda: (evaluate_sft(actor, rows), []),
-        batch,
+        recipe, mesh, tokenizer, train, held_out, algorithm, {"actor": actor.engine}, batch
     )
 
 
@@ -233,21 +218,13 @@ def _assemble_reward_model(
     reward = roles.reward(total_steps=recipe.run.steps)
     runtime = {
         "reward": reward,
-        "phase": phase,
+        "timer": phase,
+        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, batch),
         "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size),
     }
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
-    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
     return Assembly(
-        recipe,
-        mesh,
-        tokenizer,
-        train,
-        held_out,
-        algorithm,
-        {"reward": reward.engine},
-        lambda: (evaluate_reward_model(reward, rows), []),
-        batch,
+        recipe, mesh, tokenizer, train, held_out, algorithm, {"reward": reward.engine}, batch
     )
 
 
@@ -288,20 +265,13 @@ def _assemble_dpo(
     runtime = {
         "actor": actor,
         "reference": reference,
-        "phase": phase,
+        "timer": phase,
+        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, batch),
         "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size),
     }
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
     return Assembly(
-        recipe,
-        mesh,
-        tokenizer,
-        train,
-        held_out,
-        algorithm,
-        {"actor": actor.engine},
-        lambda: (evaluate_pairs(algorithm.held_out, rows), []),
-        batch,
+        recipe, mesh, tokenizer, train, held_out, algorithm, {"actor": actor.engine}, batch
     )
 
 
@@ -330,27 +300,15 @@ def _assemble_ppo(
     roles.sampler_temperature = registry.build("rollout", block["rollout"], runtime).temperature
 
     actor = roles.actor(recipe.run.steps * updates)
-    critic = roles.critic(head, recipe.run.steps * updates)
+    critic = None
+    if "critic" in recipe.trained:
+        critic = roles.critic(head, recipe.run.steps * updates)
     reward_models = {
         role: roles.reward(role)
         for role in recipe.models
         if role == "reward" or role.startswith("reward_")
     }
     reference = roles.reference(actor)
-    runtime |= {
-        "actor": actor,
-        "critic": critic,
-        "reference": reference,
-        "reward_models": reward_models,
-        "minibatch": batch.minibatch,
-        "phase": phase,
-        "prompts": lambda step: train.prompts(
-            step, batch.prompts, batch.responses, dp.rank, dp.size
-        ),
-        "examples": _ptx_rows(recipe, mesh, tokenizer),
-        "probe": _probe(held_out, mesh),
-    }
-    algorithm = registry.build("algorithm", block, runtime)
     evaluation = recipe.evaluation
     sampling = Sampling(
         max_response=recipe.data.max_response,
@@ -360,16 +318,27 @@ def _assemble_ppo(
         repetition_penalty=evaluation.repetition_penalty,
         seed=recipe.run.seed,
     )
-    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, sequences)
     gold = gold_reward if recipe.data.format == "planted" else None
-
-    def evaluate() -> tuple[Metrics, list[dict[str, Any]]]:
-        return evaluate_policy(actor, reference, algorithm.reward, gold, rows, sources, sampling)
-
-    trained = {"actor": actor.engine, "critic": critic.engine}
-    return Assembly(
-        recipe, mesh, tokenizer, train, held_out, algorithm, trained, evaluate, sequences
-    )
+    runtime |= {
+        "actor": actor,
+        "critic": critic,
+        "reference": reference,
+        "reward_models": reward_models,
+        "minibatch": batch.minibatch,
+        "timer": phase,
+        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, sequences, gold),
+        "sampling": sampling,
+        "prompts": lambda step: train.prompts(
+            step, batch.prompts, batch.responses, dp.rank, dp.size
+        ),
+        "examples": _ptx_rows(recipe, mesh, tokenizer),
+        "probe": _probe(held_out, mesh),
+    }
+    algorithm = registry.build("algorithm", block, runtime)
+    trained = {"actor": actor.engine}
+    if critic is not None:
+        trained["critic"] = critic.engine
+    return Assembly(recipe, mesh, tokenizer, train, held_out, algorithm, trained, sequences)
 
 
 def _ptx_rows(

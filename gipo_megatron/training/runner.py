@@ -17,14 +17,16 @@ from gipo_megatron.environment import commit
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh, mesh_session
+from gipo_megatron.metrics import Metric, Metrics
 from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.roles import Stateful
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.telemetry.metrics import PhaseTimer, memory_metrics, reduce_metrics
 from gipo_megatron.telemetry.performance import performance
 from gipo_megatron.telemetry.sinks import Sink, make_sinks
 from gipo_megatron.training import run_folder
 from gipo_megatron.training.assembly import Assembly, assemble
-from gipo_megatron.types import Metric, Metrics, StepResult
+from gipo_megatron.types import StepResult
 from gipo_megatron.weights.checkpoints import CheckpointMeta, latest, read_meta
 from gipo_megatron.weights.sources import check_tokenizer
 
@@ -189,12 +191,12 @@ class Run:
         tokens = values.pop("perf/tokens")
         architecture, sequences = self.recipe.model.architecture, self.parts.sequences_per_step
         return values | performance(
-            values, architecture, tokens, result.passes, sequences, self.mesh.world
+            values, architecture, tokens, result.forward_equivalents, sequences, self.mesh.world
         )
 
     def _evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         with self.timer.phase("held_out"):
-            metrics, samples = self.parts.evaluate()
+            metrics, samples = self.parts.algorithm.evaluate()
         return run_folder.with_interval(reduce_metrics(metrics, self.mesh.data_parallel)), samples
 
     def _judge(self, held_out: Mapping[str, float]) -> bool:
@@ -301,10 +303,10 @@ class Run:
 
     def _save(self, best: bool) -> None:
         with self.timer.phase("save"):
-            folder = self.directory / "checkpoints"
+            folder, algorithm = self.directory / "checkpoints", self.parts.algorithm
             state = {
                 "progress": self.progress.state_dict(),
-                "algorithm": self.parts.algorithm.state_dict(),
+                "algorithm": algorithm.state_dict() if isinstance(algorithm, Stateful) else {},
                 "alerts": self.recipe.alerts.state_dict(),
             }
             path = checkpoint.save(
@@ -347,7 +349,8 @@ class Run:
             )
             state = checkpoint.restore(path, self.parts.trained, self.mesh)
             self.progress.load_state_dict(state["progress"])
-            self.parts.algorithm.load_state_dict(state["algorithm"])
+            if isinstance(self.parts.algorithm, Stateful):
+                self.parts.algorithm.load_state_dict(state["algorithm"])
             self.recipe.alerts.load_state_dict(state["alerts"])
             if self.progress.data != fingerprint:
                 raise UserError(

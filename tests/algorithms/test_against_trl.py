@@ -199,7 +199,7 @@ def test_dpo(case: str, folder: Path, theirs: dict[str, dict[str, Any]]) -> None
         actor=policy,  # type: ignore[arg-type]
         reference=reference,
         pairs=lambda step: batch,
-        phase=lambda name: nullcontext(),
+        timer=lambda name: nullcontext(),
     )
     result = page.step(0)
     agree(policy, result.metrics["dpo/loss"].result(), batch, theirs[case])
@@ -208,7 +208,7 @@ def test_dpo(case: str, folder: Path, theirs: dict[str, dict[str, Any]]) -> None
 def test_sft(folder: Path, theirs: dict[str, dict[str, Any]]) -> None:
     policy = actor(folder)
     batch, _ = rows_as("sft", folder).examples_at(range(len(ROWS)))
-    page = SFT(actor=policy, examples=lambda step: batch, phase=lambda name: nullcontext())  # type: ignore[arg-type]
+    page = SFT(actor=policy, examples=lambda step: batch, timer=lambda name: nullcontext())  # type: ignore[arg-type]
     agree(policy, page.step(0).metrics["sft/loss"].result(), batch, theirs["sft"])
 
 
@@ -223,7 +223,7 @@ def test_reward_model(
     )
     batch, _ = rows_as("preference", folder).pairs_at(range(len(ROWS)))
     page = RewardModelling(
-        centre=centre, reward=reward, pairs=lambda step: batch, phase=lambda name: nullcontext()
+        centre=centre, reward=reward, pairs=lambda step: batch, timer=lambda name: nullcontext()
     )  # type: ignore[arg-type]
     loss = page.step(0).metrics["rm/loss"].result()
     if centre:

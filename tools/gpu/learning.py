@@ -9,8 +9,9 @@ import torch
 from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor
+from gipo_megatron.metrics import Metric
 from gipo_megatron.specs import Architecture, Optimisation, Precision
-from gipo_megatron.types import Loss, Metric, Sequences, TokenStats
+from gipo_megatron.types import Loss, Sequences, TokenStats
 
 SHAPE = Architecture(  # 256 wide: blockwise FP8 may find no algorithm for narrower products
     num_layers=4,
