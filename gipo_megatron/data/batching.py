@@ -4,7 +4,7 @@ same data."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from gipo_megatron.data.config import FORMATS, DataConfig
 from gipo_megatron.data.encoding import Encoded, Encoder
 from gipo_megatron.data.examples import KINDS, BadRow, Example, Tally
-from gipo_megatron.data.planted import planted_examples
+from gipo_megatron.data.planted import gold_reward, planted_examples
 from gipo_megatron.data.schemas import Schema
 from gipo_megatron.data.sources import Part, open_parts
 from gipo_megatron.data.tokenizer import Tokenizer
@@ -41,6 +41,8 @@ class Dataset:
         self.kind = kind
         self.rows = tuple(examples)
         self.sources = tuple(sorted({example.source for example in self.rows}))
+        # (prompt, response) -> true reward, where the format defines one
+        self.gold: Callable[[str, str], float] | None = None
         self._encoder, self._seed, self._tally = encoder, seed, tally
         self._orders: dict[int, list[int]] = {}
 
@@ -212,7 +214,9 @@ def load_data(
             where=config.path,
             fix="; ".join(tally.lines()[1:]),
         )
-    return Dataset(examples, encoder, seed, kind, tally)
+    dataset = Dataset(examples, encoder, seed, kind, tally)
+    dataset.gold = gold_reward if config.format == "planted" else None
+    return dataset
 
 
 def _read(
