@@ -4,27 +4,22 @@ recipe retypes it."""
 from __future__ import annotations
 
 import dataclasses
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from gipo_megatron.data.hub import reach_hub
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.check import may_be_hub
 from gipo_megatron.recipe.problems import Problem
 from gipo_megatron.recipe.source import COMMAND_LINE, MISSING, Block, Leaf, Node
 from gipo_megatron.specs import Architecture
-from gipo_megatron.weights.hf_config import architecture_from_hf
+from gipo_megatron.weights.architecture import stored_architecture
 
 KEY = "model.architecture"
 FIELDS = tuple(f.name for f in dataclasses.fields(Architecture))
 REQUIRED = frozenset(
     f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING
 )
-FORMAT = "gipo_megatron"  # what meta.json says in a checkpoint of this project
 FROM_WEIGHTS = "model/from_weights"  # the fragment that takes a written architecture back
 
 
@@ -177,89 +172,18 @@ def _read_all(
 
 
 def _read(source: Source, run_dir: str, network: bool) -> Found | None:
-    """None where there is nothing to ask: random weights, a stage that is not trained yet. Raises
+    """None where nothing can be read: random weights, a stage that is not trained yet. Raises
     UserError for what cannot be read."""
-    if source.load in ("random", MISSING):
+    if source.load == MISSING:
         return None
-    folder = Path(source.load)
-    if not folder.exists():
-        return _read_hub(source, network) if may_be_hub(source.load, run_dir) else None
-    meta = folder / "meta.json"
-    if meta.is_file() and (content := _checkpoint_meta(meta)) is not None:
-        return Found(source, str(meta), _of_checkpoint(content, source.role, meta))
-    if (folder / "config.json").is_file():
-        return Found(
-            source, str(folder / "config.json"), _of_folder(folder, str(folder / "config.json"))
-        )
-    newest = folder / "final"
-    raise UserError(
-        f"{folder} is neither a checkpoint (meta.json) nor a Hugging Face folder (config.json)",
-        fix=(
-            f"{source.key}={newest}"
-            if newest.exists()
-            else "give the folder of one checkpoint, or of one Hugging Face model"
-        ),
+    stored = stored_architecture(
+        source.load,
+        source.role,
+        source.key,
+        may_be_hub=may_be_hub(source.load, run_dir),
+        network=network,
     )
-
-
-def _checkpoint_meta(path: Path) -> dict[str, Any] | None:
-    """None for another program's meta.json."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: unreadable meta.json: {error}", fix="use another checkpoint"
-        ) from None
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
-
-
-def _of_checkpoint(meta: Mapping[str, Any], role: str, path: Path) -> dict[str, Any]:
-    """One recipe made all roles of a checkpoint, so they share their architecture; a critic may
-    start from a checkpoint without one."""
-    try:
-        roles = meta["roles"]
-        return asdict(
-            Architecture(**roles[role if role in roles else next(iter(roles))]["architecture"])
-        )
-    except (KeyError, TypeError, StopIteration) as error:
-        raise UserError(
-            f"{path} describes no architecture that this program knows: {error}",
-            fix="use another checkpoint",
-        ) from None
-
-
-def _of_folder(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        return asdict(architecture_from_hf(folder))
-    except UserError as error:
-        raise UserError(f"{name}: {error.what}", fix=error.fix) from None
-
-
-def _read_hub(source: Source, network: bool) -> Found | None:
-    """From the local cache, else, with `network`, config.json alone from the hub."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # slow to import
-
-    name = f"{source.load}/config.json (hub)"
-    cached = try_to_load_from_cache(source.load, "config.json")
-    if isinstance(cached, str):
-        return Found(source, name, _of_folder(Path(cached).parent, name))
-    if not network:
-        return None
-    fix = (
-        "download the model and load its folder, or add with=model/NAME (recipes/model/), which"
-        " writes an architecture"
-    )
-    reach_hub(source.load, source.key, fix)
-    # Not into the cache: a snapshot there that holds config.json alone would pass for the model
-    # itself.
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            hf_hub_download(source.load, "config.json", local_dir=folder)
-        # all that the client raises: no such model, no access, no config.json
-        except (OSError, ValueError) as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            raise UserError(f"cannot get {name}: {reason}", fix=fix) from None
-        return Found(source, name, _of_folder(Path(folder), name))
+    return None if stored is None else Found(source, stored.path, asdict(stored.architecture))
 
 
 # ----------------------------------------------------------------------------------------- problems

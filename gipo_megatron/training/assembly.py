@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gipo_megatron.algorithms.dpo_reference import (
@@ -16,17 +15,10 @@ from gipo_megatron.algorithms.dpo_reference import (
     Split,
 )
 from gipo_megatron.data.batching import Dataset, load_data
-from gipo_megatron.data.hub import is_hub_name, reach_hub
 from gipo_megatron.data.planted import gold_reward
-from gipo_megatron.data.templates import choose, parting
-from gipo_megatron.data.tokenizer import (
-    Tokenizer,
-    check_vocabulary,
-    load_tokenizer,
-    tokenizer_facts,
-)
+from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.build import build_engine, snapshot_of
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
@@ -38,14 +30,9 @@ from gipo_megatron.megatron.roles import (
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.schema import ModelConfig, Recipe
 from gipo_megatron.specs import HeadSpec, Optimisation, Sampling
-from gipo_megatron.training.held_out import (
-    HeldOut,
-    evaluate_pairs,
-    evaluate_policy,
-    evaluate_reward_model,
-    evaluate_sft,
-)
-from gipo_megatron.types import Metrics, Sequences
+from gipo_megatron.training.held_out import HeldOut
+from gipo_megatron.types import Sequences
+from gipo_megatron.weights.sources import check_tokenizer, find_tokenizer, locate
 
 Phase = Callable[[str], AbstractContextManager[None]]
 DATA_KIND = {"sft": "sft", "reward_model": "preference", "dpo": "preference", "ppo": "prompt"}
@@ -62,7 +49,6 @@ class Assembly:
     held_out: Dataset
     algorithm: Any
     trained: dict[str, Engine]  # role -> what a checkpoint holds
-    evaluate: Callable[[], tuple[Metrics, list[dict[str, Any]]]]
     sequences_per_step: int
     notes: list[str] = field(default_factory=list)
 
@@ -71,7 +57,8 @@ def assemble(recipe: Recipe, mesh: Mesh, phase: Phase) -> Assembly:
     """Build it all; nothing is trained yet. Collective. Raises UserError for whatever a recipe
     check cannot see."""
     name = recipe.algorithm["name"]
-    tokenizer = find_tokenizer(recipe)
+    loads = {f"models.{role}.load": model.load for role, model in recipe.models.items()}
+    tokenizer = find_tokenizer(recipe.model.tokenizer, loads)
     check_vocabulary(
         tokenizer, recipe.model.architecture.vocab_size, where="model.architecture.vocab_size"
     )
@@ -90,94 +77,6 @@ def assemble(recipe: Recipe, mesh: Mesh, phase: Phase) -> Assembly:
     return parts
 
 
-def find_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The recipe's, or the one beside the first model's weights."""
-    if recipe.model.tokenizer:
-        return load_tokenizer(recipe.model.tokenizer, where="model.tokenizer")
-    for role, model in recipe.models.items():
-        if model.load != "random":
-            folder = Path(locate(model.load, f"models.{role}.load"))
-            beside = folder / "tokenizer"
-            return load_tokenizer(
-                str(beside if beside.is_dir() else folder), where=f"models.{role}.load"
-            )
-    raise UserError(
-        "all weights are random, so no tokenizer lies beside them",
-        where="model.tokenizer",
-        fix="name one, or use `bytes`, the built-in one",
-    )
-
-
-def locate(load: str, where: str) -> str:
-    """A local path for `load`: itself, or the hub's snapshot. Raises UserError when there is
-    neither."""
-    if Path(load).exists():
-        return load
-    fix = "train that stage first, or give a Hugging Face folder or a checkpoint"
-    if not is_hub_name(load) or load.startswith("runs/"):
-        raise UserError(f"nothing to load at {load!r}", where=where, fix=fix)
-    from huggingface_hub import snapshot_download  # slow to import
-
-    patterns = ["*.safetensors", "*.json", "tokenizer*"]
-    try:
-        # a cached copy needs no network
-        cached = snapshot_download(load, allow_patterns=patterns, local_files_only=True)
-        if any(Path(cached).glob("*.safetensors")):  # a snapshot may hold a tokenizer alone
-            return cached
-    except OSError:
-        pass
-    reach_hub(load, where, fix)
-    return snapshot_download(load, allow_patterns=patterns)
-
-
-def check_tokenizer(load: Path, tokenizer: Tokenizer, template: str, where: str) -> list[str]:
-    """Compares what `load` was made with to the recipe's tokenizer and `data.template`; returns
-    what to warn of.
-
-    A checkpoint says it in meta.json (older ones say less), a Hugging Face folder by the tokenizer
-    in it, where it holds one. Raises UserError for another tokenizer, whose ids mean other text,
-    and for another chat template where the recipe uses the tokenizer's.
-    """
-    trained_with = None
-    if checkpoint.kind(load) == "checkpoint":
-        meta, folder = checkpoint.read_meta(load), load / "tokenizer"
-        fingerprint, chat_template, trained_with = (
-            meta.get("tokenizer"),
-            meta.get("chat_template"),
-            meta.get("template"),
-        )
-    else:
-        fingerprint, chat_template = tokenizer_facts(load, tokenizer)
-        folder = load
-    fix = f"model.tokenizer={folder}"
-    if fingerprint not in (None, tokenizer.fingerprint):
-        said = (
-            f": {load_tokenizer(str(folder), where).difference(tokenizer)}"
-            if folder.is_dir()
-            else ""
-        )
-        raise UserError(
-            f"{load} was made with another tokenizer than this recipe's{said}", where=where, fix=fix
-        )
-    mine = (
-        tokenizer.chat_template if choose(template, "messages", tokenizer).name == "chat" else None
-    )
-    if mine is not None and chat_template not in (None, mine):
-        raise UserError(
-            f"two chat templates: {load} has {parting(chat_template, mine)}, the recipe's tokenizer"
-            f" ({tokenizer.inner.name_or_path}) has {parting(mine, chat_template)}",
-            where=where,
-            fix=f"{fix}, or write data.template explicitly: hh, plain, chatml, or a jinja template",
-        )
-    if trained_with in (None, template):
-        return []
-    said = (
-        f"{load} was trained with data.template {parting(trained_with, template)}, this recipe has"
-        f" {parting(template, trained_with)}"
-    )
-    return [f"{said}: other words around the same conversation"]
-
-
 @dataclass
 class RoleBuilder:
     """models.<role> of the recipe -> a role."""
@@ -193,11 +92,13 @@ class RoleBuilder:
         recipe, model = self.recipe, self._model(role)
         load = "random"
         if model.load != load:
-            load = locate(model.load, f"models.{role}.load")
+            folder = locate(model.load, f"models.{role}.load")
             self.notes += check_tokenizer(
-                Path(load), self.tokenizer, recipe.data.template, f"models.{role}.load"
+                folder, self.tokenizer, recipe.data.template, f"models.{role}.load"
             )
+            load = str(folder)
         return {
+            "role": role,
             "mesh": self.mesh,
             "architecture": recipe.model.architecture,
             "precision": recipe.precision,
@@ -231,43 +132,53 @@ class RoleBuilder:
 
     def actor(self, total_steps: int) -> MegatronActor:
         tokenizer = self.tokenizer
-        return MegatronActor(
+        engine = build_engine(
             **self._common("actor"),
             recompute=self.recipe.memory.recompute,
             optimisation=self._optimisation("actor", total_steps),
-            temperature=self.sampler_temperature,
+        )
+        return MegatronActor(
+            engine,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             decode=tokenizer.decode,
+            temperature=self.sampler_temperature,
         )
 
     def reference(self, live: MegatronActor) -> MegatronReference:
         """With `offload: cpu` only a host copy, swapped into the actor's place for each call."""
-        swapped = live if self._model("reference").offload == "cpu" else None
-        return MegatronReference(
-            **self._common("reference"), temperature=self.sampler_temperature, live=swapped
-        )
+        common = self._common("reference")
+        if self._model("reference").offload != "cpu":
+            return MegatronReference(build_engine(**common), self.sampler_temperature)
+        copy = snapshot_of(live.engine, common["load"], "reference", common["seed"])
+        return MegatronReference(live.engine, self.sampler_temperature, copy)
 
     def passing_reference(self) -> Callable[[], MegatronReference]:
         """A reference to be made later and not kept: with a model of its own, wherever the actor
         stands by then."""
         # now: what is wrong with the weights should be said before the run begins
         arguments = self._common("reference")
-        return lambda: MegatronReference(**arguments, temperature=self.sampler_temperature)
+        return lambda: MegatronReference(build_engine(**arguments), self.sampler_temperature)
 
     def critic(self, head: HeadSpec | None, total_steps: int) -> MegatronCritic:
         optimisation = self._optimisation("critic", total_steps)
         return MegatronCritic(
-            **self._common("critic"),
-            recompute=self.recipe.memory.recompute,
-            optimisation=optimisation,
-            head=head,
+            build_engine(
+                **self._common("critic"),
+                recompute=self.recipe.memory.recompute,
+                optimisation=optimisation,
+                group=head,
+            )
         )
 
     def reward(self, role: str = "reward", total_steps: int | None = None) -> MegatronRewardModel:
         optimisation = None if total_steps is None else self._optimisation(role, total_steps)
         return MegatronRewardModel(
-            **self._common(role), recompute=self.recipe.memory.recompute, optimisation=optimisation
+            build_engine(
+                **self._common(role),
+                recompute=self.recipe.memory.recompute,
+                optimisation=optimisation,
+            )
         )
 
 
@@ -284,21 +195,13 @@ def _assemble_sft(
     actor = roles.actor(recipe.run.steps)
     runtime = {
         "actor": actor,
-        "phase": phase,
+        "timer": phase,
+        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, batch),
         "examples": lambda step: train.examples(step, batch, dp.rank, dp.size),
     }
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
-    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
     return Assembly(
-        recipe,
-        mesh,
-        tokenizer,
-        train,
-        held_out,
-        algorithm,
-        {"actor": actor.engine},
-        lambda: (evaluate_sft(actor, rows), []),
-        batch,
+        recipe, mesh, tokenizer, train, held_out, algorithm, {"actor": actor.engine}, batch
     )
 
 
@@ -315,21 +218,13 @@ def _assemble_reward_model(
     reward = roles.reward(total_steps=recipe.run.steps)
     runtime = {
         "reward": reward,
-        "phase": phase,
+        "timer": phase,
+        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, batch),
         "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size),
     }
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
-    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
     return Assembly(
-        recipe,
-        mesh,
-        tokenizer,
-        train,
-        held_out,
-        algorithm,
-        {"reward": reward.engine},
-        lambda: (evaluate_reward_model(reward, rows), []),
-        batch,
+        recipe, mesh, tokenizer, train, held_out, algorithm, {"reward": reward.engine}, batch
     )
 
 
@@ -370,20 +265,13 @@ def _assemble_dpo(
     runtime = {
         "actor": actor,
         "reference": reference,
-        "phase": phase,
+        "timer": phase,
+        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, batch),
         "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size),
     }
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
     return Assembly(
-        recipe,
-        mesh,
-        tokenizer,
-        train,
-        held_out,
-        algorithm,
-        {"actor": actor.engine},
-        lambda: (evaluate_pairs(algorithm.held_out, rows), []),
-        batch,
+        recipe, mesh, tokenizer, train, held_out, algorithm, {"actor": actor.engine}, batch
     )
 
 
@@ -412,27 +300,15 @@ def _assemble_ppo(
     roles.sampler_temperature = registry.build("rollout", block["rollout"], runtime).temperature
 
     actor = roles.actor(recipe.run.steps * updates)
-    critic = roles.critic(head, recipe.run.steps * updates)
+    critic = None
+    if "critic" in recipe.trained:
+        critic = roles.critic(head, recipe.run.steps * updates)
     reward_models = {
         role: roles.reward(role)
         for role in recipe.models
         if role == "reward" or role.startswith("reward_")
     }
     reference = roles.reference(actor)
-    runtime |= {
-        "actor": actor,
-        "critic": critic,
-        "reference": reference,
-        "reward_models": reward_models,
-        "minibatch": batch.minibatch,
-        "phase": phase,
-        "prompts": lambda step: train.prompts(
-            step, batch.prompts, batch.responses, dp.rank, dp.size
-        ),
-        "examples": _ptx_rows(recipe, mesh, tokenizer),
-        "probe": _probe(held_out, mesh),
-    }
-    algorithm = registry.build("algorithm", block, runtime)
     evaluation = recipe.evaluation
     sampling = Sampling(
         max_response=recipe.data.max_response,
@@ -442,16 +318,27 @@ def _assemble_ppo(
         repetition_penalty=evaluation.repetition_penalty,
         seed=recipe.run.seed,
     )
-    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, sequences)
     gold = gold_reward if recipe.data.format == "planted" else None
-
-    def evaluate() -> tuple[Metrics, list[dict[str, Any]]]:
-        return evaluate_policy(actor, reference, algorithm.reward, gold, rows, sources, sampling)
-
-    trained = {"actor": actor.engine, "critic": critic.engine}
-    return Assembly(
-        recipe, mesh, tokenizer, train, held_out, algorithm, trained, evaluate, sequences
-    )
+    runtime |= {
+        "actor": actor,
+        "critic": critic,
+        "reference": reference,
+        "reward_models": reward_models,
+        "minibatch": batch.minibatch,
+        "timer": phase,
+        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, sequences, gold),
+        "sampling": sampling,
+        "prompts": lambda step: train.prompts(
+            step, batch.prompts, batch.responses, dp.rank, dp.size
+        ),
+        "examples": _ptx_rows(recipe, mesh, tokenizer),
+        "probe": _probe(held_out, mesh),
+    }
+    algorithm = registry.build("algorithm", block, runtime)
+    trained = {"actor": actor.engine}
+    if critic is not None:
+        trained["critic"] = critic.engine
+    return Assembly(recipe, mesh, tokenizer, train, held_out, algorithm, trained, sequences)
 
 
 def _ptx_rows(

@@ -8,15 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gipo_megatron import environment
 from gipo_megatron.data import tokenizer as tokenizers
-from gipo_megatron.data.batching import load_data
 from gipo_megatron.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from gipo_megatron.errors import UserError
-from gipo_megatron.training import run_folder
-from gipo_megatron.training.assembly import check_tokenizer
+from gipo_megatron.weights.sources import check_tokenizer
 from tests.data.test_tokenizer import small_tokenizer
-from tests.recipe.helpers import small
 
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
 OTHER = CHAT.replace("': '", "'> '")
@@ -155,27 +151,6 @@ def test_another_data_template_is_warned_of(tmp_path: Path) -> None:
         f"{folder} was trained with data.template 'hh', this recipe has 'chatml'"
     )
     assert check_tokenizer(folder, byte_tokenizer(), "hh", WHERE) == []
-
-
-def test_a_run_prints_each_note_and_its_environment_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = small(tmp_path)
-    rows = load_data(recipe.data, byte_tokenizer(), "test", 0, "prompt")
-    run_folder.announce(
-        recipe,
-        1,
-        "started",
-        rows,
-        rows,
-        ["a was trained so", "b was trained so", "a was trained so"],
-    )
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "was trained" in line] == [
-        "  warning: a was trained so",
-        "  warning: b was trained so",
-    ]
-    assert [line for line in lines if "environment:" in line] == [f"  {environment.line()}"]
 
 
 def test_long_templates_are_shown_where_they_part(tmp_path: Path) -> None:

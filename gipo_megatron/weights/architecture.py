@@ -1,0 +1,100 @@
+"""The architecture of stored weights, read from their config.json or meta.json."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from gipo_megatron.data.hub import reach_hub
+from gipo_megatron.errors import UserError
+from gipo_megatron.specs import Architecture
+from gipo_megatron.weights.checkpoints import parse_meta
+from gipo_megatron.weights.hf_config import architecture_from_hf
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An architecture and the file that describes it."""
+
+    path: str
+    architecture: Architecture
+
+
+def stored_architecture(
+    load: str, role: str, where: str, *, may_be_hub: bool, network: bool
+) -> Stored | None:
+    """Return the architecture of the weights at `load`; None where none can be read yet.
+
+    That is the case for random weights, for a stage that is not trained yet and, without `network`,
+    for a hub model outside the local cache. `where` is the recipe key of `load`; `role` chooses
+    among a checkpoint's models. Raises UserError for what cannot be read.
+    """
+    if load == "random":
+        return None
+    folder = Path(load)
+    if not folder.exists():
+        return _hub(load, where, network) if may_be_hub else None
+    config = folder / "config.json"
+    if (folder / "meta.json").is_file() and (stored := _of_checkpoint(folder, role)) is not None:
+        return stored
+    if config.is_file():
+        return Stored(str(config), _of_folder(folder, str(config)))
+    newest = folder / "final"
+    raise UserError(
+        f"{folder} is neither a checkpoint (meta.json) nor a Hugging Face folder (config.json)",
+        fix=(
+            f"{where}={newest}"
+            if newest.exists()
+            else "give the folder of one checkpoint, or of one Hugging Face model"
+        ),
+    )
+
+
+def _of_checkpoint(folder: Path, role: str) -> Stored | None:
+    """One recipe made all roles of a checkpoint, so they share their architecture; a critic may
+    start from a checkpoint without one."""
+    path, meta = str(folder / "meta.json"), parse_meta(folder)
+    if meta is None:
+        return None
+    if not meta.roles:
+        raise UserError(
+            f"{path} describes no architecture that this program knows: it lists no role",
+            fix="use another checkpoint",
+        )
+    first = next(iter(meta.roles))
+    return Stored(path, meta.roles[role if role in meta.roles else first].architecture)
+
+
+def _of_folder(folder: Path, name: str) -> Architecture:
+    try:
+        return architecture_from_hf(folder)
+    except UserError as error:
+        raise UserError(f"{name}: {error.what}", fix=error.fix) from None
+
+
+def _hub(load: str, where: str, network: bool) -> Stored | None:
+    """Read config.json from the local cache, else, with `network`, that file alone from the hub."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # slow to import
+
+    name = f"{load}/config.json (hub)"
+    cached = try_to_load_from_cache(load, "config.json")
+    if isinstance(cached, str):
+        return Stored(name, _of_folder(Path(cached).parent, name))
+    if not network:
+        return None
+    fix = (
+        "download the model and load its folder, or add with=model/NAME (recipes/model/), which"
+        " writes an architecture"
+    )
+    reach_hub(load, where, fix)
+    # Not into the cache: a snapshot there that holds config.json alone would pass for the model
+    # itself.
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            hf_hub_download(load, "config.json", local_dir=folder)
+        # all that the client raises: no such model, no access, no config.json
+        except (OSError, ValueError) as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            raise UserError(f"cannot get {name}: {reason}", fix=fix) from None
+        return Stored(name, _of_folder(Path(folder), name))

@@ -1,0 +1,187 @@
+"""Checkpoint folders of this project: the kind of a folder of weights, and meta.json as a value."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.files import write_json
+from gipo_megatron.specs import Architecture, HeadSpec
+
+FORMAT, VERSION = "gipo_megatron", 2  # 2: FP8 scaling state as tensors; all else as in 1
+HF_FILES = ("config.json", "generation_config.json")
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class RoleMeta:
+    """One model of a checkpoint."""
+
+    architecture: Architecture
+    head: str | None = None  # in place of the output layer: "value" or "score"
+    dtype: str | None = None  # None in the first checkpoints, which did not record it
+    num_groups: int | None = None  # None: no group head
+    group_input: str | None = None
+    trained: bool = False  # saved with its optimizer
+
+    @property
+    def group(self) -> HeadSpec | None:
+        """The group head, to be loaded but not trained."""
+        if self.num_groups is None or self.group_input is None:
+            return None
+        return HeadSpec(self.num_groups, self.group_input, detach_trunk=True)
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """meta.json. The caller of `save` gives the origin; `roles` and `files` are filled in there."""
+
+    step: int = 0
+    roles: dict[str, RoleMeta] = field(default_factory=dict)
+    files: dict[str, int] | None = None  # path in the folder -> bytes
+    version: int = VERSION
+    recipe: str = ""  # its name; empty for a converted model
+    hub: str = ""
+    commit: str = ""
+    parallel: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None  # its fingerprint
+    chat_template: str | None = None
+    template: str | None = None  # data.template of the run
+    style: str | None = None  # of the data: a single prompt, or messages
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / "meta.json", {"format": FORMAT, **asdict(self)})
+
+
+def parse_meta(path: Path) -> CheckpointMeta | None:
+    """Return meta.json of a checkpoint folder, its files unchecked; None for another program's.
+
+    Raises UserError for a file that cannot be read, and for a newer version.
+    """
+    file = path / "meta.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unusable(path, f"{file}: unreadable meta.json: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return None
+    if content.get("version", 1) > VERSION:
+        raise UserError(
+            f"checkpoint version {content['version']} is newer than this program's {VERSION}",
+            where=str(path),
+            fix="update the program",
+        )
+    known = {f.name for f in fields(CheckpointMeta)}
+    try:
+        roles = {
+            role: RoleMeta(**{**about, "architecture": Architecture(**about["architecture"])})
+            for role, about in content.get("roles", {}).items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        what = f"{file} describes no architecture that this program knows: {error}"
+        raise _unusable(path, what) from None
+    plain = {key: value for key, value in content.items() if key in known}
+    return CheckpointMeta(**{**plain, "roles": roles})
+
+
+def read_meta(path: Path) -> CheckpointMeta:
+    """Return a checkpoint's meta.json after comparing every file's size with it.
+
+    Raises UserError when `path` is no checkpoint, a damaged one, or of a newer version.
+    """
+    meta = parse_meta(path) if weights_kind(path) == "checkpoint" else None
+    if meta is None:
+        raise UserError(
+            f"{path} is a Hugging Face folder, not a checkpoint of this project", where=str(path)
+        )
+    if meta.files is None:
+        raise _unusable(path, "meta.json does not list the checkpoint's files")
+    for name, size in meta.files.items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes, {size} were written"
+            raise UserError(
+                f"damaged checkpoint: {name} {state}",
+                where=str(path),
+                fix=(
+                    "copy it again, or use another; a run resumes from the checkpoint before it"
+                    " when this folder is removed"
+                ),
+            )
+    return meta
+
+
+def _unusable(path: Path, what: str) -> UserError:
+    return UserError(what, where=str(path), fix="use another checkpoint")
+
+
+def with_contents(meta: CheckpointMeta, folder: Path, roles: dict[str, RoleMeta]) -> CheckpointMeta:
+    """Return `meta` with the models and the file sizes of a folder that is about to be named."""
+    files = {
+        str(p.relative_to(folder)): p.stat().st_size
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+    return replace(meta, roles=roles, files=files)
+
+
+def read_hf_files(folder: Path) -> dict[str, str]:
+    """Return the text of config.json and generation_config.json, where the folder has them."""
+    return {
+        name: (folder / name).read_text(encoding="utf-8")
+        for name in HF_FILES
+        if (folder / name).is_file()
+    }
+
+
+def weights_kind(path: Path) -> str:
+    """Return "checkpoint" (of this project) or "huggingface", judged by the folder's content.
+
+    Raises UserError that lists what was found instead.
+    """
+    if not path.exists():
+        raise UserError(
+            f"nothing to load at {path}",
+            fix="give a Hugging Face folder, a checkpoint of this project, or `random`",
+        )
+    found = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    if "meta.json" in found and parse_meta(path) is not None:
+        return "checkpoint"
+    if "config.json" in found and any(name.endswith(".safetensors") for name in found):
+        return "huggingface"
+    if "config.json" in found and any(name.endswith(".bin") for name in found):
+        raise UserError(
+            "a Hugging Face folder without safetensors",
+            where=str(path),
+            fix="save it again with safe_serialization=True",
+        )
+    shown = ", ".join(found[:8]) + (" …" if len(found) > 8 else "") if path.is_dir() else "a file"
+    hint = f"; its newest checkpoint is {newest}" if (newest := latest(path)) else ""
+    raise UserError(
+        "neither a checkpoint (meta.json) nor a Hugging Face folder (config.json + *.safetensors);"
+        f" found: {shown or 'nothing'}{hint}",
+        where=str(path),
+        fix="give the folder of one checkpoint, or of one Hugging Face model",
+    )
+
+
+def steps(directory: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of the complete checkpoints in DIR, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(
+        (int(match.group(1)), path)
+        for path in directory.iterdir()
+        if (match := _STEP.fullmatch(path.name)) and (path / "meta.json").is_file()
+    )
+
+
+def latest(directory: Path) -> Path | None:
+    """Return the newest complete checkpoint in DIR, or None."""
+    found = steps(directory)
+    return found[-1][1] if found else None

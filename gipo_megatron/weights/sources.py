@@ -1,0 +1,124 @@
+"""Where weights come from, and whether their tokenizer and chat template are the recipe's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gipo_megatron.data.hub import is_hub_name, reach_hub
+from gipo_megatron.data.templates import choose, parting
+from gipo_megatron.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_facts
+from gipo_megatron.errors import UserError
+from gipo_megatron.weights.checkpoints import read_meta, weights_kind
+
+
+def locate(load: str, where: str) -> Path:
+    """Return a local folder for `load`: itself, or the hub's snapshot.
+
+    Raises UserError when there is neither.
+    """
+    if Path(load).exists():
+        return Path(load)
+    fix = "train that stage first, or give a Hugging Face folder or a checkpoint"
+    if not is_hub_name(load) or load.startswith("runs/"):
+        raise UserError(f"nothing to load at {load!r}", where=where, fix=fix)
+    from huggingface_hub import snapshot_download  # slow to import
+
+    patterns = ["*.safetensors", "*.json", "tokenizer*"]
+    try:
+        # a cached copy needs no network
+        cached = Path(snapshot_download(load, allow_patterns=patterns, local_files_only=True))
+        if any(cached.glob("*.safetensors")):  # a snapshot may hold a tokenizer alone
+            return cached
+    except OSError:
+        pass
+    reach_hub(load, where, fix)
+    return Path(snapshot_download(load, allow_patterns=patterns))
+
+
+def find_tokenizer(spec: str, loads: Mapping[str, str]) -> Tokenizer:
+    """Return the tokenizer that `spec` names or, for an empty one, that of the first weights.
+
+    loads: {recipe key: weights}. Raises UserError when all weights are random.
+    """
+    if spec:
+        return load_tokenizer(spec, where="model.tokenizer")
+    for where, load in loads.items():
+        if load != "random":
+            return load_tokenizer(str(_tokenizer_folder(locate(load, where))), where=where)
+    raise UserError(
+        "all weights are random, so no tokenizer lies beside them",
+        where="model.tokenizer",
+        fix="name one, or use `bytes`, the built-in one",
+    )
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    """A checkpoint has a folder for its tokenizer; a Hugging Face folder holds it itself."""
+    beside = folder / "tokenizer"
+    return beside if beside.is_dir() else folder
+
+
+def stored_fingerprint(folder: Path, known: Tokenizer) -> str | None:
+    """Return the fingerprint of the tokenizer that weights were made with, where it is recorded.
+
+    known: a loaded tokenizer; the one in `folder` is not read again when it is this one.
+    """
+    if weights_kind(folder) == "checkpoint":
+        return read_meta(folder).tokenizer
+    return tokenizer_facts(folder, known)[0]
+
+
+def tokenizer_difference(one: Path, other: Path) -> str:
+    """Return how the tokenizers of two folders of weights differ, where both can be read."""
+    folders = [
+        folder / "tokenizer" if weights_kind(folder) == "checkpoint" else folder
+        for folder in (one, other)
+    ]
+    if not all(folder.is_dir() for folder in folders):
+        return ""
+    a, b = (load_tokenizer(str(folder), str(folder)) for folder in folders)
+    return f": {a.difference(b)}"
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, template: str, where: str) -> list[str]:
+    """Compare the tokenizer and template that weights were made with to the recipe's.
+
+    A checkpoint records both in meta.json (older ones only the first); of a Hugging Face folder the
+    tokenizer in it counts, where it holds one. template: the recipe's `data.template`. Returns
+    warnings. Raises UserError for another tokenizer, whose ids mean another text, and for another
+    chat template where the recipe uses the tokenizer's.
+    """
+    trained_with = None
+    if weights_kind(folder) == "checkpoint":
+        meta, home = read_meta(folder), folder / "tokenizer"
+        fingerprint, chat_template = meta.tokenizer, meta.chat_template
+        trained_with = meta.template
+    else:
+        home = folder
+        fingerprint, chat_template = tokenizer_facts(folder, tokenizer)
+    fix = f"model.tokenizer={home}"
+    if fingerprint not in (None, tokenizer.fingerprint):
+        how = ""
+        if home.is_dir():
+            how = f": {load_tokenizer(str(home), where).difference(tokenizer)}"
+        raise UserError(
+            f"{folder} was made with another tokenizer than this recipe's{how}",
+            where=where,
+            fix=fix,
+        )
+    uses_own = choose(template, "messages", tokenizer).name == "chat"
+    mine = tokenizer.chat_template if uses_own else None
+    if mine is not None and chat_template not in (None, mine):
+        raise UserError(
+            f"two chat templates: {folder} has {parting(chat_template, mine)}, the recipe's"
+            f" tokenizer ({tokenizer.inner.name_or_path}) has {parting(mine, chat_template)}",
+            where=where,
+            fix=f"{fix}, or write data.template explicitly: hh, plain, chatml, or a jinja template",
+        )
+    if trained_with in (None, template):
+        return []
+    return [
+        f"{folder} was trained with data.template {parting(trained_with, template)}, this recipe"
+        f" has {parting(template, trained_with)}: other words around the same conversation"
+    ]
