@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gipo_megatron.planning.counting import Call, Work
+from gipo_megatron.planning.counting import Call, Iteration, added_up
 from gipo_megatron.recipe.schema import Recipe
 
 
@@ -68,16 +68,17 @@ class BatchPlan:
         return f"{times}{self.rows} / {self.minibatch} = {noun}"
 
 
-def batch_plan(recipe: Recipe, work: Work) -> BatchPlan:
-    batch, rollout = recipe.batch, work.sampling is not None
-    first = work.calls[0]
+def batch_plan(recipe: Recipe, iteration: Iteration) -> BatchPlan:
+    batch, first = recipe.batch, iteration.calls[0]
+    rollout = any(call.verb == "generate" for call in iteration.calls)
+    updates = added_up(call for call in iteration.calls if call.verb == "update")
     return BatchPlan(
         replicas=recipe.data_parallel,
         rows=batch.prompts * batch.responses if rollout else batch.minibatch,
         sequences_per_row=first.sequences // first.rows,
         minibatch=batch.minibatch,
         micro_batch=batch.micro_batch,
-        updates={role: call.count for role, call in work.updates.items()},
+        updates={call.role: call.count for call in updates},
         prompts=batch.prompts if rollout else None,
         max_length=recipe.data.max_length,
     )

@@ -1,5 +1,5 @@
-"""Floating point operations of an iteration, and how long it may take: an estimate from data-sheet
-rates and the assumptions below."""
+"""Floating point operations and time of an iteration: estimates from data-sheet rates and the
+assumptions below."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from gipo_megatron.planning.memory import Footprint, Phase, slot_of
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.telemetry.performance import PEAK_FLOPS, flops
 
-# share of the peak that matrix products reach, forward and backward, tensor parallel traffic
-# included
+# share of the peak in matrix products, forward and backward, tensor parallel traffic included
 ASSUMED_MFU = 0.40
 DECODE_KERNELS = 22  # a layer of decode.Decoder launches about as many
 LAUNCH_SECONDS = 5e-6  # of one kernel
@@ -25,9 +24,6 @@ NODE_BANDWIDTH = 50e9  # bytes/s a GPU between nodes, one 400 Gbit/s adapter eac
 NVLINK_BANDWIDTH = 450e9  # bytes/s a GPU within a node, one direction
 
 
-KINDS = ("generate", "forward", "update")  # calls that compute
-
-
 @dataclass(frozen=True)
 class Gpu:
     """Dense data-sheet rates of one GPU."""
@@ -35,11 +31,11 @@ class Gpu:
     name: str
     bf16: float  # FLOP/s
     fp8: float  # FLOP/s; 0: has none
-    bandwidth: float  # bytes/s of its own memory
+    bandwidth: float  # bytes/s of its memory
 
 
-# By memory in GiB, which is all a recipe says. 80 GiB is taken for an H100 (an A100 of 80 GiB: 312
-# TFLOP/s, no FP8, 2.04 TB/s).
+# By memory in GiB, the only thing that a recipe states; the nearest is taken. 80 GiB is an H100 (an
+# A100 of 80 GiB: 312 TFLOP/s, no FP8, 2.04 TB/s).
 GPUS = {
     40: Gpu("A100 40 GB", PEAK_FLOPS["A100"], 0.0, 1.56e12),
     80: Gpu("H100 SXM", PEAK_FLOPS["H100"], 1979e12, 3.35e12),
@@ -72,24 +68,20 @@ class Timing:
         return sum(work.flops for work in self.works)
 
 
-def gpu_of(recipe: Recipe) -> Gpu:
-    """The listed GPU whose memory is nearest to the recipe's."""
-    return GPUS[min(GPUS, key=lambda size: abs(size - recipe.hardware.gpu_memory_gib))]
-
-
 def bubble(recipe: Recipe, slots: int) -> float:
-    """Idle time over busy time of a pipeline: (p - 1) / (m v) (Narayanan et al. 2021)."""
+    """Idle over busy time of a pipeline: (p - 1) / (m v) (Narayanan et al. 2021)."""
     return (recipe.parallel.pipeline - 1) / (slots * recipe.parallel.virtual_pipeline)
 
 
 def timing(recipe: Recipe, batch: BatchPlan, footprint: Footprint, gpus_per_node: int) -> Timing:
     """One iteration, every sequence at its longest: an upper bound of the work. The rates are
     assumed, not measured."""
-    estimates = Estimates(recipe, batch, footprint.roles, gpu_of(recipe), gpus_per_node)
-    iteration = [p for p in footprint.phases if p.call.verb in KINDS and p.call.reads != DATASET]
-    works = [estimates.work(phase) for phase in iteration if phase.call.reads == BATCH]
-    moved = sum(phase.moved for phase in iteration)
-    return Timing(estimates.gpu, tuple(works), moved / HOST_BANDWIDTH)
+    gpu = GPUS[min(GPUS, key=lambda size: abs(size - recipe.hardware.gpu_memory_gib))]
+    estimates = Estimates(recipe, batch, footprint.roles, gpu, gpus_per_node)
+    phases = [phase for phase in footprint.phases if phase.call.rows]  # not set-up and save
+    works = [estimates.work(phase) for phase in phases if phase.call.reads == BATCH]
+    moved = sum(phase.moved for phase in phases if phase.call.reads != DATASET)
+    return Timing(gpu, tuple(works), moved / HOST_BANDWIDTH)
 
 
 def peak_rate(recipe: Recipe, gpu: Gpu) -> float:
@@ -109,14 +101,13 @@ class Estimates:
     gpus_per_node: int
 
     def work(self, phase: Phase) -> Work:
-        call, slots = phase.call, self.batch.slots_of(phase.call)
-        if call.verb == "generate":
+        if phase.call.verb == "generate":
             return self._rollout(phase)
-        peak = peak_rate(self.recipe, self.gpu)
+        call, tokens = phase.call, self.batch.tokens(phase.call)
+        slots, peak = self.batch.slots_of(call), peak_rate(self.recipe, self.gpu)
         if call.verb == "forward":
-            return self._matrix(phase.name, self.batch.tokens(call), 1, 0.0, slots, peak)
-        tokens = self.batch.tokens(call)
-        work = self._matrix(phase.name, tokens, 3, self._computed_again, slots, peak)
+            return self._matrix(call.name, tokens, 1, 0.0, slots, peak)
+        work = self._matrix(call.name, tokens, 3, self._computed_again, slots, peak)
         return replace(work, seconds=work.seconds + call.count * self._exchange(call.role))
 
     def _matrix(

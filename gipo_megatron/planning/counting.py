@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe import registry
-from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.recipe.schema import ROLES, Recipe
 from gipo_megatron.roles import SingleReplica
-from gipo_megatron.specs import Sampling
+from gipo_megatron.specs import Sampling, base_role
 from gipo_megatron.types import (
     BatchLoss,
     CriticOutput,
@@ -60,22 +61,12 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Work:
-    """All calls of an algorithm's roles."""
+class Iteration:
+    """All calls of an algorithm's roles, in order."""
 
-    built: tuple[str, ...]  # roles in the order in which a run builds them
+    built: tuple[str, ...]  # roles
     once: tuple[Call, ...]  # before the first iteration, by roles that are freed afterwards
-    calls: tuple[Call, ...]  # of one iteration, in order
-
-    @property
-    def sampling(self) -> Sampling | None:
-        """How responses are drawn; None where none are."""
-        return next((call.sampling for call in self.calls if call.verb == "generate"), None)
-
-    @property
-    def updates(self) -> dict[str, Call]:
-        """Role -> its optimizer steps of one iteration."""
-        return {call.role: call for call in added_up(self.calls) if call.verb == "update"}
+    calls: tuple[Call, ...]  # of one iteration
 
     @property
     def forward_equivalents(self) -> int:
@@ -95,7 +86,7 @@ def added_up(items: Iterable[Any]) -> list[Any]:
     return list(found.values())
 
 
-def count(recipe: Recipe) -> Work:
+def count(recipe: Recipe) -> Iteration:
     """Run one iteration of the recipe's algorithm.
 
     Raises UserError where its page does not run on made-up rows.
@@ -112,7 +103,7 @@ def count(recipe: Recipe) -> Work:
             fix="a plan calls `step` once, with roles that return zeros and rows of two tokens",
         ) from error
     notes = runtime.notes
-    return Work(
+    return Iteration(
         built=tuple(runtime.built),
         once=tuple(note for note in notes if note.reads == DATASET),
         calls=tuple(note for note in notes if note.reads != DATASET),
@@ -208,6 +199,9 @@ class CountingRole:
     def score(self, batch: Rows) -> Tensor:
         return self._forward("scores", batch)[:, 0]
 
+    def features(self, batch: Rows, position: str) -> Tensor:
+        return self._forward("features", batch)[:, :1]
+
     def update(self, *parts: tuple[Rows, BatchLoss]) -> Update:
         rows = sum(len(batch) for batch, _ in parts)
         read = sum(len(batch.sequences) for batch, _ in parts)
@@ -247,26 +241,24 @@ class Runtime(dict[str, Any]):
         self[name] = self.make.get(name, lambda: None)()
         return self[name]
 
-    def _role(self, role: str) -> CountingRole:
-        self.built.append(role)
-        return CountingRole(role, self)
-
     def _providers(self, recipe: Recipe) -> dict[str, Callable[[], Any]]:
         batch, block = recipe.batch, recipe.algorithm
+
+        def role(name: str) -> CountingRole | None:
+            if name not in recipe.models:  # a role that is optional
+                return None
+            if name == "reference" and block.get("precompute"):
+                return CountingRole(name, self, DATASET)
+            self.built.append(name)
+            return CountingRole(name, self)
+
+        rewards = [name for name in recipe.models if base_role(name) == "reward"]
         # a run reads the names of its sources from the data
         sources = tuple(block.get("group_classifier", {}).get("groups") or ("one", "another"))
         rows = prompts(batch.prompts, batch.responses, sources)
-        passing = block.get("precompute", False)
         return {
-            "actor": lambda: self._role("actor"),
-            "critic": lambda: self._role("critic"),
-            "reward": lambda: self._role("reward"),
-            "reward_models": lambda: {
-                role: self._role(role) for role in recipe.models if role.startswith("reward")
-            },
-            "reference": lambda: (
-                CountingRole("reference", self, DATASET) if passing else self._role("reference")
-            ),
+            **{name: partial(role, name) for name in ROLES},
+            "reward_models": lambda: {name: role(name) for name in rewards},
             "dp": SingleReplica,
             "seed": lambda: recipe.run.seed,
             "sources": lambda: sources,
@@ -276,5 +268,5 @@ class Runtime(dict[str, Any]):
             "examples": lambda: lambda step: sequences(batch.minibatch),
             "pairs": lambda: lambda step: pairs(batch.minibatch),
             "probe": lambda: sequences(PROBE_ROWS, Probe),
-            "phase": lambda: lambda name: nullcontext(),
+            "timer": lambda: lambda name: nullcontext(),
         }

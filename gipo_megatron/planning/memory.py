@@ -15,9 +15,9 @@ from gipo_megatron.megatron.microbatches import padded_length
 from gipo_megatron.megatron.precision import DTYPES, length_multiple
 from gipo_megatron.planning.activations import Pass, Slot, forward, generation, need_of, training
 from gipo_megatron.planning.arithmetic import BatchPlan
-from gipo_megatron.planning.counting import BATCH, Call, Work, added_up
+from gipo_megatron.planning.counting import BATCH, Call, Iteration, added_up
 from gipo_megatron.recipe.schema import Recipe
-from gipo_megatron.specs import Sampling
+from gipo_megatron.specs import Sampling, head_of
 
 GIB = 2**30
 CONTEXT_BYTES = 2 * GIB  # CUDA context, kernels, NCCL's buffers
@@ -58,8 +58,6 @@ class Phase:
 class Footprint:
     """The models, phases and host memory of one rank."""
 
-    rank: int
-    stage: int
     roles: dict[str, Shard]
     phases: tuple[Phase, ...]  # set-up, what is done once, an iteration, a save
     # bytes of host memory for the models that are offloaded; pinned in pieces of powers of two
@@ -67,6 +65,11 @@ class Footprint:
     host: int
     # bytes of host memory that a save needs at most, on the first replica's rank and on another's
     staged: tuple[int, int]
+
+    @property
+    def shard(self) -> Shard:
+        """Any role's."""
+        return next(iter(self.roles.values()))
 
     @property
     def worst(self) -> Phase:
@@ -88,11 +91,6 @@ def staging(gradients: int, replicas: int) -> tuple[int, int]:
     """
     share = 3 * gradients // replicas
     return share + 3 * gradients + 3 * gradients, share
-
-
-def head_of(role: str) -> str | None:
-    """The scalar head that replaces the output layer."""
-    return "value" if role == "critic" else "score" if role.startswith("reward") else None
 
 
 @dataclass
@@ -149,21 +147,21 @@ class Device:
 
 
 def footprints(
-    recipe: Recipe, batch: BatchPlan, work: Work, stages: Sequence[dict[str, Shard]]
+    recipe: Recipe, batch: BatchPlan, iteration: Iteration, stages: Sequence[dict[str, Shard]]
 ) -> tuple[Footprint, ...]:
     """One rank of each of these pipeline stages. All generate as many rows at once as the one with
     the least room."""
-    alone = [footprint(recipe, batch, work, roles) for roles in stages]
+    alone = [footprint(recipe, batch, iteration, roles) for roles in stages]
     rows = [phase.work.rows for found in alone for phase in found.phases if phase.work.rows]
     if not rows:
         return tuple(alone)
-    return tuple(footprint(recipe, batch, work, roles, min(rows)) for roles in stages)
+    return tuple(footprint(recipe, batch, iteration, roles, min(rows)) for roles in stages)
 
 
 def footprint(
     recipe: Recipe,
     batch: BatchPlan,
-    work: Work,
+    iteration: Iteration,
     roles: dict[str, Shard],
     together: int | None = None,
 ) -> Footprint:
@@ -174,22 +172,19 @@ def footprint(
     """
     device = Device(recipe, roles)
     calls = Calls(recipe, batch, device, together)
-    built = [role for role in work.built if role != "reference" or not calls.swaps]
+    built = [role for role in iteration.built if role != "reference" or not calls.swaps]
     set_up = [device.build(role) for role in built]
     once = []
-    for call in work.once:
+    for call in iteration.once:
         device.build(call.role)
         once.append(calls.phase(call))
         device.present.pop(call.role)
     for _ in range(2):  # the second iteration is like all others
-        iteration = [calls.phase(call) for call in work.calls]
+        usual = [calls.phase(call) for call in iteration.calls]
     saves = [calls.phase(Call("save", "save", role)) for role in recipe.trained]
     largest = max([*set_up, *once], key=lambda phase: phase.peak)
-    phases = [*([largest] if largest in set_up else []), *once, *iteration, *saves]
-    shard = next(iter(roles.values()))
+    phases = [*([largest] if largest in set_up else []), *once, *usual, *saves]
     return Footprint(
-        rank=shard.rank,
-        stage=shard.stage,
         roles=roles,
         phases=tuple(added_up(phases)),
         host=sum(s.weights + s.optimizer for role, s in roles.items() if device.offloaded(role)),

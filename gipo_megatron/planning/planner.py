@@ -8,9 +8,9 @@ from gipo_megatron.megatron.meta_shard import Shard, build, groups, pretend
 from gipo_megatron.planning.arithmetic import BatchPlan, batch_plan
 from gipo_megatron.planning.compute import Timing, timing
 from gipo_megatron.planning.counting import count
-from gipo_megatron.planning.memory import Footprint, budget, footprints, head_of
+from gipo_megatron.planning.memory import Footprint, budget, footprints
 from gipo_megatron.recipe.schema import Recipe
-from gipo_megatron.specs import Architecture, Parallel, Precision
+from gipo_megatron.specs import Architecture, Parallel, Precision, head_of
 
 NODE = 8  # GPUs a node, unless the recipe has fewer
 Kind = tuple[str | None, bool]  # scalar head, trained
@@ -73,9 +73,9 @@ class Planner:
             + stages[second][role].parameters * max(0, last - 1)
             for role in recipe.models
         }
-        work = count(recipe)
-        batch = batch_plan(recipe, work)
-        found = footprints(recipe, batch, work, list(stages.values()))
+        iteration = count(recipe)
+        batch = batch_plan(recipe, iteration)
+        found = footprints(recipe, batch, iteration, list(stages.values()))
         heaviest = max(found, key=lambda footprint: footprint.worst.peak)
         on_gpu = recipe.hardware.gpu_memory_gib > 0
         return Plan(

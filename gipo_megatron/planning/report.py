@@ -115,8 +115,8 @@ def _models(plan: Plan) -> list[str]:
         shown = [_size(number, unit) for number in sizes]
         rows.append([role, f"{plan.parameters[role]:,}", *shown, plan.recipe.models[role].offload])
     title = (
-        f"models: all parameters; {unit[0]} on the heaviest rank, {found.rank} (pipeline stage"
-        f" {found.stage})"
+        f"models: all parameters; {unit[0]} on the heaviest rank, {found.shard.rank} (pipeline"
+        f" stage {found.shard.stage})"
     )
     if found.host:
         ranks = min(plan.gpus_per_node, plan.recipe.world)

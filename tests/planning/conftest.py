@@ -76,9 +76,9 @@ def shipped() -> list[str]:
 
 
 def documented() -> dict[str, str]:
-    """Command line of tools/plan.py -> what docs/scaling.md shows of its answer."""
+    """Arguments of `gipo plan` -> the part of its output in docs/scaling.md."""
     return dict(
-        re.findall(r"```\n\$ python tools/plan\.py ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL)
+        re.findall(r"```\n\$ gipo plan ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL)
     )
 
 

@@ -53,7 +53,7 @@ def plan(case: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "parameters": found.parameters,
-        "stage": found.heaviest.stage,
+        "stage": found.heaviest.shard.stage,
         "phases": phases,
         "worst": found.heaviest.worst.name,
         "peak": found.heaviest.worst.peak,

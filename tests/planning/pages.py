@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -28,6 +28,9 @@ def needs_text(prompt: str, response: str, extras: dict[str, Any]) -> float:
 class Twice:
     """Two optimizer steps on the same examples."""
 
+    data: ClassVar[str] = "sft"
+    trained: ClassVar[tuple[str, ...]] = ("actor",)
+
     actor: Actor = from_runtime("actor")
     examples: Callable[[int], Sequences] = from_runtime("examples")
 
@@ -37,17 +40,14 @@ class Twice:
             self.actor.update((batch, likelihood))
         return StepResult({})
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
 
 @register("algorithm", "test_in_turn")
 @dataclass
 class InTurn:
     """A rollout, then an update of the reward model and one of the actor for each minibatch."""
+
+    data: ClassVar[str] = "prompt"
+    trained: ClassVar[tuple[str, ...]] = ("reward", "actor")
 
     reward: RewardModel = from_runtime("reward")
     actor: Actor = from_runtime("actor")
@@ -68,17 +68,14 @@ class InTurn:
     def score_loss(self, output: Tensor, batch: Rollout) -> Loss:
         return Loss({"score": (output.sum(), "sequence")})
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
 
 @register("algorithm", "test_reads_text")
 @dataclass
 class ReadsText:
     """Needs real rows."""
+
+    data: ClassVar[str] = "prompt"
+    trained: ClassVar[tuple[str, ...]] = ("actor",)
 
     actor: Actor = from_runtime("actor")
     prompts: Callable[[int], Prompts] = from_runtime("prompts")
@@ -86,9 +83,3 @@ class ReadsText:
     def step(self, step: int) -> StepResult:
         int(self.prompts(step).extras[0]["prompt"])
         return StepResult({})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.planning.counting import LATE, Call, Runtime, Work, build, count
+from gipo_megatron.planning.counting import LATE, Call, Iteration, Runtime, added_up, build, count
 from gipo_megatron.recipe.compose import compose
 from tests.parity.planning_cases import RECIPES
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.global_rng  # imports what a recipe's names need
 PLUGIN = "plugins=[tests.planning.pages]"
 
 
-def counted(*words: str) -> Work:
+def counted(*words: str) -> Iteration:
     return count(compose(words, RECIPES))
 
 
@@ -55,17 +55,18 @@ def test_a_rollout_and_its_updates() -> None:
     ]
     assert work.calls[-1].name == "group probe"
     assert sorted(work.built) == ["actor", "critic", "reference", "reward"]
-    assert work.sampling is not None and (work.sampling.top_k, work.sampling.max_response) == (
-        7,
-        512,
-    )
-    assert {role: call.count for role, call in work.updates.items()} == {"critic": 8, "actor": 8}
+    sampling = work.calls[0].sampling
+    assert sampling is not None and (sampling.top_k, sampling.max_response) == (7, 512)
 
 
 def test_rows_that_are_mixed_in_are_counted() -> None:
     """ptx adds a minibatch of examples to each of the actor's updates."""
     work = counted("recipe=hh_ppo_kl", "algorithm.ptx=0.1")
-    assert [work.updates[role].rows for role in ("critic", "actor")] == [256, 512]
+    updates = [call for call in added_up(work.calls) if call.verb == "update"]
+    assert [(call.role, call.rows, call.count) for call in updates] == [
+        ("critic", 256, 4),
+        ("actor", 512, 4),
+    ]
 
 
 def test_rewards_call_as_many_models_as_they_have() -> None:
@@ -95,10 +96,10 @@ def test_groups_that_are_given_have_made_up_sources() -> None:
     ],
 )
 def test_the_pages_own_count_agrees(words: tuple[str, ...]) -> None:
-    """StepResult.passes is per sequence of the batch."""
+    """A page counts per sequence of the batch."""
     recipe = compose(words, RECIPES)
     runtime = Runtime(recipe)
-    passes = build(recipe, runtime).step(LATE).passes
+    passes = build(recipe, runtime).step(LATE).forward_equivalents
     work = count(recipe)
     assert work.forward_equivalents == passes * work.calls[0].sequences
 
