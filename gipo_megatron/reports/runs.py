@@ -1,4 +1,4 @@
-"""Run folders, read back (what they hold: README, design of the run folder)."""
+"""Reading of run folders (docs/running.md describes their files)."""
 
 from __future__ import annotations
 
