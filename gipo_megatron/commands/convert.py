@@ -41,13 +41,13 @@ def main(argv: Sequence[str]) -> int:
 @contextmanager
 def single_process() -> Iterator[dict[str, Any]]:
     """Yield the mesh of one process and a progress line, as keyword arguments."""
-    from gipo_megatron.conversion.progress import Progress
     from gipo_megatron.megatron.mesh import Mesh
     from gipo_megatron.specs import Parallel
+    from gipo_megatron.telemetry.console import Display
 
     mesh = Mesh.create(Parallel())
     try:
-        yield {"mesh": mesh, "progress": Progress()}
+        yield {"mesh": mesh, "progress": Display()}
     finally:
         mesh.close()
 

@@ -10,8 +10,6 @@ with the same data.format (planted: one folder for each format).
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from gipo_megatron.data.planted import write_planted
 from gipo_megatron.data.templates import choose
 from gipo_megatron.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import write_jsonl
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 NAMES = {"preference": ("chosen", "rejected"), "sft": ("response",), "prompt": ()}
@@ -128,13 +127,10 @@ def write(data: Dataset, kind: str, split: str, tokenizer: Tokenizer, out: Path)
     written = []
     for source in data.sources:
         file = out / source / f"{split}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
         rows = (
             row_of(example, kind, tokenizer) for example in data.rows if example.source == source
         )
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(part, file)
+        write_jsonl(file, rows)
         written.append(file)
     return written
 

@@ -25,7 +25,7 @@ def _no_compiler() -> Iterator[None]:
         return plain if function is None else function
 
     compile_ = torch.compile
-    torch.compile = plain
+    torch.compile = plain  # type: ignore[assignment]
     try:
         yield
     finally:

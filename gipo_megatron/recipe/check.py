@@ -332,7 +332,7 @@ def run(run: Run, tree: Tree) -> Found:
 
 def unused_models(models: dict[str, ModelConfig], needs: Needs, tree: Tree) -> Found:
     for role in models:
-        if is_role(role) and role not in needs.roles:
+        if is_role(role) and role not in (*needs.roles, *needs.optional):
             yield Problem(
                 f"models.{role}",
                 "not loaded: nothing in this recipe asks for it",

@@ -3,14 +3,11 @@ keys are read."""
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass, fields
 
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.schema import ROLES, TRAINING_KEYS, Evaluation
 from gipo_megatron.recipe.source import Block, Leaf, Node
-from gipo_megatron.recipe.validate import hints
-from gipo_megatron.roles import Trainable
 
 ROLLOUT_KEYS = (
     "batch.prompts",
@@ -27,6 +24,7 @@ class Needs:
     runtime: frozenset[str]
     roles: tuple[str, ...]  # models to load
     trained: tuple[str, ...]  # those of them that the algorithm updates
+    optional: tuple[str, ...] = ()  # roles that the algorithm uses only if a component needs them
 
     @property
     def rollout(self) -> bool:
@@ -38,6 +36,8 @@ def needed(tree: Block) -> Needs:
     asked: set[str] = set()
     roles: list[str] = []
     trained: list[str] = []
+    optional: list[str] = []
+    needed_by_component: set[str] = set()
 
     def visit(node: Node | None, slot: str, outermost: bool) -> None:
         name = node.children.get("name") if isinstance(node, Block) else None
@@ -49,14 +49,15 @@ def needed(tree: Block) -> Needs:
         if cls is None:
             return
         assert isinstance(node, Block)
+        needed_by_component.update(getattr(cls, "needs", ()))
         for f in registry.runtime_fields(cls):
             asked.add(f.metadata["runtime"])
             if f.metadata["runtime"] in ROLES:
                 roles.append(f.metadata["runtime"])
-                # An algorithm updates the trainable roles that it asks for itself; a component only
-                # asks them questions.
-                if outermost and Trainable in typing.cast(type, hints(cls)[f.name]).__mro__:
-                    trained.append(f.metadata["runtime"])
+            if f.metadata["optional"]:
+                optional.append(f.metadata["runtime"])
+        if outermost:
+            trained.extend(cls.trained)  # type: ignore[attr-defined]
         if "reward_models" in (f.metadata["runtime"] for f in registry.runtime_fields(cls)):
             members = node.children.get("members")
             roles.extend(
@@ -68,7 +69,13 @@ def needed(tree: Block) -> Needs:
             visit(node.children.get(f.name), f.metadata["slot"], False)
 
     visit(tree.children.get("algorithm"), "algorithm", True)
-    return Needs(frozenset(asked), tuple(dict.fromkeys(roles)), tuple(dict.fromkeys(trained)))
+    built = [
+        role
+        for role in dict.fromkeys([*roles, *sorted(needed_by_component)])
+        if role in needed_by_component or role not in optional
+    ]
+    updated = tuple(role for role in trained if role in built)
+    return Needs(frozenset(asked), tuple(built), updated, tuple(optional))
 
 
 def is_role(name: str) -> bool:

@@ -19,7 +19,8 @@ class Range:
 
     def refuse(self, value: Any) -> str:
         """Why `value` is out of range; empty when it is not."""
-        if self.low is not None and (value <= self.low if self.open else value < self.low):
+        # negated, so that NaN is out of every range
+        if self.low is not None and not (value > self.low if self.open else value >= self.low):
             return f"{value!r} must be {'above' if self.open else 'at least'} {self.low:g}"
         return (
             f"{value!r} must be at most {self.high:g}"
@@ -76,9 +77,13 @@ def register(slot: str, name: str) -> Callable[[type[C]], type[C]]:
     return add
 
 
-def from_runtime(name: str) -> Any:
-    """A field that is no recipe key: the runner hands the object called `name` to the component."""
-    return dataclasses.field(default=None, metadata={"runtime": name}, repr=False)
+def from_runtime(name: str, optional: bool = False) -> Any:
+    """A field that is no recipe key: training passes the object called `name` to the component.
+
+    optional: a role that stays None unless a component of the recipe lists it in its `needs`.
+    """
+    metadata = {"runtime": name, "optional": optional}
+    return dataclasses.field(default=None, metadata=metadata, repr=False)
 
 
 def component(slot: str, default: str) -> Any:

@@ -71,7 +71,7 @@ def dpo(reference: Any = None, actor: Any = None, **keys: Any) -> DPO:
         actor=actor or policy(),
         reference=reference,
         pairs=lambda step: pairs(),
-        phase=lambda name: contextlib.nullcontext(),
+        timer=lambda name: contextlib.nullcontext(),
     )
 
 
