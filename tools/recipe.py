@@ -17,7 +17,8 @@ from typing import Any
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.recipe import EvaluationRecipe, compose_evaluation, is_evaluation
-from gipo_megatron.recipe.compose import compose, find_recipe, recipe_names
+from gipo_megatron.recipe.compose import compose
+from gipo_megatron.recipe.files import find_recipe, recipe_names
 from gipo_megatron.recipe.problems import RecipeErrors, fail
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import Block, Node, dump_value, plain
@@ -27,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent / "recipes"
 
 def composed(name: str, settings: Sequence[str]) -> Recipe | EvaluationRecipe:
     """Of launch/train.py, or of launch/evaluate.py where its name says so."""
-    make = compose_evaluation if is_evaluation(name) else compose
-    return make([f"recipe={name}", *settings], ROOT)
+    argv = [f"recipe={name}", *settings]
+    return (compose_evaluation if is_evaluation(argv, ROOT) else compose)(argv, ROOT)
 
 
 def summary(recipe: Recipe | EvaluationRecipe) -> str:
@@ -72,7 +73,7 @@ def check(names: Sequence[str], settings: Sequence[str]) -> None:
         try:
             recipe = composed(name, settings)
         except RecipeErrors as error:
-            if names or any(problem.known for problem in error.problems):
+            if names or any(not problem.absent for problem in error.problems):
                 failed.append(error)
             else:
                 print(f"-- {name}: not checked, no weights to read the architecture from")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
@@ -36,6 +36,8 @@ class Preference:
 class DPO:
     """One optimizer step an iteration on the pairs' loss; the reference is asked once for all
     pairs, or for each batch as it comes."""
+
+    trained: ClassVar[tuple[str, ...]] = ("actor",)
 
     beta: Annotated[float, Range(0, open=True)] = 0.1
     loss: Annotated[str, OneOf("sigmoid", "ipo")] = "sigmoid"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ NotNegative = Annotated[float, Range(0)]
 class PPO:
     """Proximal policy optimisation from a reward model, with groups (Schulman et al. 2017; Zheng et
     al. 2024)."""
+
+    trained: ClassVar[tuple[str, ...]] = ("actor", "critic")
 
     clip: Positive = 0.2
     value_clip: Positive = 0.2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -20,6 +20,8 @@ from gipo_megatron.types import Loss, Metric, Pairs, StepResult, prefixed
 class RewardModelling:
     """-log sigmoid(s_chosen - s_rejected) per pair; `centre` adds centre * (s_chosen +
     s_rejected)^2 (Eisenstein et al. 2023)."""
+
+    trained: ClassVar[tuple[str, ...]] = ("reward",)
 
     centre: Annotated[float, Range(0)] = 0.0
 

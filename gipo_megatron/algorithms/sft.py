@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ def negative_log_likelihood(output: TokenStats, batch: Sequences) -> Tensor:
 @dataclass
 class SFT:
     """Cross entropy on the responses, one optimizer step an iteration."""
+
+    trained: ClassVar[tuple[str, ...]] = ("actor",)
 
     actor: Actor = from_runtime("actor")
     examples: Callable[[int], Sequences] = from_runtime("examples")  # step -> this replica's rows

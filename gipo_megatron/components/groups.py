@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -169,6 +169,8 @@ def _one_hot(labels: list[int], num_groups: int, like: Tensor) -> Tensor:
 @dataclass
 class NoGroups:
     """One group: p = 1, R_var = 0, every weight 1."""
+
+    makes_groups: ClassVar[bool] = False
 
     dp: DataParallel = from_runtime("dp")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -118,6 +118,8 @@ class GroupAdaptiveKL:
     coef_i = eta max(floor, p~_i / mean p~ if normalise else p~_i).   The mean is over the global
     batch; the gap is in units of G already.
     """
+
+    needs_groups: ClassVar[bool] = True
 
     eta: float = 0.05  # price of a nat of KL, in units of the shaped score
     # no sequence pays less than this share of eta: the reward model is least reliable on hard data

@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -112,6 +112,8 @@ def _model(reward_models: dict[str, RewardModel], name: str, where: str) -> Rewa
 @dataclass
 class ModelReward:
     """raw = reward model's score - penalties."""
+
+    needs: ClassVar[tuple[str, ...]] = ("reward",)
 
     # taken off a response that was cut at its maximal length, raw score units
     missing_eos_penalty: float = 0.0
@@ -220,7 +222,7 @@ class EnsembleReward:
     normalise: bool = True  # PPO's reward = (raw - mean) / std over all history
     clip: float = 0.8  # PPO's reward is cut to +- this; 0: never
 
-    reward_models: dict[str, RewardModel] = from_runtime("reward_models")
+    reward_models: dict[str, RewardModel] = from_runtime("reward_models", roles_key="members")
     dp: DataParallel = from_runtime("dp")
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ before clamping."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -79,6 +79,8 @@ class GroupVariance:
     `return_ema` > 0 uses an exponential mean of R_g - R_all, which carries less of the within-group
     noise (algorithm.md 5.11).
     """
+
+    needs_groups: ClassVar[bool] = True
 
     beta: float = 0.3  # weight of the variance between the groups' returns
     min_weight: float = 0.0  # a negative weight trains easy data to get worse
@@ -164,6 +166,8 @@ class ReturnVariance:
 class GroupDRO:
     """w_i = sum_g q_g p_ig / rho_g,   q_g proportional to q_g exp(-step R_g), this batch's R_g
     included (Sagawa et al. 2020)."""
+
+    needs_groups: ClassVar[bool] = True
 
     step: float = 0.1  # a: how fast q moves to the worst group; R_g in units of G
     min_weight: float = 0.0

@@ -27,7 +27,7 @@ def main() -> None:
     for arguments in json.loads(cases.read_text()):
         recipe = (
             compose_evaluation(arguments, RECIPES)
-            if is_evaluation(arguments[0])
+            if is_evaluation(arguments, RECIPES)
             else compose(arguments, RECIPES)
         )
         mesh = Mesh.create(
