@@ -20,11 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash launch/demo.sh "$(DATA)"
 
-# Whole runs beside everything else: most of a test's time is spent on one core.
 test: $(STAMP)
-	@$(VENV)/bin/python -m pytest -q tests/runs > .test_runs.log 2>&1 & runs=$$!; trap "kill $$runs" INT TERM; \
-	$(VENV)/bin/python -m pytest -q --ignore=tests/runs tests; rest=$$?; \
-	wait $$runs; whole=$$?; echo "tests/runs:"; cat .test_runs.log; exit $$((rest + whole))
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadgroup tests
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -32,4 +29,4 @@ check: $(STAMP)
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) runs .test_runs.log .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,5 +1,5 @@
-"""How a model is built, split, optimised and sampled: plain values that recipes, roles and
-checkpoints share."""
+"""Plain values that recipes, roles and checkpoints share: architecture, parallel sizes, precision,
+optimiser, group head, sampling."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Sizes of the model parallel groups; what is left of the world is data parallel."""
+    """Sizes of the model parallel groups; the rest of the world is data parallel."""
 
     tensor: Size = 1
     pipeline: Size = 1
@@ -82,7 +82,7 @@ class Precision:
     dtype: Annotated[str, OneOf("fp32", "bf16")] = "bf16"
     # Transformer Engine's recipes
     fp8: Annotated[str, OneOf("none", "delayed", "tensorwise", "blockwise")] = "none"
-    # the same bits in every run on the same GPUs; a CPU gives them anyway
+    # the same bits in every run on the same GPUs; always so on a CPU
     deterministic: bool = False
 
 
@@ -111,6 +111,8 @@ class HeadSpec:
     detach_trunk: bool
     init_std: float = 0.02
     lr: float = 1e-3
+    loss_weight: float = 1.0  # of R_var in the critic's loss
+    observes: bool = False  # labels are given; this head's are measured and never used
 
 
 @dataclass(frozen=True)
@@ -124,3 +126,17 @@ class Sampling:
     repetition_penalty: float = 1.0  # evaluation only (algorithm.md 5.7)
     seed: int = 0
     step: int = 0
+
+
+# role -> what stands in place of the output layer; None: a language model
+HEADS = {"actor": None, "reference": None, "reward": "score", "critic": "value"}
+
+
+def base_role(role: str) -> str:
+    """Return the kind of a role: `reward_helpful` is a reward model."""
+    return "reward" if role.startswith("reward_") else role
+
+
+def head_of(role: str) -> str | None:
+    """Return what stands in place of the output layer: None, "score" or "value"."""
+    return HEADS[base_role(role)]

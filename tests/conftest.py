@@ -23,6 +23,30 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order and group the tests for pytest-xdist (`--dist loadgroup`): a group runs on one worker.
+
+    Whole runs share a chain of models, multi-process tests the processes of a world size
+    (tests/parity/launch.py), tests of the planner its plans, and any file its fixtures. The longest
+    groups start first.
+    """
+    first = ["runs", "worlds", "planning"]
+    for item in items:
+        group = item.path.parent.name
+        if hasattr(item.module, "ranks") or "model_cells" in item.fixturenames:
+            group = "worlds"
+        if group not in first:
+            group = str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+    def rank(item: pytest.Item) -> int:
+        marker = item.get_closest_marker("xdist_group")
+        assert marker is not None
+        return first.index(marker.args[0]) if marker.args[0] in first else len(first)
+
+    items.sort(key=rank)
+
+
 def _states() -> dict[str, object]:
     """What each global generator would draw next."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002

@@ -11,29 +11,37 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 CODE = sorted([*MODULES, *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")])
 
 # layer -> what it may import of this package (itself always)
-LOW = {"types", "specs", "errors", "environment", "capabilities", "ops", "roles"}
+LOW = {"types", "specs", "errors", "files", "environment", "capabilities", "metrics", "statistics"}
+LOW |= {"ops", "roles"}
 MAY_IMPORT = {
-    "types": set(),
+    "metrics": set(),
+    "types": {"metrics"},
     "specs": set(),
     "errors": set(),
+    "files": {"errors"},
     "environment": set(),
     "capabilities": {"errors"},
+    "statistics": set(),
     "roles": {"types", "specs"},
-    "ops": {"types"},
-    "recipe.registry": {"errors"},
-    "weights": {"specs", "errors", "data"},
+    "ops": set(),
+    "recipe.registry": {"specs"},
+    "weights": LOW | {"data"},
     "components": LOW | {"recipe.registry"},
     "algorithms": LOW | {"recipe.registry", "components"},
     "megatron": LOW | {"weights"},
     "data": LOW,
     "telemetry": LOW,
-    "reports": LOW | {"telemetry", "evaluation", "training"},
+    "reports": LOW | {"telemetry", "evaluation"},
     "recipe": LOW | {"recipe.registry", "components", "algorithms", "weights", "data", "telemetry"},
     "planning": LOW | {"recipe.registry", "recipe", "megatron", "telemetry"},
-    "conversion": LOW | {"megatron", "data", "weights", "training"},
+    "conversion": LOW | {"megatron", "data", "weights", "telemetry"},
     "training": LOW
     | {"recipe.registry", "recipe", "algorithms", "components", "megatron", "weights"}
     | {"data", "telemetry", "reports", "conversion"},
+    "cli": {"errors", "environment", "recipe"},
+    "commands": LOW
+    | {"telemetry"}
+    | {"recipe", "data", "megatron", "conversion", "reports", "training", "evaluation", "planning"},
     "evaluation": LOW
     | {"recipe.registry", "recipe", "components", "megatron", "weights", "data", "telemetry"}
     | {"reports", "conversion", "training"},

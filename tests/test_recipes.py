@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gipo_megatron.commands.recipe import differences
 from gipo_megatron.evaluation.recipe import compose_evaluation, is_evaluation
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.compose import compose, load_components
@@ -19,7 +20,6 @@ from gipo_megatron.recipe.source import DEFAULT, MISSING, Block, leaves, plain
 from gipo_megatron.recipe.validate import Validation
 from tests import golden
 from tests.smollm import HOME, beside_the_model
-from tools.recipe import differences
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 EVALUATIONS = [name for name in recipe_names(RECIPES) if is_evaluation([f"recipe={name}"], RECIPES)]

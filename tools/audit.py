@@ -8,7 +8,6 @@ in a run folder.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +19,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.results import write_text
 from gipo_megatron.evaluation.types import Response, TaskPrompt
+from gipo_megatron.files import bad_line, read_jsonl, write_json, write_text
 from gipo_megatron.reports.audit import Audit, audit_responses, audit_run
 from gipo_megatron.reports.audit_page import audit_document, facts, signed
 from gipo_megatron.reports.runs import load_run
 
 Noun = TypeVar("Noun", TaskPrompt, Response)
+FIX = "remove the line, and evaluate again"
 
 
 def parse(arguments: list[str]) -> tuple[list[str], Path]:
@@ -69,19 +69,13 @@ def _read(path: Path, kind: Callable[..., Noun]) -> list[Noun]:
     """The rows, each prompt once. The head line with the store's key and a last line cut short (an
     evaluation is writing) stay out."""
     found: dict[tuple[str, str], Noun] = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
+    for number, row in read_jsonl(path, FIX):
+        if set(row) == {"key"}:
+            continue
         try:
-            row = json.loads(line) if line.strip() else {"key": ""}
-            if set(row) != {"key"}:
-                found.setdefault((row["task"], row["prompt_id"]), kind(**row))
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                raise UserError(
-                    "unreadable line",
-                    where=f"{path}:{number}",
-                    fix="remove the line, and evaluate again",
-                ) from None
+            found.setdefault((row["task"], row["prompt_id"]), kind(**row))
+        except (TypeError, KeyError):
+            raise bad_line(path, number, f"not a {kind.__name__}", FIX) from None
     return list(found.values())
 
 
@@ -136,13 +130,7 @@ def main(arguments: list[str]) -> int:
         print(f"{audit.name}: {facts(audit)}")
         for alarm in audit.alarms:
             print(f"  ALARM {alarm}")
-    write_text(
-        out / "audit.json",
-        json.dumps(
-            [audit.as_json() for audit in audits], indent=1, ensure_ascii=False, allow_nan=False
-        )
-        + "\n",
-    )
+    write_json(out / "audit.json", [audit.as_json() for audit in audits])
     write_text(out / "audit.html", audit_document(audits))
     print(f"written: {out / 'audit.json'}, {out / 'audit.html'}")
     return 0

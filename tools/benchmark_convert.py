@@ -17,12 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gipo_megatron.conversion.command import return_freed_memory
 from gipo_megatron.conversion.convert import to_hf, to_megatron
-from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.data.tokenizer import byte_tokenizer
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
+from gipo_megatron.telemetry.console import Display
 
 MIB = 2**20
 SHARD = 256 * MIB
@@ -48,18 +47,17 @@ def make_model(folder: Path) -> int:
 def measure(direction: str, source: str, out: str, verify: bool) -> None:
     """Prints the MiB that were resident beforehand (libraries, process groups), at the peak, and
     the seconds."""
-    return_freed_memory()  # as the two commands do
     mesh = Mesh.create(Parallel())
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
     if direction == "to Megatron":
-        to_megatron(source, Path(out), mesh, verify=verify, progress=Progress(shown=False))
+        to_megatron(source, Path(out), mesh, verify=verify, progress=Display(shown=False))
     else:
         to_hf(
             Path(source),
             Path(out),
             mesh,
             verify=verify,
-            progress=Progress(shown=False),
+            progress=Display(shown=False),
             shard_bytes=SHARD,
         )
     seconds = time.perf_counter() - start

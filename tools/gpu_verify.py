@@ -35,7 +35,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import queue
 import shutil
 import signal
@@ -50,6 +49,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gipo_megatron.files import append_jsonl, read_jsonl, write_json
 from tools.gpu.process import ROOT, Mistake, Worker, Workers, environment  # standard library, too
 
 REMEMBERED = ROOT / ".gpu_state"  # ignored by git
@@ -136,10 +136,7 @@ class Record:
     def figure(self, part: Part, figure: dict[str, Any]) -> None:
         """One line, on disk when this returns."""
         line = {"part": part.name, "attempt": self.parts[part.name]["attempt"], **figure}
-        with (self.out / "results.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_jsonl(self.out / "results.jsonl", [line], sync=True)
 
     def end(self, part: Part, state: str, reason: str, seconds: float = 0.0) -> None:
         known = self.parts.setdefault(part.name, {"attempt": 0})
@@ -148,16 +145,12 @@ class Record:
 
     def figures(self, part: Part) -> list[dict[str, Any]]:
         """Of the last attempt."""
-        file = self.out / "results.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         last = part.name, self.parts.get(part.name, {}).get("attempt", 0)
-        return [one for one in map(json.loads, lines) if (one["part"], one["attempt"]) == last]
+        rows = read_jsonl(self.out / "results.jsonl")
+        return [row for _, row in rows if (row["part"], row["attempt"]) == last]
 
     def _save(self) -> None:
-        text = json.dumps({"about": self.about, "parts": self.parts}, indent=1, ensure_ascii=False)
-        fresh = self.out / "state.json.tmp"
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, self.out / "state.json")
+        write_json(self.out / "state.json", {"about": self.about, "parts": self.parts})
         if self.about["device"] == "cuda":
             REMEMBERED.mkdir(exist_ok=True)
             for name in FILES:

@@ -42,7 +42,8 @@ class DataConfig:
     )  # our name -> the file's name; ours: prompt chosen rejected messages response source
     # auto | chat (the tokenizer's) | hh | plain | chatml | a jinja chat template
     template: str = "auto"
-    max_length: Annotated[int, Range(2)] = 2048  # tokens of prompt + response; a prompt gets what max_response leaves
+    # tokens of prompt + response; a prompt gets what max_response leaves
+    max_length: Annotated[int, Range(2)] = 2048
     max_response: Size = 512  # tokens of a response, its end-of-text token included
     # share held back for evaluation where the data have no test split, by a hash of the first turn
     held_out: Share = 0.1

@@ -15,7 +15,6 @@ from markupsafe import Markup
 
 from gipo_megatron.evaluation.comparison_page import ADDED_STYLE, COMPARISON_PAGE, STYLE
 from gipo_megatron.evaluation.evaluation_figures import CAPTIONS
-from gipo_megatron.evaluation.results import write_text
 from gipo_megatron.evaluation.statistics import OUTCOMES
 from gipo_megatron.evaluation.tables import interval, judge_name, percent
 from gipo_megatron.evaluation.types import (
@@ -29,9 +28,10 @@ from gipo_megatron.evaluation.types import (
     Response,
     TaskPrompt,
 )
+from gipo_megatron.files import write_text
 from gipo_megatron.reports.audit import Audit
 from gipo_megatron.reports.audit_page import audit_html
-from gipo_megatron.reports.run_report import number, printable
+from gipo_megatron.reports.pages import number, printable
 
 FLIPPED = "flipped"
 PER_OUTCOME = 2  # samples of each outcome of a pair

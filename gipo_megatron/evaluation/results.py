@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gipo_megatron.evaluation.statistics import compare, policy_figures
 from gipo_megatron.evaluation.types import Duel, Response, TaskPrompt, Verdict
+from gipo_megatron.files import write_json
 
 Presentation = tuple[str, str, str, bool]  # task, opponent, prompt_id, subject_first
 
@@ -123,13 +122,4 @@ def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
     Raises ValueError for a number that JSON does not know (NaN, infinity).
     """
     beside = {name: results[name] for name in RESERVED}
-    write_text(path, json.dumps({**results["tasks"], **beside}, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """All or nothing: a reader sees the old file or the new one."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    write_json(path, {**results["tasks"], **beside})

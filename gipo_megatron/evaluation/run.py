@@ -16,12 +16,10 @@ import torch.distributed as dist
 
 from gipo_megatron.data.tokenizer import check_vocabulary
 from gipo_megatron.environment import line as environment_line
-from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.comparison_report import write_comparison
 from gipo_megatron.evaluation.evaluation_figures import write_evaluation_figures
 from gipo_megatron.evaluation.judges.human import HumanJudge, duels_from_ratings
 from gipo_megatron.evaluation.judges.openai import OpenAIJudge
-from gipo_megatron.evaluation.progress import Counter
 from gipo_megatron.evaluation.recipe import EvaluationRecipe
 from gipo_megatron.evaluation.respond import (
     Answering,
@@ -30,12 +28,7 @@ from gipo_megatron.evaluation.respond import (
     origin,
     shared_tokenizer,
 )
-from gipo_megatron.evaluation.results import (
-    build_results,
-    duels_from_verdicts,
-    write_results,
-    write_text,
-)
+from gipo_megatron.evaluation.results import build_results, duels_from_verdicts, write_results
 from gipo_megatron.evaluation.store import Presentation, ResponseStore, VerdictStore, write_prompts
 from gipo_megatron.evaluation.tables import latex_table, markdown_table
 from gipo_megatron.evaluation.tasks import LoadedTask, read_task
@@ -49,10 +42,12 @@ from gipo_megatron.evaluation.types import (
     TaskPrompt,
     Verdict,
 )
-from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.files import write_json, write_text
+from gipo_megatron.megatron.mesh import Mesh, mesh_session
 from gipo_megatron.recipe import registry
 from gipo_megatron.reports.audit import audit_responses
 from gipo_megatron.reports.audit_page import audit_document
+from gipo_megatron.telemetry.console import Display
 from gipo_megatron.training import run_folder
 
 CHUNK = 256  # presentations judged between two writes
@@ -74,19 +69,8 @@ Responses = dict[str, list[Response]]
 def evaluate(recipe: EvaluationRecipe) -> None:
     """The whole evaluation a recipe describes. Collective until all prompts are answered. Raises
     UserError for what the user can mend."""
-    mesh = Mesh.create(recipe.parallel, deterministic=recipe.precision.deterministic)
-    try:
+    with mesh_session(recipe.parallel, deterministic=recipe.precision.deterministic) as mesh:
         prompts = answer_on(mesh, recipe)
-    except UserError as error:
-        mesh.report(str(error))
-        raise
-    # a rank that stops breaks its connections: the others would show those, not the reason
-    except Exception:
-        if reason := mesh.reported():
-            raise UserError(reason) from None
-        raise
-    finally:
-        mesh.close()
     if mesh.is_main:  # a judge may take hours, in which nobody waits in a collective
         conclude(recipe, prompts)
 
@@ -127,7 +111,7 @@ def answer_on(mesh: Mesh, recipe: EvaluationRecipe) -> list[TaskPrompt]:
         # verdicts of another judge are refused now, not after hours
         judge, _ = _judge_and_verdicts(recipe)
         write_text(directory / "recipe.yaml", recipe.to_yaml())
-        write_text(directory / "environment.json", json.dumps(run_folder.environment(), indent=1))
+        write_json(directory / "environment.json", run_folder.environment())
         write_prompts(directory / "prompts.jsonl", prompts)
         _announce(recipe, tasks, notes)
         stores = {name: _store(directory, name) for name in recipe.policies}
@@ -138,7 +122,7 @@ def answer_on(mesh: Mesh, recipe: EvaluationRecipe) -> list[TaskPrompt]:
     done = _from_main(mesh, {name: store.done for name, store in stores.items()})
     left = {name: [p for p in prompts if p.prompt_id not in done[name]] for name in recipe.policies}
     measures = answering.measures() if any(left.values()) else None
-    shown = Counter(mesh.is_main)
+    shown = Display(mesh.is_main)
     for name, rest in left.items():
         if not rest or measures is None:
             continue
@@ -188,7 +172,7 @@ def _announce(
 def conclude(recipe: EvaluationRecipe, prompts: Sequence[TaskPrompt]) -> None:
     """Judges what is not judged yet, then writes results.json, the tables and the report. One
     process, without models."""
-    directory, shown = Path(recipe.run.dir), Counter()
+    directory, shown = Path(recipe.run.dir), Display()
     asked = {(p.task, p.prompt_id) for p in prompts}
     responses = {
         name: [r for r in _store(directory, name).read() if (r.task, r.prompt_id) in asked]
@@ -254,7 +238,7 @@ def comparisons(
 
 
 def ask(
-    judge: Judge, asked: dict[Presentation, Comparison], store: VerdictStore, shown: Counter
+    judge: Judge, asked: dict[Presentation, Comparison], store: VerdictStore, shown: Display
 ) -> None:
     """What is not in `store` yet, and what failed: a failure is no answer. A chunk is on disk as
     soon as it is judged.

@@ -3,9 +3,7 @@ repeats none of it."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,21 +11,22 @@ from typing import Any
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.results import Presentation
 from gipo_megatron.evaluation.types import Response, TaskPrompt, Verdict
+from gipo_megatron.files import append_jsonl, bad_line, read_jsonl, write_jsonl
+
+FIX = "remove the line: what it held is made again"
 
 
 class Lines:
-    """JSON objects, one a line, only ever appended. A last line without its end (a kill while
-    writing) is cut away on opening.
+    """JSON objects, one a line, only ever appended. The first line holds `key`.
 
-    The first line keeps `key`. Raises UserError when a file was written under another key, is no
-    such file, or cannot be written.
+    Raises UserError for a file with another key, an unreadable line, or a failed write.
     """
 
     def __init__(self, path: str | Path, key: str = "") -> None:
         self.path, self.key = Path(path), key
-        self._cut_torn_line()
-        head = next(self._objects(), None)
-        if head is not None and head != {"key": key}:
+        head = next(read_jsonl(self.path, FIX), None)
+        self._empty = head is None
+        if head is not None and head[1] != {"key": key}:
             raise UserError(
                 f"{self.path.name} was made by other policies, prompts, or settings, or by another"
                 " program",
@@ -36,54 +35,18 @@ class Lines:
             )
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """On disk, and not only on its way there, when this returns."""
-        if not rows:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                head = [{"key": self.key}] if file.tell() == 0 else []
-                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in (*head, *rows)))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write: {error.strerror}",
-                where=str(self.path),
-                fix="free some space, or choose another run.dir",
-            ) from error
+        """Return when the rows are on disk."""
+        if rows:
+            head = [{"key": self.key}] if self._empty else []
+            append_jsonl(self.path, [*head, *rows], sync=True)
+            self._empty = False
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows in their order, the head line left out. UserError for a line that is no JSON
-        object."""
-        return list(self._objects())[1:]
+        """Return all rows in their order, without the head line."""
+        return [row for _, row in read_jsonl(self.path, FIX)][1:]
 
     def broken(self, number: int, why: str) -> UserError:
-        return UserError(
-            f"unreadable line: {why}",
-            where=f"{self.path} line {number}",
-            fix="remove the line: what it held is made again",
-        )
-
-    def _objects(self) -> Iterator[dict[str, Any]]:
-        if not self.path.is_file():
-            return
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except ValueError as error:  # JSON's and UTF-8's
-                    raise self.broken(number, str(error)) from error
-                if not isinstance(row, dict):
-                    raise self.broken(number, f"a JSON {type(row).__name__}, not an object")
-                yield row
-
-    def _cut_torn_line(self) -> None:
-        if not self.path.is_file():
-            return
-        content = self.path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            os.truncate(self.path, content.rfind(b"\n") + 1)
+        return bad_line(self.path, number, why, FIX)
 
 
 class ResponseStore:
@@ -147,10 +110,5 @@ class VerdictStore:
 
 
 def write_prompts(path: str | Path, prompts: Sequence[TaskPrompt]) -> None:
-    """All at once, or nothing: the file is the same in every restart."""
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(
-        "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts), encoding="utf-8"
-    )
-    os.replace(partial, target)
+    """Write all or nothing: the file is the same in every restart."""
+    write_jsonl(path, map(asdict, prompts))

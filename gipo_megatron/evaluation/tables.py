@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gipo_megatron.evaluation.statistics import OUTCOMES
-from gipo_megatron.reports.run_report import printable
+from gipo_megatron.reports.pages import printable
 
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&",

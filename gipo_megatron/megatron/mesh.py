@@ -4,6 +4,8 @@ parallel_state."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,7 @@ from gipo_megatron.megatron import cpu_compat
 from gipo_megatron.specs import Parallel
 
 _FAILURE = "gipo_megatron/failure"
+_layout: tuple[int, int, int] | None = None  # tensor, pipeline, virtual pipeline of mcore's groups
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Mesh:
         """Start torch.distributed if need be (torchrun's environment, or one plain process), then
         mcore's groups and seeds.
 
-        May be called again in the same world with other sizes: the groups are made anew.
+        May be called again in the same world. Sizes other than before replace the groups: the mesh
+        of before is then of no use.
         `deterministic` (cpu_compat.make_deterministic) holds for the rest of the process. Raises
         UserError when the world does not factor.
         """
@@ -86,15 +90,7 @@ class Mesh:
         check_factors(parallel, world)
         if not dist.is_initialized():
             _start(device)
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=(
-                parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-            ),
-        )
+        _make_groups(parallel)
         _seed(seed)
         data = parallel_state.get_data_parallel_group()
         return Mesh(
@@ -157,9 +153,58 @@ class Mesh:
 
     def close(self) -> None:
         """Leave the groups; torch.distributed too. Nothing of this mesh may be used afterwards."""
-        parallel_state.destroy_model_parallel()
+        _free_groups()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def mesh_session(parallel: Parallel, seed: int = 0, deterministic: bool = False) -> Iterator[Mesh]:
+    """Yield a mesh and close it.
+
+    A UserError on one rank is raised on all: a rank that stops breaks its connections, and the
+    others would show those instead of the reason.
+    """
+    mesh = Mesh.create(parallel, seed, deterministic)
+    try:
+        yield mesh
+    except UserError as error:
+        mesh.report(str(error))
+        raise
+    except Exception:
+        if reason := mesh.reported():
+            raise UserError(reason) from None
+        raise
+    finally:
+        mesh.close()
+
+
+def _make_groups(parallel: Parallel) -> None:
+    """Set mcore's groups up for these sizes; keep them where the sizes are the same."""
+    global _layout
+    layout = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    if parallel_state.model_parallel_is_initialized():
+        if layout == _layout:
+            return
+        _free_groups()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+    )
+    _layout = layout
+
+
+def _free_groups() -> None:
+    """Destroy mcore's groups. mcore only drops its references; each gloo group keeps threads."""
+    global _layout
+    parallel_state.destroy_model_parallel()
+    for group in [*dist.distributed_c10d._world.pg_map] if dist.is_initialized() else []:
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    _layout = None
 
 
 def check_factors(parallel: Parallel, world: int) -> None:

@@ -241,49 +241,6 @@ def _key_problems(cls: type, values: dict[str, Any]) -> Iterator[UserError]:
         for name, value in values.items():
             object.__setattr__(keys_only, name, value)
         yield from keys_only.problems()
-    else:
-        try:
-            cls(**values, **{f.name: _Later() for f in registry.runtime_fields(cls)})
-        except _NotYet:
-            return
-        except UserError as error:
-            yield error
-        except ValueError as error:
-            yield UserError(str(error))
-
-
-class _NotYet(Exception):
-    pass
-
-
-class _Later:
-    pass
-
-
-def _not_yet(*_: Any) -> Any:
-    raise _NotYet
-
-
-for _verb in [
-    "getattr",
-    "call",
-    "contains",
-    "iter",
-    "len",
-    "getitem",
-    "bool",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "add",
-    "radd",
-    "sub",
-    "mul",
-]:
-    setattr(_Later, f"__{_verb}__", _not_yet)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -10,8 +10,8 @@ from jinja2 import Environment, StrictUndefined
 
 from gipo_megatron.reports.audit import Audit, Exemplar, Label
 from gipo_megatron.reports.figures import rendered
+from gipo_megatron.reports.pages import number, printable
 from gipo_megatron.reports.run_page import PAGE
-from gipo_megatron.reports.run_report import number, printable
 from gipo_megatron.reports.style import NEUTRAL, colour, panels, style
 
 FRAGMENT = """

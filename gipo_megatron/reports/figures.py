@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from gipo_megatron.files import write_bytes
 from gipo_megatron.reports import curves, distributions
 from gipo_megatron.reports.runs import Group, Run, group_by_seed, load_run
 from gipo_megatron.reports.style import Drawn, style
@@ -69,13 +70,11 @@ def save(
     figures: Mapping[str, Figure], out: str | Path, formats: Sequence[str] = FORMATS
 ) -> list[Path]:
     """One file per figure and format, `out`/<name>.<format>."""
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in figures.items():
         for kind in formats:
-            path = folder / f"{name}.{kind}"
-            path.write_bytes(rendered(figure, kind))
+            path = Path(out) / f"{name}.{kind}"
+            write_bytes(path, rendered(figure, kind))
             written.append(path)
     return written
 

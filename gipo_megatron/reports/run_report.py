@@ -4,8 +4,6 @@ network for anything."""
 from __future__ import annotations
 
 import base64
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +11,13 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from gipo_megatron.files import write_text
 from gipo_megatron.reports.figures import draw, rendered, save
+from gipo_megatron.reports.pages import number, printable
 from gipo_megatron.reports.run_page import PAGE
 from gipo_megatron.reports.runs import Run, load_run
+from gipo_megatron.statistics import wilson_interval
 from gipo_megatron.telemetry.console import duration
-from gipo_megatron.training.held_out import wilson_interval
 
 SAMPLES = 4  # rows shown of a run's first and of its last sampled step
 SAMPLE_COLUMNS = ("source", "score", "p_high", "weight", "kl", "length")
@@ -124,12 +124,8 @@ def write_report(
         runs=[show(run) for run in runs],
         sample_columns=SAMPLE_COLUMNS,
     )
-    target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, target)
-    return target
+    write_text(out, page)
+    return Path(out)
 
 
 def summary(run: Run) -> dict[str, str]:
@@ -203,19 +199,3 @@ def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     }
     texts = {c: printable(str(row[c])) if c in row else "" for c in ("prompt", "response")}
     return {"step": row["step"], "cells": cells, **texts}
-
-
-def number(value: float) -> str:
-    """Four significant digits; whole numbers whole."""
-    return str(int(value)) if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
-
-
-def printable(text: str) -> str:
-    """Control characters and lone surrogates, which no page may hold, as \\x..; line breaks and
-    tabs stay."""
-    text = re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]",
-        lambda m: f"\\x{ord(m.group()):02x}",
-        text.replace("\r\n", "\n"),
-    )
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import bad_line, read_jsonl
 
 Points = tuple[list[int], list[float]]  # steps, values
 
@@ -109,9 +110,9 @@ def load_run(path: str | Path) -> Run:
     return Run(
         path=folder,
         name=folder.name if folder.name not in ("", ".", "..") else folder.resolve().name,
-        rows=read_jsonl(folder / "metrics.jsonl"),
-        samples=read_jsonl(folder / "samples.jsonl"),
-        alerts=read_jsonl(folder / "alerts.jsonl"),
+        rows=read_rows(folder / "metrics.jsonl"),
+        samples=read_rows(folder / "samples.jsonl"),
+        alerts=read_rows(folder / "alerts.jsonl"),
         recipe=_parse(recipe, text),
         recipe_text=text,
         environment_text=environment.read_text(encoding="utf-8") if environment.is_file() else "",
@@ -138,33 +139,16 @@ def _parse(path: Path, text: str) -> dict[str, Any] | None:
     return recipe
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows; none when there is no file. A last line cut short (a run is writing, or was killed)
-    is left out.
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file that a run appends to; none where there is no file.
 
-    Raises UserError naming file and line for anything else that is not an object with a step.
+    Raises UserError naming file and line for a line that is not an object with a step.
     """
-    if not path.is_file():
-        return []
     rows = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                continue
-            raise UserError(
-                "not a JSON line", where=f"{path}:{number}", fix="delete that line"
-            ) from None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(
-                "a row without a step",
-                where=f"{path}:{number}",
-                fix="every line is one object with an integer `step`",
-            )
+    for number, row in read_jsonl(path):
+        if not isinstance(row.get("step"), int):
+            fix = "every line is one object with an integer `step`"
+            raise bad_line(path, number, "no step", fix)
         rows.append(row)
     return rows
 

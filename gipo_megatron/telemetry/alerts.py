@@ -1,5 +1,4 @@
-"""What a person watching the run should be told, with the number, the threshold and what to do
-about it."""
+"""Alerts: a metric that passed its threshold, with the number, the threshold and what to do."""
 
 from __future__ import annotations
 
@@ -9,16 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BASELINE_STEPS = 10
-# quiet steps in a row before an alert may be raised again: a metric that hovers at its threshold is
-# told once
+# quiet steps in a row before an alert is raised again: a metric near its threshold gives one alert
 CLEAR_STEPS = 5
-ALWAYS_FINITE = (
-    "loss",
-    "grad_norm",
-    "score_mean",
-    "ratio_max",
-    "step_seconds",
-)  # others may be NaN for a reason (a correlation of constants)
+# any other metric may be NaN for a reason (a correlation of constants)
+ALWAYS_FINITE = ("loss", "grad_norm", "score_mean", "ratio_max", "step_seconds")
 
 
 @dataclass
@@ -27,8 +20,7 @@ class Alerts:
     CLEAR_STEPS quiet steps."""
 
     mass_min: float = 0.05  # groups/mass_min below this: the groups have collapsed
-    # groups/response_split (an AUC) above this: groups are "good or bad response", not easy or hard
-    # prompt
+    # groups/response_split (an AUC) above this: the groups split responses, not prompts
     response_split: float = 0.8
     kl_above: float | None = 50.0  # kl/mean, nats per response; null: off
     # rollout/length_mean grew or shrank by this factor since the run's first steps
@@ -45,9 +37,9 @@ class Alerts:
     )
 
     def check(self, values: Mapping[str, float], step: int) -> list[str]:
-        """Alerts that begin with this step's values: metric, value, threshold, what to do.
+        """Return the alerts that begin with this step's values.
 
-        A metric that is absent or NaN changes nothing but `non_finite`.
+        A metric that is absent or NaN changes only `non_finite`.
         """
         begun = []
         for key, active, message in self._conditions(values):
@@ -68,93 +60,68 @@ class Alerts:
         self.raised, self.lengths = dict(state["raised"]), list(state["lengths"])
 
     def _conditions(self, values: Mapping[str, float]) -> Iterator[tuple[str, bool, str]]:
+        """Yield (key, active, message) of each alert whose metric is in `values`."""
         if self.non_finite:
-            bad = sorted(name for name, value in values.items() if _is_bad(name, value))
-            listed = ", ".join(f"{name} = {values[name]}" for name in bad[:5]) + (
-                f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            )
-            yield (
-                "non_finite",
-                bool(bad),
-                (
-                    f"not finite: {listed}; lower the learning rate, or look at the step's samples"
-                    " for broken rows"
-                ),
-            )
+            bad = [f"{name} = {x}" for name, x in sorted(values.items()) if _is_bad(name, x)]
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            fix = "lower the learning rate, or look for broken rows in the step's samples"
+            yield "non_finite", bool(bad), f"not finite: {', '.join(bad[:5])}{more}; {fix}"
 
-        if (mass := _finite(values, "groups/mass_min")) is not None:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if (mass := finite.get("groups/mass_min")) is not None:
             yield (
                 "mass_min",
                 mass < self.mass_min,
-                (
-                    f"groups/mass_min = {mass:.3g} < {self.mass_min:g}: a group has collapsed;"
-                    " lower group_classifier.lr, or use group_classifier.variance=mass"
-                ),
+                f"groups/mass_min = {mass:.3g} < {self.mass_min:g}: a group has collapsed; lower"
+                " group_classifier.lr, or use group_classifier.variance=mass",
             )
-        if (auc := _finite(values, "groups/response_split")) is not None:
+        if (auc := finite.get("groups/response_split")) is not None:
             yield (
                 "response_split",
                 auc > self.response_split,
-                (
-                    f"groups/response_split = {auc:.3g} > {self.response_split:g}: within a prompt"
-                    " the groups follow the response's score, not the prompt's difficulty; use"
-                    " group_classifier.input=prompt"
-                ),
+                f"groups/response_split = {auc:.3g} > {self.response_split:g}: within a prompt the"
+                " groups follow the response's score, not the prompt's difficulty; use"
+                " group_classifier.input=prompt",
             )
-        if self.kl_above is not None and (kl := _finite(values, "kl/mean")) is not None:
+        if self.kl_above is not None and (kl := finite.get("kl/mean")) is not None:
             yield (
                 "kl_above",
                 kl > self.kl_above,
-                (
-                    f"kl/mean = {kl:.3g} > {self.kl_above:g} nats per response: the policy is"
-                    " leaving the reference; raise kl_controller.eta, lower models.actor.lr, or"
-                    " stop earlier"
-                ),
+                f"kl/mean = {kl:.3g} > {self.kl_above:g} nats per response: the policy is leaving"
+                " the reference; raise kl_controller.eta, lower models.actor.lr, or stop earlier",
             )
-        yield from self._length(values)
+        if (length := finite.get("rollout/length_mean")) is not None:
+            yield from self._length(length)
         for name in ("rollout/distinct", "rollout/repetition"):
-            if (value := _finite(values, name)) is not None:
+            if (value := finite.get(name)) is not None:
                 repeated = 1 - value if name == "rollout/distinct" else value
                 yield (
                     name,
                     repeated > self.repetition,
-                    (
-                        f"{name} = {value:.3g}, repeated share {repeated:.3g} >"
-                        f" {self.repetition:g}: responses repeat themselves; read samples.jsonl,"
-                        " raise kl_controller.eta or stop earlier"
-                    ),
+                    f"{name} = {value:.3g}, repeated share {repeated:.3g} > {self.repetition:g}:"
+                    " responses repeat themselves; read samples.jsonl, raise kl_controller.eta or"
+                    " stop earlier",
                 )
 
-    def _length(self, values: Mapping[str, float]) -> Iterator[tuple[str, bool, str]]:
-        if (length := _finite(values, "rollout/length_mean")) is None:
-            return
+    def _length(self, length: float) -> Iterator[tuple[str, bool, str]]:
         if len(self.lengths) < BASELINE_STEPS:
             self.lengths.append(length)
             return
         start = sum(self.lengths) / len(self.lengths)
-        drifted = length > start * self.length_drift or length < start / self.length_drift
         yield (
             "length_drift",
-            drifted,
-            (
-                f"rollout/length_mean = {length:.4g}, was {start:.4g} over the first"
-                f" {BASELINE_STEPS} steps, beyond the factor {self.length_drift:g}: look at"
-                " groups/high_corr_length and samples.jsonl; if the reward model likes length,"
-                " penalise it"
-            ),
+            length > start * self.length_drift or length < start / self.length_drift,
+            f"rollout/length_mean = {length:.4g}, was {start:.4g} over the first {BASELINE_STEPS}"
+            f" steps, beyond the factor {self.length_drift:g}: look at groups/high_corr_length and"
+            " samples.jsonl; if the reward model prefers long responses, penalise length",
         )
-
-
-def _finite(values: Mapping[str, float], name: str) -> float | None:
-    value = values.get(name)
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _is_bad(name: str, value: float) -> bool:
     if name == "reward/non_finite":
         return value != 0
-    if math.isnan(value):
-        return name == "kl/mean" or (
-            not name.startswith(("groups/", "source/")) and name.rsplit("/", 1)[-1] in ALWAYS_FINITE
-        )
-    return math.isinf(value)
+    if not math.isnan(value):
+        return math.isinf(value)
+    if name.startswith(("groups/", "source/")):
+        return False
+    return name == "kl/mean" or name.rsplit("/", 1)[-1] in ALWAYS_FINITE

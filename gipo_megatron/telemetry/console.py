@@ -1,43 +1,49 @@
-"""A live progress bar on a terminal, one line a step everywhere else, and the same lines in
-log.txt."""
+"""Text for terminals: the figures and time left of a run, and the progress of a command."""
 
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import rich.console
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-# what a line shows, as far as the run has it: metric -> short name
-KEY_FIGURES = {
-    "sft/loss": "loss",
-    "rm/loss": "loss",
-    "rm/accuracy": "accuracy",
-    "dpo/loss": "loss",
-    "dpo/accuracy": "accuracy",
-    "reward/score_mean": "score",
-    "kl/mean": "kl",
-    "groups/gap": "gap",
-    "weights/min": "w min",
-    "rollout/length_mean": "length",
-    "eval/score": "eval score",
-    "eval/gold": "eval gold",
-    "eval/accuracy": "eval accuracy",
-    "eval/loss": "eval loss",
-}
+Headline = Sequence[tuple[str, str]]  # metric, words: what an algorithm shows first
+
+# shown after the headline, where a run has them
+MORE_FIGURES: Headline = (
+    ("kl/mean", "kl"),
+    ("groups/gap", "gap"),
+    ("weights/min", "w min"),
+    ("rollout/length_mean", "length"),
+)
 
 
-def key_figures(values: Mapping[str, float]) -> str:
+def key_figures(values: Mapping[str, float], headline: Headline) -> str:
     """`score 0.412  kl 1.93  gap 0.25`"""
-    shown = [(short, values[name]) for name, short in KEY_FIGURES.items() if name in values]
-    return "  ".join(f"{short} {value:.4g}" for short, value in shown)
+    shown = [(words, values[name]) for name, words in (*headline, *MORE_FIGURES) if name in values]
+    return "  ".join(f"{words} {value:.4g}" for words, value in shown)
+
+
+def step_line(
+    step: int, total_steps: int, values: Mapping[str, float], left: float, headline: Headline
+) -> str:
+    place = f"step {step:>{len(str(total_steps))}}/{total_steps}"
+    seconds = f"  {values['time/step_seconds']:.2f} s" if "time/step_seconds" in values else ""
+    return f"{place}  {key_figures(values, headline)}{seconds}  left {duration(left)}"
 
 
 def duration(seconds: float) -> str:
@@ -50,8 +56,8 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """Time left, from the mean of the last steps' seconds (the first step compiles, allocates and
-    loads: it counts only alone)."""
+    """Time left, from the mean of the last steps' seconds. The first step compiles, allocates and
+    loads: it counts only while it is the only one."""
 
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
@@ -59,7 +65,7 @@ class Pace:
         self._mark = time.perf_counter()
 
     def step(self, step: int) -> float:
-        """Seconds left after `step`."""
+        """Return the seconds left after `step`."""
         now = time.perf_counter()
         self._seconds = [*self._seconds, now - self._mark][-20:]
         self._mark = now
@@ -70,120 +76,62 @@ class Pace:
         self._seconds, self._mark = [], time.perf_counter()
 
 
-def step_line(step: int, total_steps: int, values: Mapping[str, float], left: float) -> str:
-    width = len(str(total_steps))
-    seconds = f"  {values['time/step_seconds']:.2f} s" if "time/step_seconds" in values else ""
-    return (
-        f"step {step:>{width}}/{total_steps}  {key_figures(values)}{seconds}  left {duration(left)}"
-    )
+class Display:
+    """Progress of a command: bars on a terminal, plain lines elsewhere; `shown` false: nothing."""
 
+    def __init__(self, shown: bool = True) -> None:
+        self.console = rich.console.Console(quiet=not shown, highlight=False, soft_wrap=True)
 
-class LogFile:
-    """log.txt: one line a step, alerts, and where a run was resumed. Nothing is ever cut from
-    it."""
+    def line(self, text: str) -> None:
+        self.console.print(text, markup=False)
 
-    def __init__(self, path: Path, total_steps: int) -> None:
-        self._path, self._total = path, total_steps
-        self._pace = Pace(total_steps)
-        self._file: TextIO | None = None
+    @contextmanager
+    def counting(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """Yield a function that takes how many more are done; `done` of `total` are at the start.
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._write(step_line(step, self._total, values, self._pace.step(step)))
+        Without a terminal, every tenth is a line.
+        """
+        self.line(f"{title}: {done} of {total} done")
+        columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+        with self._bar(title, total, *columns, TimeRemainingColumn(), done=done) as update:
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        pass
+            def more(count: int) -> None:
+                nonlocal done
+                before, done = done, done + count
+                if update is not None:
+                    update(completed=done)
+                elif 10 * done // max(total, 1) > 10 * before // max(total, 1):
+                    self.line(f"{title}: {done} of {total}")
 
-    def alert(self, step: int, message: str) -> None:
-        self._write(f"ALERT {message}")
+            yield more
 
-    def phase(self, name: str) -> None:
-        pass
+    @contextmanager
+    def tensors(self, title: str, total: int) -> Iterator[Callable[[str, int], None]]:
+        """Yield a function that takes each tensor's name and bytes; `total`: bytes of all."""
+        columns = (DownloadColumn(binary_units=True), TimeRemainingColumn())
+        with self._bar(title, total, *columns, TextColumn("{task.fields[name]}")) as update:
+            if update is None:
+                self.line(title)
+            yield lambda name, size: update(advance=size, name=name) if update else None
 
-    def resume(self, step: int) -> None:
-        self._pace.restart()
-        self._write(f"resumed after step {step}" if step else "started")
+    @contextmanager
+    def waiting(self, title: str) -> Iterator[None]:
+        """Show a spinner and the seconds; for work of unknown length."""
+        with self._bar(title, None, TimeElapsedColumn()) as update:
+            if update is None:
+                self.line(title)
+            yield
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _write(self, line: str) -> None:
-        if self._file is None:
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
-        self._file.flush()
-
-
-class Console:
-    """The terminal of rank 0: a bar with phase and time left over the key figures; plain lines when
-    nobody watches live."""
-
-    def __init__(
-        self,
-        total_steps: int,
-        title: str,
-        stream: TextIO | None = None,
-        *,
-        live: bool | None = None,
-    ) -> None:
-        self._total = total_steps
-        self._pace = Pace(total_steps)
-        # last known: held-out figures stay between evaluations
-        self._figures: dict[str, float] = {}
-        self._console = rich.console.Console(
-            file=stream or sys.stdout, force_terminal=live, highlight=False, soft_wrap=True
-        )
-        self._live: Live | None = None
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left {task.fields[left]}", markup=False),
-                TextColumn("{task.fields[phase]}", style="cyan", markup=False),
-                console=self._console,
-            )
-            self._task = self._bar.add_task(title, total=total_steps, left="-:--", phase="")
-            self._live = Live(
-                get_renderable=self._render, console=self._console, refresh_per_second=4
-            )
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        left = self._pace.step(step)
-        if self._live is None:
-            self._console.print(Text(step_line(step, self._total, values, left)))
+    @contextmanager
+    def _bar(
+        self, title: str, total: int | None, *columns: ProgressColumn, done: int = 0
+    ) -> Iterator[Callable[..., None] | None]:
+        """Yield the bar's update function; None where there is no terminal."""
+        if not self.console.is_terminal:
+            yield None
             return
-        self._figures |= {name: values[name] for name in KEY_FIGURES if name in values}
-        self._live.start()
-        self._bar.update(self._task, completed=step, left=duration(left))
-
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        pass
-
-    def alert(self, step: int, message: str) -> None:
-        self._console.print(Text(f"ALERT {message}", style="yellow"))
-
-    def phase(self, name: str) -> None:
-        if self._live is not None:
-            self._live.start()
-            self._bar.update(self._task, phase=name)
-
-    def resume(self, step: int) -> None:
-        self._pace.restart()
-        if self._live is not None:
-            self._bar.update(self._task, completed=step)
-        if step:
-            self._console.print(Text(f"resumed after step {step}"))
-
-    def close(self) -> None:
-        if self._live is not None:
-            self._bar.update(self._task, phase="")
-            self._live.stop()
-
-    def _render(self) -> rich.console.RenderableType:
-        return rich.console.Group(
-            self._bar.get_renderable(),
-            Text("  " + key_figures(self._figures), overflow="ellipsis", no_wrap=True),
-        )
+        text = TextColumn("{task.description}", markup=False)
+        start = (SpinnerColumn(), text) if total is None else (text, BarColumn())
+        with Progress(*start, *columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(title, total=total, completed=done, name="")
+            yield partial(bar.update, task)

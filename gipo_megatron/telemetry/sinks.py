@@ -1,24 +1,31 @@
-"""Where numbers go: files, TensorBoard, Weights & Biases, the terminal. Only rank 0 has sinks."""
+"""Sinks of a run's numbers: files, TensorBoard, Weights & Biases, the terminal. Rank 0 only."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
+import sys
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
+
+import rich.console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.telemetry.console import Console, LogFile
+from gipo_megatron.files import append_jsonl, read_jsonl, write_jsonl
+from gipo_megatron.telemetry.console import Headline, Pace, duration, key_figures, step_line
 
 LOGGERS = ("console", "jsonl", "tensorboard", "wandb")
 TEXT_SAMPLES = 4  # samples a step shown in TensorBoard and W&B; samples.jsonl has all
 
 
-class Sink(Protocol):
+class Sink:
     """One destination. `resume` comes before the first `log`; steps rise."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -28,13 +35,10 @@ class Sink(Protocol):
     def alert(self, step: int, message: str) -> None: ...
 
     def phase(self, name: str) -> None:
-        """The step's phase from now on; "" between phases."""
-        ...
+        """Show the step's phase from now on; "" between phases."""
 
     def resume(self, step: int) -> None:
-        """Continue after `step`, the checkpoint's; whatever is there of later steps goes. 0: from
-        the beginning, nothing stays."""
-        ...
+        """Continue after `step`, the checkpoint's, and remove later rows; 0: remove all."""
 
     def close(self) -> None: ...
 
@@ -44,14 +48,15 @@ def make_sinks(
     run_dir: str | Path,
     total_steps: int,
     *,
-    name: str = "",
-    config: Mapping[str, Any] | None = None,
+    name: str,
+    headline: Headline,
+    config: Mapping[str, Any],
 ) -> list[Sink]:
-    """The sinks a recipe asks for in `run.loggers`. metrics.jsonl, samples.jsonl and log.txt are
-    always written: reports read them.
+    """Return the sinks of `run.loggers`. metrics.jsonl, samples.jsonl and log.txt are always
+    written: reports read them.
 
-    `name` and `config` (the expanded recipe) are shown by W&B. Raises UserError for an unknown
-    logger.
+    `name` and `config` (the expanded recipe) are for W&B; `headline` is the algorithm's. Raises
+    UserError for an unknown logger.
     """
     for logger in loggers:
         if logger not in LOGGERS:
@@ -64,25 +69,23 @@ def make_sinks(
             )
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    sinks: list[Sink] = [Jsonl(folder), LogFile(folder / "log.txt", total_steps)]
+    sinks: list[Sink] = [Jsonl(folder), LogFile(folder / "log.txt", total_steps, headline)]
     if "tensorboard" in loggers:
         sinks.append(TensorBoard(folder / "tensorboard"))
     if "wandb" in loggers:
-        sinks.append(Wandb(folder, name or folder.name, config or {}))
+        sinks.append(Wandb(folder, name, config))
     if "console" in loggers:
-        sinks.append(Console(total_steps, name or folder.name))
+        sinks.append(Console(total_steps, name, headline))
     return sinks
 
 
-class Jsonl:
-    """metrics.jsonl (one object a step), samples.jsonl, alerts.jsonl; every row is flushed. Numbers
-    that are not finite become null."""
+class Jsonl(Sink):
+    """metrics.jsonl (one object a step), samples.jsonl, alerts.jsonl. NaN and infinity are null."""
 
     FILES = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl")
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._open: dict[str, TextIO] = {}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._write("metrics.jsonl", [{"step": step, **values}])
@@ -93,28 +96,15 @@ class Jsonl:
     def alert(self, step: int, message: str) -> None:
         self._write("alerts.jsonl", [{"step": step, "message": message}])
 
-    def phase(self, name: str) -> None:
-        pass
-
     def resume(self, step: int) -> None:
-        self.close()
-        for name in self.FILES:
-            if (self._folder / name).exists():
-                _cut(self._folder / name, step)
-
-    def close(self) -> None:
-        for file in self._open.values():
-            file.close()
-        self._open = {}
+        """Keep the rows of steps <= `step`. Raises UserError for an unreadable line."""
+        for file in (self._folder / name for name in self.FILES):
+            if file.exists():
+                rows = [row for _, row in read_jsonl(file, "remove it, or move the file away")]
+                write_jsonl(file, [row for row in rows if step and row["step"] <= step])
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        if name not in self._open:
-            self._open[name] = (self._folder / name).open("a", encoding="utf-8", newline="\n")
-        for row in rows:
-            self._open[name].write(
-                json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
-            )
-        self._open[name].flush()
+        append_jsonl(self._folder / name, [_finite(row) for row in rows])
 
 
 def _finite(value: Any) -> Any:
@@ -130,36 +120,101 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _cut(path: Path, step: int) -> None:
-    """Keep rows of steps <= `step`; the file is replaced whole, never left half-written. A last
-    line cut short by a kill goes.
+class LogFile(Sink):
+    """log.txt: one line a step, alerts, and where a run was resumed. Only ever appended."""
 
-    Raises UserError for an unreadable line before the last.
-    """
-    lines = path.read_bytes().split(b"\n")
-    kept = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or step == 0:
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines):  # no newline after it: the write was interrupted
-                continue
-            raise UserError(
-                "cannot resume: not a JSON line",
-                where=f"{path}:{number}",
-                fix="delete that line, or move the file away",
-            ) from None
-        if row["step"] <= step:
-            kept.append(line + b"\n")
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(kept))
-    os.replace(partial, path)
+    def __init__(self, path: Path, total_steps: int, headline: Headline) -> None:
+        self._path, self._total, self._headline = path, total_steps, headline
+        self._pace = Pace(total_steps)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        left = self._pace.step(step)
+        self._write(step_line(step, self._total, values, left, self._headline))
+
+    def alert(self, step: int, message: str) -> None:
+        self._write(f"ALERT {message}")
+
+    def resume(self, step: int) -> None:
+        self._pace.restart()
+        self._write(f"resumed after step {step}" if step else "started")
+
+    def _write(self, line: str) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
 
-class TensorBoard:
-    """Event files; after a resume TensorBoard hides what was written of later steps."""
+class Console(Sink):
+    """Terminal: a bar with phase and time left over the key figures; elsewhere one line a step."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        title: str,
+        headline: Headline,
+        stream: TextIO | None = None,
+        *,
+        live: bool | None = None,
+    ) -> None:
+        self._total, self._headline = total_steps, headline
+        self._pace = Pace(total_steps)
+        self._known: dict[str, float] = {}  # held-out figures stay between evaluations
+        self._console = rich.console.Console(
+            file=stream or sys.stdout, force_terminal=live, highlight=False, soft_wrap=True
+        )
+        self._live: Live | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left {task.fields[left]}", markup=False),
+                TextColumn("{task.fields[phase]}", style="cyan", markup=False),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(title, total=total_steps, left="-:--", phase="")
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=4
+            )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        left = self._pace.step(step)
+        if self._live is None:
+            line = step_line(step, self._total, values, left, self._headline)
+            self._console.print(Text(line))
+            return
+        self._known |= values
+        self._live.start()
+        self._bar.update(self._task, completed=step, left=duration(left))
+
+    def alert(self, step: int, message: str) -> None:
+        self._console.print(Text(f"ALERT {message}", style="yellow"))
+
+    def phase(self, name: str) -> None:
+        if self._live is not None:
+            self._live.start()
+            self._bar.update(self._task, phase=name)
+
+    def resume(self, step: int) -> None:
+        self._pace.restart()
+        if self._live is not None:
+            self._bar.update(self._task, completed=step)
+        if step:
+            self._console.print(Text(f"resumed after step {step}"))
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._bar.update(self._task, phase="")
+            self._live.stop()
+
+    def _render(self) -> rich.console.RenderableType:
+        figures = "  " + key_figures(self._known, self._headline)
+        line = Text(figures, overflow="ellipsis", no_wrap=True)
+        return rich.console.Group(self._bar.get_renderable(), line)
+
+
+class TensorBoard(Sink):
+    """Event files; after a resume TensorBoard hides the later steps."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -174,16 +229,13 @@ class TensorBoard:
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         for i, row in enumerate(rows[:TEXT_SAMPLES]):
             text = "\n\n".join(f"{key}: {value}" for key, value in row.items())
-            # indented: shown as is
+            # indented, so that Markdown shows it unchanged
             self._events().add_text(
                 f"samples/{i}", "\n".join("    " + line for line in text.splitlines()), step
             )
 
     def alert(self, step: int, message: str) -> None:
         self._events().add_text("alerts", message, step)
-
-    def phase(self, name: str) -> None:
-        pass
 
     def resume(self, step: int) -> None:
         self.close()
@@ -196,19 +248,19 @@ class TensorBoard:
 
     def _events(self) -> Any:
         if self._writer is None:
-            # slow to import: only those pay who use it
+            # slow to import, so only when it is used
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
         return self._writer
 
 
-class Wandb:
-    """Weights & Biases, all files inside the run folder. Never asks: without a login (or with
-    WANDB_MODE=offline) it runs offline, to be uploaded with `wandb sync --append`.
+class Wandb(Sink):
+    """Weights & Biases, all files inside the run folder. Never prompts: without a login (or with
+    WANDB_MODE=offline) it runs offline; upload later with `wandb sync --append`.
 
-    The run's id is kept in the folder and every row carries its step, so a resumed run continues
-    its curves; rows that were logged before are dropped by W&B.
+    The folder keeps the run's id and every row has its step, so a resumed run continues its curves;
+    W&B drops rows that were logged before.
     """
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
@@ -234,14 +286,11 @@ class Wandb:
         if run.settings.mode == "online":
             run.alert(title=self._name, text=message)
 
-    def phase(self, name: str) -> None:
-        pass
-
     def resume(self, step: int) -> None:
         self.close()
         if step == 0:  # another run from now on: W&B cannot take rows back
             (self._folder / "wandb_id").unlink(missing_ok=True)
-        # now, not in the first step: what is wrong with W&B shows before anything is computed
+        # an error of W&B shows before the first step
         self._started()
 
     def close(self) -> None:
@@ -251,8 +300,7 @@ class Wandb:
 
     def _started(self) -> Any:
         if self._run is None:
-            # what wandb would put into the home folder, which on a cluster may be full, slow or
-            # read-only
+            # instead of the home folder, which on a cluster may be full, slow or read-only
             os.environ.setdefault("WANDB_CACHE_DIR", str(self._folder / "wandb"))
             os.environ.setdefault("WANDB_DATA_DIR", str(self._folder / "wandb"))
             import wandb

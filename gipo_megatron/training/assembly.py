@@ -18,6 +18,7 @@ from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.planted import gold_reward
 from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary
 from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.build import build_engine, snapshot_of
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
@@ -29,14 +30,8 @@ from gipo_megatron.megatron.roles import (
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.schema import ModelConfig, Recipe
 from gipo_megatron.specs import HeadSpec, Optimisation, Sampling
-from gipo_megatron.training.held_out import (
-    HeldOut,
-    evaluate_pairs,
-    evaluate_policy,
-    evaluate_reward_model,
-    evaluate_sft,
-)
-from gipo_megatron.types import Metrics, Sequences
+from gipo_megatron.training.held_out import HeldOut
+from gipo_megatron.types import Sequences
 from gipo_megatron.weights.sources import check_tokenizer, find_tokenizer, locate
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -54,7 +49,6 @@ class Assembly:
     held_out: Dataset
     algorithm: Any
     trained: dict[str, Engine]  # role -> what a checkpoint holds
-    evaluate: Callable[[], tuple[Metrics, list[dict[str, Any]]]]
     sequences_per_step: int
     notes: list[str] = field(default_factory=list)
 
@@ -104,6 +98,7 @@ class RoleBuilder:
             )
             load = str(folder)
         return {
+            "role": role,
             "mesh": self.mesh,
             "architecture": recipe.model.architecture,
             "precision": recipe.precision,
@@ -137,43 +132,53 @@ class RoleBuilder:
 
     def actor(self, total_steps: int) -> MegatronActor:
         tokenizer = self.tokenizer
-        return MegatronActor(
+        engine = build_engine(
             **self._common("actor"),
             recompute=self.recipe.memory.recompute,
             optimisation=self._optimisation("actor", total_steps),
-            temperature=self.sampler_temperature,
+        )
+        return MegatronActor(
+            engine,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             decode=tokenizer.decode,
+            temperature=self.sampler_temperature,
         )
 
     def reference(self, live: MegatronActor) -> MegatronReference:
         """With `offload: cpu` only a host copy, swapped into the actor's place for each call."""
-        swapped = live if self._model("reference").offload == "cpu" else None
-        return MegatronReference(
-            **self._common("reference"), temperature=self.sampler_temperature, live=swapped
-        )
+        common = self._common("reference")
+        if self._model("reference").offload != "cpu":
+            return MegatronReference(build_engine(**common), self.sampler_temperature)
+        copy = snapshot_of(live.engine, common["load"], "reference", common["seed"])
+        return MegatronReference(live.engine, self.sampler_temperature, copy)
 
     def passing_reference(self) -> Callable[[], MegatronReference]:
         """A reference to be made later and not kept: with a model of its own, wherever the actor
         stands by then."""
         # now: what is wrong with the weights should be said before the run begins
         arguments = self._common("reference")
-        return lambda: MegatronReference(**arguments, temperature=self.sampler_temperature)
+        return lambda: MegatronReference(build_engine(**arguments), self.sampler_temperature)
 
     def critic(self, head: HeadSpec | None, total_steps: int) -> MegatronCritic:
         optimisation = self._optimisation("critic", total_steps)
         return MegatronCritic(
-            **self._common("critic"),
-            recompute=self.recipe.memory.recompute,
-            optimisation=optimisation,
-            head=head,
+            build_engine(
+                **self._common("critic"),
+                recompute=self.recipe.memory.recompute,
+                optimisation=optimisation,
+                group=head,
+            )
         )
 
     def reward(self, role: str = "reward", total_steps: int | None = None) -> MegatronRewardModel:
         optimisation = None if total_steps is None else self._optimisation(role, total_steps)
         return MegatronRewardModel(
-            **self._common(role), recompute=self.recipe.memory.recompute, optimisation=optimisation
+            build_engine(
+                **self._common(role),
+                recompute=self.recipe.memory.recompute,
+                optimisation=optimisation,
+            )
         )
 
 
@@ -190,21 +195,13 @@ def _assemble_sft(
     actor = roles.actor(recipe.run.steps)
     runtime = {
         "actor": actor,
-        "phase": phase,
+        "timer": phase,
+        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, batch),
         "examples": lambda step: train.examples(step, batch, dp.rank, dp.size),
     }
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
-    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
     return Assembly(
-        recipe,
-        mesh,
-        tokenizer,
-        train,
-        held_out,
-        algorithm,
-        {"actor": actor.engine},
-        lambda: (evaluate_sft(actor, rows), []),
-        batch,
+        recipe, mesh, tokenizer, train, held_out, algorithm, {"actor": actor.engine}, batch
     )
 
 
@@ -221,21 +218,13 @@ def _assemble_reward_model(
     reward = roles.reward(total_steps=recipe.run.steps)
     runtime = {
         "reward": reward,
-        "phase": phase,
+        "timer": phase,
+        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, batch),
         "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size),
     }
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
-    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
     return Assembly(
-        recipe,
-        mesh,
-        tokenizer,
-        train,
-        held_out,
-        algorithm,
-        {"reward": reward.engine},
-        lambda: (evaluate_reward_model(reward, rows), []),
-        batch,
+        recipe, mesh, tokenizer, train, held_out, algorithm, {"reward": reward.engine}, batch
     )
 
 
@@ -276,20 +265,13 @@ def _assemble_dpo(
     runtime = {
         "actor": actor,
         "reference": reference,
-        "phase": phase,
+        "timer": phase,
+        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, batch),
         "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size),
     }
     algorithm = registry.build("algorithm", recipe.algorithm, runtime)
     return Assembly(
-        recipe,
-        mesh,
-        tokenizer,
-        train,
-        held_out,
-        algorithm,
-        {"actor": actor.engine},
-        lambda: (evaluate_pairs(algorithm.held_out, rows), []),
-        batch,
+        recipe, mesh, tokenizer, train, held_out, algorithm, {"actor": actor.engine}, batch
     )
 
 
@@ -318,27 +300,15 @@ def _assemble_ppo(
     roles.sampler_temperature = registry.build("rollout", block["rollout"], runtime).temperature
 
     actor = roles.actor(recipe.run.steps * updates)
-    critic = roles.critic(head, recipe.run.steps * updates)
+    critic = None
+    if "critic" in recipe.trained:
+        critic = roles.critic(head, recipe.run.steps * updates)
     reward_models = {
         role: roles.reward(role)
         for role in recipe.models
         if role == "reward" or role.startswith("reward_")
     }
     reference = roles.reference(actor)
-    runtime |= {
-        "actor": actor,
-        "critic": critic,
-        "reference": reference,
-        "reward_models": reward_models,
-        "minibatch": batch.minibatch,
-        "phase": phase,
-        "prompts": lambda step: train.prompts(
-            step, batch.prompts, batch.responses, dp.rank, dp.size
-        ),
-        "examples": _ptx_rows(recipe, mesh, tokenizer),
-        "probe": _probe(held_out, mesh),
-    }
-    algorithm = registry.build("algorithm", block, runtime)
     evaluation = recipe.evaluation
     sampling = Sampling(
         max_response=recipe.data.max_response,
@@ -348,16 +318,27 @@ def _assemble_ppo(
         repetition_penalty=evaluation.repetition_penalty,
         seed=recipe.run.seed,
     )
-    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, sequences)
     gold = gold_reward if recipe.data.format == "planted" else None
-
-    def evaluate() -> tuple[Metrics, list[dict[str, Any]]]:
-        return evaluate_policy(actor, reference, algorithm.reward, gold, rows, sources, sampling)
-
-    trained = {"actor": actor.engine, "critic": critic.engine}
-    return Assembly(
-        recipe, mesh, tokenizer, train, held_out, algorithm, trained, evaluate, sequences
-    )
+    runtime |= {
+        "actor": actor,
+        "critic": critic,
+        "reference": reference,
+        "reward_models": reward_models,
+        "minibatch": batch.minibatch,
+        "timer": phase,
+        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, sequences, gold),
+        "sampling": sampling,
+        "prompts": lambda step: train.prompts(
+            step, batch.prompts, batch.responses, dp.rank, dp.size
+        ),
+        "examples": _ptx_rows(recipe, mesh, tokenizer),
+        "probe": _probe(held_out, mesh),
+    }
+    algorithm = registry.build("algorithm", block, runtime)
+    trained = {"actor": actor.engine}
+    if critic is not None:
+        trained["critic"] = critic.engine
+    return Assembly(recipe, mesh, tokenizer, train, held_out, algorithm, trained, sequences)
 
 
 def _ptx_rows(

@@ -18,16 +18,16 @@ from safetensors.torch import load_file, save_file
 
 from gipo_megatron.conversion.command import arguments
 from gipo_megatron.conversion.convert import to_hf, to_megatron
-from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.conversion.staging import Mismatch, staged
 from gipo_megatron.conversion.verify import check_structure
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.telemetry.console import Display
 from tests.conversion import families
 from tests.parity.launch import ROOT
 
 pytestmark = pytest.mark.global_rng
-SILENT = Progress(shown=False)
+SILENT = Display(shown=False)
 Change = Callable[[Path], None]
 
 

@@ -10,13 +10,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gipo_megatron.conversion.convert import to_hf, to_megatron
-from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.telemetry.console import Display
 from tests.conversion import families
 from tests.parity.launch import ranks
 
 pytestmark = pytest.mark.global_rng
-SILENT = Progress(shown=False)
+SILENT = Display(shown=False)
 TEXTS = ("config.json", "generation_config.json")
 
 
@@ -62,8 +62,8 @@ def test_the_commands_there_and_back(
 ) -> None:
     """Verified at both ends; the logits' agreement is that of fp32 arithmetic."""
     folder = families.write_hf(tmp_path / "hf", name, "bfloat16" if "tied" in name else "float32")
-    to_megatron(str(folder), tmp_path / "checkpoint", mesh, verify=True, progress=Progress())
-    to_hf(tmp_path / "checkpoint", tmp_path / "again", mesh, verify=True, progress=Progress())
+    to_megatron(str(folder), tmp_path / "checkpoint", mesh, verify=True, progress=Display())
+    to_hf(tmp_path / "checkpoint", tmp_path / "again", mesh, verify=True, progress=Display())
     assert differences(folder, tmp_path / "again") == []
     said = [line for line in capsys.readouterr().out.splitlines() if "within" in line]
     assert len(said) == 2 and all(

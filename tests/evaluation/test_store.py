@@ -70,7 +70,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         file.write_bytes(b'{"key": ""}\n' + line)
         with pytest.raises(UserError, match=said) as raised:
             ResponseStore(file)
-        assert raised.value.where == f"{file} line 2"
+        assert raised.value.where == f"{file}:2"
     assert len(broken) == 3
 
 

@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.meta_shard import Shard
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
 from gipo_megatron.planning.memory import Device, State, budget, slot_of, staging
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel, Precision
+from gipo_megatron.weights.checkpoints import CheckpointMeta
 from tests.parity.planning_cases import RECIPES, state_bytes
 from tests.parity.roles import common, mine, parts_of
 from tests.parity.tiny import weighted
@@ -40,12 +42,13 @@ def test_the_same_calls_leave_the_same_bytes(dtype: str) -> None:
     mesh = Mesh.create(Parallel())
     arguments = common(mesh, precision=Precision(dtype))
     frozen = {key: value for key, value in arguments.items() if key != "optimisation"}
-    actor = MegatronActor(**arguments, offload="cpu", eos_id=1, pad_id=0, decode=str)
-    critic = MegatronCritic(**arguments, offload="cpu")
+    away = build_engine("actor", **arguments, offload="cpu")
+    actor = MegatronActor(away, eos_id=1, pad_id=0, decode=str)
+    critic = MegatronCritic(build_engine("critic", **arguments, offload="cpu"))
     roles: dict[str, Any] = {
         "actor": actor,
         "critic": critic,
-        "reward": MegatronRewardModel(**frozen),
+        "reward": MegatronRewardModel(build_engine("reward", **frozen)),
     }
     recipe: Any = SimpleNamespace(
         models={name: SimpleNamespace(offload=offload) for name, offload in OFFLOADED.items()}
@@ -112,11 +115,10 @@ def test_a_save_gathers_what_the_plan_says(dtype: str, tmp_path: Path) -> None:
     """One replica: 9 times the gradient buffer, and nothing else of that order, not even while it
     is written."""
     mesh = Mesh.create(Parallel())
-    actor = MegatronActor(
-        **common(mesh, precision=Precision(dtype)), eos_id=1, pad_id=0, decode=str
-    )
+    engine = build_engine("actor", **common(mesh, precision=Precision(dtype)))
+    actor = MegatronActor(engine, eos_id=1, pad_id=0, decode=str)
     with LiveBytes() as seen:
-        checkpoint.save(tmp_path, 1, {"actor": actor.engine}, mesh, {}, {})
+        checkpoint.save(tmp_path, {"actor": engine}, mesh, CheckpointMeta(1))
     first, other = staging(shard(actor).gradients, 1)
     assert (first, other) == (9 * shard(actor).gradients, 3 * shard(actor).gradients)
     assert seen.most == pytest.approx(first, rel=0.01)

@@ -43,7 +43,7 @@ def test_the_plugin_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     controller = registry.build("kl_controller", recipe.algorithm["kl_controller"], {})
     groups = type("FakeGroups", (), {"high_prob": torch.tensor([0.2, 0.9])})()
-    assert controller.coefficients(groups).tolist() == pytest.approx([0.1, 0.1])
+    assert controller.kl_coefficients(groups).tolist() == pytest.approx([0.1, 0.1])
     for _ in range(50):
         metrics = controller.observe(groups, 1.0)
     assert metrics["kl/eta"].result() == pytest.approx(0.06)
@@ -54,7 +54,7 @@ def test_the_plugin_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for word, what in (
         ("strat=1", "did you mean 'start'?"),
         ("iterations=0", "at least 1"),
-        ("end=0.5", "the price would rise"),
+        ("end=0.5", "it would rise"),
     ):
         with pytest.raises(RecipeErrors, match="1 problem") as caught:
             compose(["recipe=my_run", f"algorithm.kl_controller.{word}"], RECIPES)

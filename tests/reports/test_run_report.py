@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.reports.run_report import number, printable, summary, write_report
+from gipo_megatron.reports.pages import number, printable
+from gipo_megatron.reports.run_report import summary, write_report
 from gipo_megatron.reports.runs import load_run
 from tests.reports.synthetic import MARKUP, ppo_run, sft_run, write_rows
 

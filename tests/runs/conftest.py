@@ -20,7 +20,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chain.sft(folder / "sft", "run.export_hf=true"),
         chain.reward_model(folder / "rm", folder / "sft", "run.export_hf=true"),
         chain.ppo("ppo_kl", folder / "ppo_kl", folder),
-        chain.ppo("gipo", folder / "gipo", folder, "run.export_hf=true"),
+        chain.ppo("gipo", folder / "gipo", folder, "run.export_hf=true", "+report"),
         chain.ppo(
             "gipo",
             folder / "gipo_from_hf",

@@ -16,16 +16,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gipo_megatron.conversion.convert import to_hf, to_megatron
-from gipo_megatron.conversion.progress import Progress
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import Example, Turn
 from gipo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, outputs
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel, Precision, Sampling
+from gipo_megatron.telemetry.console import Display
 from gipo_megatron.telemetry.metrics import reduce_metrics
 from gipo_megatron.training.assembly import Assembly, assemble
 from gipo_megatron.types import Prompts
@@ -36,7 +37,7 @@ from tests.smollm import CONFIG
 from tools.fetch_smollm import fetch
 
 pytestmark = [pytest.mark.global_rng]
-SILENT = Progress(shown=False)
+SILENT = Display(shown=False)
 END = 2  # <|im_end|>
 NEW = 24  # tokens of a response
 QUESTIONS = (
@@ -82,17 +83,15 @@ def mesh() -> Iterator[Mesh]:
 
 @pytest.fixture(scope="module")
 def actor(model: Path, tokenizer: Tokenizer, mesh: Mesh) -> MegatronActor:
-    return MegatronActor(
-        mesh=mesh,
-        architecture=architecture_from_hf(model),
-        precision=Precision("fp32"),
+    engine = build_engine(
+        "actor",
+        mesh,
+        architecture_from_hf(model),
+        Precision("fp32"),
         micro_batch=4,
-        seed=0,
         load=str(model),
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        decode=tokenizer.decode,
     )
+    return MegatronActor(engine, tokenizer.eos_id, tokenizer.pad_id, tokenizer.decode)
 
 
 @pytest.fixture(scope="module")

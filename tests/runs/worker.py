@@ -1,5 +1,5 @@
 """Whole runs, one after the other in one world: worker.py CASES.json; a case is the argument list
-of launch/train.py or launch/evaluate.py.
+of launch/train.py or launch/evaluate.py, with "+report" where the run's report is to be written.
 
 CASES.out.json tells of each case what it printed and, where the user is to mend something, the
 message.
@@ -12,8 +12,15 @@ import io
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
+
+
+def report(wanted: bool) -> contextlib.AbstractContextManager[object]:
+    """Leave a training run's figures out: they take longer than its steps."""
+    left_out = patch("gipo_megatron.training.run_folder.close_run")
+    return contextlib.nullcontext() if wanted else left_out
 
 
 def main() -> None:
@@ -24,7 +31,8 @@ def main() -> None:
     from gipo_megatron.training.runner import train_on
 
     mesh, outcomes, cases = None, [], Path(sys.argv[1])
-    for arguments in json.loads(cases.read_text()):
+    for case in json.loads(cases.read_text()):
+        arguments = [word for word in case if word != "+report"]
         recipe = (
             compose_evaluation(arguments, RECIPES)
             if is_evaluation(arguments, RECIPES)
@@ -35,7 +43,7 @@ def main() -> None:
         )
         error, printed = "", io.StringIO()
         try:
-            with contextlib.redirect_stdout(printed):
+            with contextlib.redirect_stdout(printed), report("+report" in case):
                 if isinstance(recipe, EvaluationRecipe):
                     # seconds, which training need not wait
                     from gipo_megatron.evaluation.run import evaluate_on

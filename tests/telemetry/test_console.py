@@ -4,7 +4,12 @@ import io
 import re
 from pathlib import Path
 
-from gipo_megatron.telemetry.console import Console, LogFile, Pace, duration, key_figures, step_line
+import rich.console
+
+from gipo_megatron.telemetry.console import Display, Pace, duration, key_figures, step_line
+from gipo_megatron.telemetry.sinks import Console, LogFile
+
+HEADLINE = (("eval/score", "held-out score"), ("reward/score_mean", "score"), ("sft/loss", "loss"))
 
 
 def test_a_line_shows_what_the_run_has() -> None:
@@ -14,8 +19,11 @@ def test_a_line_shows_what_the_run_has() -> None:
         "policy/loss": 3.0,
         "time/step_seconds": 2.0,
     }
-    assert key_figures(values) == "score 0.4123  kl 1.9"
-    assert step_line(3, 100, values, 75) == "step   3/100  score 0.4123  kl 1.9  2.00 s  left 1:15"
+    assert key_figures(values, HEADLINE) == "score 0.4123  kl 1.9"
+    assert (
+        step_line(3, 100, values, 75, HEADLINE)
+        == "step   3/100  score 0.4123  kl 1.9  2.00 s  left 1:15"
+    )
 
 
 def test_durations() -> None:
@@ -41,7 +49,7 @@ def test_time_left_forgets_the_first_step(monkeypatch) -> None:
 
 def test_without_a_terminal_one_plain_line_a_step() -> None:
     out = io.StringIO()
-    console = Console(2, "run", out)
+    console = Console(2, "run", HEADLINE, out)
     console.resume(0)
     console.phase("rollout")
     console.log(1, {"kl/mean": 1.0, "eval/score": 0.5})
@@ -51,7 +59,7 @@ def test_without_a_terminal_one_plain_line_a_step() -> None:
     console.close()
     lines = out.getvalue().splitlines()
     assert len(lines) == 3 and "\x1b" not in out.getvalue()
-    assert lines[0].startswith("step 1/2  kl 1  eval score 0.5")
+    assert lines[0].startswith("step 1/2  held-out score 0.5  kl 1")
     assert lines[1].startswith("ALERT step 1: [bold]kl[/bold] is high xxx")
     assert lines[2].startswith("step 2/2  kl 2")
 
@@ -60,7 +68,7 @@ def test_on_a_terminal_a_bar_with_phase_and_figures(monkeypatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "100")
     out = io.StringIO()
-    console = Console(40, "[hh] gipo", out, live=True)
+    console = Console(40, "[hh] gipo", HEADLINE, out, live=True)
     console.resume(10)
     console.phase("rollout")
     console.log(11, {"reward/score_mean": 0.5, "eval/score": 0.25})
@@ -69,13 +77,13 @@ def test_on_a_terminal_a_bar_with_phase_and_figures(monkeypatch) -> None:
     console.close()
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
     assert "[hh] gipo" in text and "12/40" in text and "left " in text
-    assert "score 0.75  eval score 0.25" in text  # the held-out score stays
+    assert "held-out score 0.25  score 0.75" in text  # the held-out score stays
     assert "resumed after step 10" in text and "ALERT step 12: look [here]" in text
 
 
 def test_log_file_keeps_everything(tmp_path: Path) -> None:
     for resumed, step in ((0, 1), (1, 2)):
-        log = LogFile(tmp_path / "log.txt", 2)
+        log = LogFile(tmp_path / "log.txt", 2, HEADLINE)
         log.resume(resumed)
         log.log(step, {"sft/loss": 2.0})
         log.alert(step, "step: careful")
@@ -89,3 +97,48 @@ def test_log_file_keeps_everything(tmp_path: Path) -> None:
         "step 2/2  loss 2",
         "ALERT step: careful",
     ]
+
+
+def display(live: bool) -> tuple[Display, io.StringIO]:
+    shown, out = Display(), io.StringIO()
+    shown.console = rich.console.Console(file=out, force_terminal=live, soft_wrap=True)
+    return shown, out
+
+
+def test_elsewhere_than_on_a_terminal_progress_is_a_line_for_every_tenth() -> None:
+    shown, out = display(live=False)
+    with shown.counting("[a]: verdicts", 40, 2) as more:
+        for _ in range(38):
+            more(1)
+    with shown.tensors("reading", 100) as seen:
+        seen("weight", 50)
+    with shown.waiting("writing"):
+        pass
+    tenths = [f"[a]: verdicts: {n} of 40" for n in range(4, 44, 4)]
+    assert out.getvalue().splitlines() == [
+        "[a]: verdicts: 2 of 40 done", *tenths, "reading", "writing"
+    ]  # fmt: skip
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    shown, out = display(live=True)
+    with shown.counting("verdicts", 40, 2) as more:
+        more(38)
+    with shown.tensors("reading", 2048) as seen:
+        seen("layers.0.weight", 2048)
+    with shown.waiting("writing"):
+        pass
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert "40/40" in text and "layers.0.weight" in text and "2.0/2.0 KiB" in text
+    assert "writing" in text and text.count("verdicts: 2 of 40 done") == 1
+
+
+def test_progress_of_another_rank_is_silent(capsys) -> None:
+    shown = Display(shown=False)
+    with shown.counting("verdicts", 4) as more:
+        more(4)
+    with shown.waiting("writing"):
+        shown.line("x")
+    assert capsys.readouterr().out == ""

@@ -20,7 +20,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_files_are_always_written_and_flushed(tmp_path: Path) -> None:
-    sinks = make_sinks([], tmp_path / "run", 5)
+    sinks = make_sinks([], tmp_path / "run", 5, name="run", headline=(), config={})
     for sink in sinks:
         sink.log(
             1, {"kl/mean": 0.1 + 0.2, "groups/auc": float("nan"), "policy/ratio_max": float("inf")}
@@ -42,6 +42,7 @@ def test_files_are_always_written_and_flushed(tmp_path: Path) -> None:
 
 def filled(folder: Path) -> Jsonl:
     sink = Jsonl(folder)
+    sink.log(0, {"eval/score": 0.5})  # evaluated before the first step
     for step in (1, 2, 3):
         sink.log(step, {"x": step / 3})
         sink.samples(step, [{"response": "a"}, {"response": "b"}])
@@ -57,10 +58,10 @@ def test_resume_cuts_later_rows_and_a_half_written_line(tmp_path: Path) -> None:
         file.write('{"step": 4, "x": 1.3')
     sink = Jsonl(tmp_path)
     sink.resume(2)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(before[:2])
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(before[:3])
     sink.log(3, {"x": 7.0})
     sink.close()
-    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
     assert [row["step"] for row in lines(tmp_path / "samples.jsonl")] == [1, 1, 2, 2]
     assert [row["step"] for row in lines(tmp_path / "alerts.jsonl")] == [1, 2]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -90,7 +91,8 @@ def test_resume_names_an_unreadable_line(tmp_path: Path) -> None:
 
 def test_unknown_logger(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'tensorbord'") as error:
-        make_sinks(["console", "tensorbord"], tmp_path / "run", 5)
+        loggers = ["console", "tensorbord"]
+        make_sinks(loggers, tmp_path / "run", 5, name="run", headline=(), config={})
     assert "did you mean 'tensorboard'?" in error.value.fix and "wandb" in error.value.fix
     assert not (tmp_path / "run").exists()
 
@@ -117,7 +119,8 @@ WANDB_RUN = """
 import sys
 from gipo_megatron.telemetry.sinks import make_sinks
 folder, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-sinks = make_sinks(["wandb"], folder, 4, name="run", config={"run": {"seed": 1}})
+config = {"run": {"seed": 1}}
+sinks = make_sinks(["wandb"], folder, 4, name="run", headline=(), config=config)
 for sink in sinks:
     sink.resume(first - 1)
     for step in range(first, last + 1):

@@ -6,7 +6,6 @@ plans    the planner's peak of each phase that a part measures, in GiB, at full 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan is made without GPUs
 
+from gipo_megatron.files import write_json
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
 from tools.gpu import chain, plans
@@ -29,9 +29,7 @@ def main(file: Path) -> None:
         metrics = {name: chain.train(mesh, Path(folder), name) for name in chain.RUNS}
     mesh.close()
     made["chain"] = {"runs": chain.ARGUMENTS, "metrics": metrics}
-    fresh = file.with_name(file.name + ".tmp")
-    fresh.write_text(json.dumps(made, indent=1), encoding="utf-8")
-    os.replace(fresh, file)
+    write_json(file, made)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from gipo_megatron.files import read_jsonl
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.training import run_folder
@@ -22,5 +22,4 @@ def run(mesh: Mesh, words: list[str]) -> Rows:
     recipe = compose(words, RECIPES)
     with patch.object(run_folder, "close_run"):
         train_on(mesh, recipe)
-    lines = (Path(recipe.run.dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [row for _, row in read_jsonl(Path(recipe.run.dir) / "metrics.jsonl")]

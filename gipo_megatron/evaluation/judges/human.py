@@ -20,7 +20,7 @@ import numpy as np
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.judges.human_page import rater_page
-from gipo_megatron.evaluation.results import duels_from_verdicts, write_text
+from gipo_megatron.evaluation.results import duels_from_verdicts
 from gipo_megatron.evaluation.types import (
     FAILED,
     FIRST,
@@ -32,6 +32,7 @@ from gipo_megatron.evaluation.types import (
     TaskPrompt,
     Verdict,
 )
+from gipo_megatron.files import write_json, write_text
 from gipo_megatron.recipe.registry import Range, register
 
 FORMAT = "gipo_megatron ratings 1"
@@ -183,7 +184,7 @@ def write_pages(
             for rater, own in assigned.items()
         },
     }
-    write_text(folder / KEY, json.dumps(key, indent=1) + "\n")
+    write_json(folder / KEY, key)
     return [
         write_page(folder, [by_pair[pair] for pair in own], rater, seed, study)
         for rater, own in assigned.items()

@@ -1,0 +1,93 @@
+"""Files that stay readable after a kill at any moment: atomic writes, and JSON Lines.
+
+A line of JSON Lines counts once its newline is there. Writers raise UserError naming the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gipo_megatron.errors import UserError
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Replace the file in one step: a reader sees the old or the new content. Makes its folder."""
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.partial")
+    with _user_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, target)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Raises ValueError for NaN and infinity."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Rows) -> None:
+    write_bytes(path, b"".join(map(_line, rows)))
+
+
+def append_jsonl(path: str | Path, rows: Rows, *, sync: bool = False) -> None:
+    """Remove a torn last line, append one line a row; with `sync` wait until the disk has them."""
+    target = Path(path)
+    with _user_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+                file.truncate(target.read_bytes().rfind(b"\n") + 1)
+            file.write(b"".join(map(_line, rows)))
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def read_jsonl(path: str | Path, fix: str = "remove it") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object); nothing where there is no file. A torn last line is left out.
+
+    Raises UserError, with the advice `fix`, for a line that is not a JSON object.
+    """
+    file = Path(path)
+    if not file.is_file():
+        return
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or not line.endswith(b"\n"):
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # of JSON, or of UTF-8
+                raise bad_line(file, number, f"not JSON: {error}", fix) from error
+            if not isinstance(row, dict):
+                raise bad_line(file, number, f"a JSON {type(row).__name__}, not an object", fix)
+            yield number, row
+
+
+def bad_line(path: Path, number: int, why: str, fix: str) -> UserError:
+    return UserError(f"unreadable line: {why}", where=f"{path}:{number}", fix=fix)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    """JSON in UTF-8; a lone surrogate, which is no UTF-8, as json.loads reads it."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+
+
+@contextmanager
+def _user_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fix = "free some space, or choose a folder you may write to"
+        raise UserError(f"cannot write: {error.strerror}", where=str(path), fix=fix) from error
