@@ -68,15 +68,6 @@ class Iteration:
     once: tuple[Call, ...]  # before the first iteration, by roles that are freed afterwards
     calls: tuple[Call, ...]  # of one iteration
 
-    @property
-    def forward_equivalents(self) -> int:
-        """Sequences in all passes over the batch; an update counts as three forward passes."""
-        return sum(
-            call.sequences * (3 if call.verb == "update" else 1)
-            for call in self.calls
-            if call.reads == BATCH
-        )
-
 
 def added_up(items: Iterable[Any]) -> list[Any]:
     """Items (calls, or their phases) of the same name as one, in the order of the first of each."""

@@ -77,9 +77,7 @@ def shipped() -> list[str]:
 
 def documented() -> dict[str, str]:
     """Arguments of `gipo plan` -> the part of its output in docs/scaling.md."""
-    return dict(
-        re.findall(r"```\n\$ gipo plan ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL)
-    )
+    return dict(re.findall(r"```\n\$ gipo plan ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL))
 
 
 def layout_cases() -> dict[str, dict[str, Any]]:
