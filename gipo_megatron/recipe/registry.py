@@ -112,10 +112,16 @@ def runtime_fields(cls: type) -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(cls) if "runtime" in f.metadata]
 
 
-def build(slot: str, block: Mapping[str, Any], runtime: Mapping[str, Any]) -> Any:
-    """The component a (checked) recipe block describes, its nested components included.
+def build(
+    slot: str,
+    block: Mapping[str, Any],
+    runtime: Mapping[str, Any],
+    components: Mapping[str, Any] | None = None,
+) -> Any:
+    """Build the component that a (checked) recipe block describes, and its nested components.
 
-    Raises ValueError when the runtime lacks an object that the component asks for.
+    components: {field: component} that exist already. Raises ValueError when the runtime lacks an
+    object that the component needs.
     """
     cls = _registry[slot, block["name"]]
     arguments: dict[str, Any] = {
@@ -129,6 +135,9 @@ def build(slot: str, block: Mapping[str, Any], runtime: Mapping[str, Any]) -> An
             )
         arguments[f.name] = runtime[f.metadata["runtime"]]
     for f in component_fields(cls):
+        if components is not None and f.name in components:
+            arguments[f.name] = components[f.name]
+            continue
         arguments[f.name] = build(
             f.metadata["slot"], block.get(f.name) or {"name": f.metadata["default"]}, runtime
         )
