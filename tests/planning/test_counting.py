@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +17,15 @@ from gipo_megatron.planning.counting import (
     LATE,
     Call,
     Iteration,
-    Runtime,
+    Table,
     added_up,
-    build,
     count,
 )
 from gipo_megatron.recipe.compose import compose
+from gipo_megatron.roles import SingleReplica
+from gipo_megatron.training import assembly
 from tests.parity.planning_cases import RECIPES
+from tests.recipe.helpers import small
 
 pytestmark = pytest.mark.global_rng  # imports what a recipe's names need
 PLUGIN = "plugins=[tests.planning.pages]"
@@ -114,8 +119,7 @@ def test_groups_that_are_given_have_made_up_sources() -> None:
 def test_the_pages_own_count_agrees(words: tuple[str, ...]) -> None:
     """A page counts per sequence of the batch."""
     recipe = compose(words, RECIPES)
-    runtime = Runtime(recipe)
-    passes = build(recipe, runtime).step(LATE).forward_equivalents
+    passes = Table(recipe).page().step(LATE).forward_equivalents
     found = count(recipe)
     assert forward_equivalents(found) == passes * found.calls[0].sequences
 
@@ -129,6 +133,13 @@ def test_pages_of_a_plugin() -> None:
 def test_a_page_that_needs_real_rows_has_no_plan() -> None:
     with pytest.raises(UserError, match="'test_reads_text' does not run on made-up rows: ValueErr"):
         counted("recipe=hh_ppo_kl", PLUGIN, "algorithm={name: test_reads_text}")
+
+
+def test_a_run_has_the_same_table(tmp_path: Path) -> None:
+    recipe = small(tmp_path)
+    mesh: Any = SimpleNamespace(data_parallel=SingleReplica())
+    real = assembly.Providers(recipe, mesh, lambda name: nullcontext())
+    assert set(real.runtime) == set(Table(recipe).runtime)
 
 
 def test_no_random_number_is_drawn() -> None:
