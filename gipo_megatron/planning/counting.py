@@ -7,7 +7,7 @@ is read, no random number is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe import registry
+from gipo_megatron.recipe.registry import Lazy
 from gipo_megatron.recipe.schema import ROLES, Recipe
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.specs import Sampling, base_role
@@ -68,15 +69,6 @@ class Iteration:
     once: tuple[Call, ...]  # before the first iteration, by roles that are freed afterwards
     calls: tuple[Call, ...]  # of one iteration
 
-    @property
-    def forward_equivalents(self) -> int:
-        """Sequences in all passes over the batch; an update counts as three forward passes."""
-        return sum(
-            call.sequences * (3 if call.verb == "update" else 1)
-            for call in self.calls
-            if call.reads == BATCH
-        )
-
 
 def added_up(items: Iterable[Any]) -> list[Any]:
     """Items (calls, or their phases) of the same name as one, in the order of the first of each."""
@@ -91,8 +83,8 @@ def count(recipe: Recipe) -> Iteration:
 
     Raises UserError where its page does not run on made-up rows.
     """
-    runtime = Runtime(recipe)
-    page = build(recipe, runtime)
+    table = Table(recipe)
+    page = table.page()
     try:
         page.step(LATE)
     except Exception as error:
@@ -102,25 +94,9 @@ def count(recipe: Recipe) -> Iteration:
             where="algorithm.name",
             fix="a plan calls `step` once, with roles that return zeros and rows of two tokens",
         ) from error
-    notes = runtime.notes
-    return Iteration(
-        built=tuple(runtime.built),
-        once=tuple(note for note in notes if note.reads == DATASET),
-        calls=tuple(note for note in notes if note.reads != DATASET),
-    )
-
-
-def build(recipe: Recipe, runtime: Runtime) -> Any:
-    """The recipe's page. A reward that calls no model is not called, as it may need real text."""
-    page = registry.build("algorithm", recipe.algorithm, runtime)
-    for f in registry.component_fields(type(page)):
-        component = getattr(page, f.name)
-        if (head := getattr(component, "head", None)) is not None:
-            runtime.groups = head.num_groups
-        objects = [x.metadata["runtime"] for x in registry.runtime_fields(type(component))]
-        if f.metadata["slot"] == "reward" and "reward_models" not in objects:
-            component.raw = lambda rollout: (torch.zeros(len(rollout)), {})
-    return page
+    once = tuple(call for call in table.notes if call.reads == DATASET)
+    calls = tuple(call for call in table.notes if call.reads != DATASET)
+    return Iteration(tuple(table.built), once, calls)
 
 
 # ----------------------------------------------------------------------------------- made-up rows
@@ -162,7 +138,7 @@ class CountingRole:
     """Any role: all methods of roles.py."""
 
     role: str
-    runtime: Runtime
+    table: Table
     reads: str = BATCH
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
@@ -193,7 +169,7 @@ class CountingRole:
         return pairs
 
     def evaluate(self, batch: Rows) -> CriticOutput:
-        zeros, groups = self._forward("values", batch), self.runtime.groups
+        zeros, groups = self._forward("values", batch), self.table.groups
         return CriticOutput(zeros, zeros.new_zeros(len(zeros), groups) if groups else None)
 
     def score(self, batch: Rows) -> Tensor:
@@ -220,53 +196,61 @@ class CountingRole:
         return torch.zeros(rows.tokens.shape)
 
     def _note(self, call: Call) -> None:
-        self.runtime.notes.append(call)
+        self.table.notes.append(call)
 
 
-class Runtime(dict[str, Any]):
-    """What pages and components ask for by name, made when it is first asked for."""
+class Table:
+    """The objects that pages and components name (training/assembly.py has the same names)."""
 
     def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
+        self.recipe = recipe
         self.built: list[str] = []
         self.notes: list[Call] = []
         self.groups = 0  # of the group head on the critic's trunk; 0: it has none
-        self.make = self._providers(recipe)
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-    def __missing__(self, name: str) -> Any:
-        # held-out rows, the tokenizer and others are of no use to `step`
-        self[name] = self.make.get(name, lambda: None)()
-        return self[name]
-
-    def _providers(self, recipe: Recipe) -> dict[str, Callable[[], Any]]:
         batch, block = recipe.batch, recipe.algorithm
-
-        def role(name: str) -> CountingRole | None:
-            if name not in recipe.models:  # a role that is optional
-                return None
-            if name == "reference" and block.get("precompute"):
-                return CountingRole(name, self, DATASET)
-            self.built.append(name)
-            return CountingRole(name, self)
-
-        rewards = [name for name in recipe.models if base_role(name) == "reward"]
         # a run reads the names of its sources from the data
         sources = tuple(block.get("group_classifier", {}).get("groups") or ("one", "another"))
         rows = prompts(batch.prompts, batch.responses, sources)
-        return {
-            **{name: partial(role, name) for name in ROLES},
-            "reward_models": lambda: {name: role(name) for name in rewards},
-            "dp": SingleReplica,
-            "seed": lambda: recipe.run.seed,
-            "sources": lambda: sources,
-            "max_response": lambda: recipe.data.max_response,
-            "minibatch": lambda: batch.minibatch,
-            "prompts": lambda: lambda step: rows,
-            "examples": lambda: lambda step: sequences(batch.minibatch),
-            "pairs": lambda: lambda step: pairs(batch.minibatch),
-            "probe": lambda: sequences(PROBE_ROWS, Probe),
-            "timer": lambda: lambda name: nullcontext(),
-        }
+        evaluation = ("held_out", "sampling", "tokenizer")  # of no use to `step`
+        self.runtime = Lazy(
+            {
+                **{role: partial(self._role, role) for role in ROLES},
+                **{name: lambda: None for name in evaluation},
+                "reward_models": self._reward_models,
+                "dp": SingleReplica,
+                "seed": lambda: recipe.run.seed,
+                "sources": lambda: sources,
+                "max_response": lambda: recipe.data.max_response,
+                "minibatch": lambda: batch.minibatch,
+                "timer": lambda: lambda name: nullcontext(),
+                "prompts": lambda: lambda step: rows,
+                "pairs": lambda: lambda step: pairs(batch.minibatch),
+                "examples": lambda: lambda step: sequences(batch.minibatch),
+                "probe": lambda: sequences(PROBE_ROWS, Probe),
+            }
+        )
+
+    def page(self) -> Any:
+        """The recipe's page. A reward without a model may need real text, so it is not called."""
+        page = registry.build("algorithm", self.recipe.algorithm, self.runtime)
+        for f in registry.component_fields(type(page)):
+            component = getattr(page, f.name)
+            if (head := getattr(component, "head", None)) is not None:
+                self.groups = head.num_groups
+            objects = [x.metadata["runtime"] for x in registry.runtime_fields(type(component))]
+            if f.metadata["slot"] == "reward" and "reward_models" not in objects:
+                component.raw = lambda rollout: (torch.zeros(len(rollout)), {})
+        return page
+
+    def _role(self, role: str) -> CountingRole | None:
+        """None for an optional role that the recipe does not use."""
+        if role not in self.recipe.models:
+            return None
+        if role == "reference" and self.recipe.algorithm.get("precompute"):
+            return CountingRole(role, self, DATASET)  # built later, and not kept
+        self.built.append(role)
+        return CountingRole(role, self)
+
+    def _reward_models(self) -> dict[str, CountingRole | None]:
+        roles = [role for role in self.recipe.models if base_role(role) == "reward"]
+        return {role: self._role(role) for role in roles}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from gipo_megatron.specs import OneOf, Range
@@ -96,6 +96,27 @@ def runtime_fields(cls: type) -> list[dataclasses.Field[Any]]:
 def hints(cls: type) -> dict[str, Any]:
     """The types of a class's fields, Annotated included."""
     return typing.get_type_hints(cls, include_extras=True)
+
+
+class Lazy(Mapping[str, Any]):
+    """Objects by name; each is made by its provider when it is first read, and kept."""
+
+    def __init__(self, providers: Mapping[str, Callable[[], Any]]) -> None:
+        self._providers, self._made = providers, dict[str, Any]()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            self._made[name] = self._providers[name]()
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would make the object
+        return name in self._providers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._providers)
+
+    def __len__(self) -> int:
+        return len(self._providers)
 
 
 def build(

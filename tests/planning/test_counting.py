@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.planning.counting import LATE, Call, Iteration, Runtime, added_up, build, count
+from gipo_megatron.planning.counting import (
+    BATCH,
+    LATE,
+    Call,
+    Iteration,
+    Table,
+    added_up,
+    count,
+)
 from gipo_megatron.recipe.compose import compose
+from gipo_megatron.roles import SingleReplica
+from gipo_megatron.training import assembly
 from tests.parity.planning_cases import RECIPES
+from tests.recipe.helpers import small
 
 pytestmark = pytest.mark.global_rng  # imports what a recipe's names need
 PLUGIN = "plugins=[tests.planning.pages]"
@@ -23,6 +37,13 @@ def counted(*words: str) -> Iteration:
 
 def brief(calls: tuple[Call, ...]) -> list[tuple[str, str, int, int]]:
     return [(call.verb, call.role, call.rows, call.sequences) for call in calls]
+
+
+def forward_equivalents(found: Iteration) -> int:
+    """Sequences in all passes over the batch; an update is worth three forward passes."""
+    weights = {"generate": 1, "forward": 1, "update": 3}
+    batch = [call for call in found.calls if call.reads == BATCH]
+    return sum(call.sequences * weights[call.verb] for call in batch)
 
 
 def test_examples_and_pairs() -> None:
@@ -98,21 +119,27 @@ def test_groups_that_are_given_have_made_up_sources() -> None:
 def test_the_pages_own_count_agrees(words: tuple[str, ...]) -> None:
     """A page counts per sequence of the batch."""
     recipe = compose(words, RECIPES)
-    runtime = Runtime(recipe)
-    passes = build(recipe, runtime).step(LATE).forward_equivalents
-    work = count(recipe)
-    assert work.forward_equivalents == passes * work.calls[0].sequences
+    passes = Table(recipe).page().step(LATE).forward_equivalents
+    found = count(recipe)
+    assert forward_equivalents(found) == passes * found.calls[0].sequences
 
 
 def test_pages_of_a_plugin() -> None:
     twice = counted("recipe=hh_sft", PLUGIN, "algorithm={name: test_twice}")
     assert brief(twice.calls) == [("update", "actor", 64, 64)] * 2
-    assert twice.forward_equivalents == 2 * 3 * 64
+    assert forward_equivalents(twice) == 2 * 3 * 64
 
 
 def test_a_page_that_needs_real_rows_has_no_plan() -> None:
     with pytest.raises(UserError, match="'test_reads_text' does not run on made-up rows: ValueErr"):
         counted("recipe=hh_ppo_kl", PLUGIN, "algorithm={name: test_reads_text}")
+
+
+def test_a_run_has_the_same_table(tmp_path: Path) -> None:
+    recipe = small(tmp_path)
+    mesh: Any = SimpleNamespace(data_parallel=SingleReplica())
+    real = assembly.Providers(recipe, mesh, lambda name: nullcontext())
+    assert set(real.runtime) == set(Table(recipe).runtime)
 
 
 def test_no_random_number_is_drawn() -> None:
