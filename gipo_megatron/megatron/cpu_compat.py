@@ -66,6 +66,7 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"The argument order of load has been changed", UserWarning),
 )
 
+Tensors = list[Tensor]
 _installed = False
 
 
@@ -231,11 +232,7 @@ def adam_for(device: torch.device) -> Callable[..., None]:
 
 
 def _fused(
-    group: dict[str, Any],
-    params: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
+    group: dict[str, Any], params: Tensors, grads: Tensors, first: Tensors, second: Tensors
 ) -> None:
     """Step in one kernel: 28 bytes of memory traffic per parameter against 72, no temporaries. The
     kernel reads the step count and does not change it."""
@@ -259,11 +256,7 @@ def _fused(
 
 
 def _foreach(
-    group: dict[str, Any],
-    params: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
+    group: dict[str, Any], params: Tensors, grads: Tensors, first: Tensors, second: Tensors
 ) -> None:
     """Step in seven passes over all parameters, with one temporary each."""
     (beta1, beta2), lr, step = group["betas"], group["lr"], group["step"]
