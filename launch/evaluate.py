@@ -1,8 +1,8 @@
 """torchrun --nproc-per-node N launch/evaluate.py recipe=NAME [with=FRAGMENT,…] [key.path=value …]
 
 One process needs no torchrun. The same command continues an evaluation that was stopped: no prompt
-is answered twice. Exit code 0: complete (or, with judge.name=human, ready for people); 2: something
-the user can mend; 130: stopped by Ctrl-C.
+gets two responses. Exit code 0: complete (or, with judge.name=human, ready for people); 2: an error
+that the user can correct; 130: stopped by Ctrl-C.
 """
 
 from __future__ import annotations

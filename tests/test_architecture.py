@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "megatron": LOW | {"weights"},
     "data": LOW,
     "telemetry": LOW,
-    "reports": LOW | {"telemetry", "evaluation"},
+    "reports": LOW | {"telemetry"},
     "recipe": LOW | {"recipe.registry", "components", "algorithms", "weights", "data", "telemetry"},
     "planning": LOW | {"recipe.registry", "recipe", "megatron", "telemetry"},
     "conversion": LOW | {"training", "megatron", "data", "weights", "telemetry"},

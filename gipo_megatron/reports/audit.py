@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from sklearn.metrics import adjusted_mutual_info_score
 
 from gipo_megatron import ops
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.types import Response, TaskPrompt
 from gipo_megatron.reports.runs import Points, Run, in_bins
 
 SMALL_GROUP = 0.05  # of all responses: a group below has collapsed
@@ -124,7 +123,7 @@ def audit_run(run: Run) -> Audit:
     there = [
         row
         for row in run.samples
-        if _number(row.get("p_high")) is not None and isinstance(row.get("prompt"), str)
+        if finite(row.get("p_high")) is not None and isinstance(row.get("prompt"), str)
     ]
     if not there:
         raise UserError(
@@ -140,59 +139,36 @@ def audit_run(run: Run) -> Audit:
         for name in SERIES
         if run.series(f"groups/{name}")[0]
     }
-    return _audit(run.name, rows, (last[0], last[-1]), history)
+    return audit_rows(run.name, rows, (last[0], last[-1]), history)
 
 
 def _row(row: Mapping[str, Any]) -> Row:
     response = str(row.get("response", ""))
-    length = _number(row.get("length"))
+    length = finite(row.get("length"))
     return Row(
         prompt=row["prompt"],
         response=response,
         source=str(row.get("source", "")),
         p_high=float(row["p_high"]),
         length=float(len(response.split())) if length is None else length,
-        score=_number(row.get("score")),
-        kl=_number(row.get("kl")),
+        score=finite(row.get("score")),
+        kl=finite(row.get("kl")),
     )
 
 
-def _number(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
+    """Return a finite number as float; None for anything else."""
     there = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if there else None
 
 
-def audit_responses(prompts: Sequence[TaskPrompt], responses: Sequence[Response]) -> Audit:
-    """Of the responses with figures.p_high. Give one policy's: scores and lengths of several do not
-    compare.
-
-    Raises UserError where none has a p_high, or a response's prompt is not among `prompts`.
-    """
-    known = {(p.task, p.prompt_id): p for p in prompts}
-    rows = []
-    for r in responses:
-        p_high = _number(r.figures.get("p_high"))
-        if p_high is None:
-            continue
-        if (r.task, r.prompt_id) not in known:
-            raise UserError(
-                f"no prompt {r.prompt_id!r} in task {r.task!r}",
-                fix="prompts and responses are of two evaluations",
-            )
-        prompt = known[r.task, r.prompt_id]
-        score, kl = _number(r.figures.get("score")), _number(r.figures.get("kl"))
-        rows.append(Row(prompt.text, r.text, prompt.source, p_high, float(r.tokens), score, kl))
-    if not rows:
-        raise UserError(
-            "no response with p_high",
-            fix="evaluate with models.critic, the critic of a run with a group_classifier",
-        )
-    return _audit(" + ".join(dict.fromkeys(r.policy for r in responses)), rows, None, {})
-
-
-def _audit(
-    name: str, rows: list[Row], steps: tuple[int, int] | None, history: dict[str, Points]
+def audit_rows(
+    name: str,
+    rows: list[Row],
+    steps: tuple[int, int] | None = None,
+    history: Mapping[str, Points] | None = None,
 ) -> Audit:
+    """Return the audit of at least one response. `history`: groups/… over training."""
     high = np.clip([row.p_high for row in rows], 0.0, 1.0)
     entropies = _entropies(high)
     sources = [row.source for row in rows]
@@ -212,7 +188,7 @@ def _audit(
             quantiles={str(q): float(np.quantile(entropies, q / 100)) for q in (5, 25, 50, 75, 95)},
             bins=np.histogram(entropies, 10, (0.0, math.log(2)))[0].tolist(),
         ),
-        history=history,
+        history=dict(history or {}),
         exemplars=_exemplars(rows),
         alarms=_alarms(high, entropies),
     )
