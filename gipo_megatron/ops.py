@@ -126,10 +126,10 @@ def ipo_loss(log_ratio: Tensor, tau: float) -> Tensor:
 # ------------------------------------------------------------------------------------------- scores
 
 MIN_STD = 1e-6  # below it all scores are the same
-MAX_RETURN = 3.0
+MAX_SCORE = 3.0
 
 
-def score_returns(raw: Tensor, batch_mean: float, std: float) -> Tensor:
+def standardised_scores(raw: Tensor, batch_mean: float, std: float) -> Tensor:
     """G_i = clip((s_i - batch mean) / sigma, +-3), sigma the running std; 0 when sigma < 1e-6. One
     scalar per trajectory. [B]
 
@@ -138,7 +138,7 @@ def score_returns(raw: Tensor, batch_mean: float, std: float) -> Tensor:
     """
     if std < MIN_STD:
         return torch.zeros_like(raw)
-    return ((raw - batch_mean) / std).clamp(-MAX_RETURN, MAX_RETURN)
+    return ((raw - batch_mean) / std).clamp(-MAX_SCORE, MAX_SCORE)
 
 
 def lower_tail_weights(x: Tensor, everyone: Tensor, alpha: float) -> Tensor:
@@ -184,15 +184,15 @@ def auc(positive: Tensor, x: Tensor, cluster: Tensor, tie: float = 0.0) -> Tenso
 # ------------------------------------------------------------------------------------------- groups
 
 
-def group_sums(probs: Tensor, sample_returns: Tensor) -> Tensor:
+def group_sums(probs: Tensor, sample_scores: Tensor) -> Tensor:
     """[2M + 2] sums over this replica's rows, float64: sum_i p_ig, sum_i p_ig G_i, N, sum_i G_i."""
-    p, g = probs.double(), sample_returns.double()
+    p, g = probs.double(), sample_scores.double()
     return torch.cat(
         [p.sum(0), (p * g[:, None]).sum(0), g.new_tensor([float(len(g))]), g.sum().reshape(1)]
     )
 
 
-def group_returns(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+def group_means(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """(R_g [M], m_g [M], R_all, N) from the global `group_sums`; m_g is floored at 1e-6 N, so an
     empty group is finite."""
     groups = (len(sums) - 2) // 2
@@ -201,41 +201,41 @@ def group_returns(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     return sums[groups : 2 * groups] / masses, masses, sums[-1] / count, count
 
 
-def group_variance(returns: Tensor, shares: Tensor, mean_return: Tensor, kind: str) -> Tensor:
+def group_variance(means: Tensor, shares: Tensor, mean_score: Tensor, kind: str) -> Tensor:
     """R_var: uniform = (1/M) sum_g (R_g - mean_g R_g)^2; mass = sum_g rho_g (R_g - R_all)^2."""
     if kind == "uniform":
-        return (returns - returns.mean()).square().mean()
+        return (means - means.mean()).square().mean()
     if kind == "mass":
-        return (shares * (returns - mean_return).square()).sum()
+        return (shares * (means - mean_score).square()).sum()
     raise ValueError(f"unknown variance {kind!r}; there are mass and uniform")
 
 
-def group_coefficients(
-    sample_returns: Tensor, returns: Tensor, masses: Tensor, count: int, kind: str
+def group_loss_coefficients(
+    sample_scores: Tensor, means: Tensor, masses: Tensor, count: int, kind: str
 ) -> Tensor:
     """c_ig = N dR_var / dp_ig, up to a constant per i that a softmax ignores. [B, M]
 
     uniform: N (2/M) (R_g - mean_g R_g) (G_i - R_g) / m_g          mass: G_i^2 - (G_i - R_g)^2
     """
-    g = sample_returns.to(returns.dtype)[:, None]
+    g = sample_scores.to(means.dtype)[:, None]
     if kind == "uniform":
-        return count * (2 / len(returns)) * (returns - returns.mean()) * (g - returns) / masses
+        return count * (2 / len(means)) * (means - means.mean()) * (g - means) / masses
     if kind == "mass":
-        return g.square() - (g - returns).square()
+        return g.square() - (g - means).square()
     raise ValueError(f"unknown variance {kind!r}; there are mass and uniform")
 
 
 def group_weights(
-    probs: Tensor, returns: Tensor, shares: Tensor, mean_return: Tensor, beta: float, kind: str
+    probs: Tensor, means: Tensor, shares: Tensor, mean_score: Tensor, beta: float, kind: str
 ) -> Tensor:
     """w_i = 1 - beta dR_var/dJ_i N: stage 2 is PPO on w_i A_t; mean w = 1. [B]
 
     uniform: 1 - beta (2/M) sum_g (R_g - mean_g R_g) p_ig / rho_g          mass: 1 - 2 beta sum_g
     p_ig (R_g - R_all)
     """
-    p = probs.to(returns.dtype)
+    p = probs.to(means.dtype)
     if kind == "uniform":
-        return 1 - beta * (2 / len(returns)) * (p * ((returns - returns.mean()) / shares)).sum(1)
+        return 1 - beta * (2 / len(means)) * (p * ((means - means.mean()) / shares)).sum(1)
     if kind == "mass":
-        return 1 - 2 * beta * (p * (returns - mean_return)).sum(1)
+        return 1 - 2 * beta * (p * (means - mean_score)).sum(1)
     raise ValueError(f"unknown variance {kind!r}; there are mass and uniform")

@@ -1,10 +1,10 @@
-"""The roles an algorithm talks to. Where a model's layers live, and how it is split, is the role's
-private business."""
+"""The roles an algorithm uses. A role hides where the layers of its model are and how it is
+split."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from gipo_megatron.types import BatchLoss, CriticOutput, Prompts, Rollout, Rows,
 
 class Trainable(Protocol):
     def update(self, *parts: tuple[Rows, BatchLoss]) -> Update:
-        """Exactly one optimizer step on the sum of all parts' terms, each divided by its global
-        unit count."""
+        """Make exactly one optimizer step on the sum of all parts' terms, each divided by its
+        global unit count."""
         ...
 
 
@@ -58,6 +58,24 @@ class DataParallel(Protocol):
     def max(self, x: Tensor) -> Tensor: ...
 
 
+class HeldOut(Protocol):
+    """Rows held back from training."""
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+
+    @property
+    def gold(self) -> Callable[[str, str], float] | None:
+        """(prompt, response) -> true reward, where the data define one."""
+        ...
+
+    def batches(self) -> Iterator[tuple[Any, Tensor]]:
+        """Yield (this replica's rows, weights [b]); rows are of the algorithm's `data` kind, weight
+        0 marks padding."""
+        ...
+
+
+@runtime_checkable
 class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 

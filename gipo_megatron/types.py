@@ -15,11 +15,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from gipo_megatron.metrics import Metrics, merge_metrics
+
 # ---------------------------------------------------------------------------------- rows of a batch
 
 
 class Rows:
-    """A frozen dataclass whose tensor and tuple fields all have one entry per row (a sequence, or a
+    """A frozen dataclass whose tensor and tuple fields have one entry per row (a sequence, or a
     pair)."""
 
     def _map(self, tensor: Callable[[Tensor], Tensor], row: Callable[[tuple], tuple]) -> Self:
@@ -55,8 +57,7 @@ class Rows:
 
     @property
     def sequences(self) -> Sequences:
-        """What a model reads: all sequences of these rows (a pair has two, all chosen before all
-        rejected)."""
+        """All sequences of these rows (a pair has two, all chosen before all rejected)."""
         raise NotImplementedError
 
     @property
@@ -65,8 +66,8 @@ class Rows:
         raise NotImplementedError
 
     def counts(self) -> dict[str, int]:
-        """How many of each loss unit these rows hold: {token, sequence, pair}; tokens are those
-        inside the mask."""
+        """Return the number of each loss unit in these rows: {token, sequence, pair}; tokens are
+        those inside the mask."""
         sequences = self.sequences
         return {"token": int(sequences.mask.sum()), "sequence": len(sequences), "pair": len(self)}
 
@@ -122,7 +123,7 @@ class Prompts(Rows):
     # int64 [B], unique over the whole run: step * sequences per step + global row
     sample_id: Tensor
     source: tuple[str, ...]
-    # whatever else the data knows of the row (planted: its gold answer, …)
+    # further fields of the data's row (planted: its gold answer, …)
     extras: tuple[dict[str, Any], ...]
 
 
@@ -163,17 +164,16 @@ class Rollout(Rows):
 
 @dataclass(frozen=True)
 class Experience(Rows):
-    """All that one PPO iteration knows of its rollout; every quantity is computed once, from those
-    above it."""
+    """One PPO iteration's rollout and all that its losses read; every quantity is computed once."""
 
     rollout: Rollout
     logprobs: Tensor  # [B, T] of the behaviour policy, by the training forward
-    values: Tensor  # [B, T] before the update
+    values: Tensor | None  # [B, T] before the update; None without a critic
     advantages: Tensor  # [B, T], whitened over the global batch, not yet weighted
     returns: Tensor  # [B, T], targets of the critic
     weights: Tensor  # [B], w_i of the variance regulariser
     group_probs: Tensor  # [B, M]
-    group_coefficients: Tensor  # [B, M], c_ig = N dR_var/dp_ig; zeros when nothing is learned
+    group_loss_coefficients: Tensor  # [B, M], c_ig = N dR_var/dp_ig; zeros where no head learns
 
     @property
     def sequences(self) -> Sequences:
@@ -189,12 +189,12 @@ class Experience(Rows):
 
 @dataclass(frozen=True)
 class Scores(Rows):
-    """One score per response, in the three forms that are needed."""
+    """One score per response, in three forms."""
 
     raw: Tensor  # [B], the reward model's units, after ensemble and penalties
     shaped: Tensor  # [B], normalised and clipped: PPO's reward on the last token
     # [B], G_i = clip((raw - batch mean) / running std, +-3); no KL in it (algorithm.md 3)
-    returns: Tensor
+    standardised_scores: Tensor
     parts: dict[str, Tensor]  # named pieces of raw ([B] each), for logging
     std: float  # running std of raw; G_i and R_g times this are in raw units
 
@@ -204,20 +204,18 @@ class Scores(Rows):
 
 @dataclass(frozen=True)
 class Groups:
-    """Soft group labels of this replica's rows, and the M global sums everything else follows
-    from."""
+    """Soft group labels of this replica's rows, and the M global sums."""
 
     probs: Tensor  # [B, M]
     high_prob: Tensor  # [B], p(g_high); for M > 2 the expected normalised rank of the group
-    sample_returns: Tensor  # [B], G_i
-    returns: Tensor  # [M], R_g, global
+    sample_scores: Tensor  # [B], G_i
+    group_means: Tensor  # [M], R_g, global
     masses: Tensor  # [M], m_g = sum_i p_ig, global
-    mean_return: Tensor  # scalar, R_all, global
+    mean_score: Tensor  # scalar, R_all, global
     count: int  # N, sequences in the global batch
     high: int  # g_high of the iteration before
     std: float  # raw score units per unit of G
-    variance: str = "mass"  # mass | uniform: what R_var is, for both stages
-    observed: Groups | None = None  # what a head learns beside given labels: measured, never used
+    variance: str = "mass"  # mass | uniform: the definition of R_var, for both stages
 
     @property
     def shares(self) -> Tensor:
@@ -227,11 +225,11 @@ class Groups:
     @property
     def gap(self) -> Tensor:
         """R_high - the lowest other R_g, in units of G; 0 for one group."""
-        others = [r for g, r in enumerate(self.returns) if g != self.high]
+        others = [r for g, r in enumerate(self.group_means) if g != self.high]
         return (
-            self.returns[self.high] - torch.stack(others).min()
+            self.group_means[self.high] - torch.stack(others).min()
             if others
-            else torch.zeros_like(self.returns[0])
+            else torch.zeros_like(self.group_means[0])
         )
 
 
@@ -243,12 +241,12 @@ class Weights:
     values: Tensor  # [B]
 
 
-# ------------------------------------------------------------------------------- losses and metrics
+# ------------------------------------------------------------------------------- losses and updates
 
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What an actor or a reference says of each token."""
+    """An actor's or a reference's numbers for each token."""
 
     logprobs: Tensor  # [b, T]
     entropy: Tensor | None  # [b, T], of the distribution the token was drawn from, nats
@@ -261,110 +259,9 @@ class CriticOutput:
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A reduction: sufficient statistics that add (or take the extreme) over micro-batches,
-    minibatches and ranks."""
-
-    kind: str  # sum | mean | std | correlation | explained_variance | min | max
-    parts: Tensor  # float64 [k]
-
-    @staticmethod
-    def sum(values: Tensor | float) -> Metric:
-        return Metric("sum", torch.as_tensor(values).detach().double().sum().reshape(1))
-
-    @staticmethod
-    def mean(values: Tensor | float, weights: Tensor | None = None) -> Metric:
-        """sum(w x) / sum(w); w = 1 when not given. NaN when the weights sum to zero."""
-        x = torch.as_tensor(values).detach().double()
-        w = torch.ones_like(x) if weights is None else weights.detach().double().expand_as(x)
-        return Metric("mean", torch.stack([torch.where(w != 0, w * x, 0.0).sum(), w.sum()]))
-
-    @staticmethod
-    def std(values: Tensor) -> Metric:
-        """Population standard deviation."""
-        x = values.detach().double().flatten()
-        return Metric("std", torch.stack([torch.ones_like(x).sum(), x.sum(), x.square().sum()]))
-
-    @staticmethod
-    def _paired(kind: str, x: Tensor, y: Tensor) -> Metric:
-        x, y = x.detach().double().flatten(), y.detach().double().flatten()
-        return Metric(
-            kind,
-            torch.stack(
-                [
-                    torch.ones_like(x).sum(),
-                    x.sum(),
-                    y.sum(),
-                    x.square().sum(),
-                    y.square().sum(),
-                    (x * y).sum(),
-                ]
-            ),
-        )
-
-    @staticmethod
-    def correlation(x: Tensor, y: Tensor) -> Metric:
-        """Pearson's r."""
-        return Metric._paired("correlation", x, y)
-
-    @staticmethod
-    def explained_variance(target: Tensor, prediction: Tensor) -> Metric:
-        """1 - Var(target - prediction) / Var(target)"""
-        return Metric._paired("explained_variance", target, target.double() - prediction.double())
-
-    @staticmethod
-    def min(values: Tensor) -> Metric:
-        return Metric("min", values.detach().double().min().reshape(1))
-
-    @staticmethod
-    def max(values: Tensor) -> Metric:
-        return Metric("max", values.detach().double().max().reshape(1))
-
-    def merge(self, other: Metric) -> Metric:
-        assert self.kind == other.kind, f"{self.kind} merged with {other.kind}"
-        if self.kind in ("min", "max"):
-            return Metric(self.kind, getattr(torch, f"{self.kind}imum")(self.parts, other.parts))
-        return Metric(self.kind, self.parts + other.parts)
-
-    def result(self) -> float:
-        """The number to show; NaN where it is not defined (nothing counted, no variance)."""
-        p = self.parts.tolist()
-        if self.kind in ("sum", "min", "max"):
-            return p[0]
-        if self.kind == "mean":
-            return p[0] / p[1] if p[1] else float("nan")
-        n = p[0]
-        if not n:
-            return float("nan")
-        if self.kind == "std":
-            return max(p[2] / n - (p[1] / n) ** 2, 0.0) ** 0.5
-        var_x, var_y = p[3] / n - (p[1] / n) ** 2, p[4] / n - (p[2] / n) ** 2
-        if var_x <= 1e-12 * max(p[3] / n, 1e-300):  # rounding of a constant
-            return float("nan")
-        if self.kind == "explained_variance":
-            return 1 - var_y / var_x
-        if var_y <= 1e-12 * max(p[4] / n, 1e-300):
-            return float("nan")
-        return (p[5] / n - p[1] * p[2] / n**2) / (var_x * var_y) ** 0.5
-
-
-Metrics = dict[str, Metric]
-
-
-def merge_metrics(into: Metrics, new: Metrics) -> Metrics:
-    """Both, names that stand in both merged."""
-    return {**into, **{name: into[name].merge(m) if name in into else m for name, m in new.items()}}
-
-
-def prefixed(prefix: str, metrics: Metrics) -> Metrics:
-    """`loss` becomes `prefix/loss`; a name that has a slash already stays."""
-    return {name if "/" in name else f"{prefix}/{name}": metric for name, metric in metrics.items()}
-
-
-@dataclass(frozen=True)
 class Loss:
-    """Terms {name: (sum over units, unit)}, unit = token | sequence | pair. Each term is divided
-    once, by the global count of its unit."""
+    """Terms {name: (sum over units, unit)}, unit = token | sequence | pair. The role divides each
+    term once, by the global count of its unit."""
 
     terms: dict[str, tuple[Tensor, str]]
     metrics: Metrics = field(default_factory=dict)
@@ -376,11 +273,24 @@ BatchLoss = Callable[[Any, Any], Loss]  # (Output, Rows) -> Loss
 
 @dataclass(frozen=True)
 class Update:
-    """Outcome of one optimizer step."""
+    """Outcome of one optimizer step, or of several."""
 
     metrics: Metrics  # the loss's own, plus grad_norm and learning_rate
     # row ids behind a non-finite loss or gradient; the step was not taken
     skipped: tuple[int, ...] | None = None
+
+    def merge(self, other: Update) -> Update:
+        """Return the outcome of both steps."""
+        skipped = [step.skipped for step in (self, other) if step.skipped is not None]
+        return Update(
+            merge_metrics(self.metrics, other.metrics),
+            sum(skipped, ()) if skipped else None,
+        )
+
+
+def skipped_rows(**updates: Update) -> dict[str, tuple[int, ...]]:
+    """Return role -> row ids of the updates that were skipped."""
+    return {role: step.skipped for role, step in updates.items() if step.skipped is not None}
 
 
 @dataclass(frozen=True)
@@ -391,5 +301,5 @@ class StepResult:
     samples: list[dict[str, Any]] = field(default_factory=list)  # rows for samples.jsonl
     skipped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # role -> row ids
     tokens: int = 0  # prompt + response tokens of this replica's rows
-    # forward passes over those tokens that the step's work is worth; a training pass is worth three
-    passes: int = 0
+    # the step's work in forward passes over those tokens; a training pass is three
+    forward_equivalents: int = 0

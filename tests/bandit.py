@@ -130,23 +130,23 @@ Parts = tuple[protocols.GroupClassifier, protocols.VarianceRegulariser, protocol
 
 
 def ppo_no_kl(dp: DataParallel) -> Parts:
-    return NoGroups(dp=dp), NoVariance(), NoKL()
+    return NoGroups(), NoVariance(), NoKL()
 
 
 def ppo_kl(dp: DataParallel) -> Parts:
-    return NoGroups(dp=dp), NoVariance(), FixedKL(0.05)
+    return NoGroups(), NoVariance(), FixedKL(0.05)
 
 
 def gipo_prompt(dp: DataParallel) -> Parts:
-    return CriticHead(lr=1e-2, detach_trunk=True, dp=dp), GroupVariance(beta=0.3), FixedKL(0.05)
+    return CriticHead(lr=1e-2, detach_trunk=True), GroupVariance(beta=0.3), FixedKL(0.05)
 
 
 def oracle(dp: DataParallel) -> Parts:
-    return LabelledGroups(dp=dp, sources=("easy", "hard")), GroupVariance(beta=0.3), FixedKL(0.05)
+    return LabelledGroups(sources=("easy", "hard")), GroupVariance(beta=0.3), FixedKL(0.05)
 
 
 def no_groups(dp: DataParallel) -> Parts:
-    return NoGroups(dp=dp), ReturnVariance(beta=0.1), FixedKL(0.05)
+    return NoGroups(), ReturnVariance(beta=0.1), FixedKL(0.05)
 
 
 SYSTEMS: dict[str, Callable[[DataParallel], Parts]] = {
@@ -216,7 +216,7 @@ def make(
         examples=lambda step: all_prompts(),
         probe=all_prompts(),
         sources=("easy", "hard"),
-        phase=lambda name: contextlib.nullcontext(),
+        timer=lambda name: contextlib.nullcontext(),
     )
     return Bandit(world, actor, ppo)
 

@@ -31,11 +31,11 @@ Row = tuple[float, float, float]  # gold easy, gold hard, mean price
 
 
 def head(dp: DataParallel) -> protocols.GroupClassifier:
-    return CriticHead(lr=1e-2, detach_trunk=True, dp=dp)
+    return CriticHead(lr=1e-2, detach_trunk=True)
 
 
 def given(dp: DataParallel) -> protocols.GroupClassifier:
-    return LabelledGroups(dp=dp, sources=("easy", "hard"))
+    return LabelledGroups(sources=("easy", "hard"))
 
 
 def run(
@@ -60,9 +60,7 @@ def pair(
         steps,
         odds,
     )
-    fixed = run(
-        lambda dp: (NoGroups(dp=dp), NoVariance(), FixedKL(eta=adaptive[2])), seed, steps, odds
-    )
+    fixed = run(lambda dp: (NoGroups(), NoVariance(), FixedKL(eta=adaptive[2])), seed, steps, odds)
     return adaptive, fixed
 
 

@@ -77,7 +77,7 @@ def make_ppo(
         examples=lambda step: _examples(step, dp),
         probe=probe_rows(dp),
         sources=SOURCES,
-        phase=lambda name: contextlib.nullcontext(),
+        timer=lambda name: contextlib.nullcontext(),
     )
 
 
@@ -94,8 +94,8 @@ def stored_rollout(ppo: PPO, step: int = 0) -> Rollout:
 
 
 def scores_of(raw: torch.Tensor, std: float = 1.0) -> Scores:
-    """Scores whose returns are given, without moments."""
-    return Scores(raw=raw, shaped=raw, returns=raw, parts={}, std=std)
+    """Scores that are given, without moments."""
+    return Scores(raw=raw, shaped=raw, standardised_scores=raw, parts={}, std=std)
 
 
 def rollout_of(sources: list[str], prompt_ids: list[int] | None = None) -> Rollout:

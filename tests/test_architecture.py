@@ -11,10 +11,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 CODE = sorted([*MODULES, *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")])
 
 # layer -> what it may import of this package (itself always)
-LOW = {"types", "specs", "errors", "files", "environment", "capabilities", "statistics"}
+LOW = {"types", "specs", "errors", "files", "environment", "capabilities", "metrics", "statistics"}
 LOW |= {"ops", "roles"}
 MAY_IMPORT = {
-    "types": set(),
+    "metrics": set(),
+    "types": {"metrics"},
     "specs": set(),
     "errors": set(),
     "files": {"errors"},
@@ -22,9 +23,9 @@ MAY_IMPORT = {
     "capabilities": {"errors"},
     "statistics": set(),
     "roles": {"types", "specs"},
-    "ops": {"types"},
-    "recipe.registry": {"errors"},
-    "weights": {"specs", "errors", "data"},
+    "ops": set(),
+    "recipe.registry": {"specs"},
+    "weights": LOW | {"data"},
     "components": LOW | {"recipe.registry"},
     "algorithms": LOW | {"recipe.registry", "components"},
     "megatron": LOW | {"weights"},
@@ -33,10 +34,14 @@ MAY_IMPORT = {
     "reports": LOW | {"telemetry"},
     "recipe": LOW | {"recipe.registry", "components", "algorithms", "weights", "data", "telemetry"},
     "planning": LOW | {"recipe.registry", "recipe", "megatron", "telemetry"},
-    "conversion": LOW | {"training", "megatron", "data", "weights", "telemetry"},
+    "conversion": LOW | {"megatron", "data", "weights", "telemetry"},
     "training": LOW
-    | {"recipe.registry", "recipe", "algorithms", "components", "megatron", "weights"}
+    | {"recipe.registry", "recipe", "algorithms", "megatron", "weights"}
     | {"data", "telemetry", "reports", "conversion"},
+    "cli": {"errors", "environment", "recipe"},
+    "commands": LOW
+    | {"telemetry"}
+    | {"recipe", "data", "megatron", "conversion", "reports", "training", "evaluation", "planning"},
     "evaluation": LOW
     | {"recipe.registry", "recipe", "components", "megatron", "weights", "data", "telemetry"}
     | {"reports", "conversion", "training"},

@@ -172,7 +172,7 @@ def test_group_sums_by_hand() -> None:
     )
     sums = ops.group_sums(probs, returns)
     assert sums.tolist() == [1.25, 1.75, 1.0, 1.0, 3.0, 2.0]
-    group, masses, mean, count = ops.group_returns(sums)
+    group, masses, mean, count = ops.group_means(sums)
     assert group.tolist() == pytest.approx([0.8, 1 / 1.75])
     assert masses.tolist() == [1.25, 1.75]
     assert (float(mean), count) == (pytest.approx(2 / 3), 3)
@@ -188,17 +188,17 @@ def test_unknown_variance_is_an_error() -> None:
     two = torch.ones(2, dtype=torch.float64)
     for call in (
         lambda: ops.group_variance(two, two, two[0], "robust"),
-        lambda: ops.group_coefficients(two, two, two, 2, "robust"),
+        lambda: ops.group_loss_coefficients(two, two, two, 2, "robust"),
         lambda: ops.group_weights(torch.ones(2, 2), two, two, two[0], 0.3, "robust"),
     ):
         with pytest.raises(ValueError, match="robust"):
             call()
 
 
-def test_score_returns() -> None:
+def test_standardised_scores() -> None:
     raw = torch.tensor([1.0, 2.0, 30.0], dtype=torch.float64)
-    assert ops.score_returns(raw, 2.0, 0.5).tolist() == [-2.0, 0.0, 3.0]
-    assert ops.score_returns(raw, 2.0, 9e-7).tolist() == [0.0, 0.0, 0.0]
+    assert ops.standardised_scores(raw, 2.0, 0.5).tolist() == [-2.0, 0.0, 3.0]
+    assert ops.standardised_scores(raw, 2.0, 9e-7).tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.3, 0.004, 1.0])

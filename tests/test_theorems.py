@@ -13,6 +13,8 @@ from gipo_megatron import ops
 from gipo_megatron.algorithms.ppo import PPO
 from gipo_megatron.components.groups import CriticHead, NoGroups
 from gipo_megatron.components.kl import FixedKL, GroupAdaptiveKL
+from gipo_megatron.components.protocols import Observer
+from gipo_megatron.components.tracker import GroupTracker, group_loss_coefficients
 from gipo_megatron.components.variance import (
     CVaR,
     GroupDRO,
@@ -20,8 +22,9 @@ from gipo_megatron.components.variance import (
     NoVariance,
     ReturnVariance,
 )
+from gipo_megatron.metrics import Metrics
 from gipo_megatron.roles import SingleReplica
-from gipo_megatron.types import Groups, Metrics, Rollout, Scores
+from gipo_megatron.types import Groups
 from tests.small_ppo import make_ppo, scores_of, stored_rollout
 from tests.torch_roles import TorchActor, TorchCritic, replica_rows, run_replicas
 
@@ -29,7 +32,6 @@ KINDS = ("mass", "uniform")
 REGULARISERS: dict[str, Any] = {
     "none": NoVariance,
     "mass": lambda: GroupVariance(beta=0.3, min_weight=-100, max_weight=100),
-    "ema": lambda: GroupVariance(beta=0.3, min_weight=-100, max_weight=100, return_ema=0.8),
     "return_variance": lambda: ReturnVariance(min_weight=-100, max_weight=100),
     "group_dro": lambda: GroupDRO(step=0.5, max_weight=100),
     "cvar": lambda: CVaR(dp=SingleReplica()),
@@ -41,7 +43,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def make_groups(probs: Tensor, returns: Tensor, kind: str = "mass", high: int = 0) -> Groups:
-    r, masses, mean, count = ops.group_returns(ops.group_sums(probs, returns))
+    r, masses, mean, count = ops.group_means(ops.group_sums(probs, returns))
     return Groups(probs, probs[:, high], returns, r, masses, mean, count, high, 1.0, kind)
 
 
@@ -88,7 +90,7 @@ def test_stage_2_weights_are_the_gradient(kind: str, num_groups: int) -> None:
     def trajectory_returns(parameters: Tensor) -> Tensor:
         logprobs = torch.tanh(inputs @ parameters) - 1
         ratio = torch.exp(logprobs - (torch.tanh(inputs @ theta) - 1).detach())
-        return groups.sample_returns + ((ratio - 1) * advantages).sum(1)
+        return groups.sample_scores + ((ratio - 1) * advantages).sum(1)
 
     def objective(parameters: Tensor) -> Tensor:
         j = trajectory_returns(parameters)
@@ -109,9 +111,7 @@ def test_stage_1_coefficients_are_the_gradient(kind: str, num_groups: int) -> No
     rows = 24
     logits, returns = draw(8, rows, num_groups), draw(9, rows)
     groups = make_groups(logits.softmax(-1), returns, kind)
-    coefficients = CriticHead(
-        num_groups=num_groups, variance=kind, dp=SingleReplica()
-    ).coefficients(groups)
+    coefficients = group_loss_coefficients(groups)
     free = logits.clone().requires_grad_()
     (exact,) = torch.autograd.grad(variance_of(free.softmax(-1), returns, kind), free)
     (linear,) = torch.autograd.grad((coefficients * free.softmax(-1)).sum(1).mean(), free)
@@ -127,9 +127,9 @@ def test_stage_1_coefficients_are_the_gradient(kind: str, num_groups: int) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_logged_variance_is_the_definition(kind: str) -> None:
     g = some_groups(kind)
-    value = ops.group_variance(g.returns, g.shares, g.mean_return, kind)
+    value = ops.group_variance(g.group_means, g.shares, g.mean_score, kind)
     assert float(value) == pytest.approx(
-        float(variance_of(g.probs, g.sample_returns, kind)), rel=1e-12
+        float(variance_of(g.probs, g.sample_scores, kind)), rel=1e-12
     )
 
 
@@ -141,7 +141,7 @@ def test_the_papers_literal_performance_would_train_backwards() -> None:
     probs = torch.stack([returns > 0, returns < 0], 1).double()
     unclamped = GroupVariance(beta=0.01, min_weight=-100, max_weight=100)
     literal = make_groups(probs, -100 * nats * returns, "uniform")
-    assert literal.returns.tolist() == pytest.approx([-88, 92])
+    assert literal.group_means.tolist() == pytest.approx([-88, 92])
     assert unclamped.weights(literal).raw[[0, -1]].tolist() == pytest.approx([2.8, -0.8])
 
     ours = unclamped.weights(make_groups(probs, returns, "uniform")).raw
@@ -159,7 +159,8 @@ def test_mean_weight_is_one_before_clamping(name: str, kind: str) -> None:
         groups = make_groups(draw(seed, 40, 3).softmax(-1), draw(10 + seed, 40), kind)
         weights = regulariser.weights(groups)
         assert float(weights.raw.mean()) == pytest.approx(1.0, abs=1e-12)
-        regulariser.observe(groups)
+        if isinstance(regulariser, Observer):
+            regulariser.observe(groups, 0.0)
 
 
 @pytest.mark.parametrize("name", list(REGULARISERS))
@@ -172,9 +173,9 @@ def test_an_empty_group_is_finite(name: str, kind: str) -> None:
     weights = REGULARISERS[name]().weights(groups)
     assert torch.isfinite(weights.raw).all()
     assert float(weights.raw.mean()) == pytest.approx(1.0, abs=1e-12)
-    if name in ("mass", "ema", "group_dro"):
+    if name in ("mass", "group_dro"):
         assert (weights.values == 1).all()
-    coefficients = CriticHead(variance=kind, dp=SingleReplica()).coefficients(groups)
+    coefficients = group_loss_coefficients(groups)
     logits = torch.tensor([[40.0, -40.0]] * 40, dtype=torch.float64, requires_grad=True)
     (coefficients * logits.softmax(-1)).sum(1).mean().backward()
     assert torch.isfinite(coefficients).all()
@@ -189,14 +190,14 @@ def test_one_group_is_weight_one(kind: str) -> None:
     assert float(groups.gap) == 0
 
 
-@pytest.mark.parametrize("name", ["mass", "ema", "group_dro"])
+@pytest.mark.parametrize("name", ["mass", "group_dro"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_permuting_labels_changes_nothing(name: str, kind: str) -> None:
     groups, order = some_groups(kind), [2, 0, 1]
-    permuted = make_groups(groups.probs[:, order], groups.sample_returns, kind, high=order.index(0))
+    permuted = make_groups(groups.probs[:, order], groups.sample_scores, kind, high=order.index(0))
     torch.testing.assert_close(
-        ops.group_variance(groups.returns, groups.shares, groups.mean_return, kind),
-        ops.group_variance(permuted.returns, permuted.shares, permuted.mean_return, kind),
+        ops.group_variance(groups.group_means, groups.shares, groups.mean_score, kind),
+        ops.group_variance(permuted.group_means, permuted.shares, permuted.mean_score, kind),
         rtol=1e-12,
         atol=0,
     )
@@ -241,31 +242,16 @@ def test_negative_weights_clip_pessimistically() -> None:
 
 @dataclass
 class Certain:
-    """A critic head whose p_high is 1 for everyone."""
+    """A KL controller that sees p_high = 1 for every sequence."""
 
-    inner: CriticHead
-    beta_critic = 1.0
-    relabel = False
+    inner: GroupAdaptiveKL
 
-    @property
-    def head(self) -> Any:
-        return self.inner.head
+    def kl_coefficients(self, groups: Groups) -> Tensor:
+        certain = replace(groups, high_prob=torch.ones_like(groups.high_prob))
+        return self.inner.kl_coefficients(certain)
 
-    def assign(self, group_logits: Tensor | None, rollout: Rollout, scores: Scores) -> Groups:
-        groups = self.inner.assign(group_logits, rollout, scores)
-        return replace(groups, high_prob=torch.ones_like(groups.high_prob))
-
-    def coefficients(self, groups: Groups) -> Tensor:
-        return self.inner.coefficients(groups)
-
-    def observe(self, groups: Groups, scores: Scores, probe_logits: Tensor | None) -> Metrics:
-        return self.inner.observe(groups, scores, probe_logits)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state)
+    def observe(self, groups: Groups, kl: float) -> Metrics:
+        return self.inner.observe(groups, kl)
 
 
 def all_weights(ppo: PPO) -> list[Tensor]:
@@ -304,11 +290,11 @@ def assert_same_training(
 
 
 def detached() -> CriticHead:
-    return CriticHead(detach_trunk=True, lr=0.05, dp=SingleReplica())
+    return CriticHead(detach_trunk=True, lr=0.05)
 
 
 def plain_ppo() -> tuple[list[dict[str, float]], list[Tensor]]:
-    return run(NoGroups(dp=SingleReplica()), NoVariance(), FixedKL(0.05))
+    return run(NoGroups(), NoVariance(), FixedKL(0.05))
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -317,7 +303,7 @@ def test_gipo_with_its_terms_off_is_ppo_with_kl(normalise: bool) -> None:
     controller = GroupAdaptiveKL(eta=0.05, normalise=normalise, dp=SingleReplica())
     # the ramp is fully up: it is p_high = 1 that makes them equal
     controller.load_state_dict({"gap": 0.3})
-    gipo = run(Certain(detached()), GroupVariance(beta=0.0), controller)
+    gipo = run(detached(), GroupVariance(beta=0.0), Certain(controller))
     assert_same_training(
         plain_ppo(), gipo, free=("groups/", "source/easy/p_high", "source/hard/p_high")
     )
@@ -339,19 +325,19 @@ def test_gipo_with_its_terms_on_is_not_ppo() -> None:
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_a_detached_head_leaves_the_trunks_gradient_alone(detach: bool) -> None:
-    classifier = CriticHead(detach_trunk=detach, init_std=0.5, dp=SingleReplica())
+    classifier = CriticHead(detach_trunk=detach, init_std=0.5)
     gradients = []
     for head in (None, classifier.head):
         ppo = make_ppo(SingleReplica(), classifier, NoVariance(), FixedKL(0.05))
         rollout = stored_rollout(ppo)
         scores = ppo.reward.score(rollout)
-        logits = ppo.critic.evaluate(rollout).group_logits
-        groups = classifier.assign(logits, rollout, scores)
+        logits = ppo._criticise(rollout)[1]
+        groups = ppo.tracker.measure(classifier.probs(logits, rollout), scores)
         critic = TorchCritic(12, head, hidden=16)
         output = critic.forward(rollout)
         loss = ((output.values - 1) ** 2).sum()
         if output.group_logits is not None:
-            loss = loss - (classifier.coefficients(groups) * output.group_logits.softmax(-1)).sum()
+            loss = loss - (group_loss_coefficients(groups) * output.group_logits.softmax(-1)).sum()
         loss.backward()
         gradients.append([p.grad for p in critic.parameters])
     same = [torch.equal(a, b) for a, b in zip(*gradients, strict=True)]  # type: ignore[arg-type]
@@ -365,23 +351,24 @@ def test_a_detached_head_leaves_the_trunks_gradient_alone(detach: bool) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_stored_rollout_gives_the_same_numbers_on_any_number_of_replicas(size: int) -> None:
     one = SingleReplica()
-    whole = make_ppo(one, CriticHead(dp=one), NoVariance(), FixedKL())
+    whole = make_ppo(one, CriticHead(), NoVariance(), FixedKL())
     rollout = stored_rollout(whole)
-    raw = whole.reward.raw(rollout)[0]  # type: ignore[attr-defined]
+    raw = whole.reward.raw(rollout)[0]
     logits = draw(20, len(rollout), 2)
 
     def numbers(dp: Any) -> dict[str, Tensor]:
         rows, score = replica_rows(rollout, dp), raw[dp.rank :: dp.size]
-        ppo = make_ppo(dp, CriticHead(dp=dp), NoVariance(), FixedKL())
-        scores = ppo.reward._shaping.scores(score, {})  # type: ignore[attr-defined]
-        groups = ppo.group_classifier.assign(logits[dp.rank :: dp.size], rows, scores)
+        ppo = make_ppo(dp, CriticHead(), NoVariance(), FixedKL())
+        scores = ppo.reward.scores(score, {})
+        probs = ppo.group_classifier.probs(logits[dp.rank :: dp.size], rows)
+        groups = ppo.tracker.measure(probs, scores)
         controller = GroupAdaptiveKL(dp=dp)
         controller.load_state_dict({"gap": 0.2})
         found = {
-            "R_g": groups.returns,
+            "R_g": groups.group_means,
             "m_g": groups.masses,
             "shaped": scores.shaped,
-            "coef": controller.coefficients(groups),
+            "coef": controller.kl_coefficients(groups),
         }
         for name, make in {**REGULARISERS, "cvar": lambda: CVaR(dp=dp)}.items():
             found[name] = make().weights(groups).raw
@@ -400,12 +387,8 @@ def test_a_stored_rollout_gives_the_same_numbers_on_any_number_of_replicas(size:
 def test_p_high_of_three_groups_is_the_expected_rank() -> None:
     """M > 2: p_high is the expected normalised rank; the lowest group counts 0, the middle one
     half, the high one 1."""
-    classifier = CriticHead(num_groups=3, dp=SingleReplica())
-    state = classifier.state_dict()
-    classifier.load_state_dict({**state, "means": [0.2, 0.9, 0.5], "high": 1})
-    logits = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
-    rollout = stored_rollout(make_ppo(SingleReplica(), classifier, NoVariance(), FixedKL())).block(
-        0, 1
-    )
-    groups = classifier.assign(logits, rollout, scores_of(torch.ones(1, dtype=torch.float64)))
+    tracker = GroupTracker(3)
+    tracker.load_state_dict({**tracker.state_dict(), "means": [0.2, 0.9, 0.5], "high": 1})
+    probs = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64)
+    groups = tracker.measure(probs, scores_of(torch.ones(1, dtype=torch.float64)))
     assert float(groups.high_prob) == pytest.approx(0.2 * 1 + 0.1 * 0.5)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gipo_megatron.types import Groups, Metric, Pairs, Sequences, merge_metrics, prefixed
+from gipo_megatron.metrics import Metric, merge_metrics, prefixed
+from gipo_megatron.types import Groups, Pairs, Sequences
 from tests.small_ppo import rollout_of
 
 

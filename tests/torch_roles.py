@@ -11,20 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gipo_megatron.metrics import Metric, Metrics, merge_metrics
 from gipo_megatron.roles import DataParallel, SingleReplica
 from gipo_megatron.specs import HeadSpec, Sampling
-from gipo_megatron.types import (
-    BatchLoss,
-    CriticOutput,
-    Metric,
-    Metrics,
-    Prompts,
-    Rollout,
-    Rows,
-    TokenStats,
-    Update,
-    merge_metrics,
-)
+from gipo_megatron.types import BatchLoss, CriticOutput, Prompts, Rollout, Rows, TokenStats, Update
 
 R = TypeVar("R")
 EOS = 0

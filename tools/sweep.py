@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gipo_megatron.commands import RECIPES
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.recipe.problems import fail
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-TRAIN = REPOSITORY / "launch" / "train.py"
+TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _short(key: str, sweep: Sweep) -> str:
     return last if sum(other.rsplit(".", 1)[-1] == last for other, _ in sweep.varied) == 1 else key
 
 
-def main(argv: Sequence[str], recipes: Path = REPOSITORY / "recipes") -> int:
+def main(argv: Sequence[str], recipes: Path = RECIPES) -> int:
     sweep = parse(argv)
     commands = [command(sweep, point, recipes) for point in sweep.points]
     failed: list[tuple[str, int]] = []

@@ -3,7 +3,7 @@ reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from gipo_megatron import ops
 from gipo_megatron.algorithms.dpo_reference import PairReference, ReferredPairs, response_sums
+from gipo_megatron.algorithms.held_out import evaluate_pairs
 from gipo_megatron.errors import UserError
+from gipo_megatron.metrics import Metric, Metrics, prefixed
 from gipo_megatron.recipe.registry import OneOf, Range, from_runtime, register
-from gipo_megatron.roles import Actor
-from gipo_megatron.types import Loss, Metric, Pairs, StepResult, TokenStats, prefixed
+from gipo_megatron.roles import Actor, HeldOut
+from gipo_megatron.types import Loss, Pairs, StepResult, TokenStats, skipped_rows
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class DPO:
     """One optimizer step an iteration on the pairs' loss; the reference is asked once for all
     pairs, or for each batch as it comes."""
 
+    data: ClassVar[str] = "preference"
     stage: ClassVar[str] = "DPO"
+    trained: ClassVar[tuple[str, ...]] = ("actor",)
     headline: ClassVar[tuple[tuple[str, str], ...]] = (
         ("eval/accuracy", "held-out accuracy"),
         ("dpo/accuracy", "accuracy"),
@@ -53,18 +57,19 @@ class DPO:
     actor: Actor = from_runtime("actor")
     reference: PairReference = from_runtime("reference")
     pairs: Callable[[int], Pairs] = from_runtime("pairs")  # step -> this replica's rows
-    phase: Callable[[str], AbstractContextManager[None]] = from_runtime("phase")
+    held_out: HeldOut = from_runtime("held_out")
+    timer: Callable[[str], AbstractContextManager[None]] = from_runtime("timer")
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[UserError]:
         if self.label_smoothing >= 0.5:
             what = f"{self.label_smoothing} must be below 0.5: more wrong labels than right ones"
-            raise UserError(
+            yield UserError(
                 what,
                 where="label_smoothing",
                 fix="the share of pairs whose label is wrong, such as 0.1",
             )
         if self.loss == "ipo" and self.label_smoothing > 0:
-            raise UserError(
+            yield UserError(
                 "the ipo loss has no label smoothing",
                 where="label_smoothing",
                 fix="loss: sigmoid, or label_smoothing: 0.0",
@@ -72,14 +77,15 @@ class DPO:
 
     def step(self, step: int) -> StepResult:
         pairs = self.pairs(step)
-        with self.phase("reference"):
+        with self.timer("reference"):
             batch = self.reference.refer("train", pairs)
-        with self.phase("update"):
+        with self.timer("update"):
             update = self.actor.update((batch, self.objective))
-        skipped = {} if update.skipped is None else {"actor": update.skipped}
-        tokens, passes = int(batch.sequences.lengths.sum()), 3 if self.precompute else 4
         return StepResult(
-            prefixed("dpo", update.metrics), skipped=skipped, tokens=tokens, passes=passes
+            prefixed("dpo", update.metrics),
+            skipped=skipped_rows(actor=update),
+            tokens=int(batch.sequences.lengths.sum()),
+            forward_equivalents=3 if self.precompute else 4,
         )
 
     def objective(self, output: TokenStats, batch: ReferredPairs) -> Loss:
@@ -106,11 +112,15 @@ class DPO:
             loss = ops.dpo_loss(chosen - rejected, self.beta, self.label_smoothing)
         return Preference(loss, self.beta * chosen.detach(), self.beta * rejected.detach())
 
-    def held_out(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Loss and margin of held-out pairs, [b] each."""
-        batch = self.reference.refer("held_out", pairs)
-        found = self.preference(self.actor.logprobs(batch), batch)
-        return found.loss, found.margin
+    def evaluate(self) -> tuple[Metrics, list[dict[str, Any]]]:
+        """Return eval/{loss, accuracy, margin, pairs} of held-out pairs."""
+
+        def loss_and_margin(pairs: Pairs) -> tuple[Tensor, Tensor]:
+            batch = self.reference.refer("held_out", pairs)
+            found = self.preference(self.actor.logprobs(batch), batch)
+            return found.loss, found.margin
+
+        return evaluate_pairs(loss_and_margin, self.held_out), []
 
     def state_dict(self) -> dict[str, Any]:
         return {"reference": self.reference.state_dict()}

@@ -1,14 +1,16 @@
 """PPO and GIPO: one page, read downward.
 
-`variance_regulariser: none` with `kl_controller: fixed` is PPO with a KL price; GIPO is this same
-page with two components exchanged. Step numbers are those of docs/algorithm.md, section 3.
+`variance_regulariser: none` with `kl_controller: fixed` is PPO with a KL penalty; GIPO is this same
+page with two components exchanged; RLOO and GRPO exchange `advantage`, and then need no critic.
+Step numbers are those of docs/algorithm.md, section 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -16,27 +18,50 @@ from torch import Tensor
 
 from gipo_megatron import ops
 from gipo_megatron.algorithms import ppo_metrics
+from gipo_megatron.algorithms.held_out import evaluate_policy
 from gipo_megatron.algorithms.sft import negative_log_likelihood
 from gipo_megatron.components import protocols
-from gipo_megatron.recipe.registry import OneOf, Range, component, from_runtime, register
-from gipo_megatron.roles import Actor, Critic, DataParallel, Reference, gather_rows
+from gipo_megatron.components.reward import Reward
+from gipo_megatron.components.tracker import GroupTracker, group_loss_coefficients
+from gipo_megatron.metrics import Metric, Metrics, prefixed
+from gipo_megatron.recipe.registry import (
+    OneOf,
+    Range,
+    component,
+    component_fields,
+    from_runtime,
+    register,
+)
+from gipo_megatron.roles import (
+    Actor,
+    Critic,
+    DataParallel,
+    HeldOut,
+    Reference,
+    Stateful,
+    Trainable,
+    gather_rows,
+)
+from gipo_megatron.specs import Sampling
 from gipo_megatron.types import (
+    BatchLoss,
     CriticOutput,
     Experience,
     Groups,
     Loss,
-    Metric,
-    Metrics,
     Prompts,
+    Rows,
+    Scores,
     Sequences,
     StepResult,
     TokenStats,
-    merge_metrics,
-    prefixed,
+    Update,
+    skipped_rows,
 )
 
 Positive = Annotated[float, Range(0, open=True)]
 NotNegative = Annotated[float, Range(0)]
+Part = tuple[Rows, BatchLoss]
 
 
 @register("algorithm", "ppo")
@@ -45,7 +70,9 @@ class PPO:
     """Proximal policy optimisation from a reward model, with groups (Schulman et al. 2017; Zheng et
     al. 2024)."""
 
+    data: ClassVar[str] = "prompt"
     stage: ClassVar[str] = "PPO"
+    trained: ClassVar[tuple[str, ...]] = ("actor", "critic")
     headline: ClassVar[tuple[tuple[str, str], ...]] = (
         ("eval/score", "held-out score"),
         ("eval/gold", "held-out gold"),
@@ -55,13 +82,15 @@ class PPO:
     clip: Positive = 0.2
     value_clip: Positive = 0.2
     epochs: Annotated[int, Range(1)] = 1
-    critic_warmup: Annotated[int, Range(0)] = 20  # iterations with the actor frozen
+    # iterations with the actor frozen; without a critic there are none
+    critic_warmup: Annotated[int, Range(0)] = 20
     entropy: NotNegative = 0.0  # weight of the entropy bonus, per token
     ptx: NotNegative = 0.0  # weight of the SFT loss mixed into the actor's updates
+    # in the reward; as a reward, k2 and k3 optimise another functional than the KL divergence
     kl_estimator: Annotated[str, OneOf("k1", "k2", "k3")] = "k1"
 
     rollout: protocols.Sampler = component("rollout", "sampling")
-    reward: protocols.Reward = component("reward", "model")
+    reward: Reward = component("reward", "model")
     group_classifier: protocols.GroupClassifier = component("group_classifier", "none")
     variance_regulariser: protocols.VarianceRegulariser = component("variance_regulariser", "none")
     kl_controller: protocols.KLController = component("kl_controller", "fixed")
@@ -69,7 +98,7 @@ class PPO:
 
     actor: Actor = from_runtime("actor")
     reference: Reference = from_runtime("reference")
-    critic: Critic = from_runtime("critic")
+    critic: Critic | None = from_runtime("critic", optional=True)
     dp: DataParallel = from_runtime("dp")
     minibatch: int = from_runtime("minibatch")  # sequences per optimizer step, global
     prompts: Callable[[int], Prompts] = from_runtime("prompts")  # step -> this replica's rows
@@ -77,85 +106,118 @@ class PPO:
     examples: Callable[[int], Sequences] = from_runtime("examples")
     probe: Sequences = from_runtime("probe")  # fixed prompts on which label flips are counted
     sources: tuple[str, ...] = from_runtime("sources")
-    phase: Callable[[str], AbstractContextManager[None]] = from_runtime("phase")
+    held_out: HeldOut = from_runtime("held_out")
+    sampling: Sampling = from_runtime("sampling")  # of held-out responses
+    timer: Callable[[str], AbstractContextManager[None]] = from_runtime("timer")
 
     def step(self, step: int) -> StepResult:
-        """One iteration: a rollout, and every optimizer step made on it."""
-        with self.phase("rollout"):  # 1
+        """Run one iteration: a rollout, and every optimizer step on it."""
+        with self.timer("rollout"):  # 1
             rollout = self.rollout.sample(self.actor, self.prompts(step), step)
-        mask = rollout.mask
-        with self.phase("score"):  # 2
+        with self.timer("score"):  # 2
             scores = self.reward.score(rollout)
-        with self.phase("evaluate"):  # 1, 3: the training forward, never the inference kernel
+        with self.timer("evaluate"):  # 3: by the training forward, never the inference kernel
             old = self.actor.logprobs(rollout).logprobs
             reference = self.reference.logprobs(rollout).logprobs
-            critic = self.critic.evaluate(rollout)
-        if bad := self._non_finite(rollout.sample_id, scores.raw, old, reference, critic.values):
-            return StepResult(
-                {"reward/non_finite": Metric.mean(float(len(bad)))}, skipped={"rollout": bad}
-            )
+            values, logits = self._criticise(rollout)
+        if bad := self._non_finite(rollout.sample_id, scores.raw, old, reference, values):
+            metrics = {"reward/non_finite": Metric.mean(float(len(bad)))}
+            return StepResult(metrics, skipped={"rollout": bad})
 
-        groups = self.group_classifier.assign(critic.group_logits, rollout, scores)
-        coefficients = self.kl_controller.coefficients(groups)  # 4: [B], the price of a nat
+        mask = rollout.mask
+        groups = self.tracker.measure(self.group_classifier.probs(logits, rollout), scores)  # 4
+        learned = self._learned_groups(groups, logits, scores)
+        coefficients = self.kl_controller.kl_coefficients(groups)  # 5
         kl = torch.where(mask, ops.kl_estimate(old, reference, self.kl_estimator), 0.0)
         rewards = ops.add_on_last_token(-coefficients[:, None] * kl, mask, scores.shaped)
-        advantages, returns = self.advantage.estimate(rewards, critic.values, mask)  # 5
-
+        advantages, returns = self.advantage.estimate(rewards, values, rollout)  # 6
+        weights = self.variance_regulariser.weights(groups)  # 7
         experience = Experience(
             rollout=rollout,
             logprobs=old,
-            values=critic.values,
+            values=values,
             advantages=advantages,
             returns=returns,
-            weights=torch.ones_like(scores.raw),
+            weights=weights.values,
             group_probs=groups.probs,
-            group_coefficients=self.group_classifier.coefficients(groups),
+            group_loss_coefficients=(
+                torch.zeros_like(groups.probs)
+                if learned is None
+                else group_loss_coefficients(learned)
+            ),
         )
-        skipped: dict[str, tuple[int, ...]] = {}
-        with self.phase("update"):
-            value_metrics = self._update_critic(experience, skipped)  # 6
-            if self.group_classifier.relabel:
-                groups = self.group_classifier.assign(
-                    self.critic.evaluate(rollout).group_logits, rollout, scores
-                )
-            weights = self.variance_regulariser.weights(groups)  # 7
-            experience = replace(experience, weights=weights.values, group_probs=groups.probs)
-            # 8
-            policy_metrics = (
-                self._update_actor(experience, step, skipped) if step >= self.critic_warmup else {}
-            )
+        with self.timer("update"):  # 8
+            critic_update = self._update_critic(experience)
+            actor_update = self._update_actor(experience, step)
+        response_kl = ops.sequence_sum(old - reference, mask)  # k1, nats per response
+        observed = self._observe(groups, learned, scores, response_kl)  # 9
 
-        # 9: k1, nats per response, whatever the price is computed from
-        response_kl = ops.sequence_sum(old - reference, mask)
         metrics = {
             **ppo_metrics.rollout_metrics(rollout, old, self.dp),
             **ppo_metrics.score_metrics(scores),
             **ppo_metrics.kl_metrics(response_kl, coefficients),
             **ppo_metrics.group_metrics(groups, scores, rollout, response_kl),
-            **ppo_metrics.split_metrics(groups, scores, rollout, self.sources, self.dp),
+            **ppo_metrics.split_metrics(learned or groups, scores, rollout, self.sources, self.dp),
             **ppo_metrics.source_metrics(groups, scores, rollout, response_kl, self.sources),
             **ppo_metrics.weight_metrics(weights),
-            **prefixed(
-                "value",
-                {
-                    "explained_variance": Metric.explained_variance(
-                        returns[mask], critic.values[mask]
-                    ),
-                    **value_metrics,
-                },
-            ),
-            **prefixed("policy", policy_metrics),
-            **self._observe(groups, scores, response_kl),
+            **ppo_metrics.value_metrics(experience, critic_update),
+            **prefixed("policy", actor_update.metrics),
+            **observed,
         }
-        samples = ppo_metrics.sample_rows(rollout, scores, groups, weights, response_kl)
-        # generation, actor, reference, critic, reward; two models trained
-        passes = 5 + 6 * self.epochs
-        return StepResult(metrics, samples, skipped, int(rollout.lengths.sum()), passes)
+        # generation, actor, reference, reward, actor's training; the critic once, and its training
+        critic_passes = 0 if self.critic is None else 1 + 3 * self.epochs
+        return StepResult(
+            metrics,
+            ppo_metrics.sample_rows(rollout, scores, groups, weights, response_kl),
+            skipped_rows(critic=critic_update, actor=actor_update),
+            tokens=int(rollout.lengths.sum()),
+            forward_equivalents=4 + 3 * self.epochs + critic_passes,
+        )
+
+    def evaluate(self) -> tuple[Metrics, list[dict[str, Any]]]:
+        """Return metrics and sample rows of responses to held-out prompts."""
+        return evaluate_policy(
+            self.actor, self.reference, self.reward, self.held_out, self.sources, self.sampling
+        )
+
+    # ------------------------------------------------------------------------------ critic, groups
+
+    def _criticise(self, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+        """Return values [B, T] and group logits [B, M]; None without a critic, or without a group
+        head."""
+        if self.critic is None:
+            return None, None
+        output = self.critic.evaluate(rows)
+        return output.values, output.group_logits
+
+    @cached_property
+    def tracker(self) -> GroupTracker:
+        """Of the groups that the weights and KL coefficients use."""
+        classifier = self.group_classifier
+        return GroupTracker(classifier.num_groups, classifier.variance, self.dp)
+
+    @cached_property
+    def observer(self) -> GroupTracker | None:
+        """Of the labels of a head that learns beside given labels."""
+        classifier = self.group_classifier
+        if classifier.head is None or not classifier.head.observes:
+            return None
+        return GroupTracker(classifier.num_groups, classifier.variance, self.dp)
+
+    def _learned_groups(
+        self, groups: Groups, logits: Tensor | None, scores: Scores
+    ) -> Groups | None:
+        """Return the groups of the head's own labels; None without a head."""
+        if logits is None:
+            return None
+        if self.observer is None:
+            return groups
+        return self.observer.measure(logits.softmax(-1), scores)
 
     # -------------------------------------------------------------------------- stage 1 and stage 2
 
     def _minibatches(self, experience: Experience) -> Iterator[tuple[int, Experience]]:
-        """Contiguous blocks of the global batch, in order; the same blocks every epoch."""
+        """Yield contiguous blocks of the global batch, in order; the same blocks every epoch."""
         size = self.minibatch // self.dp.size
         for epoch in range(self.epochs):
             for index, start in enumerate(range(0, len(experience), size)):
@@ -164,48 +226,55 @@ class PPO:
                     experience.block(start, start + size),
                 )
 
-    def _update_critic(
-        self, experience: Experience, skipped: dict[str, tuple[int, ...]]
-    ) -> Metrics:
-        metrics: Metrics = {}
-        for _, batch in self._minibatches(experience):
-            update = self.critic.update((batch, self.critic_loss))
-            metrics = merge_metrics(metrics, update.metrics)
-            if update.skipped is not None:
-                skipped["critic"] = skipped.get("critic", ()) + update.skipped
-        return metrics
+    def _update(
+        self,
+        role: Trainable,
+        experience: Experience,
+        parts: Callable[[int, Experience], list[Part]],
+    ) -> Update:
+        """Make all optimizer steps of one role; return their metrics and skipped rows together.
 
-    def _update_actor(
-        self, experience: Experience, step: int, skipped: dict[str, tuple[int, ...]]
-    ) -> Metrics:
-        metrics: Metrics = {}
-        updates = self.epochs * len(experience) * self.dp.size // self.minibatch
+        The role's pipeline calls a part's loss (`critic_loss`, `actor_loss`, `ptx_loss`) once for
+        every micro-batch, on the last stage, and runs its backward pass.
+        """
+        total = Update({})
         for index, batch in self._minibatches(experience):
-            parts: list[Any] = [(batch, self.actor_loss)]
-            if self.ptx > 0:
-                parts.append((self.examples(step * updates + index), self.ptx_loss))
-            update = self.actor.update(*parts)
-            metrics = merge_metrics(metrics, update.metrics)
-            if update.skipped is not None:
-                skipped["actor"] = skipped.get("actor", ()) + update.skipped
-        return metrics
+            total = total.merge(role.update(*parts(index, batch)))
+        return total
+
+    def _update_critic(self, experience: Experience) -> Update:
+        if self.critic is None:
+            return Update({})
+        return self._update(
+            self.critic, experience, lambda index, batch: [(batch, self.critic_loss)]
+        )
+
+    def _update_actor(self, experience: Experience, step: int) -> Update:
+        if self.critic is not None and step < self.critic_warmup:
+            return Update({})
+        updates = self.epochs * len(experience) * self.dp.size // self.minibatch
+
+        def parts(index: int, batch: Experience) -> list[Part]:
+            ptx = [(self.examples(step * updates + index), self.ptx_loss)] if self.ptx > 0 else []
+            return [(batch, self.actor_loss), *ptx]
+
+        return self._update(self.actor, experience, parts)
 
     def critic_loss(self, output: CriticOutput, batch: Experience) -> Loss:
         """Clipped value loss per token - beta_critic sum_g c_ig p_ig per sequence (algorithm.md
         2.2, stage 1)."""
         mask = batch.rollout.mask
+        assert batch.values is not None
         value = ops.sequence_sum(
             ops.clipped_value_loss(output.values, batch.values, batch.returns, self.value_clip),
             mask,
         ).sum()
         terms = {"value": (value, "token")}
-        if output.group_logits is not None:
-            gain = (batch.group_coefficients * output.group_logits.softmax(-1)).sum()
-            terms["group"] = (-self.group_classifier.beta_critic * gain, "sequence")
-        return Loss(
-            terms,
-            {"loss": Metric("mean", torch.stack([value.detach().double(), mask.sum().double()]))},
-        )
+        head = self.group_classifier.head
+        if head is not None and output.group_logits is not None:
+            gain = (batch.group_loss_coefficients * output.group_logits.softmax(-1)).sum()
+            terms["group"] = (-head.loss_weight * gain, "sequence")
+        return Loss(terms, {"loss": Metric.ratio(value, mask.sum())})
 
     def actor_loss(self, output: TokenStats, batch: Experience) -> Loss:
         """Clipped surrogate on w_i A_t per token, minus the entropy bonus (algorithm.md 2.2, stage
@@ -225,53 +294,43 @@ class PPO:
 
     def ptx_loss(self, output: TokenStats, batch: Sequences) -> Loss:
         nll = negative_log_likelihood(output, batch)
-        return Loss(
-            {"ptx": (self.ptx * nll, "token")},
-            {
-                "ptx": Metric(
-                    "mean", torch.stack([nll.detach().double(), batch.mask.sum().double()])
-                )
-            },
-        )
+        metrics = {"ptx": Metric.ratio(nll, batch.mask.sum())}
+        return Loss({"ptx": (self.ptx * nll, "token")}, metrics)
 
     # ---------------------------------------------------------------------------------------- state
 
-    def _observe(self, groups: Groups, scores: Any, response_kl: Tensor) -> Metrics:
-        """Whatever has memory moves on once an iteration, here."""
-        probe = (
-            self.critic.evaluate(self.probe).group_logits
-            if self.group_classifier.head is not None
-            else None
-        )
-        kl = self.dp.sum(
-            torch.stack(
-                [
-                    response_kl.double().sum(),
-                    response_kl.new_tensor(len(response_kl), dtype=torch.float64),
-                ]
-            )
-        )
-        metrics = self.group_classifier.observe(groups, scores, probe)
-        self.variance_regulariser.observe(groups)
-        return {**metrics, **self.kl_controller.observe(groups, float(kl[0] / kl[1]))}
+    def _observe(
+        self, groups: Groups, learned: Groups | None, scores: Scores, response_kl: Tensor
+    ) -> Metrics:
+        """Advance every memory by one iteration, but the reward's moments; return their metrics."""
+        probe_logits = None if learned is None else self._criticise(self.probe)[1]
+        count = response_kl.new_tensor(len(response_kl), dtype=torch.float64)
+        kl = self.dp.sum(torch.stack([response_kl.double().sum(), count]))
+        used_logits = None if self.observer is not None else probe_logits
+        metrics = self.tracker.observe(groups, scores, used_logits)
+        if self.observer is not None and learned is not None:
+            beside = self.observer.observe(learned, scores, probe_logits)
+            metrics["groups/flip_rate"] = beside["groups/flip_rate"]
+        for part in (self.variance_regulariser, self.kl_controller):
+            if isinstance(part, protocols.Observer):
+                metrics |= part.observe(groups, float(kl[0] / kl[1]))
+        return metrics
 
-    def _non_finite(self, sample_id: Tensor, *tensors: Tensor) -> tuple[int, ...]:
-        """Sample ids, over all replicas, of rows that hold a NaN or an infinity."""
+    def _non_finite(self, sample_id: Tensor, *found: Tensor | None) -> tuple[int, ...]:
+        """Return the sample ids, over all replicas, of rows that hold a NaN or an infinity."""
+        tensors = [x for x in found if x is not None]
         bad = torch.stack([~torch.isfinite(x.reshape(len(x), -1)).all(1) for x in tensors]).any(0)
         everywhere, ids = gather_rows(bad, self.dp), gather_rows(sample_id, self.dp)
         return tuple(int(i) for i in ids[everywhere > 0].tolist())
 
-    def _memory(self) -> dict[str, Any]:
-        return {
-            "reward": self.reward,
-            "group_classifier": self.group_classifier,
-            "variance_regulariser": self.variance_regulariser,
-            "kl_controller": self.kl_controller,
-        }
+    def _memory(self) -> dict[str, Stateful]:
+        parts = {f.name: getattr(self, f.name) for f in component_fields(type(self))}
+        parts |= {"groups": self.tracker, "observer": self.observer}
+        return {name: part for name, part in parts.items() if isinstance(part, Stateful)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {slot: memory.state_dict() for slot, memory in self._memory().items()}
+        return {name: part.state_dict() for name, part in self._memory().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for slot, memory in self._memory().items():
-            memory.load_state_dict(state[slot])
+        for name, part in self._memory().items():
+            part.load_state_dict(state[name])

@@ -1,9 +1,7 @@
-"""What a PPO iteration shows of itself (docs/algorithm.md, section 6; names in README and
-docs/recipes.md)."""
+"""Metrics of a PPO iteration (docs/metrics.md)."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -11,17 +9,9 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from gipo_megatron import ops
+from gipo_megatron.metrics import Metric, Metrics, digest, prefixed
 from gipo_megatron.roles import DataParallel, gather_rows
-from gipo_megatron.types import (
-    Experience,
-    Groups,
-    Metric,
-    Metrics,
-    Rollout,
-    Scores,
-    TokenStats,
-    Weights,
-)
+from gipo_megatron.types import Experience, Groups, Rollout, Scores, TokenStats, Update, Weights
 
 # two rows of one prompt, in batches of other shapes, get the same label up to float rounding
 SAME_LABEL = 1e-6
@@ -30,7 +20,7 @@ SAME_LABEL = 1e-6
 def rollout_metrics(rollout: Rollout, logprobs: Tensor, dp: DataParallel) -> Metrics:
     """`distinct`: share of different responses in the global batch."""
     texts = gather_rows(
-        torch.tensor([_digest(text) for text in rollout.response_text], device=logprobs.device), dp
+        torch.tensor([digest(text) for text in rollout.response_text], device=logprobs.device), dp
     )
     metrics = {
         "rollout/length_mean": Metric.mean(rollout.response_lengths),
@@ -42,11 +32,6 @@ def rollout_metrics(rollout: Rollout, logprobs: Tensor, dp: DataParallel) -> Met
         metrics["rollout/logprob_gap_mean"] = Metric.mean(gap, rollout.mask)
         metrics["rollout/logprob_gap_max"] = Metric.max(torch.where(rollout.mask, gap, 0.0))
     return metrics
-
-
-def _digest(text: str) -> int:
-    """48 bits: exact in float64."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
 def score_metrics(scores: Scores) -> Metrics:
@@ -67,8 +52,8 @@ def kl_metrics(response_kl: Tensor, coefficients: Tensor) -> Metrics:
 
 
 def group_metrics(groups: Groups, scores: Scores, rollout: Rollout, response_kl: Tensor) -> Metrics:
-    """Means per group, weighted by p_ig; correlations of p_high with what it should not merely
-    copy."""
+    """Means per group, weighted by p_ig; correlations of p_high with score and length, which it
+    should not merely copy."""
     metrics: Metrics = {
         "groups/high_corr_score": Metric.correlation(groups.high_prob, scores.raw),
         "groups/high_corr_length": Metric.correlation(
@@ -86,15 +71,13 @@ def group_metrics(groups: Groups, scores: Scores, rollout: Rollout, response_kl:
 def split_metrics(
     groups: Groups, scores: Scores, rollout: Rollout, sources: tuple[str, ...], dp: DataParallel
 ) -> Metrics:
-    """How the learned split relates to given labels (auc, ami) and to the response itself
+    """Compare the learned split with given labels (auc, ami) and with the response itself
     (response_split).
 
     auc: p_high against "from the source with the highest mean score"; response_split: AUC, within
     prompts, of p_high against "scored above the prompt's mean" (algorithm.md 5.9), the mean over
-    prompts that have both kinds; labels that differ by rounding alone (SAME_LABEL) are equal. Where
-    labels are given, all three are of those that the head beside them learns.
+    prompts that have both kinds; labels that differ by rounding alone (SAME_LABEL) are equal.
     """
-    groups = groups.observed or groups
     high, raw = gather_rows(groups.high_prob, dp).cpu(), gather_rows(scores.raw, dp).cpu()
     prompt = gather_rows(rollout.prompt_id, dp).cpu()
     index = torch.tensor([sources.index(s) for s in rollout.source], device=scores.raw.device)
@@ -121,15 +104,16 @@ def split_metrics(
 def source_metrics(
     groups: Groups, scores: Scores, rollout: Rollout, response_kl: Tensor, sources: tuple[str, ...]
 ) -> Metrics:
-    """The same per given label; every replica names every source, so that the reductions line
-    up."""
+    """Means per source; every replica lists every source, so that the reductions line up."""
     metrics: Metrics = {}
     for name in sources:
         rows = torch.tensor(
             [s == name for s in rollout.source], device=scores.raw.device, dtype=torch.float64
         )
         metrics[f"source/{name}/score"] = Metric.mean(scores.raw, rows)
-        metrics[f"source/{name}/return"] = Metric.mean(scores.returns * scores.std, rows)
+        metrics[f"source/{name}/return"] = Metric.mean(
+            scores.standardised_scores * scores.std, rows
+        )
         metrics[f"source/{name}/kl"] = Metric.mean(response_kl, rows)
         metrics[f"source/{name}/p_high"] = Metric.mean(groups.high_prob, rows)
     return metrics
@@ -144,8 +128,16 @@ def weight_metrics(weights: Weights) -> Metrics:
     }
 
 
+def value_metrics(experience: Experience, update: Update) -> Metrics:
+    if experience.values is None:
+        return {}
+    mask = experience.rollout.mask
+    explained = Metric.explained_variance(experience.returns[mask], experience.values[mask])
+    return prefixed("value", {"explained_variance": explained, **update.metrics})
+
+
 def policy_metrics(loss: Tensor, output: TokenStats, batch: Experience, clip: float) -> Metrics:
-    """Of one micro-batch, without gradients. loss [b, T] is per token."""
+    """Metrics of one micro-batch, without gradients. loss [b, T] is per token."""
     mask = batch.rollout.mask
     with torch.no_grad():
         ratio = torch.exp(output.logprobs - batch.logprobs)
@@ -168,7 +160,7 @@ def policy_metrics(loss: Tensor, output: TokenStats, batch: Experience, clip: fl
 def sample_rows(
     rollout: Rollout, scores: Scores, groups: Groups, weights: Weights, response_kl: Tensor
 ) -> list[dict[str, Any]]:
-    """Rows for samples.jsonl, one per sequence of this replica."""
+    """Return rows for samples.jsonl, one per sequence of this replica."""
     columns = zip(
         rollout.sample_id.tolist(),
         rollout.source,

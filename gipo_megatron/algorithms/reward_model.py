@@ -10,9 +10,11 @@ from typing import Annotated, Any, ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from gipo_megatron.algorithms.held_out import evaluate_pairs
+from gipo_megatron.metrics import Metric, Metrics, prefixed
 from gipo_megatron.recipe.registry import Range, from_runtime, register
-from gipo_megatron.roles import RewardModel
-from gipo_megatron.types import Loss, Metric, Pairs, StepResult, prefixed
+from gipo_megatron.roles import HeldOut, RewardModel
+from gipo_megatron.types import Loss, Pairs, StepResult, skipped_rows
 
 
 @register("algorithm", "reward_model")
@@ -21,7 +23,9 @@ class RewardModelling:
     """-log sigmoid(s_chosen - s_rejected) per pair; `centre` adds centre * (s_chosen +
     s_rejected)^2 (Eisenstein et al. 2023)."""
 
+    data: ClassVar[str] = "preference"
     stage: ClassVar[str] = "reward model"
+    trained: ClassVar[tuple[str, ...]] = ("reward",)
     headline: ClassVar[tuple[tuple[str, str], ...]] = (
         ("eval/accuracy", "held-out accuracy"),
         ("rm/accuracy", "accuracy"),
@@ -32,18 +36,18 @@ class RewardModelling:
 
     reward: RewardModel = from_runtime("reward")
     pairs: Callable[[int], Pairs] = from_runtime("pairs")  # step -> this replica's rows
-    phase: Callable[[str], AbstractContextManager[None]] = from_runtime("phase")
+    held_out: HeldOut = from_runtime("held_out")
+    timer: Callable[[str], AbstractContextManager[None]] = from_runtime("timer")
 
     def step(self, step: int) -> StepResult:
         batch = self.pairs(step)
-        with self.phase("update"):
+        with self.timer("update"):
             update = self.reward.update((batch, self.loss))
-        skipped = {} if update.skipped is None else {"reward": update.skipped}
         return StepResult(
             prefixed("rm", update.metrics),
-            skipped=skipped,
+            skipped=skipped_rows(reward=update),
             tokens=int(batch.sequences.lengths.sum()),
-            passes=3,
+            forward_equivalents=3,
         )
 
     def loss(self, scores: Tensor, batch: Pairs) -> Loss:
@@ -63,8 +67,11 @@ class RewardModelling:
             },
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
+    def evaluate(self) -> tuple[Metrics, list[dict[str, Any]]]:
+        """Return eval/{loss, accuracy, margin, pairs} of held-out pairs."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        def loss_and_margin(batch: Pairs) -> tuple[Tensor, Tensor]:
+            chosen, rejected = self.reward.score(batch).chunk(2)
+            return -logsigmoid(chosen - rejected), chosen - rejected
+
+        return evaluate_pairs(loss_and_margin, self.held_out), []

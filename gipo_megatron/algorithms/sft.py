@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from gipo_megatron import ops
+from gipo_megatron.metrics import Metric, Metrics, merge_metrics, prefixed
 from gipo_megatron.recipe.registry import from_runtime, register
-from gipo_megatron.roles import Actor
-from gipo_megatron.types import Loss, Metric, Sequences, StepResult, TokenStats, prefixed
+from gipo_megatron.roles import Actor, HeldOut
+from gipo_megatron.types import Loss, Sequences, StepResult, TokenStats, skipped_rows
 
 
 def negative_log_likelihood(output: TokenStats, batch: Sequences) -> Tensor:
@@ -26,7 +26,9 @@ def negative_log_likelihood(output: TokenStats, batch: Sequences) -> Tensor:
 class SFT:
     """Cross entropy on the responses, one optimizer step an iteration."""
 
+    data: ClassVar[str] = "sft"
     stage: ClassVar[str] = "SFT"
+    trained: ClassVar[tuple[str, ...]] = ("actor",)
     headline: ClassVar[tuple[tuple[str, str], ...]] = (
         ("eval/loss", "held-out loss"),
         ("sft/loss", "loss"),
@@ -34,33 +36,29 @@ class SFT:
 
     actor: Actor = from_runtime("actor")
     examples: Callable[[int], Sequences] = from_runtime("examples")  # step -> this replica's rows
-    phase: Callable[[str], AbstractContextManager[None]] = from_runtime("phase")
+    held_out: HeldOut = from_runtime("held_out")
+    timer: Callable[[str], AbstractContextManager[None]] = from_runtime("timer")
 
     def step(self, step: int) -> StepResult:
         batch = self.examples(step)
-        with self.phase("update"):
+        with self.timer("update"):
             update = self.actor.update((batch, self.loss))
-        skipped = {} if update.skipped is None else {"actor": update.skipped}
         return StepResult(
             prefixed("sft", update.metrics),
-            skipped=skipped,
+            skipped=skipped_rows(actor=update),
             tokens=int(batch.lengths.sum()),
-            passes=3,
+            forward_equivalents=3,
         )
 
     def loss(self, output: TokenStats, batch: Sequences) -> Loss:
         nll = negative_log_likelihood(output, batch)
-        return Loss(
-            {"nll": (nll, "token")},
-            {
-                "loss": Metric(
-                    "mean", torch.stack([nll.detach().double(), batch.mask.sum().double()])
-                )
-            },
-        )
+        return Loss({"nll": (nll, "token")}, {"loss": Metric.ratio(nll, batch.mask.sum())})
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+    def evaluate(self) -> tuple[Metrics, list[dict[str, Any]]]:
+        """Return eval/loss, nats per response token, of held-out examples."""
+        metrics: Metrics = {}
+        for batch, valid in self.held_out.batches():
+            logprobs = self.actor.logprobs(batch).logprobs
+            weights = batch.mask.to(logprobs.device) * valid.to(logprobs.device)[:, None]
+            metrics = merge_metrics(metrics, {"eval/loss": Metric.mean(-logprobs, weights)})
+        return metrics, []

@@ -1,15 +1,16 @@
-"""From token rewards and values to advantages."""
+"""Advantages from token rewards and values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
 from gipo_megatron import ops
 from gipo_megatron.recipe.registry import from_runtime, register
 from gipo_megatron.roles import DataParallel
+from gipo_megatron.types import Rollout
 
 
 @final
@@ -25,7 +26,14 @@ class GeneralisedAdvantage:
 
     dp: DataParallel = from_runtime("dp")
 
-    def estimate(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(advantages, returns), both [B, T]; returns are A + V before whitening."""
-        advantages, returns = ops.gae(rewards, values, mask, self.gamma, self.lam)
-        return (ops.whiten(advantages, mask, self.dp.sum) if self.whiten else advantages), returns
+    needs: ClassVar[tuple[str, ...]] = ("critic",)
+
+    def estimate(
+        self, rewards: Tensor, values: Tensor | None, rollout: Rollout
+    ) -> tuple[Tensor, Tensor]:
+        """Return (advantages, returns), both [B, T]; returns are A + V before whitening."""
+        assert values is not None, "gae needs a critic"
+        advantages, returns = ops.gae(rewards, values, rollout.mask, self.gamma, self.lam)
+        if self.whiten:
+            advantages = ops.whiten(advantages, rollout.mask, self.dp.sum)
+        return advantages, returns

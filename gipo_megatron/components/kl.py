@@ -1,51 +1,36 @@
-"""What a nat of KL to the reference costs each sequence."""
+"""KL controllers: the coefficient of the KL penalty, one per sequence."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Annotated, Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
-from gipo_megatron.errors import UserError
-from gipo_megatron.recipe.registry import from_runtime, register
+from gipo_megatron.metrics import Metric, Metrics
+from gipo_megatron.recipe.registry import Range, from_runtime, register
 from gipo_megatron.roles import DataParallel
-from gipo_megatron.types import Groups, Metric, Metrics
+from gipo_megatron.types import Groups
 
 EMA = 0.9
 RAMP_START, RAMP_WIDTH = 0.1, 0.2  # of the gap, in running standard deviations (algorithm.md 5.6)
 
-
-def _same_for_all(price: float, groups: Groups) -> Tensor:
-    return torch.full_like(groups.sample_returns, price)
+Coefficient = Annotated[float, Range(0)]  # units of the shaped score per nat of KL
 
 
-def _require_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value >= 0:
-            raise UserError(
-                f"{name} is {value}", where=f"kl_controller.{name}", fix="a number >= 0"
-            )
+def _same_for_all(coefficient: float, groups: Groups) -> Tensor:
+    return torch.full_like(groups.sample_scores, coefficient)
 
 
 @final
 @register("kl_controller", "none")
 @dataclass
 class NoKL:
-    """KL is free: PPO without a KL term."""
+    """coef_i = 0: PPO without a KL term."""
 
-    def coefficients(self, groups: Groups) -> Tensor:
+    def kl_coefficients(self, groups: Groups) -> Tensor:
         return _same_for_all(0.0, groups)
-
-    def observe(self, groups: Groups, kl: float) -> Metrics:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 @final
@@ -54,22 +39,10 @@ class NoKL:
 class FixedKL:
     """coef_i = eta."""
 
-    eta: float = 0.05  # price of a nat of KL, in units of the shaped score
+    eta: Coefficient = 0.05  # KL coefficient, in units of the shaped score
 
-    def __post_init__(self) -> None:
-        _require_positive(eta=self.eta)
-
-    def coefficients(self, groups: Groups) -> Tensor:
+    def kl_coefficients(self, groups: Groups) -> Tensor:
         return _same_for_all(self.eta, groups)
-
-    def observe(self, groups: Groups, kl: float) -> Metrics:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 @final
@@ -79,33 +52,27 @@ class AdaptiveKL:
     """eta <- eta (1 + clip(KL / target - 1, +-0.2) N / horizon), once an iteration, last (Ziegler
     et al. 2019)."""
 
-    eta: float = 0.05  # price of a nat of KL at the first iteration
-    target: float = 6.0  # nats per response to steer to
-    horizon: int = 10000  # sequences over which the price may change by 20 %
+    eta: Coefficient = 0.05  # KL coefficient of the first iteration
+    target: Annotated[float, Range(0, open=True)] = 6.0  # nats per response to steer to
+    # sequences over which the coefficient may change by 20 %
+    horizon: Annotated[int, Range(1)] = 10000
 
     def __post_init__(self) -> None:
-        _require_positive(eta=self.eta)
-        if self.target <= 0 or self.horizon <= 0:
-            raise UserError(
-                f"target {self.target}, horizon {self.horizon}",
-                where="kl_controller",
-                fix="both must be > 0",
-            )
-        self._price = self.eta
+        self._coefficient = self.eta
 
-    def coefficients(self, groups: Groups) -> Tensor:
-        return _same_for_all(self._price, groups)
+    def kl_coefficients(self, groups: Groups) -> Tensor:
+        return _same_for_all(self._coefficient, groups)
 
     def observe(self, groups: Groups, kl: float) -> Metrics:
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self._price *= 1 + error * groups.count / self.horizon
-        return {"kl/next_coef": Metric.mean(self._price)}
+        self._coefficient *= 1 + error * groups.count / self.horizon
+        return {"kl/next_coef": Metric.mean(self._coefficient)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"price": self._price}
+        return {"coefficient": self._coefficient}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._price = state["price"]
+        self._coefficient = state["coefficient"]
 
 
 @final
@@ -119,30 +86,31 @@ class GroupAdaptiveKL:
     batch; the gap is in units of G already.
     """
 
-    eta: float = 0.05  # price of a nat of KL, in units of the shaped score
-    # no sequence pays less than this share of eta: the reward model is least reliable on hard data
-    floor: float = 0.1
-    # divide by the batch mean of p~, so that the KL budget stays that of a fixed price
+    needs_groups: ClassVar[bool] = True
+
+    eta: Coefficient = 0.05  # KL coefficient, in units of the shaped score
+    # smallest coefficient as a share of eta: the reward model is least reliable on hard data
+    floor: Annotated[float, Range(0)] = 0.1
+    # divide by the batch mean of p~, so that the KL budget stays that of a fixed coefficient
     normalise: bool = True
 
     dp: DataParallel = from_runtime("dp")
 
     def __post_init__(self) -> None:
-        _require_positive(eta=self.eta, floor=self.floor)
         self._gap: float | None = None  # EMA
 
     @property
     def ramp(self) -> float:
-        """s, from 0 (the split is not told from noise: everyone pays eta) to 1."""
+        """s: 0 while the gap may be noise (coef = eta for all), 1 when p~ = p_high."""
         return (
             0.0 if self._gap is None else min(max((self._gap - RAMP_START) / RAMP_WIDTH, 0.0), 1.0)
         )
 
-    def coefficients(self, groups: Groups) -> Tensor:
+    def kl_coefficients(self, groups: Groups) -> Tensor:
         share = 1 - self.ramp * (1 - groups.high_prob.double())
         if self.normalise:
             share = share / (self.dp.sum(share.sum().reshape(1))[0] / groups.count)
-        return (self.eta * share.clamp(min=self.floor)).to(groups.sample_returns.dtype)
+        return (self.eta * share.clamp(min=self.floor)).to(groups.sample_scores.dtype)
 
     def observe(self, groups: Groups, kl: float) -> Metrics:
         gap = float(groups.gap)

@@ -1,15 +1,25 @@
-"""What each slot has to offer. A component is a dataclass; whatever has memory can be
-checkpointed."""
+"""What the algorithm needs of the component in each slot. (A reward is a subclass of
+reward.Reward.)
+
+A component is a dataclass; its fields are its recipe keys. Some things are optional, and used where
+a component has them:
+- `needs`, a ClassVar: names of the roles that must be built for it, such as ("critic",);
+- `needs_groups` and `makes_groups`, and `problems()` for keys that do not fit together: see
+  recipe/registry.py;
+- `observe(groups, kl) -> Metrics`: advance a memory once an iteration, after both updates;
+- `state_dict()` and `load_state_dict(state)`: that memory, for checkpoints.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from gipo_megatron.roles import Actor, Stateful
+from gipo_megatron.metrics import Metrics
+from gipo_megatron.roles import Actor
 from gipo_megatron.specs import HeadSpec
-from gipo_megatron.types import Groups, Metrics, Prompts, Rollout, Scores, Weights
+from gipo_megatron.types import Groups, Prompts, Rollout, Weights
 
 
 class Sampler(Protocol):
@@ -18,57 +28,51 @@ class Sampler(Protocol):
     def sample(self, actor: Actor, prompts: Prompts, step: int) -> Rollout: ...
 
 
-class Reward(Stateful, Protocol):
-    def raw(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """(raw scores [B], their parts). Changes nothing, so evaluation may call it."""
+class GroupClassifier(Protocol):
+    @property
+    def num_groups(self) -> int:
+        """M"""
         ...
 
-    def score(self, rollout: Rollout) -> Scores:
-        """Scores in three forms; advances the running moments, current batch included, non-finite
-        scores left out."""
+    @property
+    def variance(self) -> str:
+        """mass | uniform: the definition of R_var, for both stages."""
         ...
-
-
-class GroupClassifier(Stateful, Protocol):
-    beta_critic: float
-    relabel: bool
 
     @property
     def head(self) -> HeadSpec | None:
         """The head to build on the critic's trunk; None builds none."""
         ...
 
-    def assign(self, group_logits: Tensor | None, rollout: Rollout, scores: Scores) -> Groups:
-        """Labels and the M global sums. Pure: calling it twice changes nothing."""
-        ...
-
-    def coefficients(self, groups: Groups) -> Tensor:
-        """c_ig [B, M] of the linear group loss; zeros where nothing is learned."""
-        ...
-
-    def observe(self, groups: Groups, scores: Scores, probe_logits: Tensor | None) -> Metrics:
-        """Advance the memory (which group is high) once an iteration; probe_logits [b, M] of this
-        replica's fixed probe prompts."""
+    def probs(self, logits: Tensor | None, rollout: Rollout) -> Tensor:
+        """Return labels p_ig [B, M]; logits [B, M] are the head's, None without a head."""
         ...
 
 
-class VarianceRegulariser(Stateful, Protocol):
+class VarianceRegulariser(Protocol):
     def weights(self, groups: Groups) -> Weights: ...
 
-    def observe(self, groups: Groups) -> None: ...
 
-
-class KLController(Stateful, Protocol):
-    def coefficients(self, groups: Groups) -> Tensor:
-        """[B], the price of one nat of KL for each sequence."""
-        ...
-
-    def observe(self, groups: Groups, kl: float) -> Metrics:
-        """Advance the memory; kl is the batch's global mean, nats per response."""
+class KLController(Protocol):
+    def kl_coefficients(self, groups: Groups) -> Tensor:
+        """Return the KL coefficient of each sequence, [B]."""
         ...
 
 
 class Advantage(Protocol):
-    def estimate(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(advantages, returns), both [B, T]."""
+    def estimate(
+        self, rewards: Tensor, values: Tensor | None, rollout: Rollout
+    ) -> tuple[Tensor, Tensor]:
+        """Return advantages and returns (the critic's targets), both [B, T].
+
+        rewards [B, T]: per token, the KL penalty included. values [B, T]: the critic's; None
+        without a critic.
+        """
+        ...
+
+
+@runtime_checkable
+class Observer(Protocol):
+    def observe(self, groups: Groups, kl: float) -> Metrics:
+        """Advance the memory; kl is the batch's global mean, nats per response."""
         ...

@@ -1,71 +1,82 @@
-"""One score per response: raw, shaped for PPO, and as the return G of the groups."""
+"""Rewards: one score per response, raw, shaped for PPO, and standardised for the groups."""
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Annotated, Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from gipo_megatron import ops
 from gipo_megatron.errors import UserError
-from gipo_megatron.recipe.registry import from_runtime, register
+from gipo_megatron.recipe.registry import OneOf, Range, from_runtime, register
 from gipo_megatron.roles import DataParallel, RewardModel
 from gipo_megatron.types import Rollout, Scores
 
-COMBINE = ("mean", "min", "mean_minus_std")
 
+@dataclass(kw_only=True)
+class Reward(ABC):
+    """What every reward shares: penalties, running moments over all history, clips (algorithm.md
+    3). A subclass adds its keys and `base`."""
 
-class Shaping:
-    """From a base score to Scores: penalties, running moments (all history, this batch included),
-    clips (algorithm.md 3)."""
+    # subtracted from a response that was cut at its maximal length, raw score units
+    missing_eos_penalty: float = 0.0
+    length_penalty: float = 0.0  # subtracted per response token, raw score units
+    normalise: bool = True  # PPO's reward = (raw - mean) / std over all history
+    clip: Annotated[float, Range(0)] = 0.8  # PPO's reward is cut to +- this; 0: never
 
-    def __init__(
-        self,
-        missing_eos_penalty: float,
-        length_penalty: float,
-        normalise: bool,
-        clip: float,
-        dp: DataParallel,
-    ) -> None:
-        if clip < 0:
-            raise UserError(
-                f"clip is {clip}", where="reward.clip", fix="a number > 0, or 0 for none"
-            )
-        self.missing_eos_penalty, self.length_penalty = missing_eos_penalty, length_penalty
-        self.normalise, self.clip, self.dp = normalise, clip, dp
-        self.count, self.mean, self.squares = 0.0, 0.0, 0.0  # squares: sum of (x - mean)^2
+    dp: DataParallel = from_runtime("dp")
 
-    def penalised(self, base: Tensor, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """(raw [B], what was taken off by name)."""
-        parts: dict[str, Tensor] = {}
+    _count: float = field(default=0.0, init=False)
+    _mean: float = field(default=0.0, init=False)
+    _squares: float = field(default=0.0, init=False)  # sum of (x - mean)^2
+
+    @abstractmethod
+    def base(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return scores without penalties [B], and named pieces of them to log ([B] each). Changes
+        nothing."""
+
+    @final
+    def raw(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return raw scores [B], penalties included, and their parts. Changes nothing, so that
+        evaluation may call it."""
+        base, parts = self.base(rollout)
+        penalties: dict[str, Tensor] = {}
         if self.missing_eos_penalty:
-            parts["missing_eos"] = -self.missing_eos_penalty * (~rollout.finished).to(base.dtype)
+            cut = (~rollout.finished).to(base.dtype)
+            penalties["missing_eos"] = -self.missing_eos_penalty * cut
         if self.length_penalty:
-            parts["length"] = -self.length_penalty * rollout.response_lengths.to(base.dtype)
-        return base + sum(parts.values()), parts
+            penalties["length"] = -self.length_penalty * rollout.response_lengths.to(base.dtype)
+        return base + sum(penalties.values()), {**parts, **penalties}
 
+    @final
+    def score(self, rollout: Rollout) -> Scores:
+        """Return scores in three forms, and advance the moments. Rows that are not finite stay so,
+        and count nowhere."""
+        return self.scores(*self.raw(rollout))
+
+    @final
     def scores(self, raw: Tensor, parts: dict[str, Tensor]) -> Scores:
-        """Advances the moments. Rows that are not finite stay so, and count nowhere."""
         batch_mean = self._advance(raw.double())
         std = self.std
         scaled = (
-            (raw.double() - self.mean) / std
+            (raw.double() - self._mean) / std
             if std >= ops.MIN_STD
             else torch.zeros_like(raw, dtype=torch.float64)
         )
         shaped = scaled if self.normalise else raw.double()
         if self.clip > 0:
             shaped = shaped.clamp(-self.clip, self.clip)
-        returns = ops.score_returns(raw.double(), batch_mean, std)
+        standardised = ops.standardised_scores(raw.double(), batch_mean, std)
         return Scores(
             raw=raw,
             shaped=shaped.to(raw.dtype),
-            returns=returns.to(raw.dtype),
+            standardised_scores=standardised.to(raw.dtype),
             parts=parts,
             std=std,
         )
@@ -73,27 +84,27 @@ class Shaping:
     @property
     def std(self) -> float:
         """Population standard deviation over all history; 0 before the first score."""
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
+        return math.sqrt(self._squares / self._count) if self._count else 0.0
 
     def _advance(self, raw: Tensor) -> float:
-        """Merge the global batch into the moments (Chan et al. 1979); returns the batch's mean."""
+        """Merge the global batch into the moments (Chan et al. 1979); return the batch's mean."""
         kept = raw[torch.isfinite(raw)]
         count, total = self.dp.sum(torch.stack([torch.ones_like(kept).sum(), kept.sum()])).tolist()
         if not count:
             return 0.0
         mean = total / count
         squares = float(self.dp.sum((kept - mean).square().sum().reshape(1))[0])
-        delta, merged = mean - self.mean, self.count + count
-        self.squares += squares + delta**2 * self.count * count / merged
-        self.mean += delta * count / merged
-        self.count = merged
+        delta, merged = mean - self._mean, self._count + count
+        self._squares += squares + delta**2 * self._count * count / merged
+        self._mean += delta * count / merged
+        self._count = merged
         return mean
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+        return {"count": self._count, "mean": self._mean, "squares": self._squares}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
+        self._count, self._mean, self._squares = state["count"], state["mean"], state["squares"]
 
 
 def _model(reward_models: dict[str, RewardModel], name: str, where: str) -> RewardModel:
@@ -110,78 +121,44 @@ def _model(reward_models: dict[str, RewardModel], name: str, where: str) -> Rewa
 @final
 @register("reward", "model")
 @dataclass
-class ModelReward:
+class ModelReward(Reward):
     """raw = reward model's score - penalties."""
 
-    # taken off a response that was cut at its maximal length, raw score units
-    missing_eos_penalty: float = 0.0
-    length_penalty: float = 0.0  # taken off per response token, raw score units
-    normalise: bool = True  # PPO's reward = (raw - mean) / std over all history
-    clip: float = 0.8  # PPO's reward is cut to +- this; 0: never
+    needs: ClassVar[tuple[str, ...]] = ("reward",)
 
     reward_models: dict[str, RewardModel] = from_runtime("reward_models")
-    dp: DataParallel = from_runtime("dp")
 
     def __post_init__(self) -> None:
         self._reward_model = _model(self.reward_models, "reward", "reward.name")
-        self._shaping = Shaping(
-            self.missing_eos_penalty, self.length_penalty, self.normalise, self.clip, self.dp
-        )
 
-    def raw(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """(raw scores [B], their parts); changes nothing, so evaluation may call it."""
-        return self._shaping.penalised(self._reward_model.score(rollout), rollout)
-
-    def score(self, rollout: Rollout) -> Scores:
-        return self._shaping.scores(*self.raw(rollout))
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._shaping.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._shaping.load_state_dict(state)
+    def base(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._reward_model.score(rollout), {}
 
 
 @final
 @register("reward", "function")
 @dataclass
-class FunctionReward:
+class FunctionReward(Reward):
     """raw = f(prompt, response, extras) - penalties; f is any importable Python function that
     returns a number."""
 
     function: str = ""  # module:function
-    # taken off a response that was cut at its maximal length, raw score units
-    missing_eos_penalty: float = 0.0
-    length_penalty: float = 0.0  # taken off per response token, raw score units
-    normalise: bool = True  # PPO's reward = (raw - mean) / std over all history
-    clip: float = 0.8  # PPO's reward is cut to +- this; 0: never
 
-    dp: DataParallel = from_runtime("dp")
+    def problems(self) -> Iterator[UserError]:
+        try:
+            _import_function(self.function)
+        except UserError as error:
+            yield error
 
     def __post_init__(self) -> None:
         self._function = _import_function(self.function)
-        self._shaping = Shaping(
-            self.missing_eos_penalty, self.length_penalty, self.normalise, self.clip, self.dp
-        )
 
-    def raw(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """(raw scores [B], their parts); changes nothing, so evaluation may call it."""
+    def base(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         rows = zip(rollout.response_text, rollout.extras, strict=True)
         values = [
             float(self._function(extras["prompt"], response, extras)) for response, extras in rows
         ]
-        return self._shaping.penalised(
-            torch.tensor(values, dtype=torch.float32, device=rollout.tokens.device), rollout
-        )
-
-    def score(self, rollout: Rollout) -> Scores:
-        return self._shaping.scores(*self.raw(rollout))
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._shaping.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._shaping.load_state_dict(state)
+        return torch.tensor(values, dtype=torch.float32, device=rollout.tokens.device), {}
 
 
 def _import_function(path: str) -> Callable[[str, str, dict[str, Any]], float]:
@@ -206,60 +183,37 @@ def _import_function(path: str) -> Callable[[str, str, dict[str, Any]], float]:
 @final
 @register("reward", "ensemble")
 @dataclass
-class EnsembleReward:
+class EnsembleReward(Reward):
     """raw = several reward models combined - penalties: mean, min, or mean - k std over the members
     (Coste et al. 2024)."""
 
     # keys of the recipe's models block: [reward_a, reward_b]
     members: list[str] = field(default_factory=list)
-    combine: str = "mean"  # mean | min | mean_minus_std
+    combine: Annotated[str, OneOf("mean", "min", "mean_minus_std")] = "mean"
     k: float = 1.0  # of mean_minus_std
-    # taken off a response that was cut at its maximal length, raw score units
-    missing_eos_penalty: float = 0.0
-    length_penalty: float = 0.0  # taken off per response token, raw score units
-    normalise: bool = True  # PPO's reward = (raw - mean) / std over all history
-    clip: float = 0.8  # PPO's reward is cut to +- this; 0: never
 
-    reward_models: dict[str, RewardModel] = from_runtime("reward_models")
-    dp: DataParallel = from_runtime("dp")
+    reward_models: dict[str, RewardModel] = from_runtime("reward_models", roles_key="members")
 
-    def __post_init__(self) -> None:
-        if self.combine not in COMBINE:
-            raise UserError(
-                f"combine is {self.combine!r}",
-                where="reward.combine",
-                fix=f"one of {', '.join(COMBINE)}",
-            )
+    def problems(self) -> Iterator[UserError]:
         if len(set(self.members)) < 2:
-            raise UserError(
-                f"an ensemble of {', '.join(self.members) or 'nobody'}",
+            yield UserError(
+                f"an ensemble of {', '.join(self.members) or 'no models'}",
                 where="reward.members",
                 fix="two different reward models or more",
             )
+
+    def __post_init__(self) -> None:
         self._models = {
             name: _model(self.reward_models, name, "reward.members") for name in self.members
         }
-        self._shaping = Shaping(
-            self.missing_eos_penalty, self.length_penalty, self.normalise, self.clip, self.dp
-        )
 
-    def raw(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """(raw scores [B], their parts); changes nothing, so evaluation may call it."""
+    def base(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         members = {name: model.score(rollout) for name, model in self._models.items()}
         stacked = torch.stack(list(members.values()))
         spread = stacked.std(0, correction=0)
         if self.combine == "min":
-            base = stacked.min(0).values
+            combined = stacked.min(0).values
         else:
-            base = stacked.mean(0) - (self.k * spread if self.combine == "mean_minus_std" else 0.0)
-        raw, penalties = self._shaping.penalised(base, rollout)
-        return raw, {**members, "disagreement": spread, **penalties}
-
-    def score(self, rollout: Rollout) -> Scores:
-        return self._shaping.scores(*self.raw(rollout))
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._shaping.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._shaping.load_state_dict(state)
+            penalty = self.k * spread if self.combine == "mean_minus_std" else 0.0
+            combined = stacked.mean(0) - penalty
+        return combined, {**members, "disagreement": spread}

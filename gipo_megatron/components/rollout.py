@@ -1,12 +1,11 @@
-"""How responses are drawn."""
+"""Samplers: how responses are drawn."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Annotated, final
 
-from gipo_megatron.errors import UserError
-from gipo_megatron.recipe.registry import from_runtime, register
+from gipo_megatron.recipe.registry import Range, from_runtime, register
 from gipo_megatron.roles import Actor
 from gipo_megatron.specs import Sampling
 from gipo_megatron.types import Prompts, Rollout
@@ -16,33 +15,24 @@ from gipo_megatron.types import Prompts, Rollout
 @register("rollout", "sampling")
 @dataclass
 class SamplingRollout:
-    """The actor samples its own responses. Keep top_k 0 and top_p 1: log-probabilities are of the
-    whole softmax (algorithm.md 5.7)."""
+    """Sample responses from the actor itself. Keep top_k 0 and top_p 1: log-probabilities are those
+    of the whole softmax (algorithm.md 5.7)."""
 
-    temperature: float = 1.0  # of sampling and of every log-probability of this run
-    top_k: int = 0  # draw among the k likeliest tokens; 0: off
-    top_p: float = 1.0  # draw from the smallest set of tokens that holds this probability
-    max_response: int = 0  # tokens of a response, end-of-text included; 0: the data's max_response
+    # of sampling and of every log-probability of this run; above 0: greedy rollouts have no
+    # gradient
+    temperature: Annotated[float, Range(0, open=True)] = 1.0
+    top_k: Annotated[int, Range(0)] = 0  # draw among the k likeliest tokens; 0: off
+    # draw from the smallest set of tokens that holds this probability
+    top_p: Annotated[float, Range(0, 1, open=True)] = 1.0
+    # tokens of a response, end-of-text included; 0: the data's max_response
+    max_response: Annotated[int, Range(0)] = 0
 
     data_max_response: int = from_runtime("max_response")
     seed: int = from_runtime("seed")
 
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise UserError(
-                f"temperature is {self.temperature}: a greedy rollout has no gradient",
-                where="rollout.temperature",
-                fix="a number > 0",
-            )
-        if not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_response < 0:
-            raise UserError(
-                f"top_p {self.top_p}, top_k {self.top_k}, max_response {self.max_response}",
-                where="rollout",
-                fix="0 < top_p <= 1, top_k >= 0, max_response >= 0",
-            )
-
     def sample(self, actor: Actor, prompts: Prompts, step: int) -> Rollout:
-        """One response a row; noise is a pure function of (seed, step, sample_id, position)."""
+        """Return one response a row; noise is a pure function of (seed, step, sample_id,
+        position)."""
         sampling = Sampling(
             max_response=self.max_response or self.data_max_response,
             temperature=self.temperature,

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from gipo_megatron.evaluation.evaluation_figures import CAPTIONS
 from gipo_megatron.evaluation.statistics import OUTCOMES
 from gipo_megatron.evaluation.tables import interval, judge_name, percent
@@ -92,7 +90,7 @@ def write_comparison(
         interval=interval,
         notes=[*results["judge"].get("notes", [TWICE]), *NOTES],  # people judge one order only
         images=[_image(name, figure) for name, figure in figures.items()],
-        audits=[Markup(audit_html(audit)) for audit in audits],  # escaped there
+        audits=[audit_html(audit) for audit in audits],
         figures=FIGURES,
         policies=results["policies"],
         flips=[

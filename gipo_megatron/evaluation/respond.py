@@ -14,12 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gipo_megatron import ops
-from gipo_megatron.components.groups import Memory
+from gipo_megatron.components.tracker import GroupTracker
 from gipo_megatron.conversion.verify import release
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.recipe import EvaluationRecipe
 from gipo_megatron.evaluation.types import Response, TaskPrompt
+from gipo_megatron.megatron.build import build_engine
+from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
     MegatronActor,
@@ -77,27 +79,34 @@ class Responder:
         if "critic" in self.recipe.models:
             self._head, self._ranks = group_head(self.weights[key], key)
 
-    def _common(self, key: str) -> dict[str, Any]:
+    def _engine(self, role: str, key: str, group: HeadSpec | None = None) -> Engine:
         recipe = self.recipe
-        return {
-            "mesh": self.mesh,
-            "architecture": recipe.model.architecture,
-            "precision": recipe.precision,
-            "micro_batch": recipe.batch.micro_batch,
-            "seed": 0,
-            "load": str(self.weights[key]),
-        }
+        return build_engine(
+            role,
+            self.mesh,
+            recipe.model.architecture,
+            recipe.precision,
+            micro_batch=recipe.batch.micro_batch,
+            load=str(self.weights[key]),
+            group=group,
+        )
 
     def load_scores(self) -> ResponseScores:
         """Load the scoring models; they stay in memory for all policies."""
-        named, scores = self.recipe.models, ResponseScores()
-        if "reward" in named:
-            scores.reward = MegatronRewardModel(**self._common("models.reward.load"))
-        if "reference" in named:
-            scores.reference = MegatronReference(**self._common("models.reference.load"))
-        if "critic" in named:
-            scores.critic = MegatronCritic(**self._common("models.critic.load"), head=self._head)
-            scores.ranks = self._ranks
+        scores = ResponseScores()
+        engines = {
+            role: self._engine(
+                role, f"models.{role}.load", self._head if role == "critic" else None
+            )
+            for role in ("reward", "reference", "critic")
+            if role in self.recipe.models
+        }
+        if "reward" in engines:
+            scores.reward = MegatronRewardModel(engines["reward"])
+        if "reference" in engines:
+            scores.reference = MegatronReference(engines["reference"])
+        if "critic" in engines:
+            scores.critic, scores.ranks = MegatronCritic(engines["critic"]), self._ranks
         return scores
 
     def responses(
@@ -106,18 +115,14 @@ class Responder:
         """Yield batch after batch in the prompts' order, equal on all ranks; then free the policy's
         memory."""
         t = self.tokenizer
-        actor = MegatronActor(
-            **self._common(f"policies.{policy}.load"),
-            eos_id=t.eos_id,
-            pad_id=t.pad_id,
-            decode=t.decode,
-        )
+        engine = self._engine("actor", f"policies.{policy}.load")
+        actor = MegatronActor(engine, eos_id=t.eos_id, pad_id=t.pad_id, decode=t.decode)
         size = self.recipe.generation.batch
         try:
             for start in range(0, len(prompts), size):
                 yield self._batch(actor, policy, prompts[start : start + size], scores)
         finally:
-            release(actor.engine)
+            release(engine)
 
     def _batch(
         self,
@@ -189,16 +194,16 @@ def group_head(path: Path, where: str) -> tuple[HeadSpec, tuple[float, ...]]:
     if weights_kind(path) != "checkpoint":
         raise UserError(f"{path} is a Hugging Face folder: {unknown}", where=where, fix=fix)
     role = read_meta(path).roles.get("critic")
-    if role is None or role.group is None or role.num_groups is None:
+    if role is None or role.group is None:
         raise UserError(f"{path} has no critic with a group head", where=where, fix=fix)
     state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-    if "group_classifier" not in state.get("algorithm", {}):
+    saved = state.get("algorithm", {})
+    if "groups" not in saved:
         raise UserError(f"{path}: {unknown}", where=where, fix=fix)
-    memory = Memory(role.num_groups)
-    saved = state["algorithm"]["group_classifier"]
+    tracker = GroupTracker(role.group.num_groups)
     # with given labels, the head's state is stored beside theirs
-    memory.load_state_dict(saved.get("observer", saved))
-    return role.group, tuple(memory.ranks())
+    tracker.load_state_dict(saved.get("observer", saved["groups"]))
+    return role.group, tuple(tracker.ranks())
 
 
 def sample_id(prompt_id: str) -> int:

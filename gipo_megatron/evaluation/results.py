@@ -7,19 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.statistics import compare, policy_figures
 from gipo_megatron.evaluation.types import (
     Comparison,
     HeadToHead,
     Pair,
     PairOrder,
-    Response,
-    TaskPrompt,
     Verdict,
 )
 from gipo_megatron.files import write_json
-from gipo_megatron.reports.audit import Audit, Row, audit_rows, finite
 
 # names in results.json that no task may have
 RESERVED = ("subject", "judge", "bootstrap", "policies")
@@ -136,29 +132,3 @@ def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
     """
     beside = {name: results[name] for name in RESERVED}
     write_json(path, {**results["tasks"], **beside})
-
-
-def audit_responses(prompts: Sequence[TaskPrompt], responses: Sequence[Response]) -> Audit:
-    """Return the group audit of one policy's responses that have a p_high.
-
-    Raises UserError if none has one, or if a response's prompt is not among `prompts`.
-    """
-    known = {(p.task, p.prompt_id): p for p in prompts}
-    rows = []
-    for r in responses:
-        p_high, score, kl = (finite(r.figures.get(name)) for name in ("p_high", "score", "kl"))
-        if p_high is None:
-            continue
-        if (r.task, r.prompt_id) not in known:
-            raise UserError(
-                f"no prompt {r.prompt_id!r} in task {r.task!r}",
-                fix="prompts and responses are of two evaluations",
-            )
-        prompt = known[r.task, r.prompt_id]
-        rows.append(Row(prompt.text, r.text, prompt.source, p_high, float(r.tokens), score, kl))
-    if not rows:
-        raise UserError(
-            "no response with p_high",
-            fix="evaluate with models.critic, the critic of a run with a group_classifier",
-        )
-    return audit_rows(" + ".join(dict.fromkeys(r.policy for r in responses)), rows)

@@ -17,14 +17,13 @@ import torch.distributed as dist
 
 from gipo_megatron.data.tokenizer import check_vocabulary
 from gipo_megatron.environment import line as environment_line
-from gipo_megatron.errors import UserError
+from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.comparison_report import write_comparison
 from gipo_megatron.evaluation.evaluation_figures import write_evaluation_figures
 from gipo_megatron.evaluation.origin import check_origin, find_weights, origin, shared_tokenizer
 from gipo_megatron.evaluation.recipe import EvaluationRecipe
 from gipo_megatron.evaluation.respond import Responder
 from gipo_megatron.evaluation.results import (
-    audit_responses,
     build_results,
     comparisons_from_verdicts,
     pairs_in_both_orders,
@@ -45,7 +44,7 @@ from gipo_megatron.evaluation.types import (
     Verdict,
 )
 from gipo_megatron.files import write_json, write_text
-from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.mesh import Mesh, mesh_session
 from gipo_megatron.recipe import registry
 from gipo_megatron.reports.audit_page import audit_document
 from gipo_megatron.telemetry.console import Display
@@ -59,19 +58,8 @@ def evaluate(recipe: EvaluationRecipe) -> None:
 
     Raises UserError for errors that the user can correct.
     """
-    mesh = Mesh.create(recipe.parallel, deterministic=recipe.precision.deterministic)
-    try:
+    with mesh_session(recipe.parallel, deterministic=recipe.precision.deterministic) as mesh:
         prompts = respond(mesh, recipe)
-    except UserError as error:
-        mesh.report(str(error))
-        raise
-    # a rank that stops breaks its connections: the others would report those, not the reason
-    except Exception:
-        if reason := mesh.reported():
-            raise UserError(reason) from None
-        raise
-    finally:
-        mesh.close()
     if mesh.is_main:  # a judge may take hours: no other rank waits in a collective meanwhile
         conclude(recipe, prompts)
 

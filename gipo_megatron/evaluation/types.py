@@ -99,6 +99,7 @@ class Judge(ABC):
     """A component of the slot `judge`, built and called on rank 0 only."""
 
     name: ClassVar[str]  # as in the recipe and in reports
+    needs: ClassVar[tuple[str, ...]] = ()  # recipe keys in `models` that must be set
     transport: ClassVar[tuple[str, ...]] = ()  # recipe keys that cannot change a verdict
     # Ratings of a sample of the prompts are read from files: verdicts are not stored, and prompts
     # without a verdict are left out.

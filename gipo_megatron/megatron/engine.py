@@ -45,18 +45,9 @@ from gipo_megatron.megatron.optimizer import (
 )
 from gipo_megatron.megatron.precision import length_multiple
 from gipo_megatron.megatron.scaling import Scaling
+from gipo_megatron.metrics import Metric, Metrics, merge_metrics
 from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision
-from gipo_megatron.types import (
-    BatchLoss,
-    CriticOutput,
-    Metric,
-    Metrics,
-    Output,
-    Rows,
-    TokenStats,
-    Update,
-    merge_metrics,
-)
+from gipo_megatron.types import BatchLoss, CriticOutput, Output, Rows, TokenStats, Update
 
 Part = tuple[Rows, BatchLoss]
 

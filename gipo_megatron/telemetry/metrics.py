@@ -3,7 +3,6 @@ needed."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +11,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from gipo_megatron.metrics import Metric, Metrics, digest
 from gipo_megatron.roles import DataParallel
-from gipo_megatron.types import Metric, Metrics
 
 GIB = 2**30
 EXTREMES = ("min", "max")
@@ -66,16 +65,11 @@ def _join(parts: list[Tensor]) -> Tensor:
     return torch.cat([p.double().to(device) for p in parts])
 
 
-def _digest(text: str) -> int:
-    """48 bits: exact in float64."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
-
-
 def _assert_same_layout(metrics: Metrics, dp: DataParallel) -> None:
     if dp.size == 1:
         return
     keys = {name: f"{name}|{m.kind}|{len(m.parts)}" for name, m in metrics.items()}
-    mine = float(_digest("\n".join(keys.values())))
+    mine = float(digest("\n".join(keys.values())))
     device = next(
         (m.parts.device for m in metrics.values() if m.parts.device.type != "cpu"),
         torch.device("cpu"),
@@ -86,9 +80,9 @@ def _assert_same_layout(metrics: Metrics, dp: DataParallel) -> None:
     buckets = 4096
     present = torch.zeros(buckets, dtype=torch.float64, device=device)
     for key in keys.values():
-        present[_digest(key) % buckets] = 1.0
+        present[digest(key) % buckets] = 1.0
     total = dp.sum(present)
-    lacking = [name for name, key in keys.items() if total[_digest(key) % buckets] < dp.size]
+    lacking = [name for name, key in keys.items() if total[digest(key) % buckets] < dp.size]
     detail = (
         f"not all others have {', '.join(lacking)}"
         if lacking

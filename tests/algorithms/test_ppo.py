@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.algorithms.ppo import PPO
-from gipo_megatron.components.groups import CriticHead, NoGroups
+from gipo_megatron.components.groups import CriticHead, LabelledGroups, NoGroups
 from gipo_megatron.components.kl import AdaptiveKL, FixedKL, GroupAdaptiveKL
 from gipo_megatron.components.variance import GroupDRO, GroupVariance, NoVariance
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.telemetry.metrics import reduce_metrics
 from gipo_megatron.types import CriticOutput, Experience, Rows, TokenStats
-from tests.small_ppo import BATCH, make_ppo, stored_rollout
+from tests.small_ppo import BATCH, SOURCES, make_ppo, stored_rollout
 from tests.torch_roles import TorchActor, TorchCritic, run_replicas
 
 DP = SingleReplica()
@@ -26,7 +26,7 @@ DP = SingleReplica()
 def gipo(dp: Any = DP, micro_batch: int = 0, **settings: Any) -> PPO:
     return make_ppo(
         dp,
-        CriticHead(lr=0.02, dp=dp),
+        CriticHead(lr=0.02),
         GroupVariance(beta=0.3),
         GroupAdaptiveKL(dp=dp),
         micro_batch,
@@ -35,7 +35,7 @@ def gipo(dp: Any = DP, micro_batch: int = 0, **settings: Any) -> PPO:
 
 
 def plain(**settings: Any) -> PPO:
-    return make_ppo(DP, NoGroups(dp=DP), NoVariance(), FixedKL(), **settings)
+    return make_ppo(DP, NoGroups(), NoVariance(), FixedKL(), **settings)
 
 
 def experience() -> Experience:
@@ -65,6 +65,7 @@ def experience() -> Experience:
 
 def test_actor_loss_is_the_loop_over_tokens() -> None:
     batch, clip, bonus = experience(), 0.2, 0.01
+    assert batch.values is not None
     output = TokenStats(batch.logprobs + 0.3 * batch.values, batch.returns.abs())
     expected, entropy, clipped, tokens = 0.0, 0.0, 0, 0
     for b, t in batch.rollout.mask.nonzero().tolist():
@@ -90,7 +91,8 @@ def test_actor_loss_is_the_loop_over_tokens() -> None:
 
 def test_critic_loss_is_the_loop_over_tokens() -> None:
     batch, clip = experience(), 0.2
-    values, logits = batch.values + 0.5 * batch.returns, 2 * batch.group_coefficients.flip(0)
+    assert batch.values is not None
+    values, logits = batch.values + 0.5 * batch.returns, 2 * batch.group_loss_coefficients.flip(0)
     expected = 0.0
     for b, t in batch.rollout.mask.nonzero().tolist():
         v, old, target = (float(x[b, t]) for x in (values, batch.values, batch.returns))
@@ -101,9 +103,9 @@ def test_critic_loss_is_the_loop_over_tokens() -> None:
         scale = sum(math.exp(float(x)) for x in logits[b])
         gain += sum(
             float(c) * math.exp(float(x)) / scale
-            for c, x in zip(batch.group_coefficients[b], logits[b], strict=True)
+            for c, x in zip(batch.group_loss_coefficients[b], logits[b], strict=True)
         )
-    ppo = make_ppo(DP, CriticHead(beta_critic=0.7, dp=DP), NoVariance(), FixedKL(), value_clip=clip)
+    ppo = make_ppo(DP, CriticHead(beta_critic=0.7), NoVariance(), FixedKL(), value_clip=clip)
     loss = ppo.critic_loss(CriticOutput(values, logits), batch)
     assert {
         name: (pytest.approx(float(value)), unit) for name, (value, unit) in loss.terms.items()
@@ -172,19 +174,19 @@ def copy_models(source: PPO, target: PPO) -> None:
             y.optimizer.load_state_dict(x.optimizer.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["gipo", "dro"])
+@pytest.mark.parametrize("kind", ["gipo", "dro", "labelled"])
 def test_a_resumed_run_is_the_run(kind: str) -> None:
     def make() -> PPO:
         if kind == "gipo":
             return make_ppo(
                 DP,
-                CriticHead(lr=0.02, dp=DP),
-                GroupVariance(return_ema=0.5),
+                CriticHead(lr=0.02),
+                GroupVariance(),
                 GroupAdaptiveKL(dp=DP),
             )
-        return make_ppo(
-            DP, CriticHead(num_groups=3, relabel=True, dp=DP), GroupDRO(), AdaptiveKL(horizon=100)
-        )
+        if kind == "labelled":
+            return make_ppo(DP, LabelledGroups(sources=SOURCES), GroupVariance(), FixedKL())
+        return make_ppo(DP, CriticHead(num_groups=3), GroupDRO(), AdaptiveKL(horizon=100))
 
     straight, stopped = make(), make()
     for step in range(3):
@@ -250,7 +252,7 @@ def test_a_score_that_is_no_number_skips_the_step_everywhere(size: int) -> None:
 
 
 def test_a_step_shows_the_stable_names() -> None:
-    """design.md section 9, as far as PPO itself logs them."""
+    """The metrics of docs/metrics.md that PPO itself logs."""
     result = gipo().step(0)
     groups = (
         "gap gap_std variance mass_min label_entropy high_index flip_rate return_high return_low"

@@ -29,7 +29,7 @@ def modelling(centre: float = 0.0, lr: float = 3e-3) -> RewardModelling:
         centre=centre,
         reward=reward,
         pairs=lambda step: pairs(),
-        phase=lambda name: contextlib.nullcontext(),
+        timer=lambda name: contextlib.nullcontext(),
     )
 
 

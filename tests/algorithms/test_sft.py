@@ -27,7 +27,7 @@ def rows() -> Sequences:
 
 def test_loss_is_torchs_cross_entropy() -> None:
     batch, actor = rows(), TorchActor(9, hidden=8, init_std=0.5)
-    sft = SFT(actor=actor, examples=lambda step: batch, phase=lambda name: contextlib.nullcontext())
+    sft = SFT(actor=actor, examples=lambda step: batch, timer=lambda name: contextlib.nullcontext())
     expected = torch.nn.functional.cross_entropy(
         actor.logits(batch.tokens)[batch.mask], batch.tokens[batch.mask], reduction="sum"
     ).detach()
@@ -45,7 +45,7 @@ def test_the_step_does_not_depend_on_micro_batches(micro_batch: int) -> None:
     for size in (0, micro_batch):
         actor = TorchActor(9, hidden=8, init_std=0.5, micro_batch=size)
         sft = SFT(
-            actor=actor, examples=lambda step: batch, phase=lambda name: contextlib.nullcontext()
+            actor=actor, examples=lambda step: batch, timer=lambda name: contextlib.nullcontext()
         )
         actor._stepper.step = lambda dp, a=actor: (
             gradients.append([p.grad.clone() for p in a.parameters]) or 0.0
@@ -62,7 +62,7 @@ def test_loss_falls() -> None:
     sft = SFT(
         actor=TorchActor(9, hidden=8, lr=0.05),
         examples=lambda step: batch,
-        phase=lambda name: contextlib.nullcontext(),
+        timer=lambda name: contextlib.nullcontext(),
     )
     losses = [sft.step(step).metrics["sft/loss"].result() for step in range(20)]
     assert losses[-1] < 0.5 * losses[0]

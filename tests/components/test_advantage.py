@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,21 +10,25 @@ from torch import Tensor
 
 from gipo_megatron.components.advantage import GeneralisedAdvantage
 from gipo_megatron.roles import SingleReplica
-from tests.torch_roles import run_replicas
+from gipo_megatron.types import Rollout
+from tests.small_ppo import rollout_of
+from tests.torch_roles import replica_rows, run_replicas
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
+def inputs() -> tuple[Tensor, Tensor, Rollout]:
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(8, 6, generator=generator), torch.randn(8, 6, generator=generator)
-    return rewards, values, torch.arange(6) < (1 + torch.arange(8) % 6)[:, None]
+    mask = torch.arange(6) < (1 + torch.arange(8) % 6)[:, None]
+    return rewards, values, replace(rollout_of(["a"] * 8), mask=mask)
 
 
 def test_returns_are_not_whitened() -> None:
-    rewards, values, mask = inputs()
-    white, returns = GeneralisedAdvantage(dp=SingleReplica()).estimate(rewards, values, mask)
+    rewards, values, rollout = inputs()
+    white, returns = GeneralisedAdvantage(dp=SingleReplica()).estimate(rewards, values, rollout)
     plain, same = GeneralisedAdvantage(whiten=False, dp=SingleReplica()).estimate(
-        rewards, values, mask
+        rewards, values, rollout
     )
+    mask = rollout.mask
     assert torch.equal(returns, same)
     torch.testing.assert_close((plain + values)[mask], returns[mask])
     assert abs(float(white[mask].mean())) < 1e-6
@@ -33,12 +38,13 @@ def test_returns_are_not_whitened() -> None:
 
 
 def test_whitening_is_global() -> None:
-    rewards, values, mask = inputs()
-    expected = GeneralisedAdvantage(dp=SingleReplica()).estimate(rewards, values, mask)[0]
+    rewards, values, rollout = inputs()
+    expected = GeneralisedAdvantage(dp=SingleReplica()).estimate(rewards, values, rollout)[0]
 
     def work(dp: Any) -> Tensor:
         rows = slice(dp.rank, None, dp.size)
-        return GeneralisedAdvantage(dp=dp).estimate(rewards[rows], values[rows], mask[rows])[0]
+        mine = replica_rows(rollout, dp)
+        return GeneralisedAdvantage(dp=dp).estimate(rewards[rows], values[rows], mine)[0]
 
     for rank, part in enumerate(run_replicas(4, work)):
         torch.testing.assert_close(part, expected[rank::4])

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from gipo_megatron.components.kl import AdaptiveKL, FixedKL, GroupAdaptiveKL, NoKL
-from gipo_megatron.errors import UserError
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.types import Groups
 
@@ -28,11 +27,8 @@ def groups(high: list[float], gap: float = 0.0) -> Groups:
 
 
 def test_none_and_fixed() -> None:
-    assert NoKL().coefficients(groups([0.1, 0.9])).tolist() == [0.0, 0.0]
-    assert FixedKL(eta=0.07).coefficients(groups([0.1, 0.9])).tolist() == [0.07, 0.07]
-    assert FixedKL().observe(groups([0.5]), 3.0) == {}
-    with pytest.raises(UserError, match="eta"):
-        FixedKL(eta=-0.1)
+    assert NoKL().kl_coefficients(groups([0.1, 0.9])).tolist() == [0.0, 0.0]
+    assert FixedKL(eta=0.07).kl_coefficients(groups([0.1, 0.9])).tolist() == [0.07, 0.07]
 
 
 @pytest.mark.parametrize(
@@ -46,12 +42,12 @@ def test_none_and_fixed() -> None:
 def test_zieglers_rule(kl: float, expected: float) -> None:
     controller = AdaptiveKL(eta=0.1, target=6.0, horizon=100)
     batch = groups([0.5] * 4)
-    assert controller.coefficients(batch).tolist() == [0.1] * 4
+    assert controller.kl_coefficients(batch).tolist() == [0.1] * 4
     controller.observe(batch, kl)
-    assert controller.coefficients(batch).tolist() == pytest.approx([expected] * 4)
+    assert controller.kl_coefficients(batch).tolist() == pytest.approx([expected] * 4)
     resumed = AdaptiveKL(eta=0.1, target=6.0, horizon=100)
     resumed.load_state_dict(controller.state_dict())
-    assert torch.equal(resumed.coefficients(batch), controller.coefficients(batch))
+    assert torch.equal(resumed.kl_coefficients(batch), controller.kl_coefficients(batch))
 
 
 def after(gap: float, **settings: float | bool) -> GroupAdaptiveKL:
@@ -60,11 +56,14 @@ def after(gap: float, **settings: float | bool) -> GroupAdaptiveKL:
     return controller
 
 
-def test_everyone_pays_the_same_until_there_is_a_gap() -> None:
+def test_all_coefficients_are_eta_until_there_is_a_gap() -> None:
     batch = groups([0.1, 0.9])
-    assert GroupAdaptiveKL(eta=0.1, dp=SingleReplica()).coefficients(batch).tolist() == [0.1, 0.1]
-    assert after(0.1).coefficients(batch).tolist() == [0.1, 0.1]
-    assert after(-2.0).coefficients(batch).tolist() == [0.1, 0.1]
+    assert GroupAdaptiveKL(eta=0.1, dp=SingleReplica()).kl_coefficients(batch).tolist() == [
+        0.1,
+        0.1,
+    ]
+    assert after(0.1).kl_coefficients(batch).tolist() == [0.1, 0.1]
+    assert after(-2.0).kl_coefficients(batch).tolist() == [0.1, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -77,25 +76,27 @@ def test_ramp(gap: float, ramp: float) -> None:
 def test_half_ramp_by_hand() -> None:
     """s = 0.5: p~ = 1 - 0.5 (1 - p) = 0.55, 0.95; their mean is 0.75."""
     batch = groups([0.1, 0.9])
-    assert after(0.2, normalise=False).coefficients(batch).tolist() == pytest.approx([0.055, 0.095])
-    assert after(0.2).coefficients(batch).tolist() == pytest.approx(
+    assert after(0.2, normalise=False).kl_coefficients(batch).tolist() == pytest.approx(
+        [0.055, 0.095]
+    )
+    assert after(0.2).kl_coefficients(batch).tolist() == pytest.approx(
         [0.1 * 0.55 / 0.75, 0.1 * 0.95 / 0.75]
     )
 
 
 def test_floor() -> None:
     batch = groups([0.0, 0.02, 1.0])
-    assert after(1.0, normalise=False).coefficients(batch).tolist() == pytest.approx(
+    assert after(1.0, normalise=False).kl_coefficients(batch).tolist() == pytest.approx(
         [0.01, 0.01, 0.1]
     )
-    assert after(1.0, normalise=False, floor=0.5).coefficients(batch).tolist() == pytest.approx(
+    assert after(1.0, normalise=False, floor=0.5).kl_coefficients(batch).tolist() == pytest.approx(
         [0.05, 0.05, 0.1]
     )
 
 
-def test_normalised_price_keeps_the_budget() -> None:
+def test_a_normalised_coefficient_keeps_the_budget() -> None:
     batch = groups([0.2, 0.5, 0.9, 0.7])
-    assert float(after(1.0).coefficients(batch).mean()) == pytest.approx(0.1)
+    assert float(after(1.0).kl_coefficients(batch).mean()) == pytest.approx(0.1)
 
 
 def test_gap_is_an_exponential_mean_and_survives_a_checkpoint() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.comparison_report import write_comparison
 from gipo_megatron.evaluation.results import (
-    audit_responses,
     build_results,
     comparisons_from_verdicts,
 )

@@ -10,7 +10,8 @@ import torch
 
 from gipo_megatron.megatron import engine
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.types import Loss, Metric, Sequences, TokenStats
+from gipo_megatron.metrics import Metric
+from gipo_megatron.types import Loss, Sequences, TokenStats
 from tests.parity.roles import digest, new_actor, new_critic
 from tests.parity.tiny import ARCHITECTURE, RAGGED, language_loss, ppo_loss, pretraining, weighted
 from tests.watch import Reads

@@ -101,7 +101,7 @@ def dpo_cells(
                 actor=role,  # type: ignore[arg-type]
                 reference=reference,
                 pairs=lambda step: _own(mesh),
-                phase=lambda name: nullcontext(),
+                timer=lambda name: nullcontext(),
             )
             result = page.step(0)
             assert not result.skipped

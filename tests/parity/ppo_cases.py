@@ -18,10 +18,10 @@ from gipo_megatron.components.reward import FunctionReward
 from gipo_megatron.components.variance import GroupVariance
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic
+from gipo_megatron.metrics import Metric
 from gipo_megatron.types import (
     CriticOutput,
     Groups,
-    Metric,
     Prompts,
     Rollout,
     Rows,
@@ -86,18 +86,15 @@ class Stored:
 
 @dataclass
 class Watched:
-    """A variance regulariser that keeps what it was given and what it said."""
+    """A variance regulariser that keeps its input and its output."""
 
     inner: GroupVariance
     groups: Groups | None = None
-    said: Weights | None = None
+    found: Weights | None = None
 
     def weights(self, groups: Groups) -> Weights:
-        self.groups, self.said = groups, self.inner.weights(groups)
-        return self.said
-
-    def observe(self, groups: Groups) -> None:
-        self.inner.observe(groups)
+        self.groups, self.found = groups, self.inner.weights(groups)
+        return self.found
 
 
 def new_roles(mesh: Mesh, **changes: Any) -> tuple[OffPolicy, OffPolicy, OffPolicy]:
@@ -123,14 +120,13 @@ def make_ppo(
     mesh: Mesh, roles: tuple[OffPolicy, OffPolicy, OffPolicy], regulariser: Watched
 ) -> PPO:
     dp = mesh.data_parallel
-    classifier = CriticHead(beta_critic=plain.BETA_CRITIC, dp=dp)
-    classifier.load_state_dict({**classifier.state_dict(), "high": plain.HIGH})
+    classifier = CriticHead(beta_critic=plain.BETA_CRITIC)
     controller = GroupAdaptiveKL(eta=plain.ETA, floor=plain.FLOOR, dp=dp)
     controller.load_state_dict({"gap": plain.GAP})
     rollout = mine(mesh, plain.stored_rollout())
     assert isinstance(rollout, Rollout)
     probe = rollout.sequences
-    return PPO(
+    ppo = PPO(
         clip=plain.CLIP,
         value_clip=plain.VALUE_CLIP,
         critic_warmup=0,
@@ -158,8 +154,10 @@ def make_ppo(
         examples=lambda step: _sequences(mine(mesh, tiny.pretraining())),
         probe=probe,
         sources=plain.SOURCES,
-        phase=lambda name: nullcontext(),
+        timer=lambda name: nullcontext(),
     )
+    ppo.tracker.high = plain.HIGH
+    return ppo
 
 
 def _sequences(rows: Rows) -> Sequences:
@@ -192,16 +190,16 @@ def ppo_cells(
 
 
 def _group_errors(mesh: Mesh, watched: Watched, expected: plain.Plain) -> dict[str, float]:
-    groups, said, data = watched.groups, watched.said, mesh.data_parallel
-    assert groups is not None and said is not None and groups.count == len(expected.weights)
+    groups, weights, data = watched.groups, watched.found, mesh.data_parallel
+    assert groups is not None and weights is not None and groups.count == len(expected.weights)
     own = slice(data.rank, None, data.size)
     uniform = GroupVariance(beta=plain.BETA, min_weight=-9.0, max_weight=9.0).weights(
         Groups(**{**vars(groups), "variance": "uniform"})
     )
     found = {
-        "returns": groups.returns - expected.returns,
+        "returns": groups.group_means - expected.returns,
         "masses": groups.masses - expected.masses,
-        "weights": said.values - expected.weights[own],
+        "weights": weights.values - expected.weights[own],
         "uniform_weights": uniform.values - expected.uniform_weights[own],
     }
     return {name: float(x.abs().max()) for name, x in found.items()}

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.results import audit_responses
+from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.store import ResponseStore, write_prompts
 from gipo_megatron.evaluation.types import Response, TaskPrompt
 from gipo_megatron.reports.audit import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,10 +11,10 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from gipo_megatron import cli
 from gipo_megatron.data.tokenizer import byte_tokenizer
 from tests.runs import chain
 
@@ -23,24 +22,11 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.global_rng]
 SCREEN = 25  # lines
 
 
-@pytest.fixture(scope="module")
-def launcher() -> ModuleType:
-    """launch/train.py, in this process: what a user starts, without the seconds of its start."""
-    spec = importlib.util.spec_from_file_location(
-        "launch_train", chain.ROOT / "launch" / "train.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 Refuse = Callable[..., str]
 
 
 @pytest.fixture
 def refused(
-    launcher: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -53,7 +39,7 @@ def refused(
     def start(arguments: list[str], seconds: float = 200) -> str:
         begun = time.monotonic()
         with pytest.raises(SystemExit) as left:
-            launcher.main(arguments)
+            cli.main(["train", *arguments])
         assert left.value.code == 2 and time.monotonic() - begun < seconds
         err = capsys.readouterr().err
         assert "Traceback" not in err and len(err.splitlines()) <= SCREEN
@@ -155,7 +141,7 @@ def test_hub_names_that_cannot_be_reached(
 
 
 def test_bad_rows_are_counted_and_dropped(
-    launcher: ModuleType, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The rows of the data's description that a loader must survive, among good ones."""
     head = "\n\nHuman: Name letter {}.\n\nAssistant:"
@@ -173,7 +159,7 @@ def test_bad_rows_are_counted_and_dropped(
         {"chosen": one + " a\n\nHuman: b", "rejected": one + " a"},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad + good))
-    assert launcher.main(rm_on(tmp_path / "rows.jsonl", tmp_path, base)) == 0
+    assert cli.main(["train", *rm_on(tmp_path / "rows.jsonl", tmp_path, base)]) == 0
     said = capsys.readouterr().out
     assert (
         "dropped" in said
@@ -322,6 +308,6 @@ def test_what_one_rank_alone_cannot_read_ends_all(base: Path, tmp_path: Path) ->
     )
     assert done.returncode == 1
     assert done.stderr.count("nothing at") == 1 and f"{tmp_path}/gone.jsonl" in done.stderr
-    assert 'launch/train.py", line' not in done.stderr  # no traceback of ours
+    assert 'gipo_megatron/cli.py", line' not in done.stderr  # no traceback of ours
     assert signal.SIGKILL.name not in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gipo_megatron.commands import train
 from tests.runs import chain
 
 SLOW = ["algorithm.reward={name: function, function: tests.runs.rewards:slow}", "run.eval_every=0"]
@@ -65,7 +66,7 @@ def test_a_second_ctrl_c_stops_at_once(base: Path) -> None:
         assert run.poll() is None
         run.send_signal(signal.SIGINT)
         _, err = ends(run)
-    assert (run.returncode, err) == (130, "stopped at once; the last checkpoint stands\n")
+    assert (run.returncode, err) == (130, f"{train.STOPPED}\n")
     assert not chain.logged(directory, 1)  # the step was not finished
 
 
@@ -81,7 +82,7 @@ def test_ctrl_c_under_torchrun(base: Path) -> None:
     # torchrun's own; its workers end orderly
     assert run.returncode == 1 and "SignalException" in err
     assert "interrupted (SIGINT) at step" in out and out.endswith("; the same command continues\n")
-    assert 'launch/train.py", line' not in err  # no traceback of ours
+    assert 'gipo_megatron/cli.py", line' not in err  # no traceback of ours
     step = len(chain.rows(directory)) - 1
     assert (
         2 < step < 5 and not (directory / "final").exists() and not list(directory.rglob("*.tmp"))

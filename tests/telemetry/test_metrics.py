@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gipo_megatron.metrics import Metric, Metrics
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.telemetry.metrics import PhaseTimer, memory_metrics, reduce_metrics
-from gipo_megatron.types import Metric, Metrics
 
 
 class Replicas:

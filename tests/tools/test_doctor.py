@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from gipo_megatron.capabilities import Apex, Capabilities, Gpu
+from gipo_megatron.commands import doctor
 from gipo_megatron.recipe.compose import compose, load_components
 from gipo_megatron.recipe.source import Block
 from tests import broken_transformer_engine
-from tools import doctor
 
 # here, since a package that the components import may draw from a global generator
 load_components(Block({}, "tests"))
+ROOT = Path(__file__).resolve().parents[2]
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.2)
 NODE = Capabilities(
     "3.12.3",
@@ -124,7 +125,7 @@ def run(
     folder: Path, *words: str, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, str(Path(doctor.__file__)), *words]
+    command = [sys.executable, str(ROOT / "tools" / "doctor.py"), *words]
     return subprocess.run(
         command,
         capture_output=True,

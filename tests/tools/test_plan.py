@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from gipo_megatron.commands import train
 from gipo_megatron.errors import UserError
-from launch import train
-from tools import plan
 
-ROOT = Path(plan.__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script: str, *words: str, folder: Path) -> subprocess.CompletedProcess[str]:

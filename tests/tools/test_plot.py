@@ -2,8 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from gipo_megatron import cli
+from gipo_megatron.commands.plot import main, parse
 from tests.reports.synthetic import ppo_run, sft_run
-from tools.plot import main, parse
 
 
 def test_one_run_draws_into_its_folder(tmp_path: Path, capsys) -> None:
@@ -42,14 +45,14 @@ def test_the_frontier_is_written_too(tmp_path: Path) -> None:
 def test_mistakes_exit_2_on_one_screen(tmp_path: Path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     cases = [
-        [],
         [str(tmp_path / "nope")],
         [str(tmp_path / "empty")],
         ["--out", "x"],
         ["outt=x", str(tmp_path)],
     ]
     for arguments in cases:
-        assert main(arguments) == 2
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["plot", *arguments])
         error = capsys.readouterr().err
         assert "Traceback" not in error and 0 < len(error.splitlines()) <= 5 and "fix:" in error
-    assert len(cases) == 5 and main(["--help"]) == 0
+    assert len(cases) == 4 and cli.main(["plot", "--help"]) == cli.main(["plot"]) == 0

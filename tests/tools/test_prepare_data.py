@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from gipo_megatron.commands.prepare_data import main, read_arguments
 from gipo_megatron.data.batching import load_data
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.tokenizer import byte_tokenizer
 from gipo_megatron.errors import UserError
 from tests.data.fixtures import dialogue, write_rows
-from tools.prepare_data import main, read_arguments
 
 ROOT = Path(__file__).parents[2]
 USER, GOOD, BAD = (

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from gipo_megatron.commands import recipe as tool
 from gipo_megatron.errors import UserError
-from gipo_megatron.recipe.compose import load_components, recipe_names
+from gipo_megatron.recipe.compose import load_components
+from gipo_megatron.recipe.files import recipe_names
 from gipo_megatron.recipe.source import Block
 from tests.smollm import beside_the_model
-from tools import recipe as tool
 
-TOOL = Path(tool.__file__)
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "recipe.py"
 # here, since a package that the components import may draw from a global generator
 load_components(Block({}, "tests"))
 
@@ -60,7 +61,7 @@ def test_check_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
     with beside_the_model():
         tool.main(["check"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ok ")]
-    assert len(lines) == len(recipe_names(tool.ROOT)) >= 18
+    assert len(lines) == len(recipe_names(tool.RECIPES)) >= 18
 
 
 def test_check_of_everything_passes_over_a_model_that_is_not_there(
@@ -69,14 +70,14 @@ def test_check_of_everything_passes_over_a_model_that_is_not_there(
     monkeypatch.chdir(tmp_path)
     tool.main(["check"])
     lines = capsys.readouterr().out.splitlines()
-    smollm = [name for name in recipe_names(tool.ROOT) if name.startswith("smollm/")]
+    smollm = [name for name in recipe_names(tool.RECIPES) if name.startswith("smollm/")]
     assert [line for line in lines if line.startswith("-- ")] == [
         f"-- {name}: not checked, no weights to read the architecture from" for name in smollm
     ]
     assert (
         sum(line.startswith("ok ") for line in lines)
-        == len(recipe_names(tool.ROOT)) - len(smollm)
-        == len(recipe_names(tool.ROOT)) - 6
+        == len(recipe_names(tool.RECIPES)) - len(smollm)
+        == len(recipe_names(tool.RECIPES)) - 6
     )
     with pytest.raises(
         UserError, match=r"'\./runs/smollm2' \(models\.actor\.load\) is not on this machine"
@@ -132,11 +133,11 @@ def test_show_says_where_each_value_was_written(capsys: pytest.CaptureFixture[st
 def test_list_shows_the_first_line_of_each(capsys: pytest.CaptureFixture[str]) -> None:
     tool.main(["list"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(recipe_names(tool.ROOT, fragments=True))
+    assert len(lines) == len(recipe_names(tool.RECIPES, fragments=True))
     assert all(len(line.split(maxsplit=1)) == 2 for line in lines)
 
 
 def test_anything_else_shows_how_to_use_it() -> None:
     for words in ([], ["chek"], ["diff", "one"], ["show"]):
-        with pytest.raises(UserError, match=r"tools/recipe.py list"):
+        with pytest.raises(UserError, match=r"gipo recipe list"):
             tool.main(words)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from gipo_megatron.commands import RECIPES
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.compose import load_components
 from gipo_megatron.recipe.source import Block
 from tools import sweep
 
-RECIPES = sweep.REPOSITORY / "recipes"
 # here, since a package that the components import may draw from a global generator
 load_components(Block({}, "tests"))
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor
+from gipo_megatron.metrics import Metric
 from gipo_megatron.specs import Architecture, Optimisation, Precision
-from gipo_megatron.types import Loss, Metric, Sequences, TokenStats
+from gipo_megatron.types import Loss, Sequences, TokenStats
 
 SHAPE = Architecture(  # 256 wide: blockwise FP8 may find no algorithm for narrower products
     num_layers=4,
@@ -52,12 +54,9 @@ def new_actor(mesh: Mesh, fp8: str = "none", **changes: Any) -> MegatronActor:
         "architecture": SHAPE,
         "precision": Precision("bf16", fp8),
         "micro_batch": 16,
-        "seed": 0,
-        "load": "random",
     }
-    return MegatronActor(
-        **{"mesh": mesh, **base, "optimisation": ADAM, **changes}, eos_id=1, pad_id=0, decode=str
-    )
+    engine = build_engine("actor", **{"mesh": mesh, **base, "optimisation": ADAM, **changes})
+    return MegatronActor(engine, eos_id=1, pad_id=0, decode=str)
 
 
 def learn(actor: MegatronActor, first: int, last: int) -> list[float]:

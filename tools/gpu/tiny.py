@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gipo_megatron.metrics import Metric
 from gipo_megatron.specs import Architecture, HeadSpec
-from gipo_megatron.types import CriticOutput, Loss, Metric, Pairs, Rows, Sequences, TokenStats
+from gipo_megatron.types import CriticOutput, Loss, Pairs, Rows, Sequences, TokenStats
 
 VOCAB = 250  # not a multiple of 64: mcore pads it
 ARCHITECTURE = Architecture(

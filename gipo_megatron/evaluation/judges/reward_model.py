@@ -20,6 +20,8 @@ class RewardModelJudge(Judge):
     A pair without two finite scores is FAILED.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("reward",)
+
     # in the units of models.reward's raw scores
     tie_margin: Annotated[float, Range(0)] = 0.0
 

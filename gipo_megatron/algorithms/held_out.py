@@ -1,0 +1,100 @@
+"""Held-out evaluation that several algorithms share; metrics under `eval/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gipo_megatron import ops
+from gipo_megatron.components.reward import Reward
+from gipo_megatron.metrics import Metric, Metrics, merge_metrics
+from gipo_megatron.roles import Actor, HeldOut, Reference
+from gipo_megatron.specs import Sampling
+from gipo_megatron.types import Pairs, Rollout
+
+
+def evaluate_pairs(
+    loss_and_margin: Callable[[Pairs], tuple[Tensor, Tensor]], held_out: HeldOut
+) -> Metrics:
+    """Return eval/{loss, accuracy, margin, pairs}, and eval/accuracy/<source>, of held-out pairs.
+
+    loss_and_margin: pairs -> both [b]; a positive margin is a right one.
+    """
+    metrics: Metrics = {}
+    for batch, valid in held_out.batches():
+        loss, margin = loss_and_margin(batch)
+        weights = valid.to(margin.device)
+        right = (margin > 0).double()
+        new = {
+            "eval/loss": Metric.mean(loss, weights),
+            "eval/accuracy": Metric.mean(right, weights),
+            "eval/margin": Metric.mean(margin, weights),
+            "eval/pairs": Metric.sum(weights),
+        }
+        for source in held_out.sources:
+            rows = weights * _is_from(source, batch.source, weights)
+            new[f"eval/accuracy/{source}"] = Metric.mean(right, rows)
+        metrics = merge_metrics(metrics, new)
+    return metrics
+
+
+def evaluate_policy(
+    actor: Actor,
+    reference: Reference,
+    reward: Reward,
+    held_out: HeldOut,
+    sources: Sequence[str],
+    sampling: Sampling,
+) -> tuple[Metrics, list[dict[str, Any]]]:
+    """Respond to held-out prompts, with the same noise every time; return metrics and sample rows.
+
+    eval/{score, kl, length, truncated}, eval/score/<source>, and eval/gold[/<source>] where the
+    data define a gold reward. The score is the reward's raw one; kl is k1, nats per response, of
+    the sampled (truncated) distribution's tokens.
+    """
+    metrics: Metrics = {}
+    samples: list[dict[str, Any]] = []
+    for prompts, valid in held_out.batches():
+        rollout = actor.generate(prompts, sampling)
+        raw, _ = reward.raw(rollout)
+        weights = valid.to(raw.device)
+        kl = ops.sequence_sum(
+            actor.logprobs(rollout).logprobs - reference.logprobs(rollout).logprobs, rollout.mask
+        )
+        values = {
+            "score": raw,
+            "kl": kl,
+            "length": rollout.response_lengths.double(),
+            "truncated": (~rollout.finished).double(),
+        }
+        by_source = {"score": raw}
+        if held_out.gold is not None:
+            values["gold"] = by_source["gold"] = raw.new_tensor(_gold(held_out.gold, rollout))
+        new = {f"eval/{name}": Metric.mean(value, weights) for name, value in values.items()}
+        for source in sources:
+            rows = weights * _is_from(source, rollout.source, weights)
+            new |= {
+                f"eval/{name}/{source}": Metric.mean(value, rows)
+                for name, value in by_source.items()
+            }
+        metrics = merge_metrics(metrics, new)
+        samples += [
+            {"prompt": extras["prompt"], "response": response, "score": score}
+            for extras, response, score, counts in zip(
+                rollout.extras, rollout.response_text, raw.tolist(), weights.tolist(), strict=True
+            )
+            if counts
+        ]
+    return metrics, samples
+
+
+def _is_from(source: str, sources: tuple[str, ...], like: Tensor) -> Tensor:
+    return torch.tensor([s == source for s in sources], device=like.device)
+
+
+def _gold(gold: Callable[[str, str], float], rollout: Rollout) -> list[float]:
+    texts = zip(rollout.extras, rollout.response_text, strict=True)
+    return [gold(extras["prompt"], response) for extras, response in texts]

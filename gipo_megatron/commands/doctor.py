@@ -1,0 +1,149 @@
+"""Show what this machine has, what each missing part means, and whether a recipe can run here.
+
+gipo doctor                                                 the table
+gipo doctor recipe=NAME [with=FRAGMENT,…] [key=value …]     and a verdict
+
+Exit code 0: it can run; 2: it cannot (the reasons are printed), or a mistake in the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gipo_megatron.capabilities import (
+    BF16_COMPUTE,
+    FP8_NEEDS,
+    Capabilities,
+    broken_transformer_engine,
+    check_fp8,
+    fp8_obstacle,
+    probe,
+    transformer_engine_failure,
+)
+from gipo_megatron.commands import RECIPES
+from gipo_megatron.errors import UserError
+from gipo_megatron.recipe.check import missing_loads
+from gipo_megatron.recipe.compose import compose
+from gipo_megatron.recipe.schema import Recipe
+
+NODE = 8  # GPUs of one machine; a recipe for more is for several machines
+# of the class a card is sold as: an "80 GB" one reports 79.1 to 79.6 GiB, or 74.5 where GB are
+# meant
+MEMORY_SHARE = 0.9
+NOTHING = "-"
+
+
+def rows(here: Capabilities) -> list[tuple[str, str, str]]:
+    """(part, what was found, what is missing and what that costs)"""
+    gpus = {
+        f"{gpu.name} ({gpu.compute[0]}.{gpu.compute[1]}, {gpu.memory_gib:.0f} GiB)"
+        for gpu in here.gpus
+    }
+    apex = "" if here.apex is None else here.apex.version
+    optional = "optional: "
+    table = [
+        ("python", here.python, ""),
+        ("torch", here.torch, ""),
+        ("CUDA (torch's)", here.cuda, "torch without CUDA: everything runs on the CPU, over gloo"),
+        (
+            "GPU",
+            f"{len(here.gpus)} × {', '.join(sorted(gpus))}" if gpus else None,
+            "models of millions of parameters only; no FP8",
+        ),
+        ("NCCL", here.nccl, "no communication between GPUs"),
+        ("megatron-core", here.megatron, "nothing runs; pip install -e . -c constraints.txt"),
+        (
+            "transformer-engine",
+            here.transformer_engine,
+            "no FP8, no fused attention and norms: slower, more activation memory",
+        ),
+        (
+            "apex (NVIDIA's)",
+            apex,
+            optional + "Transformer Engine or this project's Adam takes its place",
+        ),
+        ("wandb", here.wandb, optional + "no run.loggers=[wandb]"),
+        ("vllm", here.vllm, optional + "responses come from this project's own decoder"),
+    ]
+    result = [(part, found or NOTHING, "" if found else costs) for part, found, costs in table]
+    if here.apex is not None and not here.apex.nvidia:
+        note = "another package of that name, of no use here: pip uninstall apex"
+        result = [
+            (part, found, note if part.startswith("apex") else costs)
+            for part, found, costs in result
+        ]
+    for recipe in FP8_NEEDS:
+        result.append(
+            (
+                f"FP8 {recipe}",
+                "can run" if not fp8_obstacle(recipe, here) else NOTHING,
+                fp8_obstacle(recipe, here),
+            )
+        )
+    return result
+
+
+def show(table: Sequence[tuple[str, str, str]]) -> None:
+    first, second = (max(len(row[i]) for row in table) for i in (0, 1))
+    for part, found, costs in table:
+        print(f"{part:<{first}}  {found:<{second}}  {costs}".rstrip())
+
+
+def obstacles(recipe: Recipe, here: Capabilities) -> list[str]:
+    """Why `recipe` cannot run on this machine, or on several like it; empty: it can."""
+    found = [] if here.megatron is not None else ["megatron-core is not installed"]
+    wanted = recipe.hardware.gpus
+    if wanted:
+        found += _gpus(recipe, here)
+    if recipe.precision.fp8 != "none":
+        try:
+            check_fp8(recipe.precision.fp8, here)
+        except UserError as error:
+            found.append(f"{error.what}; {error.fix}")
+    if "wandb" in recipe.run.loggers and here.wandb is None:
+        found.append("run.loggers names wandb, which is not installed")
+    return found + [f"{problem.key}: {problem.what}" for problem in missing_loads(recipe)]
+
+
+def _gpus(recipe: Recipe, here: Capabilities) -> list[str]:
+    found = []
+    a_node = min(recipe.world, NODE)
+    if len(here.gpus) < a_node:
+        return [f"it is for {recipe.world} GPUs, {a_node} a machine; here are {len(here.gpus)}"]
+    smallest = min(gpu.memory_gib for gpu in here.gpus)
+    if smallest < MEMORY_SHARE * recipe.hardware.gpu_memory_gib:
+        found.append(
+            f"it is for GPUs of {recipe.hardware.gpu_memory_gib} GiB; the smallest here has"
+            f" {smallest:.0f}"
+        )
+    weakest = min(here.gpus, key=lambda gpu: gpu.compute)
+    if recipe.precision.dtype == "bf16" and weakest.compute < BF16_COMPUTE:
+        found.append(
+            f"precision.dtype bf16 needs compute capability 8.0 (Ampere) or newer; {weakest.name}"
+            " is older"
+        )
+    if recipe.world > 1 and here.nccl is None:
+        found.append("torch has no NCCL: several GPUs cannot talk to each other")
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    here, failure = probe(), transformer_engine_failure()
+    show(rows(here))
+    if failure is not None:
+        print(broken_transformer_engine(failure.reason))
+    if not argv:
+        return 0
+    recipe = compose(list(argv), RECIPES)
+    reasons = obstacles(recipe, here)
+    # without GPUs no layer is Transformer Engine's
+    if failure is not None and (here.gpus or failure.stops_megatron):
+        reasons.append(broken_transformer_engine(failure.reason).what)
+    machines = -(-recipe.world // NODE) if recipe.hardware.gpus else 1
+    print(
+        f"\n{recipe.name}: {'cannot run' if reasons else 'can run'}"
+        f" {'here' if machines == 1 else f'on {machines} machines like this one'}"
+    )
+    for reason in reasons:
+        print(f"  - {reason}")
+    return 2 if reasons else 0
