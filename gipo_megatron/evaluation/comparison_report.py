@@ -38,21 +38,6 @@ SCREEN, PRINT = 105, 160  # dots an inch: on a page, and of reports.figures.rend
 FILES = ("recipe.yaml", "environment.json")  # of the run folder, shown unchanged
 FIGURES = ("n", "score", "length", "kl", "distinct_1", "distinct_2", "refusal_rate", "finished")
 
-TWICE = (
-    "Every pair is judged in both orders; a win or a loss counts only if both verdicts agree,"
-    " everything else is a tie."
-)
-NOTES = (
-    "failed: prompts where a verdict was missing or could not be read. They are counted apart,"
-    " never guessed, and are in no share.",
-    "flipped: ties where the judge preferred a position (first both times, or second both times),"
-    " not a response.",
-    "Intervals: percentile bootstrap over prompts. An interval without width means only that all"
-    " outcomes were the same.",
-    "sign test: exact and two-sided, wins against losses; ties are left out. Not corrected for"
-    " the number of rows.",
-)
-
 
 def write_comparison(
     folder: str | Path,
@@ -88,17 +73,12 @@ def write_comparison(
         cells=cells,
         percent=percent,
         interval=interval,
-        notes=[*results["judge"].get("notes", [TWICE]), *NOTES],  # people judge one order only
+        judge_notes=results["judge"].get("notes", []),
         images=[_image(name, figure) for name, figure in figures.items()],
         audits=[audit_html(audit) for audit in audits],
         figures=FIGURES,
         policies=results["policies"],
-        flips=[
-            _flips(
-                task, baseline, [c for c in comparisons if (c.task, c.baseline) == (task, baseline)]
-            )
-            for task, baseline, _ in cells
-        ],
+        flips=[_flips(task, baseline, comparisons) for task, baseline, _ in cells],
         failures=_failures(comparisons),
         per_outcome=PER_OUTCOME,
         samples=_samples(given, comparisons),
@@ -116,11 +96,11 @@ def write_comparison(
 
 
 def _flips(task: str, baseline: str, comparisons: Sequence[Comparison]) -> tuple[Any, ...]:
-    judged = [c for c in comparisons if c.outcome != FAILED]
+    own = [c for c in comparisons if (c.task, c.baseline) == (task, baseline)]
+    judged = [c for c in own if c.outcome != FAILED]
     flips = Counter(c.model_first.choice for c in judged if c.flipped)
     rate = percent(flips.total(), len(judged))
-    failed = len(comparisons) - len(judged)
-    return (task, baseline, flips[FIRST], flips[SECOND], rate, failed, len(comparisons))
+    return task, baseline, flips[FIRST], flips[SECOND], rate, len(own) - len(judged), len(own)
 
 
 def _failures(comparisons: Sequence[Comparison]) -> list[tuple[str, int]]:

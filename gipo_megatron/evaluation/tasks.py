@@ -28,15 +28,8 @@ PAIRS = (("chosen", "rejected"), ("info", "summaries", "choice"))
 # columns that hold a prompt; the first one found counts
 QUESTIONS = ("prompt", "question", "instruction", "turns", "goal", "messages", "article")
 REFERENCES = (
-    "response",
-    "completion",
-    "label",
-    "summary",
-    "reference",
-    "answer",
-    "output",
-    "highlights",
-)
+    "response", "completion", "label", "summary", "reference", "answer", "output", "highlights",
+)  # fmt: skip
 ARTICLE_PROMPT = "Article:\n\n{article}\n\nTL;DR:"  # of OpenAI's code, like tldr.PROMPT
 SPEAKERS = {"system": "System: ", "user": "Human: ", "assistant": "Assistant: ", "text": ""}
 TOO_LONG = "longer than max_length - max_response tokens: turns would be lost from the front"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 KINDS = ("helpful", "harmless", "summary")  # criteria by which a task's responses are judged
@@ -95,6 +95,7 @@ class Verdict:
     cached: bool = False
 
 
+@dataclass
 class Judge(ABC):
     """A component of the slot `judge`, built and called on rank 0 only."""
 
@@ -119,9 +120,9 @@ class Judge(ABC):
         `done(n)` is called after every n further verdicts, to show progress.
         """
 
-    @abstractmethod
     def about(self) -> dict[str, Any]:
-        """Return what results.json records (model, prompt fingerprint, cost), never a key."""
+        """Return what results.json records (settings, prompt fingerprint, cost), never a secret."""
+        return {"name": self.name, **asdict(self)}
 
 
 @dataclass(frozen=True)

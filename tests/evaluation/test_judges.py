@@ -7,6 +7,8 @@ import math
 import pytest
 
 from gipo_megatron.evaluation.judges import prompts
+from gipo_megatron.evaluation.judges.human import HumanJudge
+from gipo_megatron.evaluation.judges.openai import OpenAIJudge
 from gipo_megatron.evaluation.judges.reward_model import RewardModelJudge
 from gipo_megatron.evaluation.judges.rule import RuleJudge
 from gipo_megatron.evaluation.types import (
@@ -153,3 +155,13 @@ def test_without_margin_only_equal_scores_tie_and_both_orders_agree() -> None:
 def test_scores_that_were_never_made_fail() -> None:
     (verdict,) = RewardModelJudge().judge([pair(first_score=1.0)], lambda _: None)
     assert verdict.choice == FAILED and "models.reward" in verdict.text
+
+
+def test_judges_declare_keys_that_exist() -> None:
+    checked = 0
+    for judge in (OpenAIJudge, HumanJudge, RewardModelJudge, RuleJudge):
+        keys = {f.name for f in registry.recipe_fields(judge)}
+        assert set(judge.transport) <= keys and set(judge.needs) <= {"reward"}
+        assert registry.lookup("judge", judge.name) is judge
+        checked += 1
+    assert checked == 4 and "model" not in OpenAIJudge.transport

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,9 +159,7 @@ class HumanJudge(Judge):
 def check_names(raters: Sequence[str]) -> None:
     """Raise UserError for names that cannot be file names, or are equal."""
     for rater in raters:
-        allowed = rater and not rater.startswith(".")
-        allowed = allowed and all(c.isalnum() or c in "._- " for c in rater)
-        if not allowed or f"{rater}.html".lower() == KEY:
+        if not re.fullmatch(r"[\w -][\w. -]*", rater):
             raise UserError(
                 f"rater {rater!r} cannot name a file",
                 where="judge.raters",
@@ -222,8 +221,7 @@ def _item(pair: Pair, name: str, rater: str, seed: int) -> dict[str, str]:
 
 
 def rater_page(data: Mapping[str, Any]) -> str:
-    """Return the page with its data: {format, study, rater, items: [{id, ask, question, left,
-    right}]}.
+    """Return the page with its data: format, study, rater, and items as of `_item`.
 
     Texts are in the page as JSON and shown as textContent. The page allows its own script only.
     """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar, final
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, final
 
 from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Judge, Pair, Verdict
 from gipo_megatron.recipe.registry import Range, register
@@ -30,9 +30,6 @@ class RewardModelJudge(Judge):
     def judge(self, pairs: Sequence[Pair], done: Callable[[int], None]) -> list[Verdict | None]:
         done(len(pairs))
         return [self._verdict(pair.extras) for pair in pairs]
-
-    def about(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
 
     def _verdict(self, scores: dict[str, float]) -> Verdict:
         if not {"first_score", "second_score"} <= scores.keys():

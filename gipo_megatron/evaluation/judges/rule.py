@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar, final
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, final
 
 from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Judge, Pair, Verdict
 from gipo_megatron.recipe.registry import OneOf, register
@@ -31,9 +31,6 @@ class RuleJudge(Judge):
     def judge(self, pairs: Sequence[Pair], done: Callable[[int], None]) -> list[Verdict | None]:
         done(len(pairs))
         return [Verdict(self._choice(len(p.first), len(p.second)), self.rule) for p in pairs]
-
-    def about(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
 
     def _choice(self, first: int, second: int) -> str:
         if self.rule in ALWAYS:
