@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "statistics": set(),
     "roles": {"types", "specs"},
     "ops": set(),
-    "recipe.registry": {"errors"},
+    "recipe.registry": {"specs"},
     "weights": LOW | {"data"},
     "components": LOW | {"recipe.registry"},
     "algorithms": LOW | {"recipe.registry", "components"},
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "planning": LOW | {"recipe.registry", "recipe", "megatron", "telemetry"},
     "conversion": LOW | {"megatron", "data", "weights", "telemetry"},
     "training": LOW
-    | {"recipe.registry", "recipe", "algorithms", "components", "megatron", "weights"}
+    | {"recipe.registry", "recipe", "algorithms", "megatron", "weights"}
     | {"data", "telemetry", "reports", "conversion"},
     "cli": {"errors", "environment", "recipe"},
     "commands": LOW
