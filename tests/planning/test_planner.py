@@ -165,7 +165,7 @@ def test_a_save_needs_the_model_alone_on_the_device(plans: dict[str, Any]) -> No
 
 
 def test_adam_has_temporaries_on_a_cpu_only(plans: dict[str, Any]) -> None:
-    assert "  Adam  " not in plans["text/hh_gipo"] and "  Adam  " in plans["text/tiny"]
+    assert "  Adam  " not in plans["hh_gipo"]["text"] and "  Adam  " in plans["tiny"]["text"]
 
 
 def test_flops_are_the_algorithms_passes(plans: dict[str, Any]) -> None:
@@ -250,20 +250,17 @@ def test_shipped_recipes_fit_and_compute_nothing_twice_without_need(plans: dict[
 
 
 def test_what_is_printed(plans: dict[str, Any]) -> None:
-    texts = {name: text for name, text in plans.items() if name.startswith("text/")}
-    assert len(texts) == 5
+    texts = {name: plans[name]["text"] for name in PLANS}
+    assert len(texts) == 17
     for name, text in texts.items():
         assert max(map(len, text.splitlines())) <= 100, name
         assert text.count("verdict: ") == 1, name
-    assert "  tensor   64 of 8 ranks, inside a node: 0-7, 8-15, 16-23, …" in texts["text/70b"]
+    assert "  tensor   64 of 8 ranks, inside a node: 0-7, 8-15, 16-23, …" in texts["70b"]
+    assert "256 sequences an optimizer step = 8 replicas × 32 micro-batches of 1" in texts["70b"]
     assert (
-        "256 sequences an optimizer step = 8 replicas × 32 micro-batches of 1" in texts["text/70b"]
+        "cheapest change: models.actor.offload=cpu models.reference.offload=cpu" in texts["tight"]
     )
-    assert (
-        "cheapest change: models.actor.offload=cpu models.reference.offload=cpu"
-        in texts["text/tight"]
-    )
-    assert "verdict: none, hardware.gpu_memory_gib is 0 (a CPU)" in texts["text/tiny"]
+    assert "verdict: none, hardware.gpu_memory_gib is 0 (a CPU)" in texts["tiny"]
     assert prod((256, 4, 2048)) == plans["70b"]["tokens"]
 
 
@@ -271,7 +268,7 @@ def test_the_document_shows_what_is_printed(plans: dict[str, Any]) -> None:
     """docs/scaling.md: whole sections, with … for those left out."""
     checked = 0
     for words, shown in documented().items():
-        printed = plans[f"document/{words}"].rstrip("\n").split("\n\n")
+        printed = plans[f"document/{words}"]["text"].rstrip("\n").split("\n\n")
         sections = re.sub(r"^…$", "", shown, flags=re.MULTILINE).strip("\n")
         for section in re.split(r"\n\n+", sections):
             assert section in printed, f"{words}\n{section}"
