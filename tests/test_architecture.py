@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "statistics": set(),
     "roles": {"types", "specs"},
     "ops": set(),
-    "recipe.registry": {"errors"},
+    "recipe.registry": {"specs"},
     "weights": LOW | {"data"},
     "components": LOW | {"recipe.registry"},
     "algorithms": LOW | {"recipe.registry", "components"},

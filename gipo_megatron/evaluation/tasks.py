@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from gipo_megatron.data.batching import HEAD_ROWS, is_held_out
 from gipo_megatron.data.config import DataConfig
@@ -21,7 +21,8 @@ from gipo_megatron.data.templates import choose
 from gipo_megatron.data.tldr import POST, PROMPT
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.types import TaskPrompt
+from gipo_megatron.evaluation.types import KINDS, TaskPrompt
+from gipo_megatron.specs import OneOf, Range, Size
 
 # preference rows: HH's and TRL's, OpenAI's comparisons
 PAIRS = (("chosen", "rejected"), ("info", "summaries", "choice"))
@@ -48,13 +49,13 @@ class Task:
     `tasks:`; its defaults live here.)"""
 
     name: str
-    kind: str  # helpful | harmless | summary
+    kind: Annotated[str, OneOf(*KINDS)]
     data: str  # a path under data_root, an absolute path, or a hub name
-    prompts: int  # how many of its test split, evenly spread over it; all where there are fewer
+    prompts: Size  # how many of its test split, evenly spread over it; all where there are fewer
     template: str = "auto"  # auto | chat | hh | plain | chatml | a jinja chat template
     # sub-folders (hub: configurations) to read; [] = all
     source: list[str] = field(default_factory=list)
-    max_length: int = 1024  # tokens of prompt + response
+    max_length: Annotated[int, Range(2)] = 1024  # tokens of prompt + response
 
 
 @dataclass(frozen=True)

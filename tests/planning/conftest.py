@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gipo_megatron.evaluation.recipe import is_evaluation
-from gipo_megatron.recipe.compose import recipe_names
+from gipo_megatron.recipe.files import recipe_names
 from gipo_megatron.specs import Architecture, Parallel
 from tests.parity.matrix import LAYOUTS
 from tests.parity.planning_cases import DTYPES, tiny_architecture
@@ -71,7 +71,8 @@ def shipped() -> list[str]:
     return [
         name
         for name in recipe_names(ROOT / "recipes")
-        if name.startswith(("hh_", "tldr_")) and not is_evaluation(name)
+        if name.startswith(("hh_", "tldr_"))
+        and not is_evaluation([f"recipe={name}"], ROOT / "recipes")
     ]
 
 
