@@ -1,4 +1,4 @@
-"""How many rows of a batch go where: replicas, micro-batches, optimizer steps."""
+"""Batch arithmetic: rows of replicas, of micro-batches and of optimizer steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gipo_megatron.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The batch of one iteration. A row is a sequence or a pair."""
+    """The batch of one iteration; a row is a sequence or a pair."""
 
     replicas: int
     rows: int  # of all replicas
@@ -23,15 +23,15 @@ class BatchPlan:
     max_length: int
 
     def slots(self, rows: int) -> int:
-        """Micro-batches of `rows` rows on one replica."""
+        """Return the micro-batches of `rows` rows on one replica."""
         return -(-rows // (self.replicas * self.micro_batch))
 
     def slots_of(self, call: Call) -> int:
-        """Micro-batches of one of the calls that are added up in `call`."""
+        """Return the micro-batches of one of the calls that are added up in `call`."""
         return self.slots(call.rows // call.count)
 
     def tokens(self, call: Call) -> int:
-        """Upper bound: every sequence is as long as data.max_length allows."""
+        """Return an upper bound: every sequence is as long as data.max_length allows."""
         return call.sequences * self.max_length
 
     @property
@@ -39,6 +39,7 @@ class BatchPlan:
         return self.rows // self.replicas
 
     def lines(self) -> list[str]:
+        """Return the arithmetic in words."""
         noun = "pairs" if self.sequences_per_row == 2 else "sequences"
         replicas = f"{self.replicas} replica{'s' if self.replicas > 1 else ''}"
         slots = self.slots(self.minibatch)
@@ -69,6 +70,7 @@ class BatchPlan:
 
 
 def batch_plan(recipe: Recipe, iteration: Iteration) -> BatchPlan:
+    """Return the batch of a recipe whose algorithm makes these calls."""
     batch, first = recipe.batch, iteration.calls[0]
     rollout = any(call.verb == "generate" for call in iteration.calls)
     updates = added_up(call for call in iteration.calls if call.verb == "update")

@@ -69,13 +69,13 @@ class Timing:
 
 
 def bubble(recipe: Recipe, slots: int) -> float:
-    """Idle over busy time of a pipeline: (p - 1) / (m v) (Narayanan et al. 2021)."""
+    """Return idle over busy time of a pipeline: (p - 1) / (m v) (Narayanan et al. 2021)."""
     return (recipe.parallel.pipeline - 1) / (slots * recipe.parallel.virtual_pipeline)
 
 
 def timing(recipe: Recipe, batch: BatchPlan, footprint: Footprint, gpus_per_node: int) -> Timing:
-    """One iteration, every sequence at its longest: an upper bound of the work. The rates are
-    assumed, not measured."""
+    """Estimate one iteration, every sequence at its longest: an upper bound of the work. The rates
+    are assumed, not measured."""
     gpu = GPUS[min(GPUS, key=lambda size: abs(size - recipe.hardware.gpu_memory_gib))]
     estimates = Estimates(recipe, batch, footprint.roles, gpu, gpus_per_node)
     phases = [phase for phase in footprint.phases if phase.call.rows]  # not set-up and save
@@ -85,8 +85,8 @@ def timing(recipe: Recipe, batch: BatchPlan, footprint: Footprint, gpus_per_node
 
 
 def peak_rate(recipe: Recipe, gpu: Gpu) -> float:
-    """FLOP/s of the layers' matrix products in training and scoring; generation always computes in
-    bf16."""
+    """Return the FLOP/s of the layers' matrix products in training and scoring; generation always
+    computes in bf16."""
     return gpu.fp8 if recipe.precision.fp8 != "none" and gpu.fp8 else gpu.bf16
 
 
@@ -113,8 +113,8 @@ class Estimates:
     def _matrix(
         self, name: str, tokens: int, passes: int, again: float, slots: int, peak: float
     ) -> Work:
-        """`passes` over `tokens` tokens, `again` of one a second time, at the assumed share of the
-        peak."""
+        """Return the work of `passes` over `tokens` tokens, `again` of a pass computed a second
+        time, at the assumed share of the peak."""
         architecture = self.recipe.model.architecture
         useful, extra = flops(architecture, tokens, passes), flops(architecture, tokens, again)
         busy = (useful + extra) / (self.recipe.world * peak * ASSUMED_MFU)
@@ -130,15 +130,15 @@ class Estimates:
         return shares[self.recipe.memory.recompute]
 
     def _exchange(self, role: str) -> float:
-        """Seconds in which an optimizer step scatters gradients and gathers weights."""
+        """Return the seconds in which an optimizer step scatters gradients and gathers weights."""
         parallel, shard, replicas = self.recipe.parallel, self.shards[role], self.batch.replicas
         one_node = parallel.pipeline == 1 and self.recipe.world <= self.gpus_per_node
         link = NVLINK_BANDWIDTH if one_node else NODE_BANDWIDTH
         return (shard.gradients + shard.weights) * (replicas - 1) / replicas / link
 
     def _rollout(self, phase: Phase) -> Work:
-        """Prefill at the assumed share of the peak; each decoded token reads the weights and
-        half-full caches, or waits for launches."""
+        """Return prefill at the assumed share of the peak, and decoding, in which each token reads
+        the weights and half-full caches, or waits for launches."""
         call, batch, parallel = phase.call, self.batch, self.recipe.parallel
         assert call.sampling is not None
         response, shard = call.sampling.max_response, self.shards[call.role]

@@ -1,5 +1,5 @@
-"""Bytes on one GPU in each phase of an iteration: the state of the models, and what a call works
-with."""
+"""Bytes on one GPU in each phase of an iteration: the state of the models, and the temporaries of a
+call."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Phase:
         return sum(self.state) + self.work.peak
 
     def __add__(self, other: Phase) -> Phase:
-        """Both calls as one phase: the memory of the larger, the traffic of both."""
+        """Return both calls as one phase: the memory of the larger, the traffic of both."""
         larger = max(self, other, key=lambda phase: phase.peak)
         return replace(larger, call=self.call + other.call, moved=self.moved + other.moved)
 
@@ -68,7 +68,7 @@ class Footprint:
 
     @property
     def shard(self) -> Shard:
-        """Any role's."""
+        """The shard of any role."""
         return next(iter(self.roles.values()))
 
     @property
@@ -77,13 +77,13 @@ class Footprint:
 
 
 def budget(gpu_memory_gib: int) -> int:
-    """Bytes of a GPU that a plan may fill."""
+    """Return the bytes of a GPU that a plan may fill."""
     return int(gpu_memory_gib * GIB * (1 - FRAGMENTATION)) - CONTEXT_BYTES
 
 
 def staging(gradients: int, replicas: int) -> tuple[int, int]:
-    """Host memory in which mcore gathers a model's optimizer for a save: on the first replica's
-    rank, and on another replica's.
+    """Return the host memory in which mcore gathers a model's optimizer for a save: on the first
+    replica's rank, and on another replica's.
 
     Masters and two moments are fp32, each as large as the gradient buffer. Every rank copies its
     share of the three. The first keeps the three whole, receives one at a time from all replicas,
@@ -109,8 +109,8 @@ class Device:
         return self.recipe.models[role].offload == "cpu"
 
     def use(self, role: str, trains: bool = False) -> int:
-        """Bytes moved to have `role` on the device; other models that are offloaded go to the host
-        (gradients are not copied)."""
+        """Move `role` to the device, and other models that are offloaded to the host; return the
+        bytes moved (gradients are not copied)."""
         if not self.offloaded(role):
             return 0
         moved = 0
@@ -129,8 +129,8 @@ class Device:
         return State(*map(sum, zip(*self.present.values(), strict=True)))
 
     def build(self, role: str) -> Phase:
-        """The model is made whole; mcore then copies the weights of a trained one into one buffer
-        and frees the first copy."""
+        """Build a model. mcore then copies the weights of a trained one into one buffer and frees
+        the first copy."""
         for other in self.present:
             if self.offloaded(other):
                 self.present[other] = State()
@@ -149,8 +149,8 @@ class Device:
 def footprints(
     recipe: Recipe, batch: BatchPlan, iteration: Iteration, stages: Sequence[dict[str, Shard]]
 ) -> tuple[Footprint, ...]:
-    """One rank of each of these pipeline stages. All generate as many rows at once as the one with
-    the least room."""
+    """Return one rank of each of these pipeline stages. All generate as many rows at once as the
+    one with the least room."""
     alone = [footprint(recipe, batch, iteration, roles) for roles in stages]
     rows = [phase.work.rows for found in alone for phase in found.phases if phase.work.rows]
     if not rows:
@@ -165,7 +165,7 @@ def footprint(
     roles: dict[str, Shard],
     together: int | None = None,
 ) -> Footprint:
-    """The phases of one iteration on the rank that holds these shards.
+    """Return the phases of one iteration on the rank that holds these shards.
 
     together: rows that generate at once, where other ranks of the replica have less room than this
     one.
@@ -203,8 +203,8 @@ class Calls:
 
     @property
     def swaps(self) -> bool:
-        """Whether the reference is a host copy that is swapped into the actor's modules, and has no
-        model of its own (training/assembly.py)."""
+        """Return whether the reference is a host copy that is swapped into the actor's modules
+        (training/assembly.py), without modules of the reference."""
         models = self.recipe.models
         return "reference" in models and models["reference"].offload == "cpu"
 
@@ -213,7 +213,7 @@ class Calls:
         return slot_of(self.recipe, self.batch)
 
     def phase(self, call: Call) -> Phase:
-        """Advances the device."""
+        """Advance the device by one call."""
         swapped = call.role == "reference" and call.reads == BATCH and self.swaps
         role = "actor" if swapped else call.role
         shard = self.device.shards[role]
@@ -243,7 +243,7 @@ class Calls:
         return generation(self.slot, self.together or fit, longest, sampling, shard.stage)
 
     def _room(self, prompt: int, sampling: Sampling) -> Room:
-        """The memory for rows beside the state that is on the device now."""
+        """Return the memory for rows beside the state that is on the device now."""
         total = self.recipe.hardware.gpu_memory_gib * GIB
         if not total:
             return HOST_ROOM
@@ -271,7 +271,7 @@ class Calls:
 
 
 def slot_of(recipe: Recipe, batch: BatchPlan) -> Slot:
-    """The largest micro-batch that the recipe allows."""
+    """Return the largest micro-batch that the recipe allows."""
     device = torch.device("cuda" if recipe.hardware.gpu_memory_gib else "cpu")
     widths = length_multiple(recipe.precision, recipe.parallel)
     return Slot(

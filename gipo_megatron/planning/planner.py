@@ -42,8 +42,8 @@ class Plan:
 
     @property
     def saving(self) -> int:
-        """Upper bound of the host memory for a save on the node with most ranks of the first
-        replica."""
+        """Return an upper bound of the host memory for a save, on the node with most ranks of the
+        first replica."""
         firsts = [rank // self.gpus_per_node for rank, *_ in self.groups["data"]]
         most = max(firsts.count(node) for node in set(firsts))
         ranks = min(self.gpus_per_node, self.recipe.world)
@@ -51,20 +51,23 @@ class Plan:
         return most * first + (ranks - most) * other
 
     def spanning(self, kind: str) -> int:
-        """Number of groups of a kind that have ranks on several nodes."""
+        """Return the number of groups of a kind that have ranks on several nodes."""
         groups = self.groups[kind]
         return sum(len({rank // self.gpus_per_node for rank in group}) > 1 for group in groups)
 
 
 @dataclass
 class Planner:
-    """Makes plans. Keeps the shards: candidates that differ in batch or memory share them."""
+    """Plans recipes. Keeps the shards: candidates that differ in batch or memory share them."""
 
     shards: dict[tuple, dict[Kind, Shard]] = field(default_factory=dict)
 
     def plan(self, recipe: Recipe) -> Plan:
-        """Raises UserError when a model cannot be split like that, or its algorithm cannot be
-        counted."""
+        """Plan one recipe.
+
+        Raises UserError when a model cannot be split like that, or when the calls of the algorithm
+        cannot be counted.
+        """
         last, per_node = recipe.parallel.pipeline - 1, min(recipe.hardware.gpus or NODE, NODE)
         second = min(1, last)
         stages = {stage: self._roles(recipe, stage) for stage in sorted({0, second, last})}
@@ -89,7 +92,7 @@ class Planner:
         )
 
     def _roles(self, recipe: Recipe, stage: int) -> dict[str, Shard]:
-        """The shards of a stage's first rank: its first tensor rank, its first replica."""
+        """Return the shards of a stage's first rank: its first tensor rank, its first replica."""
         kinds = {role: (head_of(role), role in recipe.trained) for role in recipe.models}
         architecture, parallel, world = recipe.model.architecture, recipe.parallel, recipe.world
         key = (repr(architecture), parallel, recipe.precision.dtype, world, stage)
@@ -108,7 +111,7 @@ def build_shards(
     rank: int,
     kinds: set[Kind],
 ) -> dict[Kind, Shard]:
-    """The part of such models that `rank` holds."""
+    """Return the part of such models that `rank` holds."""
     with pretend(parallel, world, rank) as mesh:
         return {
             (head, trained): build(architecture, mesh, precision, head=head, trained=trained)

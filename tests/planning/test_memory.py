@@ -1,4 +1,4 @@
-"""The planner's Device against residency.Residency: the same calls leave the same bytes on the
+"""The planner's Device against offload.Residency: the same calls leave the same bytes on the
 device."""
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.global_rng
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_save_gathers_what_the_plan_says(dtype: str, tmp_path: Path) -> None:
+def test_a_save_gathers_the_planned_bytes(dtype: str, tmp_path: Path) -> None:
     """One replica: 9 times the gradient buffer, and nothing else of that order, not even while it
     is written."""
     mesh = Mesh.create(Parallel())
@@ -128,7 +128,7 @@ def test_a_save_gathers_what_the_plan_says(dtype: str, tmp_path: Path) -> None:
 
 def test_bytes_moved_by_hand() -> None:
     """Weights 2, gradients 4, optimizer 12: gradients come back as zeros, everything else is
-    copied, and only what is there leaves."""
+    copied, and only tensors on the device leave."""
     recipe: Any = SimpleNamespace(
         models={name: SimpleNamespace(offload="cpu") for name in ("actor", "critic")}
     )

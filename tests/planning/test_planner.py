@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 def hf_parameters(architecture: Architecture) -> int:
-    """As transformers counts them; a tied output layer is the embedding."""
+    """Count them with transformers; a tied output layer is the embedding."""
     config = config_for(architecture, "bfloat16")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -108,7 +108,7 @@ def test_phases_are_the_algorithms(plans: dict[str, Any]) -> None:
         - plans["hh_dpo"]["phases"]["actor update"][0]
     )
     assert more == pytest.approx(weights, rel=1e-3), (
-        "a live reference stays, a precomputed one is gone"
+        "a live reference stays, a precomputed one is freed"
     )
 
 
@@ -225,13 +225,13 @@ def test_a_plan_that_does_not_fit_names_a_change_that_does(plans: dict[str, Any]
     assert plans["tiny"]["fits"] is None
 
 
-def test_a_tensor_group_over_nodes_is_said(plans: dict[str, Any]) -> None:
+def test_a_tensor_group_over_nodes_is_a_warning(plans: dict[str, Any]) -> None:
     (warning,) = plans["spanning"]["warnings"]
     assert "parallel.tensor=8 stays inside a node" in warning
     assert plans["hh_gipo"]["warnings"] == []
 
 
-def test_recomputation_without_need_is_said(plans: dict[str, Any]) -> None:
+def test_recomputation_without_need_is_a_warning(plans: dict[str, Any]) -> None:
     """The cheapest setting that fits is named: none where it fits, else selective; nothing where
     there is nothing to gain."""
     (warning,) = plans["needless"]["warnings"]
@@ -249,7 +249,7 @@ def test_shipped_recipes_fit_and_compute_nothing_twice_without_need(plans: dict[
     assert plans["shipped"] == {name: [True, []] for name in shipped()} and len(shipped()) == 26
 
 
-def test_what_is_printed(plans: dict[str, Any]) -> None:
+def test_the_printed_plan(plans: dict[str, Any]) -> None:
     texts = {name: plans[name]["text"] for name in PLANS}
     assert len(texts) == 17
     for name, text in texts.items():
@@ -264,7 +264,7 @@ def test_what_is_printed(plans: dict[str, Any]) -> None:
     assert prod((256, 4, 2048)) == plans["70b"]["tokens"]
 
 
-def test_the_document_shows_what_is_printed(plans: dict[str, Any]) -> None:
+def test_the_document_shows_the_printed_plan(plans: dict[str, Any]) -> None:
     """docs/scaling.md: whole sections, with … for those left out."""
     checked = 0
     for words, shown in documented().items():
