@@ -7,9 +7,8 @@ is read, no random number is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.planning.arithmetic import BATCH, DATASET, PROBE, Call, Iteration
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.registry import Lazy
 from gipo_megatron.recipe.schema import ROLES, Recipe
@@ -36,46 +36,6 @@ from gipo_megatron.types import (
 
 LATE = 10**9  # a step after every warm-up
 PROBE_ROWS = 16
-BATCH, PROBE, DATASET = "batch", "probe", "dataset"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a role, or several of the same name added up. Counts are of all replicas."""
-
-    name: str  # as a plan prints it
-    verb: str  # build | generate | forward | update | save
-    role: str
-    rows: int = 0
-    sequences: int = 0  # of the rows; a pair has two
-    count: int = 1
-    sampling: Sampling | None = None  # of `generate`
-    reads: str = BATCH  # the iteration's batch, the probe, or the whole dataset
-
-    def __add__(self, other: Call) -> Call:
-        return replace(
-            self,
-            rows=self.rows + other.rows,
-            sequences=self.sequences + other.sequences,
-            count=self.count + other.count,
-        )
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """The calls of an algorithm's roles, in order."""
-
-    built: tuple[str, ...]  # roles
-    once: tuple[Call, ...]  # before the first iteration, by roles that are freed afterwards
-    calls: tuple[Call, ...]  # of one iteration
-
-
-def added_up(items: Iterable[Any]) -> list[Any]:
-    """Add up items (calls, or their phases) of the same name; keep the order of the first ones."""
-    found: dict[str, Any] = {}
-    for item in items:
-        found[item.name] = found[item.name] + item if item.name in found else item
-    return list(found.values())
 
 
 def count(recipe: Recipe) -> Iteration:
@@ -96,7 +56,7 @@ def count(recipe: Recipe) -> Iteration:
         ) from error
     once = tuple(call for call in table.notes if call.reads == DATASET)
     calls = tuple(call for call in table.notes if call.reads != DATASET)
-    return Iteration(tuple(table.built), once, calls)
+    return Iteration(recipe, tuple(table.built), once, calls)
 
 
 # ----------------------------------------------------------------------------------- made-up rows

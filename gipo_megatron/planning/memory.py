@@ -14,8 +14,7 @@ from gipo_megatron.megatron.meta_shard import Shard
 from gipo_megatron.megatron.microbatches import padded_length
 from gipo_megatron.megatron.precision import DTYPES, length_multiple
 from gipo_megatron.planning.activations import Pass, Slot, forward, generation, need_of, training
-from gipo_megatron.planning.arithmetic import BatchPlan
-from gipo_megatron.planning.counting import BATCH, Call, Iteration, added_up
+from gipo_megatron.planning.arithmetic import BATCH, Call, Iteration, added_up
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.specs import Sampling, head_of
 
@@ -146,32 +145,27 @@ class Device:
         return phase
 
 
-def footprints(
-    recipe: Recipe, batch: BatchPlan, iteration: Iteration, stages: Sequence[dict[str, Shard]]
-) -> tuple[Footprint, ...]:
+def footprints(iteration: Iteration, stages: Sequence[dict[str, Shard]]) -> tuple[Footprint, ...]:
     """Return one rank of each of these pipeline stages. All generate as many rows at once as the
     one with the least room."""
-    alone = [footprint(recipe, batch, iteration, roles) for roles in stages]
+    alone = [footprint(iteration, roles) for roles in stages]
     rows = [phase.work.rows for found in alone for phase in found.phases if phase.work.rows]
     if not rows:
         return tuple(alone)
-    return tuple(footprint(recipe, batch, iteration, roles, min(rows)) for roles in stages)
+    return tuple(footprint(iteration, roles, min(rows)) for roles in stages)
 
 
 def footprint(
-    recipe: Recipe,
-    batch: BatchPlan,
-    iteration: Iteration,
-    roles: dict[str, Shard],
-    together: int | None = None,
+    iteration: Iteration, roles: dict[str, Shard], together: int | None = None
 ) -> Footprint:
     """Return the phases of one iteration on the rank that holds these shards.
 
     together: rows that generate at once, where other ranks of the replica have less room than this
     one.
     """
+    recipe = iteration.recipe
     device = Device(recipe, roles)
-    calls = Calls(recipe, batch, device, together)
+    calls = Calls(iteration, device, together)
     built = [role for role in iteration.built if role != "reference" or not calls.swaps]
     set_up = [device.build(role) for role in built]
     once = []
@@ -188,7 +182,7 @@ def footprint(
         roles=roles,
         phases=tuple(added_up(phases)),
         host=sum(s.weights + s.optimizer for role, s in roles.items() if device.offloaded(role)),
-        staged=staging(max(roles[role].gradients for role in recipe.trained), batch.replicas),
+        staged=staging(max(roles[role].gradients for role in recipe.trained), recipe.data_parallel),
     )
 
 
@@ -196,10 +190,13 @@ def footprint(
 class Calls:
     """Calls of roles as phases of one rank."""
 
-    recipe: Recipe
-    batch: BatchPlan
+    iteration: Iteration
     device: Device
     together: int | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.iteration.recipe
 
     @property
     def swaps(self) -> bool:
@@ -210,7 +207,7 @@ class Calls:
 
     @property
     def slot(self) -> Slot:
-        return slot_of(self.recipe, self.batch)
+        return slot_of(self.iteration)
 
     def phase(self, call: Call) -> Phase:
         """Advance the device by one call."""
@@ -237,9 +234,9 @@ class Calls:
     def _generate(self, call: Call, shard: Shard) -> Pass:
         sampling = call.sampling
         assert sampling is not None
-        longest, need = self.batch.max_length, need_of(self.slot)
+        longest, need = self.recipe.data.max_length, need_of(self.slot)
         room = self._room(longest - sampling.max_response, sampling)
-        fit = min(self.batch.rows_per_replica, room.rows(longest, need.token))
+        fit = min(self.iteration.rows_per_replica, room.rows(longest, need.token))
         return generation(self.slot, self.together or fit, longest, sampling, shard.stage)
 
     def _room(self, prompt: int, sampling: Sampling) -> Room:
@@ -259,7 +256,7 @@ class Calls:
             self.recipe.memory.recompute,
             shard.chunk_layers,
             shard.stage,
-            self.batch.slots_of(call),
+            self.iteration.slots_of(call),
             head_of(call.role) is not None,
             moments=shard.optimizer // states if on_cpu else 0,  # a GPU's Adam is fused
         )
@@ -270,15 +267,16 @@ class Calls:
         return replace(found, activations=found.activations + shard.weights)
 
 
-def slot_of(recipe: Recipe, batch: BatchPlan) -> Slot:
+def slot_of(iteration: Iteration) -> Slot:
     """Return the largest micro-batch that the recipe allows."""
+    recipe = iteration.recipe
     device = torch.device("cuda" if recipe.hardware.gpu_memory_gib else "cpu")
     widths = length_multiple(recipe.precision, recipe.parallel)
     return Slot(
         recipe.model.architecture,
         recipe.parallel,
         DTYPES[recipe.precision.dtype].itemsize,
-        batch.micro_batch * batch.sequences_per_row,
-        padded_length(batch.max_length, widths, device),
+        recipe.batch.micro_batch * iteration.sequences_per_row,
+        padded_length(recipe.data.max_length, widths, device),
         device,
     )

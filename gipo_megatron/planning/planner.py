@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gipo_megatron.megatron.meta_shard import Shard, build, groups, pretend
-from gipo_megatron.planning.arithmetic import BatchPlan, batch_plan
+from gipo_megatron.planning.arithmetic import Iteration
 from gipo_megatron.planning.compute import Timing, timing
 from gipo_megatron.planning.counting import count
 from gipo_megatron.planning.memory import Footprint, budget, footprints
@@ -18,13 +18,16 @@ Kind = tuple[str | None, bool]  # scalar head, trained
 
 @dataclass(frozen=True)
 class Plan:
-    recipe: Recipe
+    iteration: Iteration
     groups: dict[str, list[list[int]]]  # tensor, pipeline, data -> global ranks of every group
     gpus_per_node: int
     parameters: dict[str, int]  # role -> parameters of the whole model
     footprints: tuple[Footprint, ...]  # first, second and last pipeline stage
-    batch: BatchPlan
     time: Timing | None  # None: on a CPU
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.iteration.recipe
 
     @property
     def heaviest(self) -> Footprint:
@@ -77,18 +80,16 @@ class Planner:
             for role in recipe.models
         }
         iteration = count(recipe)
-        batch = batch_plan(recipe, iteration)
-        found = footprints(recipe, batch, iteration, list(stages.values()))
+        found = footprints(iteration, list(stages.values()))
         heaviest = max(found, key=lambda footprint: footprint.worst.peak)
         on_gpu = recipe.hardware.gpu_memory_gib > 0
         return Plan(
-            recipe=recipe,
+            iteration=iteration,
             groups=groups(recipe.parallel, recipe.world),
             gpus_per_node=per_node,
             parameters=parameters,
             footprints=found,
-            batch=batch,
-            time=timing(recipe, batch, heaviest, per_node) if on_gpu else None,
+            time=timing(iteration, heaviest, per_node) if on_gpu else None,
         )
 
     def _roles(self, recipe: Recipe, stage: int) -> dict[str, Shard]:

@@ -48,7 +48,7 @@ def plan_text(argv: Sequence[str], root: Path, world: int | None = None) -> str:
 
 
 def render(plan: Plan, verdict: Verdict) -> str:
-    batch = [part for line in plan.batch.lines() for part in wrapped(line, "  ")]
+    batch = [part for line in plan.iteration.lines() for part in wrapped(line, "  ")]
     sections = [_layout(plan), _models(plan), _phases(plan), ["batch", *batch]]
     if plan.time is not None:
         sections.append(_time(plan, plan.time))
@@ -111,7 +111,9 @@ def _ranks(group: Sequence[int]) -> str:
 def _models(plan: Plan) -> list[str]:
     found, unit = plan.heaviest, _unit(plan)
     rows = [["model", "parameters", "weights", "gradients", "optimizer", "together", "offload"]]
-    for role, shard in found.roles.items():
+    iteration = plan.iteration
+    for role in (*iteration.built, *(call.role for call in iteration.once)):
+        shard = found.roles[role]
         sizes = (shard.weights, shard.gradients, shard.optimizer, shard.state)
         shown = [_size(number, unit) for number in sizes]
         rows.append([role, f"{plan.parameters[role]:,}", *shown, plan.recipe.models[role].offload])
@@ -141,7 +143,7 @@ def _phases(plan: Plan) -> list[str]:
 
 def _meanings(plan: Plan) -> dict[str, str]:
     """Return {column of the table of phases: its explanation}."""
-    recompute, rows = plan.recipe.memory.recompute, plan.batch.rows_per_replica
+    recompute, rows = plan.recipe.memory.recompute, plan.iteration.rows_per_replica
     together = max(phase.work.rows for phase in plan.heaviest.phases)
     copies = "" if plan.recipe.precision.fp8 == "none" else ", FP8 copies of the weights"
     return {

@@ -193,7 +193,7 @@ def _warnings(plan: Plan) -> Iterator[str]:
             f" {plan.gpus_per_node}: every layer waits for the network; parallel.tensor={best}"
             " stays inside a node"
         )
-    idle = bubble(plan.recipe, plan.batch.slots(plan.batch.minibatch))
+    idle = bubble(plan.recipe, plan.iteration.slots(plan.recipe.batch.minibatch))
     if idle > 0.5:
         yield (
             f"the pipeline idles {idle:.0%} of its busy time: more micro-batches (a larger"

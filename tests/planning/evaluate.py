@@ -74,8 +74,8 @@ def plan(case: dict[str, Any]) -> dict[str, Any]:
         if verdict.change is None
         else [verdict.change.words, verdict.change.plan.heaviest.worst.peak],
         "flops": 0 if found.time is None else found.time.flops,
-        "tokens": found.batch.rows * found.batch.sequences_per_row * found.batch.max_length,
-        "batch": found.batch.lines(),
+        "tokens": found.iteration.tokens(found.iteration.calls[0]),
+        "batch": found.iteration.lines(),
         "rows": [max(phase.work.rows for phase in stage.phases) for stage in found.footprints],
         "seconds": {}
         if found.time is None

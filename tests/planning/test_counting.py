@@ -12,15 +12,8 @@ import pytest
 import torch
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.planning.counting import (
-    BATCH,
-    LATE,
-    Call,
-    Iteration,
-    Table,
-    added_up,
-    count,
-)
+from gipo_megatron.planning.arithmetic import BATCH, Call, Iteration, added_up
+from gipo_megatron.planning.counting import LATE, Table, count
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.training import assembly

@@ -19,7 +19,6 @@ from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.meta_shard import Shard
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
-from gipo_megatron.planning.arithmetic import batch_plan
 from gipo_megatron.planning.counting import count
 from gipo_megatron.planning.memory import Device, State, budget, slot_of, staging
 from gipo_megatron.recipe.compose import compose
@@ -154,7 +153,7 @@ def test_a_gpus_micro_batch_is_as_wide_as_it_is_padded() -> None:
 
     def length(*words: str) -> int:
         recipe = compose(words, RECIPES)
-        return slot_of(recipe, batch_plan(recipe, count(recipe))).length
+        return slot_of(count(recipe)).length
 
     assert length("recipe=hh_sft", "data.max_length=1000") == 1024
     assert length("recipe=hh_sft", "data.max_length=2048") == 2048

@@ -220,7 +220,8 @@ def test_a_plan_that_does_not_fit_names_a_change_that_does(plans: dict[str, Any]
     assert tight["limit"] == int(40 * GIB * 0.95) - 2 * GIB
     words, peak = tight["change"]
     roles = ("actor", "reference", "critic", "reward")
-    assert words == [f"models.{role}.offload=cpu" for role in roles] and peak <= tight["limit"]
+    assert sorted(words) == [f"models.{role}.offload=cpu" for role in sorted(roles)]
+    assert peak <= tight["limit"]
     assert plans["hopeless"]["fits"] is False and plans["hopeless"]["change"] is None
     assert plans["tiny"]["fits"] is None
 
