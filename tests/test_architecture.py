@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "recipe.registry": {"errors"},
     "weights": {"specs", "errors", "data"},
     "components": LOW | {"recipe.registry"},
+    "local": LOW,
     "algorithms": LOW | {"recipe.registry", "components"},
     "megatron": LOW | {"weights"},
     "data": LOW,

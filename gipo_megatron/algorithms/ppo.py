@@ -140,14 +140,11 @@ class PPO:
             returns=returns,
             weights=weights.values,
             group_probs=groups.probs,
-            group_loss_coefficients=(
-                torch.zeros_like(groups.probs)
-                if learned is None
-                else group_loss_coefficients(learned)
-            ),
+            group_loss_coefficients=group_loss_coefficients(learned, groups.probs),
         )
         with self.timer("update"):  # 8
             critic_update = self._update_critic(experience)
+            head_update = self._update_own_head(experience)
             actor_update = self._update_actor(experience, step)
         response_kl = ops.sequence_sum(old - reference, mask)  # k1, nats per response
         observed = self._observe(groups, learned, scores, response_kl)  # 9
@@ -162,16 +159,15 @@ class PPO:
             **ppo_metrics.weight_metrics(weights),
             **ppo_metrics.value_metrics(experience, critic_update),
             **prefixed("policy", actor_update.metrics),
+            **prefixed("group_head", head_update.metrics),
             **observed,
         }
-        # generation, actor, reference, reward, actor's training; the critic once, and its training
-        critic_passes = 0 if self.critic is None else 1 + 3 * self.epochs
         return StepResult(
             metrics,
             ppo_metrics.sample_rows(rollout, scores, groups, weights, response_kl),
             skipped_rows(critic=critic_update, actor=actor_update),
             tokens=int(rollout.lengths.sum()),
-            forward_equivalents=4 + 3 * self.epochs + critic_passes,
+            forward_equivalents=self._forward_equivalents(),
         )
 
     def evaluate(self) -> tuple[Metrics, list[dict[str, Any]]]:
@@ -185,10 +181,23 @@ class PPO:
     def _criticise(self, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
         """Return values [B, T] and group logits [B, M]; None without a critic, or without a group
         head."""
-        if self.critic is None:
-            return None, None
-        output = self.critic.evaluate(rows)
-        return output.values, output.group_logits
+        values, logits = None, None
+        if self.critic is not None:
+            output = self.critic.evaluate(rows)
+            values, logits = output.values, output.group_logits
+        if isinstance(self.group_classifier, protocols.OwnHead):
+            logits = self.group_classifier.logits(rows)
+        return values, logits
+
+    def _forward_equivalents(self) -> int:
+        """Generation, actor, reference, reward, actor's training; the critic once, and its
+        training; the reward model's trunk under a head of its own."""
+        passes = 4 + 3 * self.epochs
+        if self.critic is not None:
+            passes += 1 + 3 * self.epochs
+        if isinstance(self.group_classifier, protocols.OwnHead):
+            passes += 1 + self.epochs
+        return passes
 
     @cached_property
     def tracker(self) -> GroupTracker:
@@ -249,6 +258,12 @@ class PPO:
             self.critic, experience, lambda index, batch: [(batch, self.critic_loss)]
         )
 
+    def _update_own_head(self, experience: Experience) -> Update:
+        head = self.group_classifier
+        if not isinstance(head, protocols.OwnHead):
+            return Update({})
+        return self._update(head, experience, lambda index, batch: [(batch, self.group_loss)])
+
     def _update_actor(self, experience: Experience, step: int) -> Update:
         if self.critic is not None and step < self.critic_warmup:
             return Update({})
@@ -270,11 +285,19 @@ class PPO:
             mask,
         ).sum()
         terms = {"value": (value, "token")}
-        head = self.group_classifier.head
-        if head is not None and output.group_logits is not None:
-            gain = (batch.group_loss_coefficients * output.group_logits.softmax(-1)).sum()
-            terms["group"] = (-head.loss_weight * gain, "sequence")
+        if output.group_logits is not None:
+            assert self.group_classifier.head is not None
+            gain = self._group_gain(output.group_logits, batch)
+            terms["group"] = (-self.group_classifier.head.loss_weight * gain, "sequence")
         return Loss(terms, {"loss": Metric.ratio(value, mask.sum())})
+
+    def group_loss(self, logits: Tensor, batch: Experience) -> Loss:
+        """-sum_g c_ig p_ig per sequence, of a head that is not on the critic."""
+        gain = self._group_gain(logits, batch)
+        return Loss({"group": (-gain, "sequence")}, {"loss": Metric.ratio(-gain, len(batch))})
+
+    def _group_gain(self, logits: Tensor, batch: Experience) -> Tensor:
+        return (batch.group_loss_coefficients * logits.softmax(-1)).sum()
 
     def actor_loss(self, output: TokenStats, batch: Experience) -> Loss:
         """Clipped surrogate on w_i A_t per token, minus the entropy bonus (algorithm.md 2.2, stage

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.data.config import DataConfig
+from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.needs import ROLLOUT_KEYS, Needs, is_role
 from gipo_megatron.recipe.problems import Problem, suggest
 from gipo_megatron.recipe.schema import (
@@ -265,6 +266,22 @@ def batch(batch: Batch, parallel: Parallel, world: int, needs: Needs, tree: Tree
         )
 
 
+def responses(batch: Batch, algorithm: dict[str, Any], tree: Tree) -> Found:
+    """A component that compares the responses to one prompt needs several of them."""
+    for slot, block in algorithm.items():
+        if not isinstance(block, dict) or "name" not in block:
+            continue
+        least = getattr(registry.lookup(slot, block["name"]), "min_responses", 1)
+        if batch.responses < least:
+            yield Problem(
+                "batch.responses",
+                f"{slot} {block['name']} needs at least {least} responses to a prompt, not"
+                f" {batch.responses}",
+                tree.origin("batch.responses"),
+                f"batch.responses={least}",
+            )
+
+
 def _fitting(batch: Batch, parallel: Parallel, replicas: int, rollout: bool) -> str:
     """The largest micro_batch that divides; else the next larger minibatch, and the prompts that
     fill it."""
@@ -425,6 +442,7 @@ PROBLEMS: tuple[Callable[..., Found], ...] = (
     planted,
     vocabulary,
     batch,
+    responses,
     precision,
     unread,
     run,

@@ -22,9 +22,10 @@ from gipo_megatron.algorithms.dpo_reference import (
     Split,
 )
 from gipo_megatron.errors import UserError
+from gipo_megatron.local.replicas import replica_rows, run_replicas
+from gipo_megatron.local.roles import TorchActor
 from gipo_megatron.roles import DataParallel, SingleReplica
 from gipo_megatron.types import Pairs, Rows, Sequences, TokenStats
-from tests.torch_roles import TorchActor, replica_rows, run_replicas
 
 ROWS = 6
 VARIANTS: list[dict[str, Any]] = [
