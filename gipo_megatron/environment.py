@@ -8,7 +8,9 @@ imported. A variable that is set already keeps its value.
 from __future__ import annotations
 
 import os
+import subprocess
 from importlib import metadata
+from pathlib import Path
 
 # freed memory of any size can be used again: widths differ in every batch
 ALLOCATOR = "expandable_segments:True"
@@ -84,3 +86,21 @@ def line() -> str:
 def _default(name: str, value: str) -> None:
     if name not in os.environ:
         os.environ[name] = _chosen[name] = value
+
+
+def commit() -> str:
+    """Return the checkout's commit, with `+changes` when the tree differs; "unknown" outside a
+    checkout."""
+    command = ["git", "describe", "--always", "--dirty=+changes", "--abbrev=40"]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -24,23 +24,24 @@ MAY_IMPORT = {
     "statistics": set(),
     "roles": {"types", "specs"},
     "ops": set(),
-    "recipe.registry": {"errors"},
-    "weights": {"specs", "errors", "data"},
+    "recipe.registry": {"specs"},
+    "weights": LOW | {"data"},
     "components": LOW | {"recipe.registry"},
     "local": LOW,
     "algorithms": LOW | {"recipe.registry", "components"},
     "megatron": LOW | {"weights"},
     "data": LOW,
     "telemetry": LOW,
-    "reports": LOW | {"telemetry", "evaluation"},
+    "reports": LOW | {"telemetry"},
     "recipe": LOW | {"recipe.registry", "components", "algorithms", "weights", "data", "telemetry"},
     "planning": LOW | {"recipe.registry", "recipe", "megatron", "telemetry"},
-    "conversion": LOW | {"training", "megatron", "data", "weights", "telemetry"},
+    "conversion": LOW | {"megatron", "data", "weights", "telemetry"},
     "training": LOW
-    | {"recipe.registry", "recipe", "algorithms", "components", "megatron", "weights"}
+    | {"recipe.registry", "recipe", "algorithms", "megatron", "weights"}
     | {"data", "telemetry", "reports", "conversion"},
     "cli": {"errors", "environment", "recipe"},
     "commands": LOW
+    | {"telemetry"}
     | {"recipe", "data", "megatron", "conversion", "reports", "training", "evaluation", "planning"},
     "evaluation": LOW
     | {"recipe.registry", "recipe", "components", "megatron", "weights", "data", "telemetry"}

@@ -13,21 +13,16 @@ import pytest
 from gipo_megatron.commands.recipe import differences
 from gipo_megatron.evaluation.recipe import compose_evaluation, is_evaluation
 from gipo_megatron.recipe import registry
-from gipo_megatron.recipe.compose import (
-    Files,
-    compose,
-    load_components,
-    parse_arguments,
-    recipe_names,
-)
+from gipo_megatron.recipe.compose import compose, load_components
+from gipo_megatron.recipe.files import Files, parse_arguments, recipe_names
 from gipo_megatron.recipe.schema import TRAINING_KEYS, Recipe
 from gipo_megatron.recipe.source import DEFAULT, MISSING, Block, leaves, plain
-from gipo_megatron.recipe.validate import Completion
+from gipo_megatron.recipe.validate import Validation
 from tests import golden
 from tests.smollm import HOME, beside_the_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-EVALUATIONS = [name for name in recipe_names(RECIPES) if is_evaluation(name)]
+EVALUATIONS = [name for name in recipe_names(RECIPES) if is_evaluation([f"recipe={name}"], RECIPES)]
 NAMES = [name for name in recipe_names(RECIPES) if name not in EVALUATIONS]
 BASES = ("base/dpo", "base/gipo", "base/ppo", "base/reward_model", "base/sft")
 # here, since a package that the components import may draw from a global generator
@@ -316,10 +311,10 @@ def test_children_state_only_differences() -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_a_base_lists_every_key_once_with_a_comment(base: str) -> None:
     own = Files(RECIPES).own(RECIPES / f"{base}.yaml")
-    completion = Completion()
-    complete = completion.complete(own, Recipe)
-    assert {p.what for p in completion.problems} == {"missing"}, [
-        str(p) for p in completion.problems
+    validation = Validation()
+    complete, _ = validation.block(own, Recipe)
+    assert {p.what for p in validation.problems} == {"missing"}, [
+        str(p) for p in validation.problems
     ]
     trained = {role for role in plain(own)["models"] if "lr" in plain(own)["models"][role]}
     unwritten = {".".join(key) for key, leaf in leaves(complete) if leaf.origin == DEFAULT}
@@ -358,7 +353,7 @@ def test_a_base_says_the_dataclass_defaults(base: str) -> None:
     lines += [f"models.{role}.offload=none" for role in plain(own)["models"]]
     bare = parse_arguments(["recipe=x", *lines]).overrides
     defaults = {
-        ".".join(key): leaf.value for key, leaf in leaves(Completion().complete(bare, Recipe))
+        ".".join(key): leaf.value for key, leaf in leaves(Validation().block(bare, Recipe)[0])
     }
     different = {
         key: value for key, value in written.items() if defaults[key] != value and value != MISSING

@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gipo_megatron.conversion.command import return_freed_memory
 from gipo_megatron.conversion.convert import to_hf, to_megatron
 from gipo_megatron.data.tokenizer import byte_tokenizer
 from gipo_megatron.megatron.mesh import Mesh
@@ -48,7 +47,6 @@ def make_model(folder: Path) -> int:
 def measure(direction: str, source: str, out: str, verify: bool) -> None:
     """Prints the MiB that were resident beforehand (libraries, process groups), at the peak, and
     the seconds."""
-    return_freed_memory()  # as the two commands do
     mesh = Mesh.create(Parallel())
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
     if direction == "to Megatron":

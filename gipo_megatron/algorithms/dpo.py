@@ -3,7 +3,7 @@ reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -60,16 +60,16 @@ class DPO:
     held_out: HeldOut = from_runtime("held_out")
     timer: Callable[[str], AbstractContextManager[None]] = from_runtime("timer")
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[UserError]:
         if self.label_smoothing >= 0.5:
             what = f"{self.label_smoothing} must be below 0.5: more wrong labels than right ones"
-            raise UserError(
+            yield UserError(
                 what,
                 where="label_smoothing",
                 fix="the share of pairs whose label is wrong, such as 0.1",
             )
         if self.loss == "ipo" and self.label_smoothing > 0:
-            raise UserError(
+            yield UserError(
                 "the ipo loss has no label smoothing",
                 where="label_smoothing",
                 fix="loss: sigmoid, or label_smoothing: 0.0",

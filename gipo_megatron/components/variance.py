@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, final
+from typing import Annotated, Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class GroupVariance:
     """w_i = 1 - beta N dR_var / dJ_i: gradient of the return minus beta R_var (algorithm.md 2.2,
     stage 2)."""
 
+    needs_groups: ClassVar[bool] = True
+
     beta: NotNegative = 0.3  # weight of the variance between the groups' returns
     min_weight: AtMostOne = 0.0  # a negative weight trains easy data to get worse
     max_weight: AtLeastOne = 3.0
@@ -96,6 +98,8 @@ class ReturnVariance:
 class GroupDRO:
     """w_i = sum_g q_g p_ig / rho_g,   q_g proportional to q_g exp(-step R_g), this batch's R_g
     included (Sagawa et al. 2020)."""
+
+    needs_groups: ClassVar[bool] = True
 
     step: NotNegative = 0.1  # a: how fast q moves to the worst group; R_g in units of G
     min_weight: AtMostOne = 0.0

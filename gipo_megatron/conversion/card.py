@@ -4,41 +4,37 @@ was checked."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-CLASSES = {
-    None: "AutoModelForCausalLM",
-    "score": "AutoModelForSequenceClassification",
-    "value": "AutoModelForSequenceClassification",
-}
+from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta
+
 KINDS = {None: "language model", "score": "reward model", "value": "critic"}
 
 
 def model_card(
     role: str,
-    about: Mapping[str, Any],
-    meta: Mapping[str, Any],
+    about: RoleMeta,
+    meta: CheckpointMeta,
     *,
     padding: str | None,
     checks: Sequence[str],
 ) -> str:
-    """README.md. about: a checkpoint's description of the role; meta: the checkpoint's; padding:
-    the token a scorer is padded with."""
-    head, hub, a = about["head"], meta["hub"], about["architecture"]
-    if meta["recipe"]:
+    """Return README.md. padding: the token that texts for a model with a head are padded with;
+    checks: one line each."""
+    head, hub, a = about.head, meta.hub, about.architecture
+    if meta.recipe:
         origin = (
-            f"trained with gipo_megatron: recipe `{meta['recipe']}`, step {meta['step']}, commit"
-            f" `{meta['commit']}`"
+            f"trained with gipo_megatron: recipe `{meta.recipe}`, step {meta.step}, commit"
+            f" `{meta.commit}`"
         )
     else:
-        origin = f"converted with gipo_megatron, commit `{meta['commit']}`, not trained by it"
+        origin = f"converted with gipo_megatron, commit `{meta.commit}`, not trained by it"
     parts = [
         _front_matter(head, hub),
-        f"# {meta['recipe'] or hub or 'A converted model'}: {role}",
+        f"# {meta.recipe or hub or 'A converted model'}: {role}",
         f"A {KINDS[head]}, {origin}.",
-        f"{a['num_layers']} layers, hidden size {a['hidden_size']}, vocabulary {a['vocab_size']},"
-        f" {about['dtype']}" + (f"; base model {hub}." if hub else "."),
+        f"{a.num_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size},"
+        f" {about.dtype}" + (f"; base model {hub}." if hub else "."),
         _usage(head),
         _head(head, padding),
         _groups(about),
@@ -66,7 +62,7 @@ def _front_matter(head: str | None, hub: str) -> str:
 
 
 def _usage(head: str | None) -> str:
-    name = CLASSES[head]
+    name = "AutoModelForCausalLM" if head is None else "AutoModelForSequenceClassification"
     lines = [
         f"from transformers import {name}, AutoTokenizer",
         f'model = {name}.from_pretrained("PATH", dtype="auto")',
@@ -99,22 +95,22 @@ def _head(head: str | None, padding: str | None) -> str:
     return f"{text} Pad on the right, with `{padding}` (the tokenizer does)."
 
 
-def _groups(about: Mapping[str, Any]) -> str:
-    if about["num_groups"] is None:
+def _groups(about: RoleMeta) -> str:
+    if about.num_groups is None:
         return ""
-    token = "the last prompt token" if about["group_input"] == "prompt" else "the last token"
+    token = "the last prompt token" if about.group_input == "prompt" else "the last token"
     return (
         "`group_head.safetensors` holds the group classifier that was learned with it: weight"
-        f" [{about['num_groups']}, hidden], bias [{about['num_groups']}], fp32. softmax(W h + b) of"
+        f" [{about.num_groups}, hidden], bias [{about.num_groups}], fp32. softmax(W h + b) of"
         f" the trunk's last hidden state h at {token} gives the probabilities of the"
-        f" {about['num_groups']} groups. transformers ignores the file; gipo_megatron reads it."
+        f" {about.num_groups} groups. transformers ignores the file; gipo_megatron reads it."
     )
 
 
-def _prompts(meta: Mapping[str, Any]) -> str:
-    if "template" not in meta:
+def _prompts(meta: CheckpointMeta) -> str:
+    if meta.template is None:
         return ""
     return (
-        f"Trained with `data.template: {meta['template']}`; the tokenizer's chat template, where it"
+        f"Trained with `data.template: {meta.template}`; the tokenizer's chat template, where it"
         " has one, writes conversations so."
     )

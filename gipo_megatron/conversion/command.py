@@ -3,7 +3,6 @@ libraries."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import sys
 import warnings
@@ -37,14 +36,6 @@ def arguments(
     return words
 
 
-def return_freed_memory() -> None:
-    """glibc keeps freed blocks of up to 32 MiB for itself, which is most of a model; so large
-    blocks go back to the system at once."""
-    if sys.platform == "linux":
-        M_MMAP_THRESHOLD = -3
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
-
-
 def run(main: Callable[[list[str]], None], usage: str | None, argv: list[str]) -> int:
     """0: done; 2: something the user can mend, printed without a traceback; 130: Ctrl-C."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -52,7 +43,6 @@ def run(main: Callable[[list[str]], None], usage: str | None, argv: list[str]) -
         return 0
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    return_freed_memory()
     try:
         main(argv)
     except UserError as error:

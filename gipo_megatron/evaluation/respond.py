@@ -22,7 +22,8 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.recipe import EvaluationRecipe
 from gipo_megatron.evaluation.types import Response, TaskPrompt
 from gipo_megatron.files import write_json
-from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.build import build_engine
+from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
     MegatronActor,
@@ -32,6 +33,7 @@ from gipo_megatron.megatron.roles import (
 )
 from gipo_megatron.specs import HeadSpec, Sampling
 from gipo_megatron.types import Prompts, Rollout
+from gipo_megatron.weights.checkpoints import read_meta, weights_kind
 from gipo_megatron.weights.sources import (
     check_tokenizer,
     find_tokenizer,
@@ -51,8 +53,8 @@ def find_weights(recipe: EvaluationRecipe) -> dict[str, Path]:
         for name, weights in group.items():
             key = f"{section}.{name}.load"
             found[key] = locate(weights.load, key)
-            if checkpoint.kind(found[key]) == "checkpoint":
-                checkpoint.read_meta(found[key])  # every file is there, at its size
+            if weights_kind(found[key]) == "checkpoint":
+                read_meta(found[key])  # every file is there, at its size
     return found
 
 
@@ -190,25 +192,23 @@ def _group_head(path: Path) -> tuple[HeadSpec, tuple[float, ...]]:
         " models.critic out"
     )
     where = "models.critic.load"
-    if checkpoint.kind(path) != "checkpoint":
+    if weights_kind(path) != "checkpoint":
         raise UserError(
             f"{path} is a Hugging Face folder: it does not say which group is the high one",
             where=where,
             fix=fix,
         )
-    about = checkpoint.read_meta(path)["roles"].get("critic")
-    if about is None or about["num_groups"] is None:
+    critic = read_meta(path).roles.get("critic")
+    if critic is None or critic.group is None:
         raise UserError(f"{path} has no critic with a group head", where=where, fix=fix)
     state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
     saved = state.get("algorithm", {})
     if "groups" not in saved:
         raise UserError(f"{path} does not say which group is the high one", where=where, fix=fix)
-    tracker = GroupTracker(about["num_groups"])
+    tracker = GroupTracker(critic.group.num_groups)
     # with given labels, the head is the one beside them
     tracker.load_state_dict(saved.get("observer", saved["groups"]))
-    return HeadSpec(about["num_groups"], about["group_input"], detach_trunk=True), tuple(
-        tracker.ranks()
-    )
+    return critic.group, tuple(tracker.ranks())
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -230,26 +230,30 @@ class Answering:
         if "critic" in self.recipe.models:
             self.head, self.ranks = _group_head(self.weights["models.critic.load"])
 
-    def _common(self, key: str) -> dict[str, Any]:
+    def _engine(self, role: str, key: str, group: HeadSpec | None = None) -> Engine:
         recipe = self.recipe
-        return {
-            "mesh": self.mesh,
-            "architecture": recipe.model.architecture,
-            "precision": recipe.precision,
-            "micro_batch": recipe.batch.micro_batch,
-            "seed": 0,
-            "load": str(self.weights[key]),
-        }
+        return build_engine(
+            role,
+            self.mesh,
+            recipe.model.architecture,
+            recipe.precision,
+            micro_batch=recipe.batch.micro_batch,
+            load=str(self.weights[key]),
+            group=group,
+        )
 
     def measures(self) -> Measures:
         """Loads the models that the recipe names; they stay while the policies come and go."""
         named, measures = self.recipe.models, Measures()
         if "reward" in named:
-            measures.reward = MegatronRewardModel(**self._common("models.reward.load"))
+            measures.reward = MegatronRewardModel(self._engine("reward", "models.reward.load"))
         if "reference" in named:
-            measures.reference = MegatronReference(**self._common("models.reference.load"))
+            measures.reference = MegatronReference(
+                self._engine("reference", "models.reference.load")
+            )
         if "critic" in named:
-            measures.critic = MegatronCritic(**self._common("models.critic.load"), head=self.head)
+            engine = self._engine("critic", "models.critic.load", self.head)
+            measures.critic = MegatronCritic(engine)
             measures.ranks = self.ranks
         return measures
 
@@ -260,7 +264,7 @@ class Answering:
         memory is free at the end."""
         t = self.tokenizer
         actor = MegatronActor(
-            **self._common(f"policies.{policy}.load"),
+            self._engine("actor", f"policies.{policy}.load"),
             eos_id=t.eos_id,
             pad_id=t.pad_id,
             decode=t.decode,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from gipo_megatron.data.tokenizer import check_vocabulary
 from gipo_megatron.environment import line as environment_line
-from gipo_megatron.errors import UserError
+from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.comparison_report import write_comparison
 from gipo_megatron.evaluation.evaluation_figures import write_evaluation_figures
 from gipo_megatron.evaluation.judges.human import HumanJudge, duels_from_ratings
@@ -44,9 +44,8 @@ from gipo_megatron.evaluation.types import (
     Verdict,
 )
 from gipo_megatron.files import write_json, write_text
-from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.mesh import Mesh, mesh_session
 from gipo_megatron.recipe import registry
-from gipo_megatron.reports.audit import audit_responses
 from gipo_megatron.reports.audit_page import audit_document
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.training import run_folder
@@ -70,19 +69,8 @@ Responses = dict[str, list[Response]]
 def evaluate(recipe: EvaluationRecipe) -> None:
     """The whole evaluation a recipe describes. Collective until all prompts are answered. Raises
     UserError for what the user can mend."""
-    mesh = Mesh.create(recipe.parallel, deterministic=recipe.precision.deterministic)
-    try:
+    with mesh_session(recipe.parallel, deterministic=recipe.precision.deterministic) as mesh:
         prompts = answer_on(mesh, recipe)
-    except UserError as error:
-        mesh.report(str(error))
-        raise
-    # a rank that stops breaks its connections: the others would show those, not the reason
-    except Exception:
-        if reason := mesh.reported():
-            raise UserError(reason) from None
-        raise
-    finally:
-        mesh.close()
     if mesh.is_main:  # a judge may take hours, in which nobody waits in a collective
         conclude(recipe, prompts)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from gipo_megatron.data.batching import HEAD_ROWS, is_held_out
 from gipo_megatron.data.config import DataConfig
@@ -16,12 +16,13 @@ from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import BadRow, Example, Tally, Turn
 from gipo_megatron.data.hub import is_hub_name
 from gipo_megatron.data.schemas import END_MARK, Schema
-from gipo_megatron.data.sources import Part, open_parts
+from gipo_megatron.data.sources import Source, open_sources
 from gipo_megatron.data.templates import choose
 from gipo_megatron.data.tldr import POST, PROMPT
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.types import TaskPrompt
+from gipo_megatron.evaluation.types import KINDS, TaskPrompt
+from gipo_megatron.specs import OneOf, Range, Size
 
 # preference rows: HH's and TRL's, OpenAI's comparisons
 PAIRS = (("chosen", "rejected"), ("info", "summaries", "choice"))
@@ -48,13 +49,13 @@ class Task:
     `tasks:`; its defaults live here.)"""
 
     name: str
-    kind: str  # helpful | harmless | summary
+    kind: Annotated[str, OneOf(*KINDS)]
     data: str  # a path under data_root, an absolute path, or a hub name
-    prompts: int  # how many of its test split, evenly spread over it; all where there are fewer
+    prompts: Size  # how many of its test split, evenly spread over it; all where there are fewer
     template: str = "auto"  # auto | chat | hh | plain | chatml | a jinja chat template
     # sub-folders (hub: configurations) to read; [] = all
     source: list[str] = field(default_factory=list)
-    max_length: int = 1024  # tokens of prompt + response
+    max_length: Annotated[int, Range(2)] = 1024  # tokens of prompt + response
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,19 @@ def _read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: i
     found: dict[str, tuple[TaskPrompt, list[int]]] = {}
     path = _locate(task.data, data_root)
     whole = Path(path).is_file()
-    for part in open_parts(path, list(task.source), "test", "prompt"):
-        if not part.split:
+    for source in open_sources(path, list(task.source), "test", "prompt"):
+        if not source.split:
             rows = (
                 "all rows are used"
                 if whole
                 else f"the rows held back by a hash are used ({config.held_out:g} of them)"
             )
             notes.append(
-                f"{part.source} has no test split: {rows}; held out only if no model was trained on"
+                f"{source.name} has no test split: {rows}; held out only if no model was trained on"
                 " them"
             )
         for where, example, reference in _examples(
-            part, tally, not (part.split or whole), config.held_out
+            source, tally, not (source.split or whole), config.held_out
         ):
             try:
                 prompt, ids = _prompt(task, example, reference, encoder, tally.read)
@@ -142,12 +143,12 @@ def _locate(data: str, data_root: str) -> str:
 
 
 def _examples(
-    part: Part, tally: Tally, only_held_out: bool, share: float
+    source: Source, tally: Tally, only_held_out: bool, share: float
 ) -> Iterator[tuple[str, Example, str]]:
     """(place, example, reference answer or "") of every clean row."""
-    rows = iter(part.rows)
+    rows = iter(source.rows)
     head = list(islice(rows, HEAD_ROWS))
-    reader = _Reader([row for _, row in head], part.source)
+    reader = _Reader([row for _, row in head], source.name)
     for where, row in chain(head, rows):
         try:
             example, reference = reader.read(row, tally, where)

@@ -4,6 +4,8 @@ parallel_state."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -154,6 +156,27 @@ class Mesh:
         _free_groups()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def mesh_session(parallel: Parallel, seed: int = 0, deterministic: bool = False) -> Iterator[Mesh]:
+    """Yield a mesh and close it.
+
+    A UserError on one rank is raised on all: a rank that stops breaks its connections, and the
+    others would show those instead of the reason.
+    """
+    mesh = Mesh.create(parallel, seed, deterministic)
+    try:
+        yield mesh
+    except UserError as error:
+        mesh.report(str(error))
+        raise
+    except Exception:
+        if reason := mesh.reported():
+            raise UserError(reason) from None
+        raise
+    finally:
+        mesh.close()
 
 
 def _make_groups(parallel: Parallel) -> None:

@@ -1,60 +1,30 @@
-"""Actor, reference, critic and reward model on Megatron-Core: an Engine each, and what is read from
-its last stage."""
+"""Actor, reference, critic and reward model: an Engine each, and how its last stage's output is
+read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gipo_megatron.errors import UserError
-from gipo_megatron.megatron.checkpoint import check_architecture, kind, load_weights, read_hf_files
 from gipo_megatron.megatron.engine import Engine, Part
 from gipo_megatron.megatron.generate import generate
-from gipo_megatron.megatron.heads import take_hidden
-from gipo_megatron.megatron.hf import Seen, ignore, load_group_head, load_hf
-from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.heads import hidden_at, take_hidden
 from gipo_megatron.megatron.microbatches import MicroBatch, Readout
-from gipo_megatron.megatron.model import initialise_weights
 from gipo_megatron.megatron.offload import Snapshot
 from gipo_megatron.megatron.outputs import critic_output, last_token_score, token_stats
-from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision, Sampling
+from gipo_megatron.specs import Sampling
 from gipo_megatron.types import CriticOutput, Output, Prompts, Rollout, Rows, TokenStats, Update
-from gipo_megatron.weights.hf_config import architecture_from_hf
-
-
-def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
-    """Fill a model with weights, told by content: an HF folder, a checkpoint, or "random" (what it
-    was built with).
-
-    Returns what was taken ("random", "huggingface", or the checkpoint's role). Collective. Raises
-    UserError when nothing fits, or when config.json describes another model than this one, in
-    whatever number.
-    """
-    if load == "random":
-        return load
-    path = Path(load)
-    if kind(path) == "checkpoint":
-        return load_weights(path, role, engine)
-    check_architecture(
-        path / "config.json", asdict(architecture_from_hf(path)), engine.architecture
-    )
-    with engine.residency.use(training=engine.optimisation is not None):
-        load_hf(path, engine.chunks, engine.mesh, engine.architecture, head=engine.head, seen=seen)
-        if engine.group_head is not None:
-            load_group_head(path, engine.group_head)
-        engine.weights_changed()
-    engine.hf_files = read_hf_files(path)
-    return "huggingface"
 
 
 @torch.no_grad()
 def outputs(engine: Engine, ids: Tensor) -> Tensor:
-    """Logits [b, T, V], or a head's [b, T, 1], of whole rows of tokens; for one process that holds
-    the whole model."""
+    """Return logits [b, T, V], or a head's [b, T, 1], of whole rows of tokens.
+
+    For one process that holds the whole model.
+    """
     assert engine.mesh.world == 1 and len(engine.chunks) == 1, (
         "needs the whole model in one process"
     )
@@ -67,7 +37,8 @@ def outputs(engine: Engine, ids: Tensor) -> Tensor:
 
 
 def language_readout(engine: Engine, temperature: float, entropy: bool) -> Readout:
-    """Log-probs (and entropy) of the response tokens at `temperature`."""
+    """Return a function that reads log-probs (and entropy) of the response tokens at
+    `temperature`."""
 
     def read(logits: Tensor, slot: MicroBatch) -> Output:
         assert slot.positions is not None, (
@@ -86,45 +57,15 @@ def language_readout(engine: Engine, temperature: float, entropy: bool) -> Reado
     return read
 
 
+@dataclass
 class MegatronActor:
-    """The policy. `temperature` is the one it samples and trains at; without `optimisation` it only
-    generates and scores."""
+    """The policy, at the one `temperature` that it samples and trains at."""
 
-    def __init__(
-        self,
-        *,
-        mesh: Mesh,
-        architecture: Architecture,
-        precision: Precision,
-        micro_batch: int,
-        seed: int,
-        load: str,
-        eos_id: int,
-        pad_id: int,
-        decode: Callable[[list[int]], str],
-        optimisation: Optimisation | None = None,
-        temperature: float = 1.0,
-        recompute: str = "none",
-        offload: str = "none",
-    ) -> None:
-        self.engine = Engine(
-            mesh,
-            architecture,
-            precision,
-            micro_batch=micro_batch,
-            seed=seed,
-            optimisation=optimisation,
-            recompute=recompute,
-            offload=offload,
-            initialise=load == "random",
-        )
-        self.eos_id, self.pad_id, self.decode, self.temperature = (
-            eos_id,
-            pad_id,
-            decode,
-            temperature,
-        )
-        self.loaded_from = load_into(self.engine, load, "actor")
+    engine: Engine
+    eos_id: int
+    pad_id: int
+    decode: Callable[[list[int]], str]
+    temperature: float = 1.0
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         engine = self.engine
@@ -146,8 +87,8 @@ class MegatronActor:
         return stats
 
     def readout(self, logits: Tensor, slot: MicroBatch) -> Output:
-        """What the losses see. The entropy comes with the log-probs' own collectives, and has a
-        gradient where a loss uses it."""
+        """Return the input of the losses. The entropy comes with the log-probs' own collectives,
+        and has a gradient where a loss uses it."""
         return language_readout(self.engine, self.temperature, entropy=True)(logits, slot)
 
     def update(self, *parts: Part) -> Update:
@@ -157,63 +98,17 @@ class MegatronActor:
         return self.engine.export()
 
 
+@dataclass
 class MegatronReference:
     """The frozen policy that KL is measured from.
 
-    live: with offload "cpu", a policy of the same architecture: the reference then has no model of
-    its own, only a host copy of its weights that is swapped into the policy's model for each call.
-    Must be made before the policy is trained or restored.
+    state: the reference's weights, where it has no model of its own: they are swapped into
+    `engine`, the policy's, for each call (`build.snapshot_of`).
     """
 
-    def __init__(
-        self,
-        *,
-        mesh: Mesh,
-        architecture: Architecture,
-        precision: Precision,
-        micro_batch: int,
-        seed: int,
-        load: str,
-        temperature: float = 1.0,
-        offload: str = "none",
-        live: MegatronActor | None = None,
-    ) -> None:
-        self.temperature = temperature
-        self.state: Snapshot | None = None
-        if offload == "cpu" and live is not None:
-            self.engine = live.engine
-            self.loaded_from = self._copy(load, seed, architecture)
-            return
-        self.engine = Engine(
-            mesh,
-            architecture,
-            precision,
-            micro_batch=micro_batch,
-            seed=seed,
-            offload=offload,
-            initialise=load == "random",
-        )
-        self.loaded_from = load_into(self.engine, load, "reference")
-
-    def _copy(self, load: str, seed: int, architecture: Architecture) -> str:
-        engine = self.engine
-        if architecture != engine.architecture:
-            raise UserError(
-                "the reference is of another architecture than the actor",
-                where="models.reference",
-                fix="offload: none",
-            )
-        with engine.swapped(engine.snapshot()):
-            engine.scaling.write({})  # what is loaded brings its own, or has none
-            if load == "random":
-                initialise_weights(engine.chunks, architecture, engine.mesh, seed)
-            actors = engine.hf_files
-            source = load_into(engine, load, "reference")
-            engine.hf_files = actors
-            self.state = engine.snapshot()
-        with engine.residency.use(training=engine.optimisation is not None):
-            engine.weights_changed()
-        return source
+    engine: Engine
+    temperature: float = 1.0
+    state: Snapshot | None = None
 
     def logprobs(self, batch: Rows) -> TokenStats:
         read = language_readout(self.engine, self.temperature, entropy=False)
@@ -226,43 +121,16 @@ class MegatronReference:
         return stats
 
 
+@dataclass
 class MegatronCritic:
-    """Value of each token's state and, with a HeadSpec, group logits of each sequence, from one
+    """Value of each token's state and, with a group head, group logits of each sequence, from one
     trunk."""
 
-    def __init__(
-        self,
-        *,
-        mesh: Mesh,
-        architecture: Architecture,
-        precision: Precision,
-        micro_batch: int,
-        seed: int,
-        load: str,
-        optimisation: Optimisation | None = None,
-        head: HeadSpec | None = None,
-        recompute: str = "none",
-        offload: str = "none",
-    ) -> None:
-        self.engine = Engine(
-            mesh,
-            architecture,
-            precision,
-            micro_batch=micro_batch,
-            seed=seed,
-            head="value",
-            group=head,
-            optimisation=optimisation,
-            recompute=recompute,
-            offload=offload,
-            initialise=load == "random",
-        )
-        self.loaded_from = load_into(self.engine, load, "critic")
+    engine: Engine
 
     def readout(self, raw: Tensor, slot: MicroBatch) -> Output:
-        return critic_output(
-            raw, take_hidden(self.engine.chunks[-1]), slot.sequences, self.engine.group_head
-        )
+        hidden = take_hidden(self.engine.chunks[-1])
+        return critic_output(raw, hidden, slot.sequences, self.engine.group_head)
 
     def evaluate(self, batch: Rows) -> CriticOutput:
         output = self.engine.forward(batch, self.readout)
@@ -273,35 +141,11 @@ class MegatronCritic:
         return self.engine.update(parts, self.readout)
 
 
+@dataclass
 class MegatronRewardModel:
     """One score per sequence, read at its last token."""
 
-    def __init__(
-        self,
-        *,
-        mesh: Mesh,
-        architecture: Architecture,
-        precision: Precision,
-        micro_batch: int,
-        seed: int,
-        load: str,
-        optimisation: Optimisation | None = None,
-        recompute: str = "none",
-        offload: str = "none",
-    ) -> None:
-        self.engine = Engine(
-            mesh,
-            architecture,
-            precision,
-            micro_batch=micro_batch,
-            seed=seed,
-            head="score",
-            optimisation=optimisation,
-            recompute=recompute,
-            offload=offload,
-            initialise=load == "random",
-        )
-        self.loaded_from = load_into(self.engine, load, "reward")
+    engine: Engine
 
     def readout(self, raw: Tensor, slot: MicroBatch) -> Output:
         take_hidden(self.engine.chunks[-1])  # not needed, so not kept
@@ -311,6 +155,17 @@ class MegatronRewardModel:
         scores = self.engine.forward(batch, self.readout)
         assert isinstance(scores, Tensor)
         return scores
+
+    def features(self, batch: Rows, position: str) -> Tensor:
+        """Return the last hidden states [B, H] at the last prompt token, or at the last token."""
+
+        def read(raw: Tensor, slot: MicroBatch) -> Output:
+            hidden = take_hidden(self.engine.chunks[-1])
+            return hidden_at(hidden, slot.sequences, position, self.engine.mesh)
+
+        features = self.engine.forward(batch, read)
+        assert isinstance(features, Tensor)
+        return features
 
     def update(self, *parts: Part) -> Update:
         return self.engine.update(parts, self.readout)

@@ -1,10 +1,10 @@
-"""What a run leaves besides numbers: recipe.yaml, environment.json, figures, report.html."""
+"""A run's folder besides its numbers: recipe.yaml, environment.json, figures, report.html; and the
+lines printed before the first step."""
 
 from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.data.batching import Dataset
+from gipo_megatron.environment import commit, variables
 from gipo_megatron.environment import line as environment_line
-from gipo_megatron.environment import variables
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_json, write_text
 from gipo_megatron.recipe import registry
@@ -22,7 +22,7 @@ from gipo_megatron.recipe.source import plain
 from gipo_megatron.reports.run_report import write_report
 from gipo_megatron.statistics import wilson_interval
 
-# the held-out figure that is best, and its direction
+# the held-out metric that chooses the best checkpoint: the first that a run has, and its sign
 JUDGED_BY = (("eval/score", 1), ("eval/accuracy", 1), ("eval/loss", -1))
 PACKAGES = (
     "torch",
@@ -42,12 +42,12 @@ def plain_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_writable(directory: Path) -> None:
-    """UserError where a run could not write, before anything is built; writes nothing."""
+    """Raise UserError where a run could not write, before anything is built. Writes nothing."""
     place = directory.absolute()
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = "no write permission" if place.is_dir() else "it is no folder"
+        why = "no write permission" if place.is_dir() else "not a folder"
         raise UserError(
             f"cannot write to {directory}: {place}: {why}",
             where="run.dir",
@@ -65,8 +65,8 @@ def open_run(recipe: Recipe, directory: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, the commit, the command line, the size of the world, the variables that CUDA and
-    its libraries read."""
+    """Return versions, the commit, the command line, the size of the world, and the variables that
+    CUDA and its libraries read."""
     return {
         "command": sys.argv,
         "commit": commit(),
@@ -78,27 +78,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """The checkout's commit, with `+changes` when the tree differs; "unknown" outside a
-    checkout."""
-    root = Path(__file__).parent.parent
-    try:
-        command = [
-            "git",
-            "-C",
-            str(root),
-            "describe",
-            "--always",
-            "--dirty=+changes",
-            "--abbrev=40",
-        ]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -107,7 +86,7 @@ def _version(package: str) -> str | None:
 
 
 def with_interval(values: Mapping[str, float]) -> dict[str, float]:
-    """An accuracy gets its 95 % interval: eval/accuracy_low, eval/accuracy_high."""
+    """Add the 95 % interval of an accuracy: eval/accuracy_low, eval/accuracy_high."""
     result = dict(values)
     if values.get("eval/pairs", 0) > 0:
         low, high = wilson_interval(values["eval/accuracy"], round(values["eval/pairs"]))
@@ -118,7 +97,7 @@ def with_interval(values: Mapping[str, float]) -> dict[str, float]:
 def announce(
     recipe: Recipe, world: int, origin: str, train: Dataset, held_out: Dataset, notes: Sequence[str]
 ) -> None:
-    """What is about to run, before the first step; `notes` are warnings that only its weights could
+    """Print the run that is about to start; `notes` are warnings that only its weights could
     give."""
     p = recipe.parallel
     data = world // p.model
@@ -135,8 +114,20 @@ def announce(
     sys.stdout.flush()
 
 
+def announce_complete(recipe: Recipe, checkpoint: Path) -> None:
+    """Print that nothing is left to do, and how to get the Hugging Face folder where it lacks."""
+    folder = recipe.run.dir
+    print(f"{recipe.name}: complete already, {checkpoint}; a larger run.steps continues it")
+    if recipe.run.export_hf and not Path(folder, "hf").exists():
+        print(
+            "  its Hugging Face folder: tools/megatron_to_hf.py"
+            f" checkpoint={folder}/final out={folder}/hf"
+        )
+    sys.stdout.flush()
+
+
 def close_run(directory: Path, recipe: Recipe) -> None:
-    """figures/ and report.html."""
+    """Write figures/ and report.html."""
     write_report(
         [directory], directory / "report.html", title=recipe.name, figures_to=directory / "figures"
     )

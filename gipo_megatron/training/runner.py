@@ -13,9 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from gipo_megatron.environment import commit
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
-from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.mesh import Mesh, mesh_session
 from gipo_megatron.metrics import Metric, Metrics
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.roles import Stateful
@@ -26,6 +27,7 @@ from gipo_megatron.telemetry.sinks import Sink, make_sinks
 from gipo_megatron.training import run_folder
 from gipo_megatron.training.assembly import Assembly, assemble
 from gipo_megatron.types import StepResult
+from gipo_megatron.weights.checkpoints import CheckpointMeta, latest, read_meta
 from gipo_megatron.weights.sources import check_tokenizer
 
 # seconds; torchrun forwards a terminal's Ctrl-C, so every worker sees one press twice
@@ -33,8 +35,8 @@ REPEATED_SIGNAL = 2.0
 
 
 class Interrupt:
-    """SIGTERM, SIGUSR1 and the first Ctrl-C: finish the step, checkpoint, end. A second Ctrl-C
-    stops at once."""
+    """SIGTERM, SIGUSR1 and the first Ctrl-C end the run after the step and a checkpoint; a second
+    Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -59,12 +61,12 @@ class Interrupt:
 
 @dataclass
 class Progress:
-    """What the loop itself remembers over a restart."""
+    """The loop's own state, kept over a restart."""
 
     step: int = 0  # iterations done
-    best: float | None = None  # best held-out figure so far
-    best_step: int = 0  # and where
-    stale: int = 0  # evaluations since
+    best: float | None = None  # best held-out score, accuracy or -loss so far
+    best_step: int = 0  # its step
+    stale: int = 0  # evaluations since then
     skipped: int = 0  # consecutive steps with a non-finite loss or gradient
     data: str = ""  # fingerprint of the training rows
 
@@ -76,25 +78,14 @@ class Progress:
 
 
 def train(recipe: Recipe) -> None:
-    """The whole run a recipe describes. Collective: every rank calls it. Raises UserError for what
-    the user can mend."""
-    mesh = Mesh.create(recipe.parallel, recipe.run.seed, recipe.precision.deterministic)
-    try:
+    """Run a whole recipe. Collective: every rank calls it. Raises UserError for what the user can
+    correct."""
+    with mesh_session(recipe.parallel, recipe.run.seed, recipe.precision.deterministic) as mesh:
         train_on(mesh, recipe)
-    except UserError as error:
-        mesh.report(str(error))
-        raise
-    # a rank that stops breaks its connections: the others would show those, not the reason
-    except Exception:
-        if reason := mesh.reported():
-            raise UserError(reason) from None
-        raise
-    finally:
-        mesh.close()
 
 
 def train_on(mesh: Mesh, recipe: Recipe) -> None:
-    """The same on a mesh that is there; several runs may follow each other in one world."""
+    """Run a recipe on an existing mesh; several runs may follow each other in one world."""
     interrupt = Interrupt()
     sinks: list[Sink] = []
     try:
@@ -102,17 +93,7 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
         start_from = find_checkpoint(recipe, directory)
         if start_from is not None and is_complete(recipe, directory, start_from):
             if mesh.is_main:
-                print(
-                    f"{recipe.name}: complete already, {start_from}; a larger run.steps"
-                    " continues it",
-                    flush=True,
-                )
-                if recipe.run.export_hf and not (directory / "hf").exists():
-                    print(
-                        "  its Hugging Face folder: tools/megatron_to_hf.py"
-                        f" checkpoint={directory}/final out={directory}/hf",
-                        flush=True,
-                    )
+                run_folder.announce_complete(recipe, start_from)
             return
         if mesh.is_main:
             run_folder.check_writable(directory)
@@ -123,8 +104,7 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
 
         timer = PhaseTimer(show)
         parts = assemble(recipe, mesh, timer.phase)
-        # mcore collects garbage at every save; what is there to stay need not be walked through
-        # each time
+        # mcore collects garbage at every save; objects that stay need not be visited each time
         gc.freeze()
         Run(recipe, mesh, parts, sinks, timer, interrupt, directory).run(start_from)
     finally:
@@ -135,10 +115,10 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
 
 
 def find_checkpoint(recipe: Recipe, directory: Path) -> Path | None:
-    """Where `run.resume` says to continue from; None: at the beginning."""
+    """Return the checkpoint that `run.resume` continues from; None: start at the beginning."""
     resume = recipe.run.resume
     if resume == "auto":
-        return checkpoint.latest(directory / "checkpoints")
+        return latest(directory / "checkpoints")
     if resume == "never":
         if (directory / "metrics.jsonl").exists():
             raise UserError(
@@ -147,18 +127,14 @@ def find_checkpoint(recipe: Recipe, directory: Path) -> Path | None:
                 fix="choose another run.dir, or run.resume=auto",
             )
         return None
-    checkpoint.read_meta(Path(resume))
+    read_meta(Path(resume))
     return Path(resume)
 
 
 def is_complete(recipe: Recipe, directory: Path, newest: Path) -> bool:
-    """Whether there is nothing left to do: the last step is done, and `final` is its checkpoint."""
+    """Return whether the last step is done and `final` is its checkpoint."""
     final = directory / "final"
-    return (
-        checkpoint.read_meta(newest)["step"] >= recipe.run.steps
-        and final.exists()
-        and final.samefile(newest)
-    )
+    return read_meta(newest).step >= recipe.run.steps and final.exists() and final.samefile(newest)
 
 
 @dataclass
@@ -180,7 +156,7 @@ class Run:
         if run.eval_every and progress.step == 0:
             values, samples = self._evaluate()
             self._log(0, values, samples)
-        self.timer.metrics()  # nor is the set-up of the first
+        self.timer.metrics()  # the set-up is no part of the first step
         ending = "" if progress.step < run.steps else "complete"
         while not ending:
             result = self.parts.algorithm.step(progress.step)
@@ -204,7 +180,7 @@ class Run:
     # -------------------------------------------------------------------------------------- numbers
 
     def _values(self, result: StepResult) -> dict[str, float]:
-        """One row of the log: the step's metrics over all replicas, times, memory, speed."""
+        """Return one row of the log: metrics over all replicas, times, memory, speed."""
         metrics: Metrics = {
             **result.metrics,
             **self.timer.metrics(),
@@ -224,7 +200,8 @@ class Run:
         return run_folder.with_interval(reduce_metrics(metrics, self.mesh.data_parallel)), samples
 
     def _judge(self, held_out: Mapping[str, float]) -> bool:
-        """Whether this evaluation is the best so far: score or accuracy up, or loss down."""
+        """Return whether this evaluation is the best so far: score or accuracy up, or loss
+        down."""
         figure = next(
             (sign * held_out[name] for name, sign in run_folder.JUDGED_BY if name in held_out),
             math.nan,
@@ -264,7 +241,7 @@ class Run:
     # ---------------------------------------------------------------------------------- how it ends
 
     def _ending(self, values: Mapping[str, float]) -> str:
-        """Why the run ends after this step; empty: it goes on. The same on every rank."""
+        """Return why the run ends after this step; empty: it goes on. The same on every rank."""
         run, progress = self.recipe.run, self.progress
         if progress.skipped >= run.max_skipped:
             raise UserError(
@@ -272,7 +249,7 @@ class Run:
                 f" {progress.step}; rows in alerts.jsonl)",
                 where=(
                     "the last good checkpoint is"
-                    f" {checkpoint.latest(self.directory / 'checkpoints') or 'none yet'}"
+                    f" {latest(self.directory / 'checkpoints') or 'none yet'}"
                 ),
                 fix=(
                     "lower the learning rate, look at those rows, or use precision.dtype=fp32; then"
@@ -285,14 +262,14 @@ class Run:
             return f"kl/mean {values['kl/mean']:.4g} > run.stop.kl_above {run.stop.kl_above:g}"
         if run.stop.score_patience is not None and progress.stale >= run.stop.score_patience:
             return (
-                f"no better held-out figure in {progress.stale} evaluations"
+                f"no better held-out score in {progress.stale} evaluations"
                 " (run.stop.score_patience)"
             )
         return "complete" if progress.step >= run.steps else ""
 
     def _end(self, ending: str) -> None:
-        """Links, figures, the Hugging Face folder, the last line. An interrupted run has no
-        `final`: it is not at its end."""
+        """Write links, figures, the Hugging Face folder, the last line. An interrupted run gets no
+        `final`."""
         last = self.directory / "checkpoints" / f"step_{self.progress.step}"
         done = not ending.startswith("interrupted")
         if done and self.recipe.run.export_hf:
@@ -314,14 +291,13 @@ class Run:
         )
 
     def _export(self) -> None:
-        """RUN/hf: the policy, or the reward model. Collective."""
-        # seconds of imports, which a run without an export need not spend
-        from gipo_megatron.conversion.convert import export_run
+        """Write RUN/hf: the policy, or the reward model. Collective."""
+        # imported here: it takes seconds, and most runs export nothing
+        from gipo_megatron.conversion.export import export_run
 
         role, engine = next(iter(self.parts.trained.items()))
-        meta = {"step": self.progress.step, **self._about()}
         shown = Display(self.mesh.is_main and "console" in self.recipe.run.loggers)
-        export_run(self.directory / "hf", role, engine, self.parts.tokenizer, meta, shown)
+        export_run(self.directory / "hf", role, engine, self.parts.tokenizer, self._meta(), shown)
 
     # ---------------------------------------------------------------------------------- checkpoints
 
@@ -333,36 +309,35 @@ class Run:
                 "algorithm": algorithm.state_dict() if isinstance(algorithm, Stateful) else {},
                 "alerts": self.recipe.alerts.state_dict(),
             }
-            step, keep = self.progress.step, self.recipe.run.keep
             path = checkpoint.save(
                 folder,
-                step,
                 self.parts.trained,
                 self.mesh,
+                self._meta(),
                 state,
-                self._about(),
                 self._extra_files,
-                keep,
+                self.recipe.run.keep,
             )
             if best and self.mesh.is_main:
                 checkpoint.link(self.directory / "best", path)
 
-    def _about(self) -> dict[str, Any]:
-        """What a checkpoint says of its origin."""
+    def _meta(self) -> CheckpointMeta:
+        """Step and origin of a checkpoint written now."""
         recipe, tokenizer = self.recipe, self.parts.tokenizer
-        return {
-            "tokenizer": tokenizer.fingerprint,
-            "chat_template": tokenizer.chat_template,
-            "template": recipe.data.template,
-            "style": self.parts.train.rows[0].style,
-            "recipe": recipe.name,
-            "hub": recipe.model.hub,
-            "commit": run_folder.commit(),
-            "parallel": vars(recipe.parallel),
-        }
+        return CheckpointMeta(
+            step=self.progress.step,
+            recipe=recipe.name,
+            hub=recipe.model.hub,
+            commit=commit(),
+            parallel=vars(recipe.parallel),
+            tokenizer=tokenizer.fingerprint,
+            chat_template=tokenizer.chat_template,
+            template=recipe.data.template,
+            style=self.parts.train.rows[0].style,
+        )
 
     def _extra_files(self, folder: Path) -> None:
-        """A checkpoint is complete in itself: the tokenizer and the recipe travel with it."""
+        """Write the tokenizer and the recipe: a checkpoint is complete in itself."""
         self.parts.tokenizer.save(folder / "tokenizer")
         (folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
 
@@ -379,7 +354,7 @@ class Run:
             self.recipe.alerts.load_state_dict(state["alerts"])
             if self.progress.data != fingerprint:
                 raise UserError(
-                    f"the training data are not those of {path}",
+                    f"the training data differ from those of {path}",
                     where="data",
                     fix=(
                         "resume with the same data, or start a new run.dir with models.<role>.load"
@@ -389,7 +364,8 @@ class Run:
         self.progress.data = fingerprint
 
     def _begin(self, origin: str) -> None:
-        """All is built and loaded: from here on the run folder changes. Rank 0 only."""
+        """Begin to write: all is built and loaded, and only now the run folder changes. Rank 0
+        only."""
         recipe, directory, step = self.recipe, self.directory, self.progress.step
         run_folder.open_run(recipe, directory)
         checkpoint.discard_after(directory / "checkpoints", step)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import write_json
 from gipo_megatron.specs import Architecture, HeadSpec
 
 FORMAT, VERSION = "gipo_megatron", 2  # 2: FP8 scaling state as tensors; all else as in 1
@@ -53,8 +54,7 @@ class CheckpointMeta:
     style: str | None = None  # of the data: a single prompt, or messages
 
     def write(self, folder: Path) -> None:
-        content = {"format": FORMAT, **asdict(self)}
-        (folder / "meta.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_json(folder / "meta.json", {"format": FORMAT, **asdict(self)})
 
 
 def parse_meta(path: Path) -> CheckpointMeta | None:

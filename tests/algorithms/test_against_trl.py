@@ -25,6 +25,8 @@ from gipo_megatron.algorithms.sft import SFT
 from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.tokenizer import byte_tokenizer
+from gipo_megatron.megatron.build import build_engine
+from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronReference, MegatronRewardModel
 from gipo_megatron.specs import Optimisation, Parallel, Precision
@@ -153,20 +155,21 @@ class Gradients:
         return Update(metrics)
 
 
-def role(cls: type, folder: Path, **more: Any) -> Any:
-    common = {
-        "architecture": ARCHITECTURE,
-        "precision": Precision("fp32"),
-        "micro_batch": 2,
-        "seed": 0,
-        "load": str(folder),
-    }
-    return cls(mesh=Mesh.create(Parallel()), **common, **more)
+def engine(role: str, folder: Path, optimisation: Optimisation | None = None) -> Engine:
+    return build_engine(
+        role,
+        Mesh.create(Parallel()),
+        ARCHITECTURE,
+        Precision("fp32"),
+        micro_batch=2,
+        load=str(folder),
+        optimisation=optimisation,
+    )
 
 
 def actor(folder: Path) -> Gradients:
-    more = {"optimisation": Optimisation(lr=1e-3), "eos_id": 258, "pad_id": 256, "decode": str}
-    return Gradients(role(MegatronActor, folder / "policy", **more))
+    policy = engine("actor", folder / "policy", Optimisation(lr=1e-3))
+    return Gradients(MegatronActor(policy, eos_id=258, pad_id=256, decode=str))
 
 
 def agree(mine: Gradients, loss: float, batch: Any, trl: dict[str, Any]) -> None:
@@ -186,7 +189,10 @@ def agree(mine: Gradients, loss: float, batch: Any, trl: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("case", DPO_KEYS)
 def test_dpo(case: str, folder: Path, theirs: dict[str, dict[str, Any]]) -> None:
-    policy, reference = actor(folder), LiveReference(role(MegatronReference, folder / "reference"))
+    policy, reference = (
+        actor(folder),
+        LiveReference(MegatronReference(engine("reference", folder / "reference"))),
+    )
     batch, _ = rows_as("preference", folder).pairs_at(range(len(ROWS)))
     page = DPO(
         **DPO_KEYS[case],
@@ -213,7 +219,7 @@ def test_reward_model(
     """TRL's loss holds the centring; our metric is the preference term alone, so the second is
     compared by its gradient."""
     reward = Gradients(
-        role(MegatronRewardModel, folder / "reward", optimisation=Optimisation(lr=1e-3))
+        MegatronRewardModel(engine("reward", folder / "reward", Optimisation(lr=1e-3)))
     )
     batch, _ = rows_as("preference", folder).pairs_at(range(len(ROWS)))
     page = RewardModelling(

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from gipo_megatron.data.tokenizer import byte_tokenizer
 from gipo_megatron.megatron import checkpoint
-from gipo_megatron.megatron.engine import Engine
+from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.roles import load_into
 from gipo_megatron.specs import Parallel, Precision
+from gipo_megatron.weights.checkpoints import CheckpointMeta
 from gipo_megatron.weights.hf_config import architecture_from_hf
 
 SIZES = {  # heads ≠ kv heads ≠ layers, head_dim ≠ hidden / heads, an odd vocabulary
@@ -108,26 +108,17 @@ def layout_checkpoints(out: Path, mesh: Mesh) -> list[str]:
         mesh = Mesh.create(parallel, seed=1)
         for name, dtype in cases:
             folder = out / f"{name}_{dtype}"
-            role, head = ("reward", "score") if name.endswith("scorer") else ("actor", None)
-            architecture = architecture_from_hf(folder / "hf")
-            engine = Engine(
-                mesh,
-                architecture,
-                Precision(DTYPES[dtype]),
-                micro_batch=1,
-                seed=0,
-                head=head,
-                initialise=False,
+            role = "reward" if name.endswith("scorer") else "actor"
+            hf = folder / "hf"
+            engine = build_engine(
+                role, mesh, architecture_from_hf(hf), Precision(DTYPES[dtype]), load=str(hf)
             )
-            load_into(engine, str(folder / "hf"), role)
-            meta = {"step": 3, "recipe": "r", "hub": "", "commit": "c"}
             checkpoint.write(
                 folder / layout,
                 {role: engine},
                 mesh,
-                {},
-                meta,
-                lambda work: byte_tokenizer().save(work / "tokenizer"),
+                CheckpointMeta(3, recipe="r", commit="c"),
+                extra_files=lambda work: byte_tokenizer().save(work / "tokenizer"),
             )
             written.append(f"{name}_{dtype}/{layout}")
     return written

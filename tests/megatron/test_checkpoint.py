@@ -12,9 +12,11 @@ import torch
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.build import load_into
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.roles import MegatronCritic, MegatronReference, MegatronRewardModel
-from tests.parity.roles import common, digest, fill, new_actor, new_critic
+from gipo_megatron.megatron.roles import MegatronCritic
+from gipo_megatron.weights.checkpoints import CheckpointMeta, latest, weights_kind
+from tests.parity.roles import digest, engine, new_actor, new_critic, new_reward
 from tests.parity.tiny import ARCHITECTURE, GROUP, critic_loss, pair_loss, pairs, weighted
 
 pytestmark = pytest.mark.global_rng
@@ -24,16 +26,15 @@ pytestmark = pytest.mark.global_rng
 def folder(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward model after one step, and an untrained actor, in step_7."""
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
-    reward = fill(MegatronRewardModel(**common(mesh)))
+    reward = new_reward(mesh)
     reward.update((pairs(), pair_loss))
     roles = {"actor": new_actor(mesh, optimisation=None).engine, "reward": reward.engine}
     path = checkpoint.save(
         directory,
-        7,
         roles,
         mesh,
+        CheckpointMeta(7, tokenizer="abc"),
         {"moments": torch.ones(2)},
-        {"tokenizer": "abc"},
         lambda p: (p / "recipe.yaml").write_text("x: 1"),
     )
     assert path == directory / "step_7"
@@ -70,7 +71,7 @@ def test_the_optimizer_is_gathered_on_the_host(
     actor = new_actor(mesh)
     monkeypatch.setattr(torch.Tensor, "cuda", through_the_gpu)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-    checkpoint.save(tmp_path, 1, {"actor": actor.engine}, mesh, {}, {})
+    checkpoint.save(tmp_path, {"actor": actor.engine}, mesh, CheckpointMeta(1))
     assert emptied == [1]
 
 
@@ -78,7 +79,7 @@ def test_a_checkpoint_of_version_1(mesh: Mesh, tmp_path: Path) -> None:
     """It has no FP8 scaling state, not even an empty one."""
     critic = new_critic(mesh)
     critic.update((weighted(), critic_loss))
-    path = checkpoint.save(tmp_path, 1, {"critic": critic.engine}, mesh, {}, {})
+    path = checkpoint.save(tmp_path, {"critic": critic.engine}, mesh, CheckpointMeta(1))
     common = torch.load(path / "critic" / "common.pt", weights_only=True)
     assert common.pop("scaling") == {}
     torch.save(common, path / "critic" / "common.pt")
@@ -96,62 +97,63 @@ def test_a_checkpoint_of_version_1(mesh: Mesh, tmp_path: Path) -> None:
 
 
 def test_latest_ignores_unfinished(folder: Path, tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path / "none") is None
+    assert latest(tmp_path / "none") is None
     for name in ("step_2", "step_10", "step_11.tmp", "step_12", "other"):
         (tmp_path / name).mkdir()
     for name in ("step_2", "step_10", "step_11.tmp"):
         (tmp_path / name / "meta.json").write_text("{}")
-    found = checkpoint.latest(tmp_path)
+    found = latest(tmp_path)
     assert found is not None and found.name == "step_10"  # 12 has no meta.json, 11 no final name
 
 
 def test_keep_and_links(mesh: Mesh, tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     for step in (1, 2, 3, 4):
-        path = checkpoint.save(directory, step, {}, mesh, {}, {}, keep=2)
+        path = checkpoint.save(directory, {}, mesh, CheckpointMeta(step), keep=2)
         if step == 1:
             checkpoint.link(tmp_path / "best", path)
     assert sorted(p.name for p in directory.iterdir()) == ["step_1", "step_3", "step_4"]
     checkpoint.link(tmp_path / "best", directory / "step_4")
     assert (tmp_path / "best").readlink() == Path("checkpoints/step_4")
-    checkpoint.save(directory, 4, {}, mesh, {"again": 1}, {}, keep=2)  # the same step once more
+    # the same step once more
+    checkpoint.save(directory, {}, mesh, CheckpointMeta(4), {"again": 1}, keep=2)
     assert checkpoint.restore(tmp_path / "best", {}, mesh) == {"again": 1}
 
 
 def test_kind(folder: Path, tmp_path: Path) -> None:
-    assert checkpoint.kind(folder) == "checkpoint"
+    assert weights_kind(folder) == "checkpoint"
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"found: config\.json"):
-        checkpoint.kind(tmp_path)
+        weights_kind(tmp_path)
     (tmp_path / "model.safetensors").write_text("")
-    assert checkpoint.kind(tmp_path) == "huggingface"
+    assert weights_kind(tmp_path) == "huggingface"
     with pytest.raises(UserError, match=r"newest checkpoint is .*step_7"):
-        checkpoint.kind(folder.parent)
+        weights_kind(folder.parent)
     with pytest.raises(UserError, match="nothing to load"):
-        checkpoint.kind(tmp_path / "missing")
+        weights_kind(tmp_path / "missing")
 
 
 def test_weights_by_role(folder: Path, mesh: Mesh) -> None:
-    reward = MegatronRewardModel(**common(mesh, seed=4, load=str(folder)))
-    assert reward.loaded_from == "reward"
-    critic = MegatronCritic(**common(mesh, seed=5, load=str(folder), head=GROUP))
-    assert critic.loaded_from == "reward" and critic.engine.group_head is not None
-    theirs, ours = dict(reward.engine.export()), dict(critic.engine.export())
+    reward = engine("reward", mesh, seed=4)
+    assert load_into(reward, str(folder), "reward") == "reward"
+    critic = engine("critic", mesh, seed=5, group=GROUP)
+    assert load_into(critic, str(folder), "critic") == "reward" and critic.group_head is not None
+    theirs, ours = dict(reward.export()), dict(critic.export())
     # the score head is the value head
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[n], ours[n]) for n in ours)
-    plain = {k: v for k, v in common(mesh, seed=6, load=str(folder)).items() if k != "optimisation"}
-    assert MegatronReference(**plain).loaded_from == "actor"
+    reference = engine("reference", mesh, seed=6, optimisation=None)
+    assert load_into(reference, str(folder), "reference") == "actor"
 
 
 def test_a_new_reward_model_takes_the_actors_trunk(
     folder: Path, mesh: Mesh, tmp_path: Path
 ) -> None:
     actor = new_actor(mesh, optimisation=None)
-    path = checkpoint.save(tmp_path, 1, {"actor": actor.engine}, mesh, {}, {})
-    fresh = dict(MegatronRewardModel(**common(mesh, seed=5)).engine.export())
-    reward = MegatronRewardModel(**common(mesh, seed=5, load=str(path)))
-    assert reward.loaded_from == "actor"
-    trunk, ours = dict(actor.engine.export()), dict(reward.engine.export())
+    path = checkpoint.save(tmp_path, {"actor": actor.engine}, mesh, CheckpointMeta(1))
+    fresh = dict(engine("reward", mesh, seed=5).export())
+    reward = engine("reward", mesh, seed=5)
+    assert load_into(reward, str(path), "reward") == "actor"
+    trunk, ours = dict(actor.engine.export()), dict(reward.export())
     assert torch.equal(ours["score.weight"], fresh["score.weight"])
     assert torch.equal(
         ours["model.layers.3.mlp.up_proj.weight"], trunk["model.layers.3.mlp.up_proj.weight"]
@@ -161,15 +163,14 @@ def test_a_new_reward_model_takes_the_actors_trunk(
 def test_a_group_head_comes_along_when_it_fits(mesh: Mesh, tmp_path: Path) -> None:
     critic = new_critic(mesh)
     critic.update((weighted(), critic_loss))
-    path = checkpoint.save(tmp_path, 1, {"critic": critic.engine}, mesh, {}, {})
-    same = MegatronCritic(**common(mesh, seed=8, load=str(path), head=GROUP))
+    path = checkpoint.save(tmp_path, {"critic": critic.engine}, mesh, CheckpointMeta(1))
+    same = MegatronCritic(engine("critic", mesh, seed=8, load=str(path), group=GROUP))
     assert digest(same) == digest(critic)
-    wider = MegatronCritic(
-        **common(mesh, seed=8, load=str(path), head=replace(GROUP, num_groups=3))
-    )
-    assert wider.engine.group_head is not None and wider.engine.group_head.weight.shape == (3, 32)
+    three = replace(GROUP, num_groups=3)
+    wider = engine("critic", mesh, seed=8, load=str(path), group=three)
+    assert wider.group_head is not None and wider.group_head.weight.shape == (3, 32)
     with pytest.raises(UserError, match="saved with 2 groups, this run has 3"):
-        checkpoint.restore(path, {"critic": wider.engine}, mesh)
+        checkpoint.restore(path, {"critic": wider}, mesh)
 
 
 def test_refusals(folder: Path, mesh: Mesh) -> None:
@@ -177,7 +178,7 @@ def test_refusals(folder: Path, mesh: Mesh) -> None:
     with pytest.raises(
         UserError, match="num_layers: there 4, here 2; norm_eps: there 1e-05, here 1e-06"
     ):
-        MegatronRewardModel(**common(mesh, load=str(folder), architecture=deeper))
+        engine("reward", mesh, load=str(folder), architecture=deeper)
     with pytest.raises(UserError, match="no 'critic'; it has actor, reward"):
         checkpoint.restore(folder, {"critic": new_critic(mesh).engine}, mesh)
     with pytest.raises(UserError, match="without its optimizer"):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.build import snapshot_of
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.roles import MegatronReference, MegatronRewardModel
 from gipo_megatron.specs import Sampling
 from gipo_megatron.types import Prompts
-from tests.parity.roles import common, fill, new_actor, new_critic
+from gipo_megatron.weights.hf_config import config_for
+from tests.parity.roles import new_actor, new_critic, new_reward
 from tests.parity.tiny import (
+    ARCHITECTURE,
     GROUP,
     hf_critic,
     hf_hidden,
@@ -41,7 +45,7 @@ def test_logprobs_and_entropy(mesh: Mesh) -> None:
 
 def test_values_and_group_logits(mesh: Mesh) -> None:
     rows = weighted()
-    critic = new_critic(mesh, head=GROUP)
+    critic = new_critic(mesh, group=GROUP)
     head = critic.engine.group_head
     assert head is not None
     found = critic.evaluate(rows)
@@ -53,13 +57,13 @@ def test_values_and_group_logits(mesh: Mesh) -> None:
     torch.testing.assert_close(
         found.group_logits, expected.group_logits.detach(), atol=1e-5, rtol=1e-5
     )
-    assert new_critic(mesh, head=None).evaluate(rows).group_logits is None
+    assert new_critic(mesh, group=None).evaluate(rows).group_logits is None
 
 
 def test_scores_of_pairs(mesh: Mesh) -> None:
     rows = pairs().sequences
     hidden = hf_hidden(hf_model(), rows)[torch.arange(8), rows.lengths - 1]
-    found = fill(MegatronRewardModel(**common(mesh))).score(pairs())
+    found = new_reward(mesh).score(pairs())
     torch.testing.assert_close(found, (hidden @ score_weight()[0]).detach(), atol=1e-5, rtol=1e-5)
 
 
@@ -83,9 +87,9 @@ def test_greedy_generation(mesh: Mesh) -> None:
             assert rollout.tokens[row, : len(text)].tolist() == text
 
 
-def test_a_live_reference_must_fit(mesh: Mesh) -> None:
-    actor = new_actor(mesh)
-    keys = {k: v for k, v in common(mesh).items() if k != "optimisation"}
-    keys["architecture"] = replace(keys["architecture"], rope_base=5e5)
-    with pytest.raises(UserError, match="another architecture"):
-        MegatronReference(**keys, offload="cpu", live=actor)
+def test_a_swapped_reference_must_fit(mesh: Mesh, tmp_path: Path) -> None:
+    other = replace(ARCHITECTURE, rope_base=5e5)
+    (tmp_path / "config.json").write_text(json.dumps(config_for(other, "float32")))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="another architecture: rope_base: there 500000"):
+        snapshot_of(new_actor(mesh).engine, str(tmp_path), "reference")

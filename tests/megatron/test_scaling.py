@@ -14,11 +14,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.checkpoint import writing
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.offload import Snapshot
 from gipo_megatron.megatron.roles import MegatronActor
 from gipo_megatron.megatron.scaling import Scaling
 from gipo_megatron.specs import Precision
+from gipo_megatron.weights.checkpoints import CheckpointMeta
 from tests.parity.roles import new_actor
 from tests.parity.te import FakeLinear, as_bytes, fake_fp8, numbered, story
 from tests.parity.tiny import language_loss, pretraining
@@ -151,7 +153,7 @@ def saved(mesh: Mesh, folder: Path, fp8: str = "delayed") -> Path:
     actor.engine.scaling.write(SCALING)
     if fp8 != "delayed":
         actor.engine.scaling = Scaling(actor.engine.chunks, Precision("bf16", fp8))
-    return checkpoint.save(folder, 1, {"actor": actor.engine}, mesh, {}, {})
+    return checkpoint.save(folder, {"actor": actor.engine}, mesh, CheckpointMeta(1))
 
 
 @pytest.mark.parametrize("how", ["restore", "load_weights"])
@@ -218,7 +220,7 @@ def test_foreign_pickles_are_never_read(
     made, bomb = tmp_path / "made", Bomb(tmp_path / "made")
     with monkeypatch.context() as patch:
         patch.setattr(FakeLinear, "get_extra_state", lambda self: as_bytes(bomb))
-        patch.setattr(checkpoint, "without_extra_states", dict)
+        patch.setattr(writing, "without_extra_states", dict)
         path = saved(mesh, tmp_path, fp8="tensorwise")
     stored = torch_checkpoint.FileSystemReader(path / "actor").read_metadata().state_dict_metadata
     assert sum("fake._extra_state" in key for key in stored) == 4

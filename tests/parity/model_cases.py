@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from gipo_megatron.megatron.checkpoint import _InlineSave
+from gipo_megatron.megatron.checkpoint.sharded import InlineSave
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.heads import GroupHead, take_hidden
 from gipo_megatron.megatron.hf import export_weights, load_hf
@@ -313,7 +313,7 @@ def run(out: Path) -> dict[str, Any]:
                 dist_checkpointing.save(
                     trained_group_head(mesh).sharded_state(),
                     str(stored),
-                    sharded_strategy=_InlineSave("torch_dist", 1),
+                    sharded_strategy=InlineSave("torch_dist", 1),
                 )
         if layout == "pipeline":
             head = GroupHead(HeadSpec(2, "prompt", detach_trunk=True), 8, mesh, seed=4)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
     MegatronActor,
@@ -63,15 +64,15 @@ def allocated(mesh: Mesh, dtype: str) -> dict[str, list[int]]:
     architecture."""
     arguments = common(mesh, architecture=tiny_architecture(), precision=Precision(dtype))
     frozen = {key: value for key, value in arguments.items() if key != "optimisation"}
-    actor = MegatronActor(**arguments, eos_id=1, pad_id=0, decode=str)
-    critic = MegatronCritic(**arguments)
+    actor = MegatronActor(build_engine("actor", **arguments), eos_id=1, pad_id=0, decode=str)
+    critic = MegatronCritic(build_engine("critic", **arguments))
     assert actor.update(*parts_of("actor", mesh)).skipped is None
     assert critic.update(*parts_of("critic", mesh)).skipped is None
     roles = {
         "actor": actor,
         "critic": critic,
-        "reference": MegatronReference(**frozen),
-        "reward": MegatronRewardModel(**frozen),
+        "reference": MegatronReference(build_engine("reference", **frozen)),
+        "reward": MegatronRewardModel(build_engine("reward", **frozen)),
     }
     return {name: state_bytes(role.engine) for name, role in roles.items()}
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from gipo_megatron.megatron.build import build_engine
+from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.hf import load_hf
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic
+from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
 from gipo_megatron.specs import Optimisation, Precision
 from gipo_megatron.types import Loss, Rows
 from tests.parity.tiny import (
@@ -40,15 +42,18 @@ def mine(mesh: Mesh, rows: Rows) -> Rows:
 
 
 def common(mesh: Mesh, **changes: Any) -> dict[str, Any]:
+    """What `build_engine` takes."""
     base = {
         "mesh": mesh,
         "architecture": ARCHITECTURE,
         "precision": Precision("fp32"),
         "micro_batch": 2,
-        "seed": 0,
-        "load": "random",
     }
     return {**base, "optimisation": ADAM, **changes}
+
+
+def engine(role: str, mesh: Mesh, **changes: Any) -> Engine:
+    return build_engine(role, **common(mesh, **changes))
 
 
 def fill(role: Any, model: LlamaForCausalLM | None = None) -> Any:
@@ -62,11 +67,15 @@ def fill(role: Any, model: LlamaForCausalLM | None = None) -> Any:
 
 
 def new_actor(mesh: Mesh, **changes: Any) -> MegatronActor:
-    return fill(MegatronActor(**common(mesh, **changes), eos_id=1, pad_id=0, decode=str))
+    return fill(MegatronActor(engine("actor", mesh, **changes), eos_id=1, pad_id=0, decode=str))
 
 
 def new_critic(mesh: Mesh, **changes: Any) -> MegatronCritic:
-    return fill(MegatronCritic(**common(mesh, **{"head": GROUP, **changes})))
+    return fill(MegatronCritic(engine("critic", mesh, **{"group": GROUP, **changes})))
+
+
+def new_reward(mesh: Mesh, **changes: Any) -> MegatronRewardModel:
+    return fill(MegatronRewardModel(engine("reward", mesh, **changes)))
 
 
 def parts_of(kind: str, mesh: Mesh) -> list[tuple[Rows, Callable[..., Loss]]]:

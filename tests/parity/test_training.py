@@ -17,6 +17,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
+from gipo_megatron.weights.checkpoints import CheckpointMeta
 from tests.parity import plain_ppo
 from tests.parity.dpo_cases import VARIANTS as DPO_VARIANTS
 from tests.parity.launch import ranks
@@ -276,7 +277,7 @@ def test_what_two_replicas_wrote_is_what_one_process_has(
     roles = {name: role.engine for name, role in both(mesh, precision=BF16).items()}
     theirs = ranks(2, tmp_path_factory)[0] / "bf16_dp2" / "step_3"
     state = checkpoint.restore(theirs, roles, mesh)
-    ours = checkpoint.save(tmp_path, 3, roles, mesh, state, {})
+    ours = checkpoint.save(tmp_path, roles, mesh, CheckpointMeta(3), state)
     # layers are stacked; a group head has its own Adam
     for role, tensors in (("actor", 4 * 9), ("critic", 4 * 9 + 7)):
         before, after = stored(theirs / role), stored(ours / role)

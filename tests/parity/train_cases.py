@@ -14,23 +14,25 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.megatron import checkpoint, optimizer
+from gipo_megatron.megatron.build import snapshot_of
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
     MegatronActor,
     MegatronCritic,
     MegatronReference,
-    MegatronRewardModel,
 )
 from gipo_megatron.specs import Parallel, Precision
 from gipo_megatron.types import Loss, TokenStats
+from gipo_megatron.weights.checkpoints import CheckpointMeta
 from tests.parity.roles import (
-    common,
     digest,
     digest_of,
+    engine,
     fill,
     mine,
     new_actor,
     new_critic,
+    new_reward,
     parts_of,
 )
 from tests.parity.te import fake_fp8, numbered, story
@@ -56,11 +58,7 @@ def gradient_cell(mesh: Mesh, variant: str, micro_batch: int) -> dict[str, float
     """Relative error per tensor against fp32 autograd: of the reward model's pairs, or of the
     policy's log-likelihood."""
     kind, changes = VARIANTS[variant]
-    role = (
-        fill(MegatronRewardModel(**common(mesh, **changes)))
-        if kind == "reward"
-        else new_actor(mesh, **changes)
-    )
+    role = new_reward(mesh, **changes) if kind == "reward" else new_actor(mesh, **changes)
     role.engine.micro_batch = micro_batch
     _, bad = role.engine.backward(parts_of(kind, mesh), role.readout)
     assert bad == []
@@ -133,8 +131,8 @@ def observing(mesh: Mesh) -> bool:
     """A group head on a detached trunk changes neither value nor trunk, bit for bit, while it
     learns itself."""
     watched, plain = (
-        new_critic(mesh, head=replace(GROUP, detach_trunk=True)),
-        new_critic(mesh, head=None),
+        new_critic(mesh, group=replace(GROUP, detach_trunk=True)),
+        new_critic(mesh, group=None),
     )
     assert watched.engine.group_head is not None
     start = watched.engine.group_head.weight.detach().clone()
@@ -205,20 +203,16 @@ def residency(mesh: Mesh) -> dict[str, Any]:
     the same bits."""
     plain = [new_actor(mesh), new_critic(mesh)]
     moving = [
-        MegatronActor(**common(mesh, offload="cpu"), eos_id=1, pad_id=0, decode=str),
-        MegatronCritic(**common(mesh, offload="cpu", head=GROUP)),
+        MegatronActor(engine("actor", mesh, offload="cpu"), eos_id=1, pad_id=0, decode=str),
+        MegatronCritic(engine("critic", mesh, offload="cpu", group=GROUP)),
     ]
     for role in moving:
         with role.engine.residency.use(training=True):
             fill(role)
     rows = mine(mesh, weighted())
-    own_reference = MegatronReference(
-        **{k: v for k, v in common(mesh, seed=9).items() if k != "optimisation"}
-    )
-    swapped = MegatronReference(
-        **{k: v for k, v in common(mesh, seed=9, offload="cpu").items() if k != "optimisation"},
-        live=moving[0],
-    )
+    own_reference = MegatronReference(engine("reference", mesh, seed=9, optimisation=None))
+    live = moving[0].engine
+    swapped = MegatronReference(live, state=snapshot_of(live, "random", "reference", seed=9))
     away = []
     references: list[Tensor] = []
     for _ in range(2):
@@ -263,9 +257,8 @@ def interrupted(mesh: Mesh, out: Path, **changes: Any) -> dict[str, Any]:
     roles = both(mesh, **changes)
     train(roles, mesh, 3)
     state = {"position": 3, "generator": torch.Generator().manual_seed(1).get_state()}
-    checkpoint.save(
-        out, 3, {k: r.engine for k, r in roles.items()}, mesh, state, {"tokenizer": "bytes"}
-    )
+    engines = {k: r.engine for k, r in roles.items()}
+    checkpoint.save(out, engines, mesh, CheckpointMeta(3, tokenizer="bytes"), state)
     return {"norms": train(roles, mesh, 2), "digests": [digest(r) for r in roles.values()]}
 
 
@@ -298,7 +291,7 @@ def scaling(out: Path, layouts: dict[str, Parallel]) -> dict[str, dict[int, Any]
             engine.scaling.write(
                 {f"0.decoder.layers.{i}.fake": numbered(layer) for i, layer in enumerate(layers)}
             )
-            checkpoint.save(out, 1, {"actor": engine}, mesh, {}, {})
+            checkpoint.save(out, {"actor": engine}, mesh, CheckpointMeta(1))
             engine.scaling.write({})
         checkpoint.restore(out / "step_1", {"actor": engine}, mesh)
         found[name] = {layer: story(fake) for layer, fake in zip(layers, fakes, strict=True)}

@@ -15,12 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.meta_shard import Shard
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
+from gipo_megatron.planning.arithmetic import batch_plan
+from gipo_megatron.planning.counting import count
 from gipo_megatron.planning.memory import Device, State, budget, slot_of, staging
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel, Precision
+from gipo_megatron.weights.checkpoints import CheckpointMeta
 from tests.parity.planning_cases import RECIPES, state_bytes
 from tests.parity.roles import common, mine, parts_of
 from tests.parity.tiny import weighted
@@ -40,12 +44,13 @@ def test_the_same_calls_leave_the_same_bytes(dtype: str) -> None:
     mesh = Mesh.create(Parallel())
     arguments = common(mesh, precision=Precision(dtype))
     frozen = {key: value for key, value in arguments.items() if key != "optimisation"}
-    actor = MegatronActor(**arguments, offload="cpu", eos_id=1, pad_id=0, decode=str)
-    critic = MegatronCritic(**arguments, offload="cpu")
+    away = build_engine("actor", **arguments, offload="cpu")
+    actor = MegatronActor(away, eos_id=1, pad_id=0, decode=str)
+    critic = MegatronCritic(build_engine("critic", **arguments, offload="cpu"))
     roles: dict[str, Any] = {
         "actor": actor,
         "critic": critic,
-        "reward": MegatronRewardModel(**frozen),
+        "reward": MegatronRewardModel(build_engine("reward", **frozen)),
     }
     recipe: Any = SimpleNamespace(
         models={name: SimpleNamespace(offload=offload) for name, offload in OFFLOADED.items()}
@@ -112,11 +117,10 @@ def test_a_save_gathers_what_the_plan_says(dtype: str, tmp_path: Path) -> None:
     """One replica: 9 times the gradient buffer, and nothing else of that order, not even while it
     is written."""
     mesh = Mesh.create(Parallel())
-    actor = MegatronActor(
-        **common(mesh, precision=Precision(dtype)), eos_id=1, pad_id=0, decode=str
-    )
+    engine = build_engine("actor", **common(mesh, precision=Precision(dtype)))
+    actor = MegatronActor(engine, eos_id=1, pad_id=0, decode=str)
     with LiveBytes() as seen:
-        checkpoint.save(tmp_path, 1, {"actor": actor.engine}, mesh, {}, {})
+        checkpoint.save(tmp_path, {"actor": engine}, mesh, CheckpointMeta(1))
     first, other = staging(shard(actor).gradients, 1)
     assert (first, other) == (9 * shard(actor).gradients, 3 * shard(actor).gradients)
     assert seen.most == pytest.approx(first, rel=0.01)
@@ -147,12 +151,14 @@ def test_bytes_moved_by_hand() -> None:
 @pytest.mark.global_rng  # imports what a recipe's names need
 def test_a_gpus_micro_batch_is_as_wide_as_it_is_padded() -> None:
     """1000 tokens are 1024 on a GPU; on a CPU, and at a round length, nothing is added."""
-    wide, plain = (
-        slot_of(compose(["recipe=hh_sft", f"data.max_length={n}"], RECIPES)).length
-        for n in (1000, 2048)
-    )
-    tiny = compose(["recipe=tiny/sft"], RECIPES)
-    assert (wide, plain) == (1024, 2048) and slot_of(tiny).length == tiny.data.max_length
+
+    def length(*words: str) -> int:
+        recipe = compose(words, RECIPES)
+        return slot_of(recipe, batch_plan(recipe, count(recipe))).length
+
+    assert length("recipe=hh_sft", "data.max_length=1000") == 1024
+    assert length("recipe=hh_sft", "data.max_length=2048") == 2048
+    assert length("recipe=tiny/sft", "data.max_length=100") == 100
 
 
 def test_budget() -> None:

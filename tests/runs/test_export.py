@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from gipo_megatron.conversion.convert import to_hf, to_megatron
 from gipo_megatron.data.tokenizer import load_tokenizer
-from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.build import build_engine
+from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
+from gipo_megatron.megatron.roles import MegatronActor, MegatronRewardModel
 from gipo_megatron.specs import Architecture, HeadSpec, Parallel, Precision, Sampling
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.types import Prompts, Sequences
+from gipo_megatron.weights.checkpoints import read_meta
 from tests.conversion import families
 from tests.runs import chain
 
@@ -40,15 +43,9 @@ def architecture(run: Path, role: str) -> Architecture:
     )
 
 
-def settings(mesh: Mesh, run: Path, role: str) -> dict:
-    return {
-        "mesh": mesh,
-        "architecture": architecture(run, role),
-        "precision": Precision("fp32"),
-        "micro_batch": 4,
-        "seed": 0,
-        "load": str(run / "final"),
-    }
+def engine(mesh: Mesh, run: Path, role: str, **more: Any) -> Engine:
+    more = {"load": str(run / "final"), "micro_batch": 4, **more}
+    return build_engine(role, mesh, architecture(run, role), Precision("fp32"), **more)
 
 
 def texts(count: int = 8) -> list[str]:
@@ -70,7 +67,7 @@ def test_the_policy_generates_the_same_tokens(base: Path, mesh: Mesh) -> None:
     # plain text: no chat template
     assert {p.name for p in (run / "hf").iterdir()} == FILES | {"generation_config.json"}
     actor = MegatronActor(
-        **settings(mesh, run, "actor"),
+        engine(mesh, run, "actor"),
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         decode=lambda ids: tokenizer.decode(ids),
@@ -98,7 +95,7 @@ def test_the_reward_model_gives_the_same_scores(base: Path, mesh: Mesh) -> None:
     training."""
     run = base / "rm"
     assert {p.name for p in (run / "hf").iterdir()} == FILES
-    reward = MegatronRewardModel(**settings(mesh, run, "reward"))
+    reward = MegatronRewardModel(engine(mesh, run, "reward"))
     tokenizer = AutoTokenizer.from_pretrained(run / "hf")
     spoken = [text + " Yes, it is." + tokenizer.eos_token for text in texts()]
     batch = tokenizer(spoken, padding=True, return_tensors="pt")
@@ -136,13 +133,11 @@ def test_the_critic_keeps_its_group_head(base: Path, mesh: Mesh, tmp_path: Path)
     )
     heads = []
     for load in (run / "final", tmp_path / "critic", tmp_path / "checkpoint"):
-        common = settings(mesh, run, "critic") | {"load": str(load)}
-        critic = MegatronCritic(**common, head=HeadSpec(2, "prompt", detach_trunk=True))
-        assert critic.engine.group_head is not None
-        heads.append(
-            [critic.engine.group_head.weight.detach(), critic.engine.group_head.bias.detach()]
-        )
-        heads[-1].append(critic.engine.chunks[0].output_layer.weight.detach())
+        group = HeadSpec(2, "prompt", detach_trunk=True)
+        critic = engine(mesh, run, "critic", load=str(load), group=group)
+        assert critic.group_head is not None
+        heads.append([critic.group_head.weight.detach(), critic.group_head.bias.detach()])
+        heads[-1].append(critic.chunks[0].output_layer.weight.detach())
     saved = load_file(tmp_path / "critic" / "group_head.safetensors")
     for w, b, value in heads:
         assert (
@@ -175,7 +170,7 @@ def test_every_layout_exports_the_same_folder(two: Path, mesh: Mesh, tmp_path: P
 
 
 def test_meta_says_where_it_comes_from(base: Path) -> None:
-    meta = checkpoint.read_meta(base / "rm" / "final")
-    assert meta["template"] == "auto" and meta["recipe"] == "tiny/rm" and len(meta["commit"]) >= 7
-    assert meta["roles"]["reward"]["dtype"] == "fp32"
+    meta = read_meta(base / "rm" / "final")
+    assert meta.template == "auto" and meta.recipe == "tiny/rm" and len(meta.commit) >= 7
+    assert meta.roles["reward"].dtype == "fp32"
     assert "NOT checked: outputs" in (base / "rm" / "hf" / "README.md").read_text()

@@ -107,7 +107,7 @@ def test_a_complete_run_says_so(resumed: tuple[Path, list[chain.Outcome]]) -> No
 def test_other_data_and_used_folders_are_refused(resumed: tuple[Path, list[chain.Outcome]]) -> None:
     _, done = resumed
     assert (
-        done[3].error.startswith("the training data are not those of ")
+        done[3].error.startswith("the training data differ from those of ")
         and "  where: data\n" in done[3].error
     )
     assert "holds a run already" in done[4].error and "run.resume=auto" in done[4].error

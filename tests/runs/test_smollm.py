@@ -21,6 +21,7 @@ from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import Example, Turn
 from gipo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, outputs
 from gipo_megatron.recipe.compose import compose
@@ -82,17 +83,15 @@ def mesh() -> Iterator[Mesh]:
 
 @pytest.fixture(scope="module")
 def actor(model: Path, tokenizer: Tokenizer, mesh: Mesh) -> MegatronActor:
-    return MegatronActor(
-        mesh=mesh,
-        architecture=architecture_from_hf(model),
-        precision=Precision("fp32"),
+    engine = build_engine(
+        "actor",
+        mesh,
+        architecture_from_hf(model),
+        Precision("fp32"),
         micro_batch=4,
-        seed=0,
         load=str(model),
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        decode=tokenizer.decode,
     )
+    return MegatronActor(engine, tokenizer.eos_id, tokenizer.pad_id, tokenizer.decode)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,11 @@ import torch
 
 from gipo_megatron.capabilities import fp8_obstacle, probe
 from gipo_megatron.megatron import checkpoint
+from gipo_megatron.megatron.build import build_engine, snapshot_of
 from gipo_megatron.megatron.roles import MegatronActor, MegatronReference
 from gipo_megatron.specs import Precision, Sampling
 from gipo_megatron.types import Prompts
+from gipo_megatron.weights.checkpoints import CheckpointMeta
 from tools.gpu.bench import Bench, Figure, below, equal, figure, true
 from tools.gpu.learning import SHAPE, learn, new_actor, text
 from tools.gpu.models import SEVEN_B
@@ -94,7 +96,7 @@ def fp8_rest(bench: Bench) -> Iterator[Figure]:
 def saved(bench: Bench, actor: MegatronActor, number: int) -> str:
     folder = bench.scratch / "fp8"
     shutil.rmtree(folder, ignore_errors=True)
-    return str(checkpoint.save(folder, number, {"actor": actor.engine}, bench.mesh, {}, {}))
+    return str(checkpoint.save(folder, {"actor": actor.engine}, bench.mesh, CheckpointMeta(number)))
 
 
 def resumed(bench: Bench, recipe: str) -> Iterator[Figure]:
@@ -154,14 +156,11 @@ def swapped(bench: Bench, recipe: str) -> Iterator[Figure]:
     start = new_actor(bench.mesh, recipe)
     learn(start, 0, 5)
     path = saved(bench, start, 5)
-    common: dict[str, Any] = {
-        "mesh": bench.mesh,
-        "architecture": SHAPE,
-        "precision": Precision("bf16", recipe),
-    }
-    common |= {"micro_batch": 16, "seed": 0, "load": path}
-    alone, live = MegatronReference(**common), new_actor(bench.mesh, recipe, load=path)
-    guest = MegatronReference(**common, offload="cpu", live=live)
+    precision = Precision("bf16", recipe)
+    own = build_engine("reference", bench.mesh, SHAPE, precision, micro_batch=16, load=path)
+    alone, live = MegatronReference(own), new_actor(bench.mesh, recipe, load=path)
+    copy = snapshot_of(live.engine, path, "reference")
+    guest = MegatronReference(live.engine, state=copy)
     learn(live, 5, 8)
     rows, scaling = text(20), copied(live.engine.scaling.live())
     mine, theirs = live.logprobs(rows).logprobs, alone.logprobs(rows).logprobs

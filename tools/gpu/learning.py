@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor
 from gipo_megatron.metrics import Metric
@@ -53,12 +54,9 @@ def new_actor(mesh: Mesh, fp8: str = "none", **changes: Any) -> MegatronActor:
         "architecture": SHAPE,
         "precision": Precision("bf16", fp8),
         "micro_batch": 16,
-        "seed": 0,
-        "load": "random",
     }
-    return MegatronActor(
-        **{"mesh": mesh, **base, "optimisation": ADAM, **changes}, eos_id=1, pad_id=0, decode=str
-    )
+    engine = build_engine("actor", **{"mesh": mesh, **base, "optimisation": ADAM, **changes})
+    return MegatronActor(engine, eos_id=1, pad_id=0, decode=str)
 
 
 def learn(actor: MegatronActor, first: int, last: int) -> list[float]:

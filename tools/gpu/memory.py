@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.specs import Precision, Sampling
+from gipo_megatron.weights.checkpoints import CheckpointMeta
 from tools.gpu.bench import Bench, Figure
 from tools.gpu.models import Step, new_actor, random_prompts, random_text, supervised, trained_actor
 from tools.gpu.plans import cases
@@ -42,7 +43,7 @@ def _saved(bench: Bench, one: Step) -> Figure:
     actor.update((random_text(one), supervised))
     folder = bench.scratch / "memory"
     with bench.peak() as peak:
-        checkpoint.save(folder, 1, {"actor": actor.engine}, bench.mesh, {}, {})
+        checkpoint.save(folder, {"actor": actor.engine}, bench.mesh, CheckpointMeta(1))
         found = planned(bench, "save", peak())
     shutil.rmtree(folder)
     return found

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gipo_megatron.megatron import model
+from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import placements
 from gipo_megatron.megatron.roles import MegatronActor
@@ -117,17 +118,9 @@ def new_actor(
     mesh: Mesh, architecture: Architecture, precision: Precision, **more: Any
 ) -> MegatronActor:
     """Random weights, made on the device."""
-    common = {
-        "mesh": mesh,
-        "architecture": architecture,
-        "precision": precision,
-        "seed": 0,
-        "load": "random",
-    }
     with weights_on_device():
-        return MegatronActor(
-            **{**common, "micro_batch": 1, **more}, eos_id=NO_TEXT_END, pad_id=0, decode=str
-        )
+        engine = build_engine("actor", mesh, architecture, precision, **more)
+    return MegatronActor(engine, eos_id=NO_TEXT_END, pad_id=0, decode=str)
 
 
 def trained_actor(mesh: Mesh, step: Step, **more: Any) -> MegatronActor:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from gipo_megatron.megatron.build import build_engine
+from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.hf import load_hf
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel, outputs
 from gipo_megatron.megatron.sampling import pick, uniforms
-from gipo_megatron.specs import Optimisation, Precision, Sampling
+from gipo_megatron.specs import HeadSpec, Optimisation, Precision, Sampling
 from gipo_megatron.types import Loss, Prompts, Rows
 from tools.gpu import tiny
 from tools.gpu.bench import Bench, Figure, below, equal, true
@@ -36,36 +38,41 @@ def parity(bench: Bench) -> Iterator[Figure]:
     yield from _tokens(bench, model)
 
 
-def build(bench: Bench, kind: type, dtype: str, **more: Any) -> Any:
-    """A role with the tiny model's weights."""
-    common = {
-        "mesh": bench.mesh,
-        "architecture": tiny.ARCHITECTURE,
-        "precision": Precision(dtype),
-        "micro_batch": 2,
-        "seed": 0,
-    }
-    role = kind(**common, load="random", optimisation=Optimisation(lr=1e-3), **more)
+def build(bench: Bench, role: str, dtype: str, group: HeadSpec | None = None) -> Engine:
+    """A model with the tiny model's weights."""
+    engine = build_engine(
+        role,
+        bench.mesh,
+        tiny.ARCHITECTURE,
+        Precision(dtype),
+        micro_batch=2,
+        optimisation=Optimisation(lr=1e-3),
+        group=group,
+    )
     weights = {name: p.detach() for name, p in tiny.hf_model().named_parameters()}
-    if role.engine.head is not None:
+    if engine.head is not None:
         weights["score.weight"] = tiny.score_weight()
-    load_hf(weights, role.engine.chunks, bench.mesh, tiny.ARCHITECTURE, head=role.engine.head)
-    role.engine.weights_changed()
-    return role
+    load_hf(weights, engine.chunks, bench.mesh, tiny.ARCHITECTURE, head=engine.head)
+    engine.weights_changed()
+    return engine
 
 
 def actor(bench: Bench, dtype: str) -> MegatronActor:
-    return build(bench, MegatronActor, dtype, eos_id=1, pad_id=0, decode=str)
+    return MegatronActor(build(bench, "actor", dtype), eos_id=1, pad_id=0, decode=str)
 
 
 def critic(bench: Bench, dtype: str) -> MegatronCritic:
-    role: MegatronCritic = build(bench, MegatronCritic, dtype, head=tiny.GROUP)
-    head = role.engine.group_head
+    engine = build(bench, "critic", dtype, tiny.GROUP)
+    head = engine.group_head
     assert head is not None
     with torch.no_grad():
         for mine, given in zip(head.parameters(), tiny.group_weights(), strict=True):
             mine.copy_(given)
-    return role
+    return MegatronCritic(engine)
+
+
+def reward(bench: Bench, dtype: str) -> MegatronRewardModel:
+    return MegatronRewardModel(build(bench, "reward", dtype))
 
 
 # ------------------------------------------------------------------------------------------ outputs
@@ -88,7 +95,7 @@ def _outputs(bench: Bench, dtype: str, model: LlamaForCausalLM) -> Iterator[Figu
         "entropies": (mine.entropy, stats.entropy, rows.mask),
         "values": (states.values, values.values, rows.mask),
         "group logits": (states.group_logits, values.group_logits, ...),
-        "scores": (build(bench, MegatronRewardModel, dtype).score(pairs), scores, ...),
+        "scores": (reward(bench, dtype).score(pairs), scores, ...),
     }
     for name, (ours, theirs, where) in gaps.items():
         assert ours is not None and theirs is not None
@@ -107,7 +114,7 @@ def _gradients(bench: Bench, dtype: str) -> Iterator[Figure]:
     cases: dict[str, tuple[Any, Rows, Callable[..., Loss]]] = {
         "actor": (actor(bench, dtype), tiny.weighted(), tiny.ppo_loss),
         "critic": (critic(bench, dtype), tiny.weighted(), tiny.critic_loss),
-        "reward": (build(bench, MegatronRewardModel, dtype), tiny.pairs(), tiny.pair_loss),
+        "reward": (reward(bench, dtype), tiny.pairs(), tiny.pair_loss),
     }
     for kind, (role, rows, loss) in cases.items():
         plain = tiny.hf_gradients(kind)

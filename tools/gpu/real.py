@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gipo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.roles import MegatronActor, outputs
 from gipo_megatron.specs import Precision, Sampling
 from gipo_megatron.types import Prompts
@@ -110,14 +111,11 @@ def questions(tokenizer: Tokenizer, count: int) -> Prompts:
 
 def pair(bench: Bench, folder: Path, tokenizer: Tokenizer, dtype: str) -> tuple[MegatronActor, Any]:
     """Ours and Hugging Face's, both on the device."""
-    common = {
-        "mesh": bench.mesh,
-        "architecture": architecture_from_hf(folder),
-        "precision": Precision(dtype),
-        "micro_batch": 4,
-    }
-    words = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "decode": tokenizer.decode}
-    actor = MegatronActor(**common, **words, seed=0, load=str(folder))
+    architecture = architecture_from_hf(folder)
+    engine = build_engine(
+        "actor", bench.mesh, architecture, Precision(dtype), micro_batch=4, load=str(folder)
+    )
+    actor = MegatronActor(engine, tokenizer.eos_id, tokenizer.pad_id, tokenizer.decode)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     return actor, AutoModelForCausalLM.from_pretrained(folder, dtype=kind).to(bench.device).eval()
 

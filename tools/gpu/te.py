@@ -15,6 +15,7 @@ from torch import Tensor
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron import precision as number_formats
 from gipo_megatron.megatron.roles import MegatronActor
+from gipo_megatron.weights.checkpoints import CheckpointMeta
 from tools.gpu.bench import Bench, Figure, below, equal, figure, true
 from tools.gpu.learning import learn, loss, new_actor, text
 from tools.gpu.tiny import relative_errors
@@ -111,7 +112,7 @@ def moved(bench: Bench, theirs: MegatronActor, ours: MegatronActor) -> Iterator[
     learn(theirs, 2, 3)  # so that there is something to overwrite
     for number, (source, target) in enumerate([(ours, theirs), (theirs, ours)]):
         folder = bench.scratch / f"te_{number}"
-        path = checkpoint.save(folder, 2, {"actor": source.engine}, bench.mesh, {}, {})
+        path = checkpoint.save(folder, {"actor": source.engine}, bench.mesh, CheckpointMeta(2))
         if source is theirs:
             learn(ours, 3, 4)
         checkpoint.restore(path, {"actor": target.engine}, bench.mesh)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, final
+from typing import Annotated, Any, ClassVar, final
 
 from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Comparison, Verdict
 from gipo_megatron.recipe.registry import Range, register
@@ -17,6 +17,8 @@ from gipo_megatron.recipe.registry import Range, register
 class RewardModelJudge:
     """first - second > tie_margin: first; < -tie_margin: second; else a tie. Without two finite
     scores a comparison is FAILED."""
+
+    needs: ClassVar[tuple[str, ...]] = ("reward",)
 
     # in raw score units, what scores of models.reward are in
     tie_margin: Annotated[float, Range(0)] = 0.0

@@ -1,0 +1,145 @@
+"""A model as a Hugging Face folder: weights, configuration, tokenizer, and what is checked of
+them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gipo_megatron.conversion.card import model_card
+from gipo_megatron.conversion.staging import staged
+from gipo_megatron.conversion.verify import check_structure, refuse
+from gipo_megatron.data.templates import as_chat_template
+from gipo_megatron.data.tokenizer import Tokenizer
+from gipo_megatron.megatron.checkpoint import describe
+from gipo_megatron.megatron.engine import Engine
+from gipo_megatron.megatron.hf import (
+    GROUP_HEAD,
+    differing,
+    same_group_head,
+    save_group_head,
+    save_hf,
+)
+from gipo_megatron.telemetry.console import Display
+from gipo_megatron.weights.checkpoints import CheckpointMeta
+from gipo_megatron.weights.hf_config import config_for, config_like
+from gipo_megatron.weights.hf_files import HF_DTYPES, SHARD_BYTES
+
+NOT_COMPARED = "NOT checked (verify=false): outputs against transformers"
+
+
+def export_run(
+    out: Path,
+    role: str,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    meta: CheckpointMeta,
+    progress: Display,
+) -> None:
+    """Write a run's model as a Hugging Face folder, at the run's own layout, replacing an older
+    one. Collective; rank 0 writes.
+
+    Everything is checked but the outputs, for which a whole second model would have to be in
+    memory.
+    """
+    if not engine.mesh.is_main:
+        _take_part(engine)
+        return
+    with staged(out) as work:
+        padding = write_folder(work, engine, tokenizer, meta, progress)
+        checks = [
+            *check_folder(work, engine, progress),
+            "NOT checked: outputs against transformers (tools/megatron_to_hf.py does it)",
+        ]
+        card = model_card(role, describe(engine), meta, padding=padding, checks=checks)
+        (work / "README.md").write_text(card, encoding="utf-8")
+
+
+def _take_part(engine: Engine) -> None:
+    """Run the collectives of `write_folder` and `check_folder` on ranks that do not write."""
+    if engine.group_head is not None:
+        engine.group_head.broadcast()
+    for _ in range(2):
+        for _ in engine.export():
+            pass
+
+
+def write_folder(
+    work: Path,
+    engine: Engine,
+    tokenizer: Tokenizer | None,
+    meta: CheckpointMeta,
+    progress: Display,
+    shard_bytes: int = SHARD_BYTES,
+) -> str | None:
+    """Write weights, config.json, generation_config.json, tokenizer and group head.
+
+    Returns the token that texts for a model with a head may be padded with, if there is one.
+    """
+    if engine.group_head is not None:
+        engine.group_head.broadcast()
+        save_group_head(work, engine.group_head)
+    with progress.tensors("writing", total_bytes(engine)) as seen:
+        save_hf(work, engine.export(), engine.mesh, shard_bytes=shard_bytes, seen=seen)
+    padding = None
+    if tokenizer is not None:
+        if meta.template is not None and meta.style is not None:
+            template = as_chat_template(meta.template, tokenizer, meta.style)
+            tokenizer = tokenizer.with_chat_template(template)
+        if engine.head is not None and (padding := tokenizer.scoring_pad()) is not None:
+            tokenizer = tokenizer.with_padding(padding)
+        tokenizer.save(work)
+    config = _config(engine, tokenizer, padding is not None)
+    (work / "config.json").write_text(config, encoding="utf-8")
+    if engine.head is None and (text := _generation_config(engine, tokenizer)):
+        (work / "generation_config.json").write_text(text, encoding="utf-8")
+    return padding
+
+
+def _config(engine: Engine, tokenizer: Tokenizer | None, padded: bool) -> str:
+    """Return the config.json that the model came with, where it came from Hugging Face; else one
+    for its architecture."""
+    dtype = HF_DTYPES[engine.precision.dtype]
+    pad_id = tokenizer.pad_id if tokenizer is not None and padded else None
+    source = engine.hf_files.get("config.json")
+    if source is not None:
+        return config_like(source, dtype, head=engine.head, pad_token_id=pad_id)
+    tokens: dict[str, int | None] = {} if tokenizer is None else {**_special_ids(tokenizer)}
+    if engine.head is not None:
+        tokens["pad_token_id"] = pad_id
+    config = config_for(engine.architecture, dtype, head=engine.head, tokens=tokens)
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _generation_config(engine: Engine, tokenizer: Tokenizer | None) -> str:
+    if "config.json" in engine.hf_files:
+        return engine.hf_files.get("generation_config.json", "")
+    return "" if tokenizer is None else json.dumps(_special_ids(tokenizer), indent=2) + "\n"
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.inner.pad_token_id,
+    }
+    return {name: number for name, number in ids.items() if number is not None}
+
+
+def check_folder(work: Path, engine: Engine, progress: Display) -> list[str]:
+    """Read a written folder back; return one line for each check that passed. Raises Mismatch."""
+    with progress.tensors("comparing tensors", total_bytes(engine)) as seen:
+        different = differing(work, engine.export(), engine.mesh, seen=seen)
+    if engine.group_head is not None and not same_group_head(work, engine.group_head):
+        different.append(GROUP_HEAD)
+    refuse(work, [("not what was written", different)])
+    return [
+        check_structure(work, HF_DTYPES[engine.precision.dtype]),
+        "all tensors read back, bit for bit",
+    ]
+
+
+def total_bytes(engine: Engine) -> int:
+    """Return this rank's bytes of weights times the ranks of a replica, for a progress bar."""
+    mine = sum(p.nbytes for chunk in engine.chunks for p in chunk.parameters())
+    return mine * engine.mesh.parallel.model

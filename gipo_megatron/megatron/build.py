@@ -1,0 +1,101 @@
+"""From settings to an Engine with its weights: the one place where training, evaluation, conversion
+and tests make their models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gipo_megatron.megatron.checkpoint import check_architecture, load_weights
+from gipo_megatron.megatron.engine import Engine
+from gipo_megatron.megatron.hf import Seen, ignore, load_group_head, load_hf
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.model import initialise_weights
+from gipo_megatron.megatron.offload import Snapshot
+from gipo_megatron.specs import (
+    Architecture,
+    HeadSpec,
+    Optimisation,
+    Precision,
+    base_role,
+    head_of,
+)
+from gipo_megatron.weights.checkpoints import read_hf_files, weights_kind
+from gipo_megatron.weights.hf_config import architecture_from_hf
+
+
+def build_engine(
+    role: str,
+    mesh: Mesh,
+    architecture: Architecture,
+    precision: Precision,
+    *,
+    load: str = "random",
+    micro_batch: int = 1,
+    seed: int = 0,
+    group: HeadSpec | None = None,
+    optimisation: Optimisation | None = None,
+    recompute: str = "none",
+    offload: str = "none",
+    seen: Seen = ignore,
+) -> Engine:
+    """Return the model of `role` with the weights at `load`; `group` is a critic's group head.
+
+    Collective. Raises UserError when the weights do not fit.
+    """
+    engine = Engine(
+        mesh,
+        architecture,
+        precision,
+        micro_batch=micro_batch,
+        seed=seed,
+        head=head_of(role),
+        group=group,
+        optimisation=optimisation,
+        recompute=recompute,
+        offload=offload,
+        initialise=load == "random",
+    )
+    load_into(engine, load, role, seen)
+    return engine
+
+
+def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
+    """Fill a model with the weights of a Hugging Face folder or a checkpoint; "random" keeps what
+    it was built with.
+
+    Returns their source ("random", "huggingface", or the checkpoint's role). Collective. Raises
+    UserError when nothing fits, or when config.json describes another model than this one.
+    """
+    if load == "random":
+        return load
+    path = Path(load)
+    if weights_kind(path) == "checkpoint":
+        return load_weights(path, base_role(role), engine)
+    check_architecture(path / "config.json", architecture_from_hf(path), engine.architecture)
+    with engine.residency.use(training=engine.optimisation is not None):
+        load_hf(path, engine.chunks, engine.mesh, engine.architecture, head=engine.head, seen=seen)
+        if engine.group_head is not None:
+            load_group_head(path, engine.group_head)
+        engine.weights_changed()
+    engine.hf_files = read_hf_files(path)
+    return "huggingface"
+
+
+def snapshot_of(engine: Engine, load: str, role: str, seed: int = 0) -> Snapshot:
+    """Return the weights at `load` as a host copy, read through the model of `engine`, which keeps
+    its own.
+
+    For a reference that shares the policy's model. Must come before the policy is trained or
+    restored. Collective.
+    """
+    with engine.swapped(engine.snapshot()):
+        engine.scaling.write({})  # the loaded weights bring their own, or have none
+        if load == "random":
+            initialise_weights(engine.chunks, engine.architecture, engine.mesh, seed)
+        own = engine.hf_files
+        load_into(engine, load, role)
+        engine.hf_files = own
+        copied = engine.snapshot()
+    with engine.residency.use(training=engine.optimisation is not None):
+        engine.weights_changed()
+    return copied

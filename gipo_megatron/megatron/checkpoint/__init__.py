@@ -1,0 +1,24 @@
+"""Checkpoints: one folder per step, complete or absent, loadable at another tensor × pipeline ×
+data split.
+
+DIR/step_12/meta.json     CheckpointMeta: step, origin, roles, sizes of all files
+            state.pt      the caller's own state (generators, data position, running moments, …)
+            actor/ …      mcore dist_checkpointing: weights, optimizer, learning rate, group head,
+                          FP8 scaling state
+            huggingface/  per role, config.json and generation_config.json of the model it came from
+"""
+
+from gipo_megatron.megatron.checkpoint.folders import discard_after, link
+from gipo_megatron.megatron.checkpoint.reading import check_architecture, load_weights, restore
+from gipo_megatron.megatron.checkpoint.writing import describe, save, write
+
+__all__ = [
+    "check_architecture",
+    "describe",
+    "discard_after",
+    "link",
+    "load_weights",
+    "restore",
+    "save",
+    "write",
+]

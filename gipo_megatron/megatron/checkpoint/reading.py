@@ -1,0 +1,161 @@
+"""Reading checkpoints: a whole run's state, or weights alone, at any layout."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.checkpoint.sharded import metadata, sharded_chunks
+from gipo_megatron.megatron.checkpoint.writing import describe
+from gipo_megatron.megatron.engine import Engine
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.scaling import EXTRA_STATE, without_extra_states
+from gipo_megatron.megatron.schedules import quiet
+from gipo_megatron.specs import Architecture
+from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta, read_hf_files, read_meta
+
+_GROUP_WEIGHTS = ("group_head.weight", "group_head.bias")
+# The saved roles that a role may start from, the best first. A trunk from another kind of model
+# comes without its head.
+_SOURCES = {
+    "actor": ("actor",),
+    "reference": ("actor",),
+    "reward": ("reward", "actor"),
+    "critic": ("critic", "reward", "actor"),
+}
+
+
+def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
+    """Load all that `save` wrote back into `roles`, at any parallel split; return the caller's
+    state. Collective.
+
+    Raises UserError when a role is missing or its model is another one.
+    """
+    meta = read_meta(path)
+    for role, engine in roles.items():
+        if role not in meta.roles:
+            raise UserError(
+                f"the checkpoint has no {role!r}; it has {', '.join(meta.roles)}", where=str(path)
+            )
+        _check_role(path, role, meta.roles[role], describe(engine))
+    for role, engine in roles.items():
+        _restore_role(path / role, engine)
+        engine.hf_files = read_hf_files(path / "huggingface" / role)
+    mesh.barrier()
+    # dicts, numbers, strings, tensors: no code can hide in it
+    return torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+
+
+def _check_role(path: Path, role: str, saved: RoleMeta, mine: RoleMeta) -> None:
+    check_architecture(path, saved.architecture, mine.architecture)
+    if (mine.head, mine.trained) != (saved.head, saved.trained):
+        raise UserError(
+            f"{role!r} was saved with another head or without its optimizer",
+            where=str(path),
+            fix="load its weights instead",
+        )
+    if mine.num_groups != saved.num_groups:
+        raise UserError(
+            f"{role!r} was saved with {saved.num_groups} groups, this run has {mine.num_groups}",
+            where=str(path),
+            fix="resume with the same group_classifier, or start a new run.dir",
+        )
+
+
+def _restore_role(folder: Path, engine: Engine) -> None:
+    with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
+        chunks = sharded_chunks(engine)
+        sharded = without_extra_states(chunks)
+        wanted = {**sharded, "scaling": engine.scaling.to_load(list(chunks.values()), folder)}
+        if engine.optimisation is not None:
+            wanted["optimizer"] = engine.optimizer.sharded_state_dict(
+                sharded, is_loading=True, metadata=metadata()
+            )
+        if engine.group_head is not None:
+            wanted["group_head"] = engine.group_head.sharded_state()
+        loaded = dist_checkpointing.load(wanted, str(folder))
+        _fill(engine, list(sharded), loaded)
+        if engine.optimisation is not None:
+            engine.optimizer.load_state_dict(loaded["optimizer"])
+            engine.learning_rate.load_state_dict(loaded["learning_rate"])
+        if engine.group_head is not None and engine.mesh.is_last_stage:
+            engine.group_head.load_sharded_state(loaded["group_head"])
+
+
+def _fill(
+    engine: Engine, names: list[str], loaded: dict[str, Any], without: tuple[str, ...] = ()
+) -> None:
+    """Copy weights and FP8 scaling state; keys that begin with `without` stay as they are."""
+    for name, chunk in zip(names, engine.chunks, strict=True):
+        missing = chunk.load_state_dict(loaded[name], strict=False).missing_keys
+        unexpected = [
+            key for key in missing if not key.endswith(EXTRA_STATE) and not key.startswith(without)
+        ]
+        assert not unexpected, f"not loaded: {unexpected}"
+    engine.scaling.write(loaded.get("scaling", {}))  # version 1 has none
+
+
+def load_weights(path: Path, role: str, engine: Engine) -> str:
+    """Load weights only, into a model of `role`; return the saved role they came from. Collective.
+
+    A reward model's score head becomes a critic's value head; from an actor only the trunk is
+    taken. A saved group head is taken when it has this one's shape. Raises UserError when no saved
+    role fits or the architecture is another one.
+    """
+    source, saved = _source(path, role, read_meta(path))
+    check_architecture(path, saved.architecture, engine.architecture)
+    same_head = (saved.head is None) == (engine.head is None)
+    same_groups = engine.group is not None and saved.num_groups == engine.group.num_groups
+    with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
+        chunks = sharded_chunks(engine)
+        sharded = without_extra_states(chunks)
+        if not same_head:
+            for part in sharded.values():
+                for key in [k for k in part if k.startswith("output_layer.")]:
+                    del part[key]
+        head = engine.group_head if same_groups else None
+        group = {} if head is None else head.sharded_state()
+        group = {key: part for key, part in group.items() if key in _GROUP_WEIGHTS}
+        scaling = engine.scaling.to_load(list(chunks.values()), path / source)
+        loaded = dist_checkpointing.load(
+            {**sharded, **group, "scaling": scaling}, str(path / source)
+        )
+        _fill(engine, list(sharded), loaded, without=() if same_head else ("output_layer.",))
+        if head is not None:
+            own = {f"group_head.{key}": value for key, value in head.state_dict().items()}
+            head.load_sharded_state(own | {key: loaded[key] for key in group})
+        engine.weights_changed()
+    engine.hf_files = read_hf_files(path / "huggingface" / source)
+    return source
+
+
+def _source(path: Path, role: str, meta: CheckpointMeta) -> tuple[str, RoleMeta]:
+    for source in _SOURCES[role]:
+        if source in meta.roles:
+            return source, meta.roles[source]
+    wanted = " or ".join(repr(source) for source in _SOURCES[role])
+    raise UserError(
+        f"no weights for {role!r}: needs {wanted}, the checkpoint has {', '.join(meta.roles)}",
+        where=str(path),
+    )
+
+
+def check_architecture(path: Path, saved: Architecture, mine: Architecture) -> None:
+    """Raise UserError that lists every number in which saved weights and the model that is built
+    differ."""
+    different = [
+        f"{f.name}: there {getattr(saved, f.name)}, here {getattr(mine, f.name)}"
+        for f in fields(mine)
+        if getattr(saved, f.name) != getattr(mine, f.name)
+    ]
+    if different:
+        raise UserError(
+            f"the weights are of another architecture: {'; '.join(different)}",
+            where=str(path),
+            fix="leave model.architecture out of the recipe: it is read from the weights",
+        )

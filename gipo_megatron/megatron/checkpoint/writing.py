@@ -1,0 +1,147 @@
+"""Writing checkpoints: beside the final name, then one rename."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from torch.distributed import checkpoint as torch_checkpoint
+
+from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.checkpoint.folders import prune
+from gipo_megatron.megatron.checkpoint.sharded import InlineSave, metadata, sharded_chunks
+from gipo_megatron.megatron.engine import Engine
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.scaling import without_extra_states
+from gipo_megatron.megatron.schedules import quiet
+from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta, with_contents
+
+ExtraFiles = Callable[[Path], Any]
+
+
+def save(
+    directory: Path,
+    roles: dict[str, Engine],
+    mesh: Mesh,
+    meta: CheckpointMeta,
+    state: dict[str, Any] | None = None,
+    extra_files: ExtraFiles | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Write DIR/step_N, N the step of `meta`, and return it. Collective; see `write`.
+
+    keep: only that many of the newest step folders stay, and those that a link in DIR or beside it
+    points to.
+    """
+    final = directory / f"step_{meta.step}"
+    write(final, roles, mesh, meta, state, extra_files)
+    if mesh.is_main and keep is not None:
+        prune(directory, keep)
+    mesh.barrier()
+    return final
+
+
+def write(
+    final: Path,
+    roles: dict[str, Engine],
+    mesh: Mesh,
+    meta: CheckpointMeta,
+    state: dict[str, Any] | None = None,
+    extra_files: ExtraFiles | None = None,
+) -> None:
+    """Write one checkpoint as the folder `final`, which appears whole, by one rename.
+
+    Collective; `meta`, `state` and `extra_files(folder)` are rank 0's. Raises UserError for a full
+    disk.
+    """
+    work, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
+    try:
+        if mesh.is_main:
+            shutil.rmtree(work, ignore_errors=True)
+            for role, engine in roles.items():
+                (work / role).mkdir(parents=True)
+                _write_hf_files(work / "huggingface" / role, engine.hf_files)
+            work.mkdir(parents=True, exist_ok=True)
+        mesh.barrier()
+        for role, engine in roles.items():
+            _save_role(work / role, engine)
+        if mesh.is_main:
+            torch.save(state or {}, work / "state.pt")
+            if extra_files is not None:
+                extra_files(work)
+            described = {role: describe(engine) for role, engine in roles.items()}
+            with_contents(meta, work, described).write(work)
+            if final.exists():
+                final.rename(old)
+            work.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, torch_checkpoint.CheckpointException) as error:
+        reason = _full_disk(error)
+        if reason is None:
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        raise UserError(
+            f"cannot write the checkpoint: {reason}",
+            where=str(final),
+            fix="free some space, then start again",
+        ) from None
+
+
+def _write_hf_files(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _full_disk(error: BaseException) -> str | None:
+    """Return the system's reason when a write failed, else None. torch wraps the errors of its
+    writer, on any rank, in exceptions of its own."""
+    found = [error, *(e for e in (error.__cause__, error.__context__) if e is not None)]
+    if isinstance(error, torch_checkpoint.CheckpointException):
+        found += [wrapped[0] for wrapped in error.failures.values()]
+    for one in found:
+        if isinstance(one, OSError) and one.strerror:
+            return one.strerror
+        # torch.save onto a full disk
+        if "PytorchStreamWriter failed" in str(one) or "unexpected pos" in str(one):
+            return "no space left, or a file size limit"
+    return None
+
+
+def _save_role(folder: Path, engine: Engine) -> None:
+    with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
+        torch.cuda.empty_cache()  # NCCL and gloo allocate past torch's cache
+        chunks = sharded_chunks(engine)
+        sharded = without_extra_states(chunks)
+        common: dict[str, Any] = {"scaling": engine.scaling.to_save(list(chunks.values()))}
+        if engine.optimisation is not None:
+            optimizer = engine.optimizer.sharded_state_dict(
+                sharded, is_loading=False, metadata=metadata()
+            )
+            # not the first replica; mcore compares what ranks have, and would warn
+            if optimizer["param_state"] is None:
+                del optimizer["param_state"]
+            common["optimizer"] = optimizer
+            common["learning_rate"] = engine.learning_rate.state_dict()
+        if engine.group_head is not None:
+            common["group_head"] = engine.group_head.sharded_state()
+        dist_checkpointing.save(
+            {**sharded, **common}, str(folder), sharded_strategy=InlineSave("torch_dist", 1)
+        )
+
+
+def describe(engine: Engine) -> RoleMeta:
+    """Return the entry of meta.json for a model."""
+    group = engine.group
+    return RoleMeta(
+        architecture=engine.architecture,
+        head=engine.head,
+        dtype=engine.precision.dtype,
+        num_groups=None if group is None else group.num_groups,
+        group_input=None if group is None else group.input,
+        trained=engine.optimisation is not None,
+    )
