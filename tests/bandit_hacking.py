@@ -1,10 +1,9 @@
-"""The hacking check of algorithm.md section 9: does adaptive KL beat fixed KL where the reward
-model can be fooled?
+"""The hacking check: does adaptive KL beat fixed KL where the reward model can be fooled?
 
     python -m tests.bandit_hacking [SEEDS] [STEPS]
 
 On every easy prompt three actions score +1 with the proxy and -1 with gold. Each adaptive run is
-paired with a fixed price equal to the mean price it paid; no variance regulariser, so that only the
+paired with a fixed coefficient equal to the mean price it paid; no variance regulariser, so that only the
 KL controller differs. Prints gold return of both halves, averaged over seeds.
 
 Against a uniform reference no price can tell a hack from a right action: both are drawn to the same

@@ -129,7 +129,15 @@ def test_the_fragments_are_these() -> None:
             "tldr_posts",
         )
     }
-    assert fragments == {*BASES, "base/rloo", "base/evaluate", *EVALUATIONS, *models, *hardware, *data}
+    assert fragments == {
+        *BASES,
+        "base/rloo",
+        "base/evaluate",
+        *EVALUATIONS,
+        *models,
+        *hardware,
+        *data,
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,4 @@
-"""What the algorithm needs of the component in each slot. (A reward is a subclass of
-reward.Reward.)
+"""The interface of the component in each slot. (A reward is a subclass of reward.Reward.)
 
 A component is a dataclass; its fields are its recipe keys. Some things are optional, and used where
 a component has them:

@@ -312,7 +312,7 @@ def test_resume_asks_nothing_again_and_more_rows_only_for_themselves() -> None:
     other.refer("train", pairs())
     assert len(maker.made) == 2
     fresh = once(maker)
-    fresh.load_state_dict(LiveReference(policy()).state_dict())  # a run that was live before
+    dpo(reference=fresh).load_state_dict(dpo().state_dict())  # a run that was live before
     fresh.refer("train", pairs())
     assert (len(maker.made), maker.alive) == (3, 0)
 
