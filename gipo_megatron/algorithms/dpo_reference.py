@@ -62,7 +62,7 @@ class LiveReference:
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of a dataset that a run uses, and a function that reads some of them: (rows, dp rank,
+    """The rows of a dataset that a run uses, and a function that reads some: (rows, dp rank,
     dp size) -> this replica's pairs, and which of them count."""
 
     rows: Sequence[int]
