@@ -143,12 +143,13 @@ class PPO:
             group_loss_coefficients=group_loss_coefficients(learned, groups.probs),
         )
         with self.timer("update"):  # 8
-            critic_update = self._update_critic(experience)
-            head_update = self._update_own_head(experience)
-            actor_update = self._update_actor(experience, step)
+            critic_update = self._update(self.critic, experience, self.critic_loss)
+            head_update = self._update(self._own_head, experience, self.group_loss)
+            actor = None if self.critic is not None and step < self.critic_warmup else self.actor
+            sft = self._sft_parts(experience, step)
+            actor_update = self._update(actor, experience, self.actor_loss, sft)
         response_kl = ops.sequence_sum(old - reference, mask)  # k1, nats per response
         observed = self._observe(groups, learned, scores, response_kl)  # 9
-
         metrics = {
             **ppo_metrics.rollout_metrics(rollout, old, self.dp),
             **ppo_metrics.score_metrics(scores),
@@ -185,17 +186,23 @@ class PPO:
         if self.critic is not None:
             output = self.critic.evaluate(rows)
             values, logits = output.values, output.group_logits
-        if isinstance(self.group_classifier, protocols.OwnHead):
-            logits = self.group_classifier.logits(rows)
+        if self._own_head is not None:
+            logits = self._own_head.logits(rows)
         return values, logits
+
+    @property
+    def _own_head(self) -> protocols.OwnHead | None:
+        """The group classifier, if it has a head that is not on the critic."""
+        classifier = self.group_classifier
+        return classifier if isinstance(classifier, protocols.OwnHead) else None
 
     def _forward_equivalents(self) -> int:
         """Generation, actor, reference, reward, actor's training; the critic once, and its
-        training; the reward model's trunk under a head of its own."""
+        training; the trunk under a head that is not on the critic."""
         passes = 4 + 3 * self.epochs
         if self.critic is not None:
             passes += 1 + 3 * self.epochs
-        if isinstance(self.group_classifier, protocols.OwnHead):
+        if self._own_head is not None:
             passes += 1 + self.epochs
         return passes
 
@@ -237,43 +244,28 @@ class PPO:
 
     def _update(
         self,
-        role: Trainable,
+        role: Trainable | None,
         experience: Experience,
-        parts: Callable[[int, Experience], list[Part]],
+        loss: BatchLoss,
+        more: Callable[[int], list[Part]] = lambda index: [],
     ) -> Update:
         """Make all optimizer steps of one role; return their metrics and skipped rows together.
 
-        The role's pipeline calls a part's loss (`critic_loss`, `actor_loss`, `ptx_loss`) once for
-        every micro-batch, on the last stage, and runs its backward pass.
+        The role's pipeline calls `loss` once for every micro-batch, on the last stage, and runs its
+        backward pass. more: parts to add to optimizer step `index` of this iteration.
         """
         total = Update({})
-        for index, batch in self._minibatches(experience):
-            total = total.merge(role.update(*parts(index, batch)))
+        if role is not None:
+            for index, batch in self._minibatches(experience):
+                total = total.merge(role.update((batch, loss), *more(index)))
         return total
 
-    def _update_critic(self, experience: Experience) -> Update:
-        if self.critic is None:
-            return Update({})
-        return self._update(
-            self.critic, experience, lambda index, batch: [(batch, self.critic_loss)]
-        )
-
-    def _update_own_head(self, experience: Experience) -> Update:
-        head = self.group_classifier
-        if not isinstance(head, protocols.OwnHead):
-            return Update({})
-        return self._update(head, experience, lambda index, batch: [(batch, self.group_loss)])
-
-    def _update_actor(self, experience: Experience, step: int) -> Update:
-        if self.critic is not None and step < self.critic_warmup:
-            return Update({})
+    def _sft_parts(self, experience: Experience, step: int) -> Callable[[int], list[Part]]:
+        """Return the function that gives the SFT rows of an optimizer step; none where ptx is 0."""
+        if self.ptx == 0:
+            return lambda index: []
         updates = self.epochs * len(experience) * self.dp.size // self.minibatch
-
-        def parts(index: int, batch: Experience) -> list[Part]:
-            ptx = [(self.examples(step * updates + index), self.ptx_loss)] if self.ptx > 0 else []
-            return [(batch, self.actor_loss), *ptx]
-
-        return self._update(self.actor, experience, parts)
+        return lambda index: [(self.examples(step * updates + index), self.ptx_loss)]
 
     def critic_loss(self, output: CriticOutput, batch: Experience) -> Loss:
         """Clipped value loss per token - beta_critic sum_g c_ig p_ig per sequence (algorithm.md
