@@ -73,6 +73,24 @@ def take_hidden(chunk: nn.Module) -> Tensor:
     return hidden
 
 
+def hidden_at(hidden: Tensor, sequences: Sequences, position: str, mesh: Mesh) -> Tensor:
+    """Return the hidden state of the last prompt token (position "prompt") or of the last token.
+
+    [s, b, H] (a shard of s under sequence parallel) -> [b, H]
+    """
+    lengths = sequences.prompt_lengths if position == "prompt" else sequences.lengths
+    index = lengths.to(hidden.device) - 1
+    rows = torch.arange(hidden.shape[1], device=hidden.device)
+    if not mesh.parallel.sequence:
+        return hidden[index, rows]
+    size = hidden.shape[0]
+    local = index - mesh.tensor_rank * size
+    inside = (local >= 0) & (local < size)
+    picked = hidden[local.clamp(0, size - 1), rows] * inside[:, None].to(hidden.dtype)
+    # sum forward, identity backward: one rank has the token
+    return reduce_from_tensor_model_parallel_region(picked)
+
+
 class GroupHead:
     """Group logits from the critic's trunk: W h + b in fp32, W [M, H], at one token of each
     sequence.
@@ -96,21 +114,10 @@ class GroupHead:
         self.optimizer = HostAdam([self.weight, self.bias], lr=spec.lr, betas=(0.9, 0.999))
 
     def features(self, hidden: Tensor, sequences: Sequences) -> Tensor:
-        """[s, b, H] (a shard of s under sequence parallelism) -> [b, H]: the hidden state of the
-        last prompt token, or of the last token."""
-        lengths = sequences.prompt_lengths if self.spec.input == "prompt" else sequences.lengths
-        position = lengths.to(hidden.device) - 1
+        """Return the hidden states that the head reads, [b, H]; see `hidden_at`."""
         if self.spec.detach_trunk:
             hidden = hidden.detach()
-        rows = torch.arange(hidden.shape[1], device=hidden.device)
-        if not self.mesh.parallel.sequence:
-            return hidden[position, rows]
-        size = hidden.shape[0]
-        local = position - self.mesh.tensor_rank * size
-        inside = (local >= 0) & (local < size)
-        picked = hidden[local.clamp(0, size - 1), rows] * inside[:, None].to(hidden.dtype)
-        # one rank has the token: sum forward, identity backward
-        return reduce_from_tensor_model_parallel_region(picked)
+        return hidden_at(hidden, sequences, self.spec.input, self.mesh)
 
     def logits(self, hidden: Tensor, sequences: Sequences) -> Tensor:
         """[b, M], fp32"""
