@@ -71,7 +71,10 @@ ABLATIONS = (
     "variance_only",
 )
 SMOLLM = ("dpo", "gipo", "ppo_kl", "rm", "rm_gold", "sft")
-TINY = ("dpo", "gipo", "ppo", "ppo_kl", "rm", "sft", "tldr_gipo", "tldr_rm", "tldr_sft")
+TINY = (
+    *("dpo", "gipo", "grpo", "ppo", "ppo_kl", "rloo", "rm", "sft"),
+    *("tldr_gipo", "tldr_rm", "tldr_sft"),
+)
 # processes a recipe is written for, where they are not one node's eight
 WORLDS = {"hh_gipo_70b": 512}
 
@@ -92,7 +95,7 @@ def test_the_recipes_are_these() -> None:
         *(f"{folder}/{name}" for folder, names in folders.items() for name in names),
     }
     assert set(NAMES) == table | others
-    assert (len(table), len(others), len(NAMES)) == (24, 25, 49)
+    assert (len(table), len(others), len(NAMES)) == (24, 27, 51)
 
 
 def test_the_fragments_are_these() -> None:
@@ -126,7 +129,15 @@ def test_the_fragments_are_these() -> None:
             "tldr_posts",
         )
     }
-    assert fragments == {*BASES, "base/evaluate", *EVALUATIONS, *models, *hardware, *data}
+    assert fragments == {
+        *BASES,
+        "base/rloo",
+        "base/evaluate",
+        *EVALUATIONS,
+        *models,
+        *hardware,
+        *data,
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,7 +202,7 @@ def test_golden_expansions() -> None:
     different = list(difflib.unified_diff(kept, now, "kept", "now", lineterm="", n=2))
     assert not different, "\n".join([*different, "", "if this is meant: python -m tests.golden"])
     assert (
-        sum(line.startswith("[") for line in now) == len(NAMES) + len(BASES) + len(EVALUATIONS) + 1
+        sum(line.startswith("[") for line in now) == len(NAMES) + len(BASES) + len(EVALUATIONS) + 2
     )
 
 
@@ -204,7 +215,7 @@ def test_evaluations_compose_and_check(name: str) -> None:
 
 def test_run_folders_are_distinct() -> None:
     folders = [compose([f"recipe={name}"], RECIPES).run.dir for name in NAMES]
-    assert len(NAMES) == 49
+    assert len(NAMES) == 51
     folders += [compose_evaluation([f"recipe={name}"], RECIPES).run.dir for name in EVALUATIONS]
     assert len(set(folders)) == len(NAMES) + len(EVALUATIONS)
 
