@@ -131,11 +131,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         **layout_cases(),
         **{f"tied/{stage}": {**tied, "rank": 4 * stage} for stage in range(4)},
         **{name: {"plan": argv} for name, argv in PLANS.items()},
-        **{
-            f"text/{name}": {"text": PLANS[name]}
-            for name in ("hh_gipo", "70b", "tight", "tiny", "hh_dpo")
-        },
         "shipped": {"verdicts": shipped()},
-        **{f"document/{words}": {"text": words.split()} for words in documented()},
+        **{f"document/{words}": {"plan": words.split()} for words in documented()},
     }
     return evaluate(cases, tmp_path_factory.mktemp("plans"))

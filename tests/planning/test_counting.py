@@ -1,4 +1,4 @@
-"""What a page asks of its roles, found by running it with counting roles."""
+"""The calls of a page, found by running it with counting roles."""
 
 from __future__ import annotations
 
@@ -12,15 +12,8 @@ import pytest
 import torch
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.planning.counting import (
-    BATCH,
-    LATE,
-    Call,
-    Iteration,
-    Table,
-    added_up,
-    count,
-)
+from gipo_megatron.planning.arithmetic import BATCH, Call, Iteration, added_up
+from gipo_megatron.planning.counting import LATE, Table, count
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.training import assembly
@@ -52,7 +45,7 @@ def test_examples_and_pairs() -> None:
     assert brief(counted("recipe=hh_rm").calls) == [("update", "reward", 64, 128)]
 
 
-def test_a_reference_is_asked_for_each_batch_or_once() -> None:
+def test_a_reference_is_called_for_each_batch_or_once() -> None:
     live = counted("recipe=hh_dpo", "algorithm.precompute=false")
     assert live.built == ("actor", "reference") and live.once == ()
     assert brief(live.calls) == [("forward", "reference", 64, 128), ("update", "actor", 64, 128)]
