@@ -4,24 +4,60 @@ optimiser, group head, sampling."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """`Annotated[float, Range(0, 1)]`: low <= value <= high; with `open`, low < value."""
+
+    low: float | None = None
+    high: float | None = None
+    open: bool = False
+
+    def refuse(self, value: Any) -> str:
+        """Return why `value` is out of range; empty when it is not."""
+        # negated, so that NaN is out of every range
+        if self.low is not None and not (value > self.low if self.open else value >= self.low):
+            return f"{value!r} must be {'above' if self.open else 'at least'} {self.low:g}"
+        if self.high is not None and not value <= self.high:
+            return f"{value!r} must be at most {self.high:g}"
+        return ""
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """`Annotated[str, OneOf("mass", "uniform")]`"""
+
+    options: tuple[str, ...]
+
+    def __init__(self, *options: str) -> None:
+        object.__setattr__(self, "options", options)
+
+    def refuse(self, value: Any) -> str:
+        """Return why `value` is not among the options; empty when it is."""
+        return "" if value in self.options else f"{value!r} is not one of {', '.join(self.options)}"
+
+
+Size = Annotated[int, Range(1)]
+Positive = Annotated[float, Range(0, open=True)]
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A dense Llama-like decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
-    rope_base: float = 10000.0
+    num_layers: Size
+    hidden_size: Size
+    ffn_hidden_size: Size
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    vocab_size: Size
+    max_positions: Size
+    rope_base: Positive = 10000.0
     rope_scaling: dict[str, Any] | None = None  # Hugging Face's `rope_scaling` block
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     qkv_bias: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = False
@@ -31,9 +67,9 @@ class Architecture:
 class Parallel:
     """Sizes of the model parallel groups; the rest of the world is data parallel."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1  # model chunks per pipeline stage
+    tensor: Size = 1
+    pipeline: Size = 1
+    virtual_pipeline: Size = 1  # model chunks per pipeline stage
     sequence: bool = False  # shard norms and residuals over the tensor group
 
     @property
@@ -43,8 +79,9 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Precision:
-    dtype: str = "bf16"  # fp32 | bf16
-    fp8: str = "none"  # none | delayed | tensorwise | blockwise (Transformer Engine's recipes)
+    dtype: Annotated[str, OneOf("fp32", "bf16")] = "bf16"
+    # Transformer Engine's recipes
+    fp8: Annotated[str, OneOf("none", "delayed", "tensorwise", "blockwise")] = "none"
     # the same bits in every run on the same GPUs; always so on a CPU
     deterministic: bool = False
 

@@ -1,5 +1,4 @@
-"""The planted contextual bandit of algorithm.md section 9, run through the real PPO page and the
-real components.
+"""A planted contextual bandit, run through the real PPO page and the real components.
 
 A prompt is one token, a response one of 50 tokens. Half the prompts are easy (15 rewarded actions),
 half hard (2).
@@ -23,10 +22,10 @@ from gipo_megatron.components.kl import FixedKL, NoKL
 from gipo_megatron.components.reward import ModelReward
 from gipo_megatron.components.rollout import SamplingRollout
 from gipo_megatron.components.variance import GroupVariance, NoVariance, ReturnVariance
+from gipo_megatron.local.roles import TorchActor, TorchCritic
 from gipo_megatron.roles import DataParallel, SingleReplica
 from gipo_megatron.specs import HeadSpec
 from gipo_megatron.types import Prompts, Sequences, StepResult
-from tests.torch_roles import TorchActor, TorchCritic
 
 NUM_PROMPTS, NUM_ACTIONS, BATCH = 64, 50, 256
 VOCAB = NUM_ACTIONS + NUM_PROMPTS  # actions are tokens 0 … 49, prompts the tokens after them

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gipo_megatron.evaluation.recipe import EvaluationRecipe, compose_evaluation, is_evaluation
-from gipo_megatron.recipe.compose import Files, compose, find_recipe, load_components, recipe_names
+from gipo_megatron.recipe.compose import compose, load_components
+from gipo_megatron.recipe.files import Files, find_recipe, recipe_names
 from gipo_megatron.recipe.needs import needed, pruned
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import Block, dump_value, leaves, plain
-from gipo_megatron.recipe.validate import Completion
+from gipo_megatron.recipe.validate import Validation
 from tests.smollm import beside_the_model
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -33,15 +34,18 @@ def parent_of(name: str) -> str:
     return str(plain(Files(RECIPES).own(find_recipe(name, RECIPES)).children["defaults"])[0])
 
 
+def _is_evaluation(name: str) -> bool:
+    return is_evaluation([f"recipe={name}"], RECIPES)
+
+
 def values(name: str) -> dict[str, str]:
     """key.path -> its value as YAML, expanded; of a base recipe with ??? and ${…} as they stand."""
     if name.startswith("base/"):
         written = Files(RECIPES).load(find_recipe(name, RECIPES))
-        complete = Completion().complete(
-            written, EvaluationRecipe if is_evaluation(name) else Recipe
-        )
-        tree = complete if is_evaluation(name) else pruned(complete, needed(complete))
-    elif is_evaluation(name):
+        cls = EvaluationRecipe if _is_evaluation(name) else Recipe
+        complete, _ = Validation().block(written, cls)
+        tree = complete if cls is EvaluationRecipe else pruned(complete, needed(complete))
+    elif _is_evaluation(name):
         tree = compose_evaluation([f"recipe={name}"], RECIPES).tree
     else:
         tree = compose([f"recipe={name}"], RECIPES).tree

@@ -13,21 +13,16 @@ import pytest
 from gipo_megatron.commands.recipe import differences
 from gipo_megatron.evaluation.recipe import compose_evaluation, is_evaluation
 from gipo_megatron.recipe import registry
-from gipo_megatron.recipe.compose import (
-    Files,
-    compose,
-    load_components,
-    parse_arguments,
-    recipe_names,
-)
+from gipo_megatron.recipe.compose import compose, load_components
+from gipo_megatron.recipe.files import Files, parse_arguments, recipe_names
 from gipo_megatron.recipe.schema import TRAINING_KEYS, Recipe
 from gipo_megatron.recipe.source import DEFAULT, MISSING, Block, leaves, plain
-from gipo_megatron.recipe.validate import Completion
+from gipo_megatron.recipe.validate import Validation
 from tests import golden
 from tests.smollm import HOME, beside_the_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-EVALUATIONS = [name for name in recipe_names(RECIPES) if is_evaluation(name)]
+EVALUATIONS = [name for name in recipe_names(RECIPES) if is_evaluation([f"recipe={name}"], RECIPES)]
 NAMES = [name for name in recipe_names(RECIPES) if name not in EVALUATIONS]
 BASES = ("base/dpo", "base/gipo", "base/ppo", "base/reward_model", "base/sft")
 # here, since a package that the components import may draw from a global generator
@@ -76,7 +71,10 @@ ABLATIONS = (
     "variance_only",
 )
 SMOLLM = ("dpo", "gipo", "ppo_kl", "rm", "rm_gold", "sft")
-TINY = ("dpo", "gipo", "ppo", "ppo_kl", "rm", "sft", "tldr_gipo", "tldr_rm", "tldr_sft")
+TINY = (
+    *("dpo", "gipo", "grpo", "ppo", "ppo_kl", "rloo", "rm", "sft"),
+    *("tldr_gipo", "tldr_rm", "tldr_sft"),
+)
 # processes a recipe is written for, where they are not one node's eight
 WORLDS = {"hh_gipo_70b": 512}
 
@@ -97,7 +95,7 @@ def test_the_recipes_are_these() -> None:
         *(f"{folder}/{name}" for folder, names in folders.items() for name in names),
     }
     assert set(NAMES) == table | others
-    assert (len(table), len(others), len(NAMES)) == (24, 25, 49)
+    assert (len(table), len(others), len(NAMES)) == (24, 27, 51)
 
 
 def test_the_fragments_are_these() -> None:
@@ -131,7 +129,15 @@ def test_the_fragments_are_these() -> None:
             "tldr_posts",
         )
     }
-    assert fragments == {*BASES, "base/evaluate", *EVALUATIONS, *models, *hardware, *data}
+    assert fragments == {
+        *BASES,
+        "base/rloo",
+        "base/evaluate",
+        *EVALUATIONS,
+        *models,
+        *hardware,
+        *data,
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -196,7 +202,7 @@ def test_golden_expansions() -> None:
     different = list(difflib.unified_diff(kept, now, "kept", "now", lineterm="", n=2))
     assert not different, "\n".join([*different, "", "if this is meant: python -m tests.golden"])
     assert (
-        sum(line.startswith("[") for line in now) == len(NAMES) + len(BASES) + len(EVALUATIONS) + 1
+        sum(line.startswith("[") for line in now) == len(NAMES) + len(BASES) + len(EVALUATIONS) + 2
     )
 
 
@@ -209,7 +215,7 @@ def test_evaluations_compose_and_check(name: str) -> None:
 
 def test_run_folders_are_distinct() -> None:
     folders = [compose([f"recipe={name}"], RECIPES).run.dir for name in NAMES]
-    assert len(NAMES) == 49
+    assert len(NAMES) == 51
     folders += [compose_evaluation([f"recipe={name}"], RECIPES).run.dir for name in EVALUATIONS]
     assert len(set(folders)) == len(NAMES) + len(EVALUATIONS)
 
@@ -316,10 +322,10 @@ def test_children_state_only_differences() -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_a_base_lists_every_key_once_with_a_comment(base: str) -> None:
     own = Files(RECIPES).own(RECIPES / f"{base}.yaml")
-    completion = Completion()
-    complete = completion.complete(own, Recipe)
-    assert {p.what for p in completion.problems} == {"missing"}, [
-        str(p) for p in completion.problems
+    validation = Validation()
+    complete, _ = validation.block(own, Recipe)
+    assert {p.what for p in validation.problems} == {"missing"}, [
+        str(p) for p in validation.problems
     ]
     trained = {role for role in plain(own)["models"] if "lr" in plain(own)["models"][role]}
     unwritten = {".".join(key) for key, leaf in leaves(complete) if leaf.origin == DEFAULT}
@@ -358,7 +364,7 @@ def test_a_base_says_the_dataclass_defaults(base: str) -> None:
     lines += [f"models.{role}.offload=none" for role in plain(own)["models"]]
     bare = parse_arguments(["recipe=x", *lines]).overrides
     defaults = {
-        ".".join(key): leaf.value for key, leaf in leaves(Completion().complete(bare, Recipe))
+        ".".join(key): leaf.value for key, leaf in leaves(Validation().block(bare, Recipe)[0])
     }
     different = {
         key: value for key, value in written.items() if defaults[key] != value and value != MISSING

@@ -27,8 +27,8 @@ def composed(name: str, settings: Sequence[str]) -> Recipe | EvaluationRecipe:
     from gipo_megatron.evaluation.recipe import compose_evaluation, is_evaluation
     from gipo_megatron.recipe.compose import compose
 
-    make = compose_evaluation if is_evaluation(name) else compose
-    return make([f"recipe={name}", *settings], RECIPES)
+    argv = [f"recipe={name}", *settings]
+    return (compose_evaluation if is_evaluation(argv, RECIPES) else compose)(argv, RECIPES)
 
 
 def summary(recipe: Recipe | EvaluationRecipe) -> str:
@@ -53,7 +53,7 @@ def summary(recipe: Recipe | EvaluationRecipe) -> str:
         f"minibatch {batch.minibatch} = data {recipe.data_parallel} × {slots} micro-batches of"
         f" {batch.micro_batch}"
     )
-    if "critic" in recipe.trained:
+    if "evaluation" in recipe.tree.children:  # responses are drawn
         rows = batch.prompts * batch.responses
         step = (
             f"{batch.prompts} prompts × {batch.responses} responses = {rows // batch.minibatch}"
@@ -68,7 +68,7 @@ def check(names: Sequence[str], settings: Sequence[str]) -> None:
     Without names, a recipe whose architecture would be read from weights that are not on this
     machine is passed over.
     """
-    from gipo_megatron.recipe.compose import recipe_names
+    from gipo_megatron.recipe.files import recipe_names
     from gipo_megatron.recipe.problems import RecipeErrors
 
     failed: list[UserError] = []
@@ -76,7 +76,7 @@ def check(names: Sequence[str], settings: Sequence[str]) -> None:
         try:
             recipe = composed(name, settings)
         except RecipeErrors as error:
-            if names or any(problem.known for problem in error.problems):
+            if names or any(not problem.absent for problem in error.problems):
                 failed.append(error)
             else:
                 print(f"-- {name}: not checked, no weights to read the architecture from")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, final
 
@@ -28,6 +29,8 @@ def _one_hot(labels: list[int], num_groups: int, rollout: Rollout) -> Tensor:
 @dataclass
 class NoGroups:
     """One group: p = 1, R_var = 0, every weight 1."""
+
+    makes_groups: ClassVar[bool] = False
 
     num_groups: ClassVar[int] = 1
     variance: ClassVar[str] = "mass"
@@ -138,9 +141,9 @@ class RandomGroups:
 
     head: ClassVar[None] = None
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[UserError]:
         if self.share == 1:
-            raise UserError(
+            yield UserError(
                 "1.0 puts every prompt into group 0",
                 where="group_classifier.share",
                 fix="a number between 0 and 1",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, final
+from typing import Annotated, Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -85,6 +85,8 @@ class GroupAdaptiveKL:
     coef_i = eta max(floor, p~_i / mean p~ if normalise else p~_i).   The mean is over the global
     batch; the gap is in units of G already.
     """
+
+    needs_groups: ClassVar[bool] = True
 
     eta: Coefficient = 0.05  # KL coefficient, in units of the shaped score
     # smallest coefficient as a share of eta: the reward model is least reliable on hard data

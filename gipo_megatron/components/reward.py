@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, final
+from typing import Annotated, Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from gipo_megatron.types import Rollout, Scores
 
 @dataclass(kw_only=True)
 class Reward(ABC):
-    """What every reward shares: penalties, running moments over all history, clips (algorithm.md
-    3). A subclass adds its keys and `base`."""
+    """Base of all rewards: penalties, running moments over all history, clips (algorithm.md 3). A
+    subclass adds its keys and `base`."""
 
     # subtracted from a response that was cut at its maximal length, raw score units
     missing_eos_penalty: float = 0.0
@@ -124,6 +124,8 @@ def _model(reward_models: dict[str, RewardModel], name: str, where: str) -> Rewa
 class ModelReward(Reward):
     """raw = reward model's score - penalties."""
 
+    needs: ClassVar[tuple[str, ...]] = ("reward",)
+
     reward_models: dict[str, RewardModel] = from_runtime("reward_models")
 
     def __post_init__(self) -> None:
@@ -141,6 +143,12 @@ class FunctionReward(Reward):
     returns a number."""
 
     function: str = ""  # module:function
+
+    def problems(self) -> Iterator[UserError]:
+        try:
+            _import_function(self.function)
+        except UserError as error:
+            yield error
 
     def __post_init__(self) -> None:
         self._function = _import_function(self.function)
@@ -184,15 +192,17 @@ class EnsembleReward(Reward):
     combine: Annotated[str, OneOf("mean", "min", "mean_minus_std")] = "mean"
     k: float = 1.0  # of mean_minus_std
 
-    reward_models: dict[str, RewardModel] = from_runtime("reward_models")
+    reward_models: dict[str, RewardModel] = from_runtime("reward_models", roles_key="members")
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[UserError]:
         if len(set(self.members)) < 2:
-            raise UserError(
+            yield UserError(
                 f"an ensemble of {', '.join(self.members) or 'no models'}",
                 where="reward.members",
                 fix="two different reward models or more",
             )
+
+    def __post_init__(self) -> None:
         self._models = {
             name: _model(self.reward_models, name, "reward.members") for name in self.members
         }

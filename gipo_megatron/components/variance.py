@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, final
+from typing import Annotated, Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from gipo_megatron.roles import DataParallel, gather_rows
 from gipo_megatron.types import Groups, Weights
 
 NotNegative = Annotated[float, Range(0)]  # a negative weight of the variance would widen the gap
-AtMostOne = Annotated[float, Range(high=1)]  # the mean weight, 1, lies within the clamp
+AtMostOne = Annotated[float, Range(high=1)]  # the mean weight, 1, is within the clamp
 AtLeastOne = Annotated[float, Range(1)]
 
 
@@ -52,6 +52,8 @@ class NoVariance:
 class GroupVariance:
     """w_i = 1 - beta N dR_var / dJ_i: gradient of the return minus beta R_var (algorithm.md 2.2,
     stage 2)."""
+
+    needs_groups: ClassVar[bool] = True
 
     beta: NotNegative = 0.3  # weight of the variance between the groups' returns
     min_weight: AtMostOne = 0.0  # a negative weight trains easy data to get worse
@@ -96,6 +98,8 @@ class ReturnVariance:
 class GroupDRO:
     """w_i = sum_g q_g p_ig / rho_g,   q_g proportional to q_g exp(-step R_g), this batch's R_g
     included (Sagawa et al. 2020)."""
+
+    needs_groups: ClassVar[bool] = True
 
     step: NotNegative = 0.1  # a: how fast q moves to the worst group; R_g in units of G
     min_weight: AtMostOne = 0.0

@@ -1,45 +1,49 @@
-"""The recipe's `data:` block. Every default lives here and nowhere else."""
+"""The recipe's `data:` block. All its defaults are here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from gipo_megatron.specs import OneOf, Range, Size
 
 FORMATS = ("preference", "prompt", "sft", "planted")
+Share = Annotated[float, Range(0, 1)]
 COLUMNS = ("prompt", "chosen", "rejected", "messages", "response", "source")
 
 
 @dataclass(frozen=True)
 class PlantedConfig:
-    """The generated world of data/planted.py. Its own seed: all stages of a chain share one world,
-    whatever run.seed is."""
+    """The generated data of data/planted.py. They have their own seed, so that all stages of a
+    chain see the same data whatever run.seed is."""
 
-    prompts: int = 600  # distinct prompts, held-out ones included
-    easy_share: float = 0.5  # share of the prompts that are easy
-    held_out: float = 0.2  # share of the prompts that form the test split
-    pairs_per_prompt: int = 6  # preference pairs a prompt; SFT has as many responses a prompt
-    label_noise: float = 0.05  # share of the pairs whose label is flipped
+    prompts: Annotated[int, Range(4)] = 600  # distinct prompts, held-out ones included
+    easy_share: Share = 0.5  # share of the prompts that are easy
+    held_out: Share = 0.2  # share of the prompts that form the test split
+    pairs_per_prompt: Size = 6  # preference pairs a prompt; SFT has as many responses a prompt
+    label_noise: Share = 0.05  # share of the pairs whose label is flipped
     hack: bool = True  # the labels overrate asking back on easy prompts: proxy +1, gold -1
     # share of such responses among SFT's and in pairs; with hack: false there are none
-    hack_share: float = 0.06
+    hack_share: Share = 0.06
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where rows come from and how they become tokens."""
+    """Source of the rows, and how they become tokens."""
 
-    format: str = "preference"  # preference | prompt | sft | planted
+    format: Annotated[str, OneOf(*FORMATS)] = "preference"
     # a folder, a file (.jsonl .json .csv .parquet, also .gz) or a hub name; unused by planted
     path: str = ""
     # sub-folders (hub: configurations or folders) to read; [] = all
     source: list[str] = field(default_factory=list)
-    columns: dict[str, str] = field(
-        default_factory=dict
-    )  # our name -> the file's name; ours: prompt chosen rejected messages response source
+    # our name -> the file's name; ours: prompt chosen rejected messages response source
+    columns: dict[str, str] = field(default_factory=dict)
     # auto | chat (the tokenizer's) | hh | plain | chatml | a jinja chat template
     template: str = "auto"
-    max_length: int = 2048  # tokens of prompt + response; a prompt gets what max_response leaves
-    max_response: int = 512  # tokens of a response, its end-of-text token included
+    # tokens of prompt + response; a prompt gets what max_response leaves
+    max_length: Annotated[int, Range(2)] = 2048
+    max_response: Size = 512  # tokens of a response, its end-of-text token included
     # share held back for evaluation where the data have no test split, by a hash of the first turn
-    held_out: float = 0.1
+    held_out: Share = 0.1
     planted: PlantedConfig = field(default_factory=PlantedConfig)

@@ -1,10 +1,8 @@
-"""The recipe of an evaluation: which policies answer which tasks, drawn how, judged by whom. All
-problems come back together."""
+"""The recipe of an evaluation: policies, tasks, generation, judge. All problems are reported
+together."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,35 +13,31 @@ from typing import Any
 from gipo_megatron.evaluation import judges
 from gipo_megatron.evaluation.results import RESERVED
 from gipo_megatron.evaluation.tasks import Task
-from gipo_megatron.evaluation.types import KINDS
 from gipo_megatron.recipe import check, registry
-from gipo_megatron.recipe.architecture import KEY as ARCHITECTURE
-from gipo_megatron.recipe.architecture import read_architecture
-from gipo_megatron.recipe.check import Found, Tree
-from gipo_megatron.recipe.compose import load_components, merged, resolve
+from gipo_megatron.recipe.check import Draft, Found
+from gipo_megatron.recipe.compose import drafted, load_components
+from gipo_megatron.recipe.files import merged
 from gipo_megatron.recipe.problems import Problem, RecipeErrors, suggest
-from gipo_megatron.recipe.registry import OneOf, Range, component
+from gipo_megatron.recipe.registry import component
 from gipo_megatron.recipe.schema import (
-    RANGES,
+    Composed,
     Count,
     Evaluation,
     Hardware,
     ModelSpec,
     NotNegative,
-    composed,
 )
-from gipo_megatron.recipe.source import Block, to_yaml
-from gipo_megatron.recipe.validate import Completion, Conversion
+from gipo_megatron.recipe.source import Block
 from gipo_megatron.specs import Parallel, Precision
 
-# what may be measured beside the policies: score, KL, inferred group
+# models that measure responses: score, KL, inferred group
 HELPERS = ("reward", "reference", "critic")
 _FILE_NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model that only answers."""
+    """A model that is not trained."""
 
     load: str  # a checkpoint of this project, a Hugging Face folder or hub name
 
@@ -58,8 +52,8 @@ class Generation(Evaluation):
     """How every policy's responses are drawn."""
 
     max_response: Count = 512  # tokens of a response, its end-of-text token included
-    seed: NotNegative = 0  # with the prompt, all that a response's noise depends on
-    # prompts answered together by all replicas; responses are on disk after each batch
+    seed: NotNegative = 0  # a response's noise depends on it and on the prompt alone
+    # prompts that all replicas together respond to at a time; each batch is then written to disk
     batch: Count = 64
 
 
@@ -71,12 +65,12 @@ class Statistics:
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    # where everything of this evaluation is written; the same command continues what is there
+    # where everything of this evaluation is written; the same command continues it
     dir: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationRecipe:
+class EvaluationRecipe(Composed):
     """A checked recipe of launch/evaluate.py: every key typed and complete."""
 
     policies: dict[str, Weights] = field(default_factory=dict)  # the first is the subject
@@ -96,11 +90,6 @@ class EvaluationRecipe:
     hardware: Hardware = field(default_factory=Hardware)
     plugins: list[str] = field(default_factory=list)
 
-    name: str = composed()
-    world: int = composed()  # processes the checks were made for
-    warnings: tuple[str, ...] = composed()
-    tree: Block = composed()  # every value with its origin
-
     @property
     def subject(self) -> str:
         return next(iter(self.policies))
@@ -109,190 +98,136 @@ class EvaluationRecipe:
     def data_parallel(self) -> int:
         return self.world // self.parallel.model
 
-    def to_yaml(self, origins: bool = True) -> str:
-        """The expanded recipe, itself a recipe; with origins as comments."""
-        return to_yaml(self.tree, origins)
 
-
-RANGES[Task] = {"kind": OneOf(*KINDS), "prompts": Range(1), "max_length": Range(2)}
-
-
-def is_evaluation(name: str) -> bool:
-    """Whether a recipe's name says that launch/evaluate.py runs it: `tiny/evaluate`,
-    `hh_evaluate`."""
-    return Path(name).stem.endswith("evaluate")
+def is_evaluation(argv: Sequence[str], root: Path) -> bool:
+    """Whether a command line's recipe is one of launch/evaluate.py: it has policies."""
+    return "policies" in merged(argv, root)[0].children
 
 
 def compose_evaluation(
     argv: Sequence[str], root: Path, world: int | None = None
 ) -> EvaluationRecipe:
-    """The evaluation a command line describes, checked; words, files and the number of processes
-    are as in compose().
+    """Return the evaluation that a command line describes, checked; words, files and the number of
+    processes are as in compose().
 
     Raises RecipeErrors with every problem found.
     """
-    tree, name, world = merged(argv, root, world)
-    # Hardware fragments say how training saves memory, too; nothing is trained here.
-    tree = Block({key: node for key, node in tree.children.items() if key != "memory"}, tree.origin)
-    problems = load_components(tree)
-    for module in pkgutil.iter_modules(judges.__path__):
-        importlib.import_module(f"{judges.__name__}.{module.name}")
-    completion, conversion = Completion(), Conversion()
-    # which weights are loaded; its problems come again below
-    draft = resolve(Completion().complete(tree, EvaluationRecipe), [])
-    reading = read_architecture(tree, draft, _loads(draft))
-    problems += reading.problems
-    tree = resolve(completion.complete(reading.tree, EvaluationRecipe), completion.problems)
-    implied = [
-        p
-        for p in completion.problems
-        if reading.settled and not p.known and p.key.startswith(f"{ARCHITECTURE}.")
-    ]
-    problems += [p for p in completion.problems if p not in implied]
-    sections = {
-        f.name: conversion.section(tree, EvaluationRecipe, f.name)
-        for f in registry.recipe_fields(EvaluationRecipe)
-    }
-    sections["judge"] = conversion.component(tree.children["judge"], "judge", ("judge",))
-    problems += conversion.problems
-    world = world or check.default_world(sections["hardware"], sections["parallel"])
-    available = {**sections, "world": world, "tree": Tree(tree)}
-    for key in ("policies", "models"):
-        if sections[key] is not None and None in sections[key].values():
-            available[key] = None
-    problems += check.applied(PROBLEMS, available)
-    if problems or implied:
-        raise RecipeErrors(name, problems or implied)
+    return checked(*merged(argv, root, world))
+
+
+def checked(tree: Block, name: str, world: int = 0) -> EvaluationRecipe:
+    """Return the typed evaluation of a merged tree. Raises RecipeErrors with every problem."""
+    # Hardware fragments set how training saves memory, too; nothing is trained here.
+    keys = {key: node for key, node in tree.children.items() if key != "memory"}
+    load_components(Block({}, ""), [judges])
+    draft, problems, hidden = drafted(Block(keys, tree.origin), EvaluationRecipe, world, _loads)
+    problems += draft.found(PROBLEMS)
+    if problems or hidden:
+        raise RecipeErrors(name, problems or hidden)
+    sections = draft.sections
     sections["opponents"] = sections["opponents"] or list(sections["policies"])[1:]
-    warnings = tuple(str(problem) for problem in check.applied((absent,), available))
-    return EvaluationRecipe(**sections, name=name, world=world, warnings=warnings, tree=tree)
+    warnings = tuple(map(str, draft.found((absent,))))
+    return EvaluationRecipe(
+        **sections, name=name, world=draft.world, warnings=warnings, tree=draft.tree
+    )
 
 
-def _loads(draft: Block) -> dict[str, str]:
+def _loads(tree: Block) -> dict[str, str]:
     """{key that names weights: the role that they are loaded as}"""
     found: dict[str, str] = {}
     for section in ("policies", "models"):
-        block = draft.children[section]
-        names = block.children if isinstance(block, Block) else {}
-        found |= {
-            f"{section}.{name}.load": name if section == "models" else "actor" for name in names
-        }
+        block = tree.children.get(section)
+        for name in block.children if isinstance(block, Block) else ():
+            found[f"{section}.{name}.load"] = name if section == "models" else "actor"
     return found
 
 
 # ------------------------------------------------------------------------------------------- checks
 
 
-def policies(policies: Mapping[str, Weights], tree: Tree) -> Found:
-    """A subject and somebody to compare it with; names become file names."""
-    if len(policies) < 2:
-        what = (
-            f"{len(policies)} of them: the first is the subject, and it needs one other to be"
-            " compared with"
-        )
-        yield Problem(
-            "policies", what, tree.origin("policies"), "policies: {gipo: {load: …}, sft: {load: …}}"
-        )
-    for name in policies:
+def policies(d: Draft) -> Found:
+    """A subject and another policy to compare it with; names are file names."""
+    if len(d.policies) < 2:
+        what = f"{len(d.policies)} of them: the first is the subject, and it needs one other to be"
+        fix = "policies: {gipo: {load: …}, sft: {load: …}}"
+        yield d.problem("policies", f"{what} compared with", fix)
+    for name in d.policies:
         if not _FILE_NAME.fullmatch(name):
             what = "a policy's name becomes a file name: letters, digits, _ - ."
-            yield Problem(f"policies.{name}", what, tree.origin(f"policies.{name}"))
+            yield d.problem(f"policies.{name}", what)
 
 
-def opponents(policies: Mapping[str, Weights], opponents: Sequence[str], tree: Tree) -> Found:
+def opponents(d: Draft) -> Found:
     """Policies, other than the subject, each once."""
-    others, where = list(policies)[1:], tree.origin("opponents")
-    for name, count in Counter(opponents).items():
-        if name not in policies:
-            yield Problem("opponents", f"there is no policy {name!r}", where, suggest(name, others))
+    others = list(d.policies)[1:]
+    for name, count in Counter(d.opponents).items():
+        if name not in d.policies:
+            yield d.problem("opponents", f"there is no policy {name!r}", suggest(name, others))
         elif name not in others:
-            yield Problem(
-                "opponents",
-                f"{name!r} is the subject (the first policy): it is not compared with itself",
-                where,
-                "remove it",
-            )
+            what = f"{name!r} is the subject (the first policy): it is not compared with itself"
+            yield d.problem("opponents", what, "remove it")
         elif count > 1:
-            yield Problem("opponents", f"{name!r} is given {count} times", where)
+            yield d.problem("opponents", f"{name!r} is listed {count} times")
 
 
-def models(policies: Mapping[str, Weights], models: Mapping[str, Weights], tree: Tree) -> Found:
-    """Known roles, and weights that somebody trained."""
-    for role in models:
+def models(d: Draft) -> Found:
+    """Known roles; weights that are trained."""
+    for role in d.models:
         if role not in HELPERS:
-            yield Problem(
-                f"models.{role}",
-                "unknown role",
-                tree.origin(f"models.{role}"),
-                suggest(role, HELPERS),
-            )
-    for section, group in (("policies", policies), ("models", models)):
-        for name, weights in group.items():
-            if weights.load == "random":
-                key = f"{section}.{name}.load"
-                yield Problem(
-                    key,
-                    "random weights say nothing",
-                    tree.origin(key),
-                    "give a checkpoint or a Hugging Face folder",
-                )
+            yield d.problem(f"models.{role}", "unknown role", suggest(role, HELPERS))
+    for key, load in _all_loads(d.policies, d.models).items():
+        if load == "random":
+            fix = "give a checkpoint or a Hugging Face folder"
+            yield d.problem(key, "cannot evaluate random weights", fix)
 
 
-def tasks(tasks: Sequence[Task], tree: Tree) -> Found:
-    where = tree.origin("tasks")
-    if not tasks:
-        yield Problem(
-            "tasks",
-            "none: nothing to answer",
-            where,
-            "tasks: [{name: hh_harmless, kind: harmless, data: …}]",
-        )
-    for name, count in Counter(task.name for task in tasks).items():
+def _all_loads(policies: Mapping[str, Any], models: Mapping[str, Any]) -> dict[str, str]:
+    """{key: load}"""
+    loads = {f"policies.{name}.load": weights.load for name, weights in policies.items()}
+    return loads | {f"models.{role}.load": weights.load for role, weights in models.items()}
+
+
+def tasks(d: Draft) -> Found:
+    """One task or more, with distinct names that can be file names."""
+    if not d.tasks:
+        fix = "tasks: [{name: hh_harmless, kind: harmless, data: …}]"
+        yield d.problem("tasks", "none: there are no prompts", fix)
+    for name, count in Counter(task.name for task in d.tasks).items():
         if count > 1:
-            yield Problem(
-                "tasks", f"{count} tasks are called {name!r}", where, "give each its own name"
-            )
+            yield d.problem("tasks", f"{count} tasks are called {name!r}", "give each its own name")
         if name in RESERVED:
-            yield Problem(
-                "tasks",
-                f"a task cannot be called {name!r}: results.json has that name for something else",
-                where,
-            )
+            what = f"a task cannot be called {name!r}: results.json uses that name"
+            yield d.problem("tasks", what)
         if not _FILE_NAME.fullmatch(name):
-            yield Problem(
-                "tasks", f"{name!r}: a task's name is made of letters, digits, _ - .", where
-            )
+            yield d.problem("tasks", f"{name!r}: a task's name is made of letters, digits, _ - .")
 
 
-def lengths(tasks: Sequence[Task], model: ModelSpec, generation: Generation, tree: Tree) -> Found:
+def lengths(d: Draft) -> Found:
     """Sequences fit into the model, responses into sequences."""
-    positions, response = model.architecture.max_positions, generation.max_response
-    for i, task in enumerate(tasks):
+    positions, response = d.model.architecture.max_positions, d.generation.max_response
+    for i, task in enumerate(d.tasks):
+        key, where = f"tasks[{i}].max_length", d.tree.origin_of("tasks")
         if task.max_length > positions:
             what = f"{task.max_length} exceeds model.architecture.max_positions {positions}"
-            yield Problem(f"tasks[{i}].max_length", what, tree.origin("tasks"))
+            yield Problem(key, what, where)
         if response >= task.max_length:
-            what = (
-                f"{task.max_length} leaves no room for a prompt beside generation.max_response"
-                f" {response}"
-            )
-            yield Problem(f"tasks[{i}].max_length", what, tree.origin("tasks"))
+            room = f"leaves no room for a prompt beside generation.max_response {response}"
+            yield Problem(key, f"{task.max_length} {room}", where)
 
 
-def judge(judge: Mapping[str, Any], models: Mapping[str, Weights], tree: Tree) -> Found:
-    if judge["name"] == "reward_model" and "reward" not in models:
-        fix = "models.reward.load=CHECKPOINT, or another judge"
-        yield Problem(
-            "judge.name",
-            "reward_model compares scores, and there is no models.reward to score with",
-            tree.origin("judge.name"),
-            fix,
-        )
+def judge(d: Draft) -> Found:
+    """The models that the judge needs."""
+    name = d.judge["name"]
+    for role in getattr(registry.lookup("judge", name), "needs", ()):
+        if role not in d.models:
+            what = f"{name} needs models.{role}, which is not set"
+            yield d.problem("judge.name", what, f"models.{role}.load=CHECKPOINT, or another judge")
 
 
-def run(run: EvaluationRun, tree: Tree) -> Found:
-    if not run.dir:
-        yield Problem("run.dir", "is empty", tree.origin("run.dir"), "run.dir=runs/evaluate")
+def run(d: Draft) -> Found:
+    """A folder to write to."""
+    if not d.run.dir:
+        yield d.problem("run.dir", "is empty", "run.dir=runs/evaluate")
 
 
 PROBLEMS = (
@@ -310,23 +245,13 @@ PROBLEMS = (
 )
 
 
-def absent(
-    policies: Mapping[str, Weights], models: Mapping[str, Weights], run: EvaluationRun, tree: Tree
-) -> Found:
+def absent(d: Draft) -> Found:
     """Weights that are not on this machine. A recipe may be checked elsewhere; the launcher
     refuses."""
-    for section, group in (("policies", policies), ("models", models)):
-        for name, weights in group.items():
-            if not check.may_be_hub(weights.load, run.dir) and not Path(weights.load).exists():
-                key = f"{section}.{name}.load"
-                yield Problem(
-                    key,
-                    f"{weights.load!r} is not on this machine",
-                    tree.origin(key),
-                    "train that stage first, or give another path",
-                )
+    yield from check.absent_weights(_all_loads(d.policies, d.models), d.run.dir, d.tree)
 
 
 def missing_weights(recipe: EvaluationRecipe) -> list[Problem]:
-    """What a launcher must refuse to start without."""
-    return list(absent(recipe.policies, recipe.models, recipe.run, Tree(recipe.tree)))
+    """Return the weights without which a launcher must not start."""
+    loads = _all_loads(recipe.policies, recipe.models)
+    return list(check.absent_weights(loads, recipe.run.dir, recipe.tree))

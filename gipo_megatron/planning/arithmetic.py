@@ -1,106 +1,112 @@
-"""From prompts to optimizer steps: how many rows of what go where."""
+"""Batch arithmetic: rows of replicas, of micro-batches and of optimizer steps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.specs import Sampling
 
-PLANNED = ("sft", "reward_model", "dpo", "ppo")
-PAIRS = ("reward_model", "dpo")  # algorithms whose rows are pairs: two sequences each
+BATCH, PROBE, DATASET = "batch", "probe", "dataset"
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """Rows are sequences, or pairs; all counts of one iteration."""
+class Call:
+    """One call of a role, or several of the same name added up. Counts are of all replicas."""
 
-    replicas: int
-    rows: int  # of all replicas
-    sequences_per_row: int
-    minibatch: int  # rows of one optimizer step
-    micro_batch: int  # rows of one forward pass on one replica
-    epochs: int
-    prompts: int | None  # None: nothing is generated
-    responses: int
-    max_length: int
-    max_response: int
+    name: str  # as a plan prints it
+    verb: str  # build | generate | forward | update | save
+    role: str
+    rows: int = 0  # sequences or pairs
+    sequences: int = 0  # of the rows; a pair has two
+    count: int = 1
+    sampling: Sampling | None = None  # of `generate`
+    reads: str = BATCH  # the iteration's batch, the probe, or the whole dataset
+
+    def __add__(self, other: Call) -> Call:
+        return replace(
+            self,
+            rows=self.rows + other.rows,
+            sequences=self.sequences + other.sequences,
+            count=self.count + other.count,
+        )
+
+
+def added_up(items: Iterable[Any]) -> list[Any]:
+    """Add up items (calls, or their phases) of the same name; keep the order of the first ones."""
+    found: dict[str, Any] = {}
+    for item in items:
+        found[item.name] = found[item.name] + item if item.name in found else item
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """The calls of a recipe's algorithm, in order, and how their rows are cut."""
+
+    recipe: Recipe
+    built: tuple[str, ...]  # roles
+    once: tuple[Call, ...]  # before the first iteration, by roles that are freed afterwards
+    calls: tuple[Call, ...]  # of one iteration
 
     @property
-    def updates(self) -> int:
-        """Optimizer steps of each trained model."""
-        return self.epochs * self.rows // self.minibatch
+    def generates(self) -> bool:
+        return any(call.verb == "generate" for call in self.calls)
 
     @property
-    def slots(self) -> int:
-        """Micro-batches of one optimizer step on one replica."""
-        return self.minibatch // (self.replicas * self.micro_batch)
+    def rows(self) -> int:
+        batch = self.recipe.batch
+        return batch.prompts * batch.responses if self.generates else batch.minibatch
 
     @property
     def rows_per_replica(self) -> int:
-        return self.rows // self.replicas
+        return self.rows // self.recipe.data_parallel
 
     @property
-    def scoring_slots(self) -> int:
-        """Micro-batches of one forward pass over a replica's rows."""
-        return -(-self.rows_per_replica // self.micro_batch)
+    def sequences_per_row(self) -> int:
+        """2 for pairs."""
+        return self.calls[0].sequences // self.calls[0].rows
 
-    @property
-    def sequences(self) -> int:
-        return self.rows * self.sequences_per_row
+    def slots(self, rows: int) -> int:
+        """Return the micro-batches of `rows` rows on one replica."""
+        return -(-rows // (self.recipe.data_parallel * self.recipe.batch.micro_batch))
 
-    @property
-    def tokens(self) -> int:
-        """At most: every sequence as long as data.max_length allows."""
-        return self.sequences * self.max_length
+    def slots_of(self, call: Call) -> int:
+        """Return the micro-batches of one of the calls that are added up in `call`."""
+        return self.slots(call.rows // call.count)
+
+    def tokens(self, call: Call) -> int:
+        """Return an upper bound: every sequence is as long as data.max_length allows."""
+        return call.sequences * self.recipe.data.max_length
 
     def lines(self) -> list[str]:
+        """Return the arithmetic in words."""
+        batch, replicas = self.recipe.batch, self.recipe.data_parallel
         noun = "pairs" if self.sequences_per_row == 2 else "sequences"
-        replicas = f"{self.replicas} replica{'s' if self.replicas > 1 else ''}"
-        slots = f"{self.slots} micro-batch{'es' if self.slots > 1 else ''}"
-        found = []
-        if self.prompts is not None:
-            found.append(
-                f"{self.prompts} prompts × {self.responses} responses = {self.rows} sequences an"
-                " iteration"
-            )
-        found.append(
-            f"{self.rows} {noun} / {replicas} = {self.rows_per_replica} each, of at most"
-            f" {self.max_length} tokens"
-        )
-        found.append(
-            f"{self.minibatch} {noun} an optimizer step = {replicas} × {slots} of"
-            f" {self.micro_batch}"
-        )
-        epochs = "" if self.epochs == 1 else f"{self.epochs} epochs × "
-        steps = (
-            f"{epochs}{self.rows} / {self.minibatch} = {self.updates} optimizer"
-            f" step{'s' if self.updates > 1 else ''}"
-        )
-        return [*found, f"{steps} an iteration, of each model that is trained"]
+        shares = f"{replicas} replica{'s' if replicas > 1 else ''}"
+        slots = self.slots(batch.minibatch)
+        found = [
+            f"{self.rows} {noun} / {shares} = {self.rows_per_replica} each, of at most"
+            f" {self.recipe.data.max_length} tokens",
+            f"{batch.minibatch} {noun} an optimizer step = {shares} × {slots}"
+            f" micro-batch{'es' if slots > 1 else ''} of {batch.micro_batch}",
+        ]
+        if self.generates:
+            generated = f"{batch.prompts} prompts × {batch.responses} responses"
+            found.insert(0, f"{generated} = {self.rows} sequences an iteration")
+        updates = added_up(call for call in self.calls if call.verb == "update")
+        steps = {call.role: f"{self._steps(call.count)} an iteration" for call in updates}
+        if len(set(steps.values())) == 1:
+            return [*found, f"{steps[updates[0].role]}, of each model that is trained"]
+        return [*found, *(f"{role}: {text}" for role, text in steps.items())]
 
-
-def batch_plan(recipe: Recipe) -> BatchPlan:
-    """Raises UserError for an algorithm whose phases are not known here."""
-    batch, block = recipe.batch, recipe.algorithm
-    if block["name"] not in PLANNED:
-        known = f"one of {', '.join(PLANNED)}"
-        raise UserError(
-            f"there is no plan for the algorithm {block['name']!r}",
-            where="algorithm.name",
-            fix=known,
-        )
-    rollout = block["name"] == "ppo"
-    return BatchPlan(
-        replicas=recipe.data_parallel,
-        rows=batch.prompts * batch.responses if rollout else batch.minibatch,
-        sequences_per_row=2 if block["name"] in PAIRS else 1,
-        minibatch=batch.minibatch,
-        micro_batch=batch.micro_batch,
-        epochs=block["epochs"] if rollout else 1,
-        prompts=batch.prompts if rollout else None,
-        responses=batch.responses,
-        max_length=recipe.data.max_length,
-        max_response=(block["rollout"]["max_response"] if rollout else 0)
-        or recipe.data.max_response,
-    )
+    def _steps(self, count: int) -> str:
+        minibatch = self.recipe.batch.minibatch
+        noun = f"{count} optimizer step{'s' if count > 1 else ''}"
+        epochs, rest = divmod(count * minibatch, self.rows)
+        if rest:
+            return noun
+        times = f"{epochs} epochs × " if epochs > 1 else ""
+        return f"{times}{self.rows} / {minibatch} = {noun}"

@@ -1,26 +1,34 @@
-"""The architecture of the weights to load, read from their config.json or meta.json, so that no
-recipe retypes it."""
+"""The recipe's architecture: read from the weights to load, or written and compared with them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.check import may_be_hub
 from gipo_megatron.recipe.problems import Problem
-from gipo_megatron.recipe.source import COMMAND_LINE, MISSING, Block, Leaf, Node
+from gipo_megatron.recipe.source import (
+    COMMAND_LINE,
+    MISSING,
+    Block,
+    Leaf,
+    Node,
+    Unknown,
+    leaves,
+    plain,
+)
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.architecture import stored_architecture
 
 KEY = "model.architecture"
 FIELDS = tuple(f.name for f in dataclasses.fields(Architecture))
-REQUIRED = frozenset(
+REQUIRED = tuple(
     f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING
 )
-FROM_WEIGHTS = "model/from_weights"  # the fragment that takes a written architecture back
+FROM_WEIGHTS = "model/from_weights"  # the fragment that removes a written architecture
 
 
 @dataclass(frozen=True)
@@ -28,233 +36,166 @@ class Source:
     """A recipe key that names weights."""
 
     key: str  # models.actor.load
-    load: str  # its value; ??? where it has none yet
-    origin: str  # who wrote it
+    load: str
+    origin: str
     role: str  # whose weights they are; empty for model.hub
 
 
 @dataclass(frozen=True)
 class Found:
-    """What weights say of themselves."""
+    """An architecture read from weights."""
 
     source: Source
-    path: str  # the file that says it
-    values: dict[str, Any]  # of Architecture
+    path: str  # the file that describes it
+    values: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What composing takes from the weights."""
+def read_architecture(tree: Block, loads: Mapping[str, str], problems: list[Problem]) -> Block:
+    """Return `tree` with model.architecture from the weights; keys that are written must agree.
 
-    tree: Block  # with model.architecture filled in
-    problems: list[Problem] = field(default_factory=list)
-    # why architecture keys are missing has been said, or follows from another problem
-    settled: bool = False
-
-
-def read_architecture(tree: Block, draft: Block, loads: Mapping[str, str]) -> Reading:
-    """`tree` with every unwritten key of model.architecture as the weights say it; written ones
-    must agree with them.
-
-    draft: the same tree, completed and resolved, which knows what `load` is.  loads: {key that
-    names weights: role they are of}.
+    tree: merged and resolved.  loads: {key that names weights: role they are loaded as}.
     """
-    block = _architecture_block(tree)
-    if block is None:  # something else stands there, which the schema will say
-        return Reading(tree)
+    block = _written_block(tree)
+    if block is None:  # something else is written there, which validation reports
+        return tree
     written = {
-        key: node for key, node in block.children.items() if key in FIELDS and not _is_missing(node)
+        key: node
+        for key, node in block.children.items()
+        if not (key in FIELDS and isinstance(node, Leaf) and node.value == MISSING)
     }
-    sources, run_dir = _sources(tree, draft, loads), str(_value(draft, "run.dir"))
-    found, problems = _read_all(sources, run_dir, network=False)
-    # only now is the network worth its seconds
-    if not found and not problems and not written.keys() >= REQUIRED:
-        sources = _with_hub(sources, draft)
-        found, problems = _read_all(sources, run_dir, network=True)
+    complete = set(REQUIRED) <= written.keys()
+    sources, before = _sources(tree, loads), len(problems)
+    found = _read_all(sources, tree, network=False, problems=problems)
+    if not found and len(problems) == before and not complete:
+        sources += _hub(tree, sources)
+        found = _read_all(sources, tree, network=True, problems=problems)
     if found:
-        problems += [
-            problem
-            for other in found[1:]
-            if (problem := _disagreement(found[0], other)) is not None
-        ]
-        problems += _contradictions(
-            found[0], {key: _leaf(draft, f"{KEY}.{key}") for key in written}
-        )
-        values = {
-            key: written.get(key, Leaf(value, found[0].path))
-            for key, value in found[0].values.items()
-        }
-        return Reading(_replaced(tree, {**block.children, **values}), problems)
-    if not problems and not written and loads and all(source.load != MISSING for source in sources):
-        problems.append(_unsaid(sources))
-    # Where somebody writes an architecture, what is left out has its default; a bare `???` of a
-    # base recipe must not hide it.
-    defaulted = set(FIELDS) - REQUIRED - written.keys() if written else set()
-    kept = {key: node for key, node in block.children.items() if key not in defaulted}
-    return Reading(_replaced(tree, kept), problems, settled=not written or bool(problems))
+        first = found[0]
+        problems += _disagreements(found) + _contradictions(first, written)
+        values = {key: Leaf(value, first.path) for key, value in first.values.items()}
+        return _with_architecture(tree, Block({**values, **written}, block.origin))
+    silent = len(problems) == before and loads and not written
+    if silent and all(source.load != MISSING for source in sources):
+        problems.append(_unreadable(sources))
+    unknown = Leaf(Unknown("not set, and no weights to read it from"), block.origin)
+    missing = {} if written else dict.fromkeys(REQUIRED, unknown)
+    return _with_architecture(tree, Block({**written, **missing}, block.origin))
 
 
-# -------------------------------------------------------------------------------------- in the tree
+# ------------------------------------------------------------------------------------- in the tree
 
 
-def _is_missing(node: Node | None) -> bool:
-    return node is None or (isinstance(node, Leaf) and node.value == MISSING)
-
-
-def _architecture_block(tree: Block) -> Block | None:
-    """What is written below model.architecture; empty when nothing is, None when it is no block."""
+def _written_block(tree: Block) -> Block | None:
+    """The keys below model.architecture; an empty block where there are none, None for what is no
+    block."""
     model = tree.children.get("model", Block({}, tree.origin))
     if not isinstance(model, Block):
         return None
-    node = model.children.get("architecture")
+    node = model.children.get("architecture", Leaf(MISSING, model.origin))
     if isinstance(node, Block):
         return node
-    return Block({}, model.origin) if _is_missing(node) else None
+    return Block({}, model.origin) if node.value == MISSING else None
 
 
-def _replaced(tree: Block, keys: Mapping[str, Node]) -> Block:
+def _with_architecture(tree: Block, architecture: Block) -> Block:
     model = tree.children.get("model", Block({}, tree.origin))
-    block = _architecture_block(tree)
-    assert isinstance(model, Block) and block is not None
-    model = Block({**model.children, "architecture": Block(keys, block.origin)}, model.origin)
+    assert isinstance(model, Block)
+    model = Block({**model.children, "architecture": architecture}, model.origin)
     return Block({**tree.children, "model": model}, tree.origin)
 
 
-def _leaf(tree: Block, key: str) -> Leaf:
-    node: Node | None = tree
-    for part in key.split("."):
-        node = node.children.get(part) if isinstance(node, Block) else None
-    return node if isinstance(node, Leaf) else Leaf(MISSING, "")
-
-
-def _value(tree: Block, key: str) -> Any:
-    return _leaf(tree, key).value
-
-
-def _sources(tree: Block, draft: Block, loads: Mapping[str, str]) -> list[Source]:
-    """One for each folder that is loaded, named by the key that says the folder itself rather than
-    `${models.actor.load}`."""
+def _sources(tree: Block, loads: Mapping[str, str]) -> list[Source]:
+    """One source for each folder that is loaded, in the recipe's order of keys."""
     sources: dict[str, Source] = {}
-    for key in sorted(loads, key=lambda key: "${" in str(_value(tree, key))):
-        leaf = _leaf(draft, key)
-        load = leaf.value if isinstance(leaf.value, str) else MISSING
-        sources.setdefault(load, Source(key, load, leaf.origin, loads[key]))
+    written = [".".join(path) for path, _ in leaves(tree)]
+    for key in (*(key for key in written if key in loads), *(loads.keys() - {*written})):
+        load = tree.value(key)
+        load = load if isinstance(load, str) else MISSING
+        sources.setdefault(load, Source(key, load, tree.origin_of(key), loads[key]))
     return list(sources.values())
 
 
-def _with_hub(sources: list[Source], draft: Block) -> list[Source]:
-    hub = _leaf(draft, "model.hub")
-    if (
-        not hub.value
-        or not isinstance(hub.value, str)
-        or hub.value in [source.load for source in sources]
-    ):
-        return sources
-    return [*sources, Source("model.hub", hub.value, hub.origin, "")]
-
-
-# ------------------------------------------------------------------------------ on disk, on the hub
+def _hub(tree: Block, sources: Sequence[Source]) -> list[Source]:
+    """model.hub, where no role loads it."""
+    hub = tree.value("model.hub")
+    if not isinstance(hub, str) or hub in ("", MISSING, *(s.load for s in sources)):
+        return []
+    return [Source("model.hub", hub, tree.origin_of("model.hub"), "")]
 
 
 def _read_all(
-    sources: Sequence[Source], run_dir: str, network: bool
-) -> tuple[list[Found], list[Problem]]:
-    found: list[Found] = []
-    problems: list[Problem] = []
-    for source in sources:
+    sources: Sequence[Source], tree: Block, network: bool, problems: list[Problem]
+) -> list[Found]:
+    found, run_dir = [], str(tree.value("run.dir"))
+    for s in sources:
+        if s.load == MISSING:
+            continue
+        hub = may_be_hub(s.load, run_dir)
         try:
-            said = _read(source, run_dir, network)
+            stored = stored_architecture(s.load, s.role, s.key, may_be_hub=hub, network=network)
         except UserError as error:
-            problems.append(Problem(source.key, error.what, source.origin, error.fix))
-        else:
-            found += [] if said is None else [said]
-    return found, problems
+            problems.append(Problem(s.key, error.what, s.origin, error.fix))
+            continue
+        if stored is not None:
+            found.append(Found(s, stored.path, asdict(stored.architecture)))
+    return found
 
 
-def _read(source: Source, run_dir: str, network: bool) -> Found | None:
-    """None where nothing can be read: random weights, a stage that is not trained yet. Raises
-    UserError for what cannot be read."""
-    if source.load == MISSING:
-        return None
-    stored = stored_architecture(
-        source.load,
-        source.role,
-        source.key,
-        may_be_hub=may_be_hub(source.load, run_dir),
-        network=network,
-    )
-    return None if stored is None else Found(source, stored.path, asdict(stored.architecture))
-
-
-# ----------------------------------------------------------------------------------------- problems
+# ---------------------------------------------------------------------------------------- problems
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal values; transformers wrote `type` for `rope_type` once, and some files have both."""
+    """Whether two values are equal; older transformers wrote `type` for `rope_type`."""
     return _scaling(a) == _scaling(b) if isinstance(a, dict) and isinstance(b, dict) else a == b
 
 
 def _scaling(block: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "rope_type": block.get("type"),
-        **{key: value for key, value in block.items() if key != "type"},
-    }
+    rest = {key: value for key, value in block.items() if key != "type"}
+    return {"rope_type": block.get("type"), **rest}
 
 
-def _disagreement(first: Found, other: Found) -> Problem | None:
-    keys = [key for key in FIELDS if not _same(first.values[key], other.values[key])]
-    if not keys:
-        return None
-    theirs = ", ".join(f"{key} {other.values[key]} ≠ {first.values[key]}" for key in keys)
-    what = f"another architecture than {first.source.key}'s: {theirs} ({other.path} ≠ {first.path})"
-    return Problem(
-        other.source.key,
-        what,
-        other.source.origin,
-        "all models of a run share one architecture: load weights of one kind",
-    )
+def _disagreements(found: Sequence[Found]) -> list[Problem]:
+    """One problem for each later weights with another architecture than the first."""
+    first, problems = found[0], []
+    for other in found[1:]:
+        keys = [key for key in FIELDS if not _same(first.values[key], other.values[key])]
+        if keys:
+            theirs = ", ".join(f"{key} {other.values[key]} ≠ {first.values[key]}" for key in keys)
+            what = f"another architecture than {first.source.key}'s: {theirs}"
+            what += f" ({other.path} ≠ {first.path})"
+            fix = "all models of a run share one architecture: load weights of one kind"
+            problems.append(Problem(other.source.key, what, other.source.origin, fix))
+    return problems
 
 
-def _contradictions(found: Found, written: Mapping[str, Leaf]) -> list[Problem]:
-    """One problem for each file that writes another architecture (or the command line), whatever
-    the number of keys."""
+def _contradictions(found: Found, written: Mapping[str, Node]) -> list[Problem]:
+    """One problem for each file that writes another architecture, or the command line."""
     places: dict[str, list[str]] = {}
-    for key, leaf in written.items():
-        if leaf.value != MISSING and not _same(leaf.value, found.values[key]):
-            places.setdefault(leaf.origin.rsplit(":", 1)[0], []).append(key)
-    return [
-        _contradiction(found, place, {key: written[key] for key in keys})
-        for place, keys in places.items()
-    ]
+    origins: dict[str, str] = {}
+    for key, node in written.items():
+        value = plain(node)
+        if key in FIELDS and not isinstance(value, Unknown) and not _same(value, found.values[key]):
+            place = node.origin.rsplit(":", 1)[0]
+            places.setdefault(place, []).append(f"{key} {value} ≠ {found.values[key]}")
+            origins.setdefault(place, node.origin)
+    problems = []
+    for place, differ in places.items():
+        what = "another than that of the weights to load: "
+        what += f"{', '.join(differ)} ({place} ≠ {found.path})"
+        fix = "the architecture is then read from the weights"
+        fix = f"remove it: {fix}" if place == COMMAND_LINE else f"add with={FROM_WEIGHTS}: {fix}"
+        problems.append(Problem(KEY, what, origins[place], fix))
+    return problems
 
 
-def _contradiction(found: Found, place: str, wrong: Mapping[str, Leaf]) -> Problem:
-    theirs = ", ".join(f"{key} {leaf.value} ≠ {found.values[key]}" for key, leaf in wrong.items())
-    first = next(iter(wrong.values())).origin
-    if place == COMMAND_LINE:
-        fix = "remove it: the architecture is read from the weights"
-    else:
-        fix = f"add with={FROM_WEIGHTS}: the architecture is then read from the weights"
-    return Problem(
-        KEY,
-        f"another than that of the weights to load: {theirs} ({place} ≠ {found.path})",
-        first,
-        fix,
-    )
-
-
-def _unsaid(sources: Sequence[Source]) -> Problem:
+def _unreadable(sources: Sequence[Source]) -> Problem:
     reasons = [
-        (
-            f"{s.key} is random"
-            if s.load == "random"
-            else f"{s.load!r} ({s.key}) is not on this machine"
-        )
+        f"{s.key} is random"
+        if s.load == "random"
+        else f"{s.load!r} ({s.key}) is not on this machine"
         for s in sources
     ]
-    fix = (
-        "add with=model/NAME (recipes/model/), which writes one, or load a Hugging Face folder or"
-        f" a checkpoint: {sources[0].key}=DIR"
-    )
-    what = f"missing: it is not written, and no weights say it: {'; '.join(reasons)}"
-    return Problem(KEY, what, sources[0].origin, fix, known=False)
+    what = f"not set, and cannot be read from any weights: {'; '.join(reasons)}"
+    fix = "add with=model/NAME (recipes/model/), which writes one, or load a Hugging Face folder or"
+    fix += f" a checkpoint: {sources[0].key}=DIR"
+    return Problem(KEY, what, sources[0].origin, fix, absent=True)

@@ -1,16 +1,11 @@
-"""Checks across sections, before any model is touched: does the world factor, do layers, heads and
-batches divide, is every key read?
-
-Each check names the sections it needs; it is skipped while one of them is wrong in itself.
-"""
+"""Checks across sections, before any model is built: sizes divide, roles have weights, keys are
+read. A check that reads a section with a problem of its own ends there: see Draft."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,247 +22,206 @@ from gipo_megatron.recipe.schema import (
     Recipe,
     Run,
 )
-from gipo_megatron.recipe.source import DEFAULT, Block, Node
+from gipo_megatron.recipe.source import Block
+from gipo_megatron.recipe.validate import is_wrong
 from gipo_megatron.specs import Parallel, Precision
 
+BYTE_VOCABULARY = 259  # the built-in tokenizer: 256 bytes and three marks
+
+
+class Unsound(Exception):
+    """A check reads a section that has a problem of its own."""
+
+
+class Draft:
+    """A recipe that is being checked: its typed sections as attributes."""
+
+    models: dict[str, ModelConfig]
+    model: ModelSpec
+    parallel: Parallel
+    precision: Precision
+    batch: Batch
+    algorithm: dict[str, Any]
+    data: DataConfig
+    run: Run
+    hardware: Hardware
+
+    def __init__(self, tree: Block, sections: dict[str, Any], needs: Needs, world: int) -> None:
+        self.tree, self.sections, self.needs = tree, sections, needs
+        self.world = world or default_world(sections["hardware"], sections["parallel"])
+
+    def __getattr__(self, section: str) -> Any:
+        """A section's value; raises Unsound where it has a problem."""
+        value = self.sections[section]
+        if is_wrong(value):
+            raise Unsound(section)
+        return value
+
+    def problem(self, key: str, what: str, fix: str = "") -> Problem:
+        return Problem(key, what, self.tree.origin_of(key), fix)
+
+    def found(self, checks: Iterable[Check]) -> list[Problem]:
+        """What the checks find; each ends where it reads an unsound section."""
+        found: list[Problem] = []
+        for check in checks:
+            try:
+                for problem in check(self):
+                    found.append(problem)
+            except Unsound:
+                continue
+        return found
+
+
 Found = Iterator[Problem]
+Check = Callable[[Draft], Found]
 
 
-@dataclass(frozen=True)
-class Tree:
-    """Where keys were written."""
-
-    root: Block
-
-    def origin(self, key: str) -> str:
-        node: Node = self.root
-        for part in key.split("."):
-            if not isinstance(node, Block) or part not in node.children:
-                return ""
-            node = node.children[part]
-        return node.origin
-
-    def written(self, key: str) -> bool:
-        return self.origin(key) not in ("", DEFAULT)
-
-
-@dataclass
-class Report:
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
-
-
-def default_world(hardware: Hardware | None, parallel: Parallel | None) -> int:
-    if hardware is not None and hardware.gpus:
+def default_world(hardware: Any, parallel: Any) -> int:
+    """Return the processes that a recipe is written for; sections may be WRONG."""
+    if isinstance(hardware, Hardware) and hardware.gpus:
         return hardware.gpus
-    return parallel.model if parallel is not None else 1
+    return parallel.model if isinstance(parallel, Parallel) else 1
 
 
-def cross_check(sections: dict[str, Any], tree: Block, needs: Needs, world: int) -> Report:
-    """Every check whose sections are sound."""
-    available = {**sections, "needs": needs, "world": world, "tree": Tree(tree)}
-    if sections["models"] is not None and None in sections["models"].values():
-        available["models"] = None
-    return Report(list(applied(PROBLEMS, available)), list(applied(WARNINGS, available)))
+# ---------------------------------------------------------------------------------------- problems
 
 
-def applied(checks: Sequence[Callable[..., Found]], available: Mapping[str, Any]) -> Found:
-    """What the checks find whose sections (their parameters, by name) are sound, not None."""
-    for check in checks:
-        arguments = {name: available[name] for name in inspect.signature(check).parameters}
-        if all(value is not None for value in arguments.values()):
-            yield from check(**arguments)
-
-
-# ----------------------------------------------------------------------------------------- problems
-
-
-def roles(models: dict[str, ModelConfig], needs: Needs, tree: Tree) -> Found:
-    """Each model that is asked for is there; trained ones have a learning rate, the others none."""
-    for role in needs.roles:
-        if role not in models:
-            yield Problem(
-                f"models.{role}.load", "missing", "", f"this algorithm asks for a model {role!r}"
+def roles(d: Draft) -> Found:
+    """Each model that is needed is there; trained ones have a learning rate, the others none."""
+    for role in d.needs.roles:
+        if role not in d.models:
+            yield d.problem(
+                f"models.{role}.load", "missing", f"this algorithm needs a model {role!r}"
             )
-    for role, config in models.items():
+    for role, config in d.models.items():
+        key = f"models.{role}"
         if not is_role(role):
-            known = [*ROLES, "reward_<name>"]
-            yield Problem(
-                f"models.{role}",
-                "unknown role",
-                tree.origin(f"models.{role}"),
-                suggest(role, known),
-            )
-        elif role in needs.trained and config.lr is None:
-            yield Problem(
-                f"models.{role}.lr",
-                "missing: this algorithm trains it",
-                tree.origin(f"models.{role}"),
-                f"models.{role}.lr=1e-6",
-            )
-        elif role in needs.roles and role not in needs.trained:
-            for key in TRAINING_KEYS:
-                if tree.written(f"models.{role}.{key}"):
+            yield d.problem(key, "unknown role", suggest(role, [*ROLES, "reward_<name>"]))
+        elif role in d.needs.trained:
+            if config.lr is None:
+                where, fix = d.tree.origin_of(key), f"{key}.lr=1e-6"
+                yield Problem(f"{key}.lr", "missing: this algorithm trains it", where, fix)
+        elif role in d.needs.roles:
+            for name in TRAINING_KEYS:
+                if d.tree.written(f"{key}.{name}"):
                     what = "not read: this algorithm does not train it"
-                    yield Problem(
-                        f"models.{role}.{key}",
-                        what,
-                        tree.origin(f"models.{role}.{key}"),
-                        "remove it",
-                    )
+                    yield d.problem(f"{key}.{name}", what, "remove it")
 
 
-def layout(parallel: Parallel, world: int, tree: Tree) -> Found:
-    """tensor x pipeline x data = world"""
-    if world % parallel.model:
-        yield Problem(
+def layout(d: Draft) -> Found:
+    """tensor × pipeline × data = world"""
+    p = d.parallel
+    if d.world % p.model:
+        yield d.problem(
             "parallel",
-            f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data ? ≠ world {world}:"
-            f" {world} is no multiple of {parallel.model}",
-            tree.origin("parallel.tensor"),
-            f"start a multiple of {parallel.model} processes, or change parallel.tensor or"
+            f"tensor {p.tensor} × pipeline {p.pipeline} × data ? ≠ world {d.world}: {d.world} is no"
+            f" multiple of {p.model}",
+            f"start a multiple of {p.model} processes, or change parallel.tensor or"
             " parallel.pipeline",
         )
-    if parallel.sequence and parallel.tensor == 1:
-        yield Problem(
-            "parallel.sequence",
-            "needs parallel.tensor above 1",
-            tree.origin("parallel.sequence"),
-            "parallel.sequence=false",
-        )
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        where = tree.origin("parallel.virtual_pipeline")
-        yield Problem(
-            "parallel.virtual_pipeline",
-            "needs parallel.pipeline above 1",
-            where,
-            "parallel.virtual_pipeline=1",
-        )
+    if p.sequence and p.tensor == 1:
+        what = "needs parallel.tensor above 1"
+        yield d.problem("parallel.sequence", what, "parallel.sequence=false")
+    if p.virtual_pipeline > 1 and p.pipeline == 1:
+        what = "needs parallel.pipeline above 1"
+        yield d.problem("parallel.virtual_pipeline", what, "parallel.virtual_pipeline=1")
 
 
-def architecture(model: ModelSpec, parallel: Parallel, tree: Tree) -> Found:
-    """Heads, key-value heads and the feed-forward width split over tensor ranks, layers over
-    pipeline chunks."""
-    shape = model.architecture
-    chunks = parallel.pipeline * parallel.virtual_pipeline
+def architecture(d: Draft) -> Found:
+    """Heads and the feed-forward width divide by the tensor ranks, layers by pipeline chunks."""
+    shape, p = d.model.architecture, d.parallel
+    chunks = p.pipeline * p.virtual_pipeline
+    cut = f"pipeline {p.pipeline} × virtual_pipeline {p.virtual_pipeline} = {chunks}"
     rows = [
-        ("num_heads", "num_kv_heads", shape.num_kv_heads, f"num_kv_heads {shape.num_kv_heads}"),
-        ("num_heads", "tensor", parallel.tensor, f"tensor {parallel.tensor}"),
-        ("num_kv_heads", "tensor", parallel.tensor, f"tensor {parallel.tensor}"),
-        ("ffn_hidden_size", "tensor", parallel.tensor, f"tensor {parallel.tensor}"),
-        (
-            "num_layers",
-            "pipeline",
-            chunks,
-            (
-                f"pipeline {parallel.pipeline} × virtual_pipeline {parallel.virtual_pipeline} ="
-                f" {chunks}"
-            ),
+        ("num_heads", shape.num_kv_heads, f"num_kv_heads {shape.num_kv_heads}"),
+        *(
+            (key, p.tensor, f"tensor {p.tensor}")
+            for key in ("num_heads", "num_kv_heads", "ffn_hidden_size")
         ),
+        ("num_layers", chunks, cut),
     ]
-    for key, _, divisor, name in rows:
-        value = getattr(shape, key)
+    for name, divisor, words in rows:
+        value = getattr(shape, name)
         if value % divisor:
-            where = tree.origin(f"model.architecture.{key}")
-            yield Problem(
-                f"model.architecture.{key}",
-                f"{value} does not divide by {name}",
-                where,
-                _divisors(value),
-            )
+            key = f"model.architecture.{name}"
+            yield d.problem(key, f"{value} does not divide by {words}", _divisors(value))
     if shape.head_dim % 2:
-        yield Problem(
-            "model.architecture.head_dim",
-            "must be even (rotary positions)",
-            tree.origin("model.architecture.head_dim"),
-        )
+        yield d.problem("model.architecture.head_dim", "must be even (rotary positions)")
 
 
 def _divisors(value: int) -> str:
-    return (
-        f"divisors of {value}:"
-        f" {', '.join(str(n) for n in range(1, min(value, 64) + 1) if value % n == 0)}"
-    )
+    found = [str(n) for n in range(1, min(value, 64) + 1) if value % n == 0]
+    return f"divisors of {value}: {', '.join(found)}"
 
 
-def lengths(model: ModelSpec, data: DataConfig, tree: Tree) -> Found:
+def lengths(d: Draft) -> Found:
     """Sequences fit into the model, responses into sequences."""
-    positions = model.architecture.max_positions
+    data, positions = d.data, d.model.architecture.max_positions
     if data.max_length > positions:
-        where = tree.origin("data.max_length")
-        yield Problem(
-            "data.max_length",
-            f"{data.max_length} exceeds model.architecture.max_positions {positions}",
-            where,
-        )
+        what = f"{data.max_length} exceeds model.architecture.max_positions {positions}"
+        yield d.problem("data.max_length", what)
     if data.max_response >= data.max_length:
-        what = (
-            f"{data.max_response} leaves no room for a prompt in data.max_length {data.max_length}"
-        )
-        yield Problem("data.max_response", what, tree.origin("data.max_response"))
+        room = f"leaves no room for a prompt in data.max_length {data.max_length}"
+        yield d.problem("data.max_response", f"{data.max_response} {room}")
 
 
-def planted(data: DataConfig, tree: Tree) -> Found:
-    """Generated data come from no file."""
-    if data.format == "planted" and data.path:
-        yield Problem(
-            "data.path",
-            "not read: data.format is planted",
-            tree.origin("data.path"),
-            "with=data/demo",
-        )
+def planted(d: Draft) -> Found:
+    """Generated data are not read from a file."""
+    if d.data.format == "planted" and d.data.path:
+        yield d.problem("data.path", "not read: data.format is planted", "with=data/demo")
 
 
-def vocabulary(model: ModelSpec, tree: Tree) -> Found:
-    """The built-in tokenizer has 256 bytes and three marks."""
-    if model.tokenizer == "bytes" and model.architecture.vocab_size < BYTE_VOCABULARY:
-        what = f"{model.architecture.vocab_size} is below the byte tokenizer's {BYTE_VOCABULARY}"
-        yield Problem(
-            "model.architecture.vocab_size", what, tree.origin("model.architecture.vocab_size")
-        )
+def vocabulary(d: Draft) -> Found:
+    """The model has an embedding for each token of the built-in tokenizer."""
+    size = d.model.architecture.vocab_size
+    if d.model.tokenizer == "bytes" and size < BYTE_VOCABULARY:
+        what = f"{size} is below the byte tokenizer's {BYTE_VOCABULARY}"
+        yield d.problem("model.architecture.vocab_size", what)
 
 
-def batch(batch: Batch, parallel: Parallel, world: int, needs: Needs, tree: Tree) -> Found:
-    """prompts x responses = k minibatches; minibatch = data x micro_batch x slots; with VPP, slots
-    = k pipeline."""
-    rows = batch.prompts * batch.responses
-    if needs.rollout and rows % batch.minibatch:
-        what = (
-            f"prompts {batch.prompts} × responses {batch.responses} = {rows} sequences do not"
-            f" divide by minibatch {batch.minibatch}"
-        )
-        yield Problem("batch.minibatch", what, tree.origin("batch.minibatch"), _divisors(rows))
-    if world % parallel.model:
+def batch(d: Draft) -> Found:
+    """prompts × responses = k minibatches; minibatch = data × micro_batch × slots; with a virtual
+    pipeline, slots = k pipeline."""
+    b, p = d.batch, d.parallel
+    rows = b.prompts * b.responses
+    if d.needs.rollout and rows % b.minibatch:
+        product = f"prompts {b.prompts} × responses {b.responses} = {rows}"
+        what = f"{product} sequences do not divide by minibatch {b.minibatch}"
+        yield d.problem("batch.minibatch", what, _divisors(rows))
+    if d.world % p.model:
         return
-    replicas = world // parallel.model
-    if batch.minibatch % (replicas * batch.micro_batch):
-        yield Problem(
+    replicas = d.world // p.model
+    slots, rest = divmod(b.minibatch, replicas * b.micro_batch)
+    fix = _fitting(b, p, replicas, d.needs.rollout)
+    if rest:
+        yield d.problem(
             "batch.minibatch",
-            f"{batch.minibatch} does not divide by data {replicas} × micro_batch"
-            f" {batch.micro_batch} = {replicas * batch.micro_batch} (data {replicas} = world"
-            f" {world} / (tensor {parallel.tensor} × pipeline {parallel.pipeline}))",
-            tree.origin("batch.minibatch"),
-            _fitting(batch, parallel, replicas, needs.rollout),
+            f"{b.minibatch} does not divide by data {replicas} × micro_batch {b.micro_batch} ="
+            f" {replicas * b.micro_batch} (data {replicas} = world {d.world} / (tensor {p.tensor} ×"
+            f" pipeline {p.pipeline}))",
+            fix,
         )
-        return
-    slots = batch.minibatch // (replicas * batch.micro_batch)
-    if parallel.virtual_pipeline > 1 and slots % parallel.pipeline:
-        what = (
-            f"minibatch {batch.minibatch} / (data {replicas} × micro_batch {batch.micro_batch}) ="
-            f" {slots} micro-batches do not divide by pipeline {parallel.pipeline}, as"
-            f" virtual_pipeline {parallel.virtual_pipeline} needs"
-        )
-        yield Problem(
+    elif p.virtual_pipeline > 1 and slots % p.pipeline:
+        yield d.problem(
             "batch.micro_batch",
-            what,
-            tree.origin("batch.micro_batch"),
-            _fitting(batch, parallel, replicas, needs.rollout),
+            f"minibatch {b.minibatch} / (data {replicas} × micro_batch {b.micro_batch}) ="
+            f" {slots} micro-batches do not divide by pipeline {p.pipeline}, as virtual_pipeline"
+            f" {p.virtual_pipeline} needs",
+            fix,
         )
+
+
+def responses(d: Draft) -> Found:
+    """A component that compares the responses to one prompt needs several of them."""
+    for key, cls in d.needs.components.items():
+        least = getattr(cls, "min_responses", 1)
+        if d.batch.responses < least:
+            what = f"{d.batch.responses}; {key} needs at least {least} responses to a prompt"
+            yield d.problem("batch.responses", what, f"batch.responses={least}")
 
 
 def _fitting(batch: Batch, parallel: Parallel, replicas: int, rollout: bool) -> str:
-    """The largest micro_batch that divides; else the next larger minibatch, and the prompts that
-    fill it."""
+    """The largest micro_batch that divides; else the next larger minibatch, and enough prompts."""
     group = replicas * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
     for size in range(batch.micro_batch - 1, 0, -1):
         if batch.minibatch % (group * size) == 0:
@@ -281,143 +235,37 @@ def _fitting(batch: Batch, parallel: Parallel, replicas: int, rollout: bool) -> 
     return words
 
 
-def precision(precision: Precision, hardware: Hardware, tree: Tree) -> Found:
-    if precision.fp8 != "none" and precision.dtype != "bf16":
-        where = tree.origin("precision.fp8")
-        yield Problem(
-            "precision.fp8",
-            f"{precision.fp8} needs precision.dtype bf16, not {precision.dtype}",
-            where,
-            "precision.dtype=bf16",
-        )
-    if precision.fp8 != "none" and not hardware.gpus:
-        where = tree.origin("precision.fp8")
-        yield Problem(
-            "precision.fp8",
-            "needs GPUs, and this recipe is for a CPU (hardware.gpus 0)",
-            where,
-            "with=hardware/h100x8_fp8",
-        )
+def precision(d: Draft) -> Found:
+    """FP8 needs bf16 and GPUs."""
+    fp8, dtype, key = d.precision.fp8, d.precision.dtype, "precision.fp8"
+    if fp8 == "none":
+        return
+    if dtype != "bf16":
+        what = f"{fp8} needs precision.dtype bf16, not {dtype}"
+        yield d.problem(key, what, "precision.dtype=bf16")
+    if not d.hardware.gpus:
+        what = "needs GPUs, and this recipe is for a CPU (hardware.gpus 0)"
+        yield d.problem(key, what, "with=hardware/h100x8_fp8")
 
 
-def unread(needs: Needs, algorithm: dict[str, Any], tree: Tree) -> Found:
+def unread(d: Draft) -> Found:
     """Keys that only a rollout reads."""
-    if needs.rollout:
-        return
-    for key in ROLLOUT_KEYS:
-        if tree.written(key):
-            yield Problem(
-                key,
-                f"algorithm {algorithm['name']!r} does not read it",
-                tree.origin(key),
-                "remove it",
-            )
+    for key in () if d.needs.rollout else ROLLOUT_KEYS:
+        if d.tree.written(key):
+            what = f"algorithm {d.algorithm['name']!r} does not read it"
+            yield d.problem(key, what, "remove it")
 
 
-def run(run: Run, tree: Tree) -> Found:
-    if not run.dir:
-        yield Problem("run.dir", "is empty", tree.origin("run.dir"), "run.dir=runs/my_run")
-    if run.stop.score_patience is not None and not run.eval_every:
+def run(d: Draft) -> Found:
+    """A folder to write to, and evaluations to count."""
+    if not d.run.dir:
+        yield d.problem("run.dir", "is empty", "run.dir=runs/my_run")
+    if d.run.stop.score_patience is not None and not d.run.eval_every:
         what = "counts evaluations, and run.eval_every is 0"
-        yield Problem(
-            "run.stop.score_patience",
-            what,
-            tree.origin("run.stop.score_patience"),
-            "set run.eval_every",
-        )
+        yield d.problem("run.stop.score_patience", what, "set run.eval_every")
 
 
-# ----------------------------------------------------------------------------------------- warnings
-
-
-def unused_models(models: dict[str, ModelConfig], needs: Needs, tree: Tree) -> Found:
-    for role in models:
-        if is_role(role) and role not in (*needs.roles, *needs.optional):
-            yield Problem(
-                f"models.{role}",
-                "not loaded: nothing in this recipe asks for it",
-                tree.origin(f"models.{role}"),
-            )
-
-
-def truncated_sampling(algorithm: dict[str, Any], tree: Tree) -> Found:
-    """Training log-probs are of softmax(logits / T), so what is sampled must be, too (algorithm.md
-    5.7)."""
-    if "rollout" not in algorithm or algorithm["rollout"]["name"] != "sampling":
-        return
-    off = {"top_p": 1.0, "top_k": 0}
-    for key, neutral in off.items():
-        if algorithm["rollout"][key] != neutral:
-            what = (
-                f"{algorithm['rollout'][key]} in training: old log-probs are then of another"
-                " distribution than the one sampled from"
-            )
-            yield Problem(
-                f"algorithm.rollout.{key}",
-                what,
-                tree.origin(f"algorithm.rollout.{key}"),
-                f"{neutral}; evaluation has its own {key}",
-            )
-
-
-def loads(models: dict[str, ModelConfig], run: Run, needs: Needs, tree: Tree) -> Found:
-    """Weights that are not on this machine. A recipe may be checked elsewhere; the launcher
-    refuses."""
-    absent: dict[str, list[str]] = {}
-    for role in needs.roles:
-        if role in models and not _present(models[role].load, run):
-            absent.setdefault(models[role].load, []).append(role)
-    for load, roles in absent.items():
-        key = f"models.{roles[0]}.load"
-        also = f" (asked for by {', '.join(roles)})" if len(roles) > 1 else ""
-        yield Problem(
-            key,
-            f"{load!r} is not on this machine{also}",
-            tree.origin(key),
-            "train the stage before it, or give another path",
-        )
-
-
-def _present(load: str, run: Run) -> bool:
-    """Anything but `random` and what may be a hub name must exist."""
-    return load == "random" or may_be_hub(load, run.dir) or Path(load).exists()
-
-
-def may_be_hub(load: str, run_dir: str) -> bool:
-    """`owner/model`, unless it lies where this project's runs lie."""
-    return (
-        re.fullmatch(r"[\w-]+/[\w.-]+", load) is not None
-        and Path(load).parts[:1] != Path(run_dir).parts[:1]
-    )
-
-
-def missing_loads(recipe: Recipe) -> list[Problem]:
-    """What a launcher must refuse to start without."""
-    needs = Needs(frozenset(), tuple(recipe.models), recipe.trained)
-    return list(loads(recipe.models, recipe.run, needs, Tree(recipe.tree)))
-
-
-def group_prices(algorithm: dict[str, Any], tree: Tree) -> Found:
-    """A component that uses groups, and none to use."""
-    if "group_classifier" not in algorithm or algorithm["group_classifier"]["name"] != "none":
-        return
-    for slot, names in (
-        ("variance_regulariser", ("group_variance", "group_dro")),
-        ("kl_controller", ("group_adaptive",)),
-    ):
-        if algorithm[slot]["name"] in names:
-            key = f"algorithm.{slot}.name"
-            what = (
-                f"{algorithm[slot]['name']} has no effect: group_classifier is none, all sequences"
-                " are one group"
-            )
-            yield Problem(
-                key, what, tree.origin(key), "algorithm.group_classifier.name=critic_head"
-            )
-
-
-BYTE_VOCABULARY = 259
-PROBLEMS: tuple[Callable[..., Found], ...] = (
+PROBLEMS: tuple[Check, ...] = (
     roles,
     layout,
     architecture,
@@ -425,13 +273,77 @@ PROBLEMS: tuple[Callable[..., Found], ...] = (
     planted,
     vocabulary,
     batch,
+    responses,
     precision,
     unread,
     run,
 )
-WARNINGS: tuple[Callable[..., Found], ...] = (
-    unused_models,
-    truncated_sampling,
-    loads,
-    group_prices,
-)
+
+
+# ---------------------------------------------------------------------------------------- warnings
+
+
+def unused_models(d: Draft) -> Found:
+    """Models that nothing needs are not loaded."""
+    for role in d.models:
+        if d.needs.idle(f"models.{role}") and role not in d.needs.optional:
+            yield d.problem(f"models.{role}", "not loaded: nothing in this recipe needs it")
+
+
+def truncated_sampling(d: Draft) -> Found:
+    """Training log-probs are of softmax(logits / T), so sampling must be from it (algorithm.md
+    5.7)."""
+    rollout = d.algorithm.get("rollout", {})
+    for key, neutral in (("top_p", 1.0), ("top_k", 0)):
+        if (value := rollout.get(key, neutral)) != neutral:
+            what = f"{value} in training: old log-probs are of another distribution than samples"
+            fix = f"{neutral}; evaluation has its own {key}"
+            yield d.problem(f"algorithm.rollout.{key}", what, fix)
+
+
+def loads(d: Draft) -> Found:
+    """Weights that are not on this machine. A recipe may be checked elsewhere; the launcher
+    refuses."""
+    used = {f"models.{r}.load": d.models[r].load for r in d.needs.roles if r in d.models}
+    yield from absent_weights(used, d.run.dir, d.tree)
+
+
+def absent_weights(loads: dict[str, str], run_dir: str, tree: Block) -> Found:
+    """Of {key: load}, the weights that are neither random, nor on this machine, nor hub names."""
+    for load in dict.fromkeys(loads.values()):
+        if load == "random" or may_be_hub(load, run_dir) or Path(load).exists():
+            continue
+        keys = [key for key, theirs in loads.items() if theirs == load]
+        users = ", ".join(key.split(".")[1] for key in keys)
+        what = f"{load!r} is not on this machine"
+        what += f" (loaded by {users})" if len(keys) > 1 else ""
+        fix = "train the stage before it, or give another path"
+        yield Problem(keys[0], what, tree.origin_of(keys[0]), fix)
+
+
+def may_be_hub(load: str, run_dir: str) -> bool:
+    """Whether `load` is `owner/model`, and not a path beside this project's runs."""
+    inside = Path(load).parts[:1] == Path(run_dir).parts[:1]
+    return re.fullmatch(r"[\w-]+/[\w.-]+", load) is not None and not inside
+
+
+def missing_loads(recipe: Recipe) -> list[Problem]:
+    """Return the weights without which a launcher must not start."""
+    loads = {f"models.{role}.load": model.load for role, model in recipe.models.items()}
+    return list(absent_weights(loads, recipe.run.dir, recipe.tree))
+
+
+def one_group(d: Draft) -> Found:
+    """A component that needs groups beside a classifier that makes one."""
+    classes = d.needs.components
+    classifier = classes.get("algorithm.group_classifier")
+    if getattr(classifier, "makes_groups", True):
+        return
+    for key, cls in classes.items():
+        if getattr(cls, "needs_groups", False):
+            name = d.tree.value(f"{key}.name")
+            what = f"{name} has no effect: all sequences are one group"
+            yield d.problem(f"{key}.name", what, "algorithm.group_classifier.name=critic_head")
+
+
+WARNINGS: tuple[Check, ...] = (unused_models, truncated_sampling, loads, one_group)

@@ -1,13 +1,14 @@
-"""What a recipe's components ask the runner for: which models, which of them trained, and so which
-keys are read."""
+"""Which components a recipe chooses, and so which models it loads and which keys it reads."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.schema import ROLES, TRAINING_KEYS, Evaluation
-from gipo_megatron.recipe.source import Block, Leaf, Node
+from gipo_megatron.recipe.source import Block, Node
+from gipo_megatron.recipe.validate import with_name
 
 ROLLOUT_KEYS = (
     "batch.prompts",
@@ -19,100 +20,77 @@ ROLLOUT_KEYS = (
 
 @dataclass(frozen=True)
 class Needs:
-    """What the algorithm and its components ask the runner for."""
+    """What the algorithm and its components need from the run."""
 
-    runtime: frozenset[str]
+    components: dict[str, type]  # key of its block -> class; misspelt ones are left out
+    runtime: frozenset[str]  # names of from_runtime fields
     roles: tuple[str, ...]  # models to load
     trained: tuple[str, ...]  # those of them that the algorithm updates
-    optional: tuple[str, ...] = ()  # roles that the algorithm uses only if a component needs them
+    optional: tuple[str, ...]  # roles that are loaded only where a component needs them
 
     @property
     def rollout(self) -> bool:
         return "prompts" in self.runtime
 
+    def idle(self, key: str) -> bool:
+        """Whether `key` belongs to a model that nothing in the recipe needs."""
+        section, _, rest = key.partition(".")
+        role = rest.split(".")[0]
+        return section == "models" and is_role(role) and role not in self.roles
+
 
 def needed(tree: Block) -> Needs:
-    """Roles and runtime objects that the (completed) recipe's components ask for."""
-    asked: set[str] = set()
+    """Return the needs of a recipe's components; of those without a name, of their defaults."""
+    components: dict[str, type] = {}
+    runtime: list[str] = []
     roles: list[str] = []
-    trained: list[str] = []
     optional: list[str] = []
-    needed_by_component: set[str] = set()
+    for key, cls, block in _chosen(tree.children.get("algorithm"), "algorithm", "", "algorithm"):
+        components[key] = cls
+        for about in (f.metadata for f in registry.runtime_fields(cls)):
+            runtime.append(about["runtime"])
+            if about["runtime"] in ROLES:
+                (optional if about["optional"] else roles).append(about["runtime"])
+            listed = block.value(about["roles_key"]) if about["roles_key"] else []
+            roles += map(str, listed) if isinstance(listed, list) else []
+        roles += getattr(cls, "needs", ())
+    needed = tuple(dict.fromkeys(roles))
+    trained = getattr(components.get("algorithm"), "trained", ())
+    updated = tuple(role for role in trained if role in needed)
+    return Needs(components, frozenset(runtime), needed, updated, tuple(optional))
 
-    def visit(node: Node | None, slot: str, outermost: bool) -> None:
-        name = node.children.get("name") if isinstance(node, Block) else None
-        cls = (
-            registry.lookup(slot, name.value)
-            if isinstance(name, Leaf) and isinstance(name.value, str)
-            else None
-        )
-        if cls is None:
-            return
-        assert isinstance(node, Block)
-        needed_by_component.update(getattr(cls, "needs", ()))
-        for f in registry.runtime_fields(cls):
-            asked.add(f.metadata["runtime"])
-            if f.metadata["runtime"] in ROLES:
-                roles.append(f.metadata["runtime"])
-            if f.metadata["optional"]:
-                optional.append(f.metadata["runtime"])
-        if outermost:
-            trained.extend(cls.trained)  # type: ignore[attr-defined]
-        if "reward_models" in (f.metadata["runtime"] for f in registry.runtime_fields(cls)):
-            members = node.children.get("members")
-            roles.extend(
-                map(str, members.value)
-                if isinstance(members, Leaf) and isinstance(members.value, list)
-                else ["reward"]
-            )
-        for f in registry.component_fields(cls):
-            visit(node.children.get(f.name), f.metadata["slot"], False)
 
-    visit(tree.children.get("algorithm"), "algorithm", True)
-    built = [
-        role
-        for role in dict.fromkeys([*roles, *sorted(needed_by_component)])
-        if role in needed_by_component or role not in optional
-    ]
-    updated = tuple(role for role in trained if role in built)
-    return Needs(frozenset(asked), tuple(built), updated, tuple(optional))
+def _chosen(
+    node: Node | None, slot: str, default: str, key: str
+) -> Iterator[tuple[str, type, Block]]:
+    """(key, class, block) of a component, then of those nested in it."""
+    block = with_name(node, default)
+    cls = registry.lookup(slot, block.value("name"))
+    if cls is None:
+        return
+    yield key, cls, block
+    for f in registry.component_fields(cls):
+        about = f.metadata
+        nested = block.children.get(f.name)
+        yield from _chosen(nested, about["slot"], about["default"], f"{key}.{f.name}")
 
 
 def is_role(name: str) -> bool:
     return name in ROLES or name.startswith("reward_")
 
 
-def unneeded(key: str, needs: Needs) -> bool:
-    """Whether `key` belongs to a model that nothing in the recipe asks for."""
-    parts = key.split(".")
-    return (
-        len(parts) > 1
-        and parts[0] == "models"
-        and is_role(parts[1])
-        and parts[1] not in needs.roles
-    )
-
-
 def pruned(tree: Block, needs: Needs) -> Block:
-    """The tree without what this recipe never reads, so that it can be read again as a recipe."""
-    drop = {
-        f"models.{role}.{key}"
-        for role in needs.roles
-        if role not in needs.trained
-        for key in TRAINING_KEYS
-    }
+    """Return the tree without the keys that this recipe does not read."""
+    frozen = [role for role in needs.roles if role not in needs.trained]
+    drop = {f"models.{role}.{key}" for role in frozen for key in TRAINING_KEYS}
     drop |= set() if needs.rollout else {"evaluation", *ROLLOUT_KEYS}
 
     def keep(block: Block, path: str) -> Block:
-        children = {
-            key: child
-            for key, child in block.children.items()
-            if path + key not in drop and not unneeded(path + key, needs)
-        }
-        below = {
-            key: keep(child, f"{path}{key}.") if isinstance(child, Block) else child
-            for key, child in children.items()
-        }
-        return Block(below, block.origin)
+        children: dict[str, Node] = {}
+        for name, child in block.children.items():
+            key = f"{path}{name}"
+            if key not in drop and not needs.idle(key):
+                children[name] = keep(child, f"{key}.") if isinstance(child, Block) else child
+        return Block(children, block.origin)
 
     return keep(tree, "")

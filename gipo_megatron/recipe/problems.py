@@ -1,5 +1,5 @@
-"""What is wrong with a recipe: every problem at once, each with its key, its file and what was
-probably meant."""
+"""Problems of a recipe: each with its key, its file and line, and how to fix it; all reported
+together."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Problem:
     what: str
     where: str = ""  # file:line or "command line"
     fix: str = ""
-    # False: the value is absent or points at nothing, which is no problem for what nobody reads
-    known: bool = True
+    absent: bool = False  # the value is not set or cannot be read here; no typo, no wrong value
 
     def __str__(self) -> str:
-        lines = [f"{self.key}: {self.what}" if self.key else self.what]
-        if self.where:
-            lines.append(f"  where: {self.where}")
-        if self.fix:
-            lines.append(f"  fix:   {self.fix}")
-        return "\n".join(lines)
+        return str(
+            UserError(
+                f"{self.key}: {self.what}" if self.key else self.what,
+                where=self.where,
+                fix=self.fix,
+            )
+        )
 
 
 class RecipeErrors(UserError):
@@ -45,28 +45,25 @@ class RecipeErrors(UserError):
 
     def __str__(self) -> str:
         more = [f"and {len(self.problems) - SHOWN} more"] if len(self.problems) > SHOWN else []
-        return "\n".join([self.what, *(str(p) for p in self.problems[:SHOWN]), *more])
+        return "\n".join([self.what, *map(str, self.problems[:SHOWN]), *more])
 
 
 def suggest(word: str, options: Iterable[str]) -> str:
-    """`did you mean X?`, or what there is."""
+    """Return `did you mean X?`, or the known names where none is near."""
     known = sorted(set(options))
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]!r}?"
-    shown = ", ".join(known[:SHOWN]) + (
-        f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
-    )
-    return f"known here: {shown}" if known else ""
+    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return f"known here: {', '.join(known[:SHOWN])}{more}" if known else ""
 
 
 def fail(error: UserError, patience: float = 30.0) -> NoReturn:
-    """Print `error` once and leave with exit code 2; under torchrun rank 0 prints and every rank
-    exits 2.
+    """Print `error` once and exit with code 2; under torchrun rank 0 prints and all ranks exit.
 
-    torchrun ends all ranks as soon as one is gone, so the others give rank 0 up to `patience`
-    seconds to be the first, and to be gone. Who is still there then knows what rank 0, busy or
-    waiting, does not, and says it.
+    torchrun ends all ranks as soon as one exits, so the other ranks wait up to `patience` seconds
+    for rank 0. A rank that still runs afterwards has an error that rank 0 does not have, and
+    prints it.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank:

@@ -3,14 +3,13 @@ bring their own keys."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from gipo_megatron.data.config import FORMATS, DataConfig, PlantedConfig
-from gipo_megatron.recipe.registry import OneOf, Range, component
+from gipo_megatron.data.config import DataConfig
+from gipo_megatron.recipe.registry import component
 from gipo_megatron.recipe.source import Block, to_yaml
-from gipo_megatron.specs import Architecture, Parallel, Precision
+from gipo_megatron.specs import Architecture, OneOf, Parallel, Positive, Precision, Range
 from gipo_megatron.telemetry.alerts import Alerts
 
 Count = Annotated[int, Range(1)]
@@ -24,12 +23,12 @@ class ModelConfig:
 
     load: str  # a checkpoint of this project, a Hugging Face folder or hub name, or `random`
     # required for a role that is trained, refused for one that is not
-    lr: Annotated[float, Range(0, open=True)] | None = None
+    lr: Positive | None = None
     # after the warm-up
     schedule: Annotated[str, OneOf("constant", "cosine", "linear")] = "constant"
     warmup_steps: NotNegative = 0  # optimizer steps from 0 to lr
     weight_decay: Annotated[float, Range(0)] = 0.0
-    clip_grad: Annotated[float, Range(0, open=True)] = 1.0  # largest global gradient norm
+    clip_grad: Positive = 1.0  # largest global gradient norm
     offload: Annotated[str, OneOf("none", "cpu")] = "none"  # cpu: kept in host memory while idle
 
 
@@ -62,7 +61,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Stop:
-    kl_above: Annotated[float, Range(0, open=True)] | None = None  # end when kl/mean exceeds this
+    kl_above: Positive | None = None  # end when kl/mean exceeds this
     score_patience: Count | None = None  # end after that many evaluations without a new best score
 
 
@@ -107,12 +106,26 @@ class Hardware:
 
 
 def composed() -> Any:
-    """A field that composition fills in, not the user."""
+    """A field that composing sets; it is not a recipe key."""
     return field(metadata={"composed": True}, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Composed:
+    """What composing adds to a recipe, of training or of an evaluation."""
+
+    name: str = composed()
+    world: int = composed()  # processes the checks were made for
+    warnings: tuple[str, ...] = composed()
+    tree: Block = composed()  # every value with its origin
+
+    def to_yaml(self, origins: bool = True) -> str:
+        """Return the expanded recipe, itself a recipe; with origins as comments."""
+        return to_yaml(self.tree, origins)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Composed):
     """A checked recipe: every key typed and complete."""
 
     models: dict[str, ModelConfig] = field(default_factory=dict)
@@ -129,45 +142,9 @@ class Recipe:
     hardware: Hardware = field(default_factory=Hardware)
     plugins: list[str] = field(default_factory=list)
 
-    name: str = composed()
-    world: int = composed()  # processes the checks were made for
-    # roles the algorithm updates; the other models only answer
+    # roles that the algorithm updates; the other models are only evaluated
     trained: tuple[str, ...] = composed()
-    warnings: tuple[str, ...] = composed()
-    tree: Block = composed()  # every value with its origin
 
     @property
     def data_parallel(self) -> int:
         return self.world // self.parallel.model
-
-    def to_yaml(self, origins: bool = True) -> str:
-        """The expanded recipe, itself a recipe; with origins as comments."""
-        return to_yaml(self.tree, origins)
-
-
-# Ranges of nouns that live in types.py and data/config.py, which know nothing of recipes.
-_POSITIVE = Range(1)
-_SHARE = Range(0, 1)
-RANGES: dict[type, dict[str, Range | OneOf]] = {
-    Parallel: {"tensor": _POSITIVE, "pipeline": _POSITIVE, "virtual_pipeline": _POSITIVE},
-    Precision: {
-        "dtype": OneOf("fp32", "bf16"),
-        "fp8": OneOf("none", "delayed", "tensorwise", "blockwise"),
-    },
-    Architecture: {
-        **{f.name: _POSITIVE for f in dataclasses.fields(Architecture) if f.type == "int"},
-        "rope_base": Range(0, open=True),
-        "norm_eps": Range(0, open=True),
-    },
-    DataConfig: {
-        "format": OneOf(*FORMATS),
-        "max_length": Range(2),
-        "max_response": _POSITIVE,
-        "held_out": _SHARE,
-    },
-    PlantedConfig: {
-        "prompts": Range(4),
-        "pairs_per_prompt": _POSITIVE,
-        **dict.fromkeys(("easy_share", "held_out", "label_noise", "hack_share"), _SHARE),
-    },
-}

@@ -1,4 +1,4 @@
-"""YAML text to a tree whose every node remembers where it was written."""
+"""YAML text as a tree whose nodes remember the file and line they were written in."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ import yaml
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.registry import SLOTS
 
-DEFAULT = "default"  # origin of a value that nobody wrote
-COMMAND_LINE = "command line"  # origin of what is written there
-MISSING = "???"  # a value that a child must give
+DEFAULT = "default"  # origin of a value that no file sets
+COMMAND_LINE = "command line"  # origin of a value set there
+MISSING = "???"  # a value that a child recipe must set
 COMPONENTS = ("algorithm", "judge")  # sections that are components themselves
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """The value of a leaf that depends on a key with a problem of its own."""
+
+    why: str  # reported where nothing else is
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,27 @@ class Leaf:
 class Block:
     children: Mapping[str, Node]
     origin: str
+
+    def at(self, key: str) -> Node | None:
+        """The node at a dotted key; None where there is none."""
+        node: Node | None = self
+        for part in key.split("."):
+            node = node.children.get(part) if isinstance(node, Block) else None
+        return node
+
+    def value(self, key: str) -> Any:
+        """The value of the leaf at a dotted key; MISSING where there is none."""
+        node = self.at(key)
+        return node.value if isinstance(node, Leaf) else MISSING
+
+    def origin_of(self, key: str) -> str:
+        """The origin of the node at a dotted key; empty where there is none."""
+        node = self.at(key)
+        return "" if node is None else node.origin
+
+    def written(self, key: str) -> bool:
+        """Whether a file or the command line sets the key."""
+        return self.origin_of(key) not in ("", DEFAULT)
 
 
 Node = Leaf | Block
@@ -45,14 +73,11 @@ class _Dumper(yaml.SafeDumper):
     ignore_aliases = lambda self, data: True  # noqa: E731  (no anchors)
 
 
+_FLOAT = r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
 _SCALARS = (
     ("bool", r"^(?:true|True|false|False)$", "tTfF"),
     ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789"),
-    (
-        "float",
-        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$",
-        "-+.0123456789",
-    ),
+    ("float", _FLOAT, "-+.0123456789"),
     ("null", r"^(?:~|null|Null|)$", ["~", "n", "N", ""]),
 )
 for _cls in (_Loader, _Dumper):
@@ -61,7 +86,7 @@ for _cls in (_Loader, _Dumper):
 
 
 def dump_value(value: Any) -> str:
-    """One line of YAML that parses back to `value`."""
+    """Return one line of YAML that parses back to `value`."""
     text = yaml.dump(
         value,
         Dumper=_Dumper,
@@ -74,9 +99,10 @@ def dump_value(value: Any) -> str:
 
 
 def parse_yaml(text: str, file: str) -> Block:
-    """The tree of one file.
+    """Return the tree of one file.
 
-    Raises UserError (file and line named) for text that is no YAML, no mapping, or has a key twice.
+    Raises UserError with file and line when the text is not YAML, not a mapping, or sets a key
+    twice.
     """
     try:
         loader = _Loader(text)
@@ -89,32 +115,27 @@ def parse_yaml(text: str, file: str) -> Block:
         assert isinstance(tree, Block)
         return tree
     except yaml.YAMLError as error:
-        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        mark: yaml.Mark | None = getattr(error, "problem_mark", None)
         raise UserError(
-            "not valid YAML:"
-            f" {error.problem if isinstance(error, yaml.MarkedYAMLError) else error}",
+            f"not valid YAML: {getattr(error, 'problem', error)}",
             where=f"{file}:{mark.line + 1}" if mark else file,
             fix='inside {…} quote "${…}", "???" and text with colons',
         ) from None
 
 
 def parse_value(text: str, path: KeyPath, origin: str) -> Node:
-    """The value of `key=text` on the command line; nothing after `=` is the empty string. Raises
-    UserError."""
+    """Return the value of `key=text`; nothing after `=` is the empty string. Raises UserError."""
     if text == "":
         return Leaf("", origin)
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return (
-            Leaf(text, origin)
-            if node is None
-            else _tree(loader, node, origin, path, line_numbers=False)
-        )
+        if node is None:
+            return Leaf(text, origin)
+        return _tree(loader, node, origin, path, line_numbers=False)
     except yaml.YAMLError:
-        raise UserError(
-            f"cannot read the value {text!r}", where=origin, fix="quote it: key='…'"
-        ) from None
+        what = f"cannot read the value {text!r}"
+        raise UserError(what, where=origin, fix="quote it: key='…'") from None
 
 
 def _tree(
@@ -132,52 +153,40 @@ def _tree(
         if not isinstance(key, str):
             key = str(key_node.value)
         if key in children:
-            raise UserError(
-                f"{'.'.join((*path, key))} is given twice",
-                where=f"{file}:{key_node.start_mark.line + 1}",
-            )
+            where = f"{file}:{key_node.start_mark.line + 1}"
+            raise UserError(f"{'.'.join((*path, key))} is set twice", where=where)
         children[key] = _tree(loader, value_node, file, (*path, key), line_numbers)
     return Block(children, origin)
 
 
 def is_slot(path: KeyPath) -> bool:
-    """Whether a component sits at `path`: `algorithm` or `judge` itself, and slots below it."""
+    """Whether `path` holds a component: `algorithm` or `judge` itself, and slots below it."""
     return bool(path) and path[0] in COMPONENTS and path[-1] in SLOTS
 
 
 def merge(base: Block, child: Block, path: KeyPath = ()) -> Block:
-    """Both; the child wins. In a component, a child that changes a block's `name` replaces the
-    whole block."""
+    """Return both; the child wins. A child that changes a component's `name` replaces its whole
+    block."""
     merged = dict(base.children)
     for key, node in child.children.items():
-        old = merged.get(key)
-        if (
-            isinstance(old, Block)
-            and isinstance(node, Block)
-            and not _renamed(old, node, (*path, key))
-        ):
-            merged[key] = merge(old, node, (*path, key))
+        old, below = merged.get(key), (*path, key)
+        if isinstance(old, Block) and isinstance(node, Block):
+            renamed = "name" in node.children and old.value("name") != node.value("name")
+            merged[key] = node if renamed and below[0] in COMPONENTS else merge(old, node, below)
         else:
             merged[key] = node
     return Block(merged, child.origin)
 
 
-def _renamed(old: Block, new: Block, path: KeyPath) -> bool:
-    before, after = old.children.get("name"), new.children.get("name")
-    if path[0] not in COMPONENTS or not isinstance(after, Leaf):
-        return False
-    return not isinstance(before, Leaf) or before.value != after.value
-
-
 def plain(node: Node) -> Any:
-    """The values alone."""
+    """Return the values without their origins."""
     if isinstance(node, Leaf):
         return node.value
     return {key: plain(child) for key, child in node.children.items()}
 
 
 def leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Leaf]]:
-    """Every leaf with its path, in order."""
+    """Yield every leaf with its path, in order."""
     if isinstance(node, Leaf):
         yield path, node
         return
@@ -186,8 +195,8 @@ def leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Leaf]]:
 
 
 def to_yaml(block: Block, origins: bool = True) -> str:
-    """YAML that parses back to the same values; with `origins`, each line ends in a comment that
-    says who wrote it."""
+    """Return YAML that parses back to the same values; with `origins`, a comment after each line
+    names the file and line that set it."""
     lines: list[tuple[str, str]] = []
 
     def write(node: Block, indent: str) -> None:
@@ -196,8 +205,7 @@ def to_yaml(block: Block, origins: bool = True) -> str:
                 lines.append((f"{indent}{key}:", ""))
                 write(child, indent + "  ")
             else:
-                value = {} if isinstance(child, Block) else child.value
-                lines.append((f"{indent}{key}: {dump_value(value)}", child.origin))
+                lines.append((f"{indent}{key}: {dump_value(plain(child))}", child.origin))
 
     write(block, "")
     if not origins:

@@ -1,31 +1,246 @@
-"""A tree against dataclasses: defaults filled in, unknown and missing keys, types, ranges. Nothing
-is raised, all is collected."""
+"""A tree against dataclasses in one pass: defaults filled in, values typed, all problems collected.
+
+Why not pydantic: defaults, unknown keys and component names need this walk anyway, since the
+completed tree keeps the file and line of each value and components are chosen by name while plugins
+add to them. pydantic would replace `convert` alone, and bring its own wording and a second
+description of each class.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import difflib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.problems import Problem, suggest
-from gipo_megatron.recipe.registry import OneOf, Range
-from gipo_megatron.recipe.schema import RANGES
-from gipo_megatron.recipe.source import DEFAULT, MISSING, Block, KeyPath, Leaf, Node, plain
+from gipo_megatron.recipe.source import (
+    DEFAULT,
+    MISSING,
+    Block,
+    KeyPath,
+    Leaf,
+    Node,
+    Unknown,
+    leaves,
+    plain,
+)
+from gipo_megatron.specs import OneOf, Range
 
 NOT_BUILT = {
-    ("parallel", "context"): "context parallelism",
-    ("parallel", "expert"): "expert parallelism",
+    "parallel.context": "context parallelism",
+    "parallel.expert": "expert parallelism",
+}
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+    list: "a list",
+    dict: "a block of keys",
 }
 
 
-@functools.cache
-def hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)
+class Wrong:
+    """Stands for a typed value that has a problem."""
+
+
+WRONG = Wrong()
+
+
+class Mismatch(Exception):
+    """A value that does not fit its type or range."""
+
+
+class Validation:
+    """Completes and types a tree, and collects its problems. Each method returns the completed node
+    and its value, or WRONG; the problem of a WRONG value is in `problems` or in `hidden`."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        # of ${…} that point at a key with a problem: reported where there is no other problem
+        self.hidden: list[Problem] = []
+
+    def block(
+        self, block: Block, cls: type, path: KeyPath = (), slot: str = ""
+    ) -> tuple[Block, dict[str, Any]]:
+        """A block of the keys of `cls`: the completed block, {field: value}."""
+        parts = {f.name: f for f in registry.component_fields(cls)}
+        fields = {f.name: f for f in registry.recipe_fields(cls)}
+        known = [*fields, *parts, *(["name"] if slot else [])]
+        for key, node in block.children.items():
+            if key not in known:
+                self._unknown(node, (*path, key), known, slot)
+        children: dict[str, Node] = {"name": block.children["name"]} if slot else {}
+        values: dict[str, Any] = {}
+        for name in (f.name for f in dataclasses.fields(cls) if f.name in known):
+            child, at = block.children.get(name), (*path, name)
+            if name in parts:
+                about = parts[name].metadata
+                found = self.component(child, about["slot"], about["default"], at, block.origin)
+            else:
+                found = self._field(child, cls, fields[name], at, block.origin)
+            children[name], values[name] = found
+        return Block(children, block.origin), values
+
+    def component(
+        self, node: Node | None, slot: str, default: str, path: KeyPath, parent: str
+    ) -> tuple[Node, Any]:
+        """A component's block: the completed block, the dict that registry.build reads."""
+        key = ".".join(path)
+        if isinstance(node, Leaf):
+            return node, self._wrong_leaf(key, f"must be {{name: …}}, not {node.value!r}", node)
+        where, block = parent if node is None else node.origin, with_name(node, default)
+        name = block.children.get("name", Leaf(MISSING, where))
+        if isinstance(name, Block) or name.value == MISSING:
+            for near in difflib.get_close_matches("name", {*block.children} - {"name"}):
+                self._unknown(block.children[near], (*path, near), ["name"], "")
+            fix = f"one of {', '.join(registry.names(slot))}"
+            return block, self._wrong(f"{key}.name", "missing", where, fix)
+        cls = registry.lookup(slot, name.value)
+        if cls is None:
+            fix = suggest(str(name.value), registry.names(slot))
+            what = f"there is no {slot} {name.value!r}"
+            return block, self._wrong_leaf(f"{key}.name", what, name, fix)
+        completed, values = self.block(block, cls, path, slot)
+        before = len(self.problems)
+        if not any(is_wrong(value) for value in values.values()):
+            for error in _key_problems(cls, values):
+                self._refused(error, completed, path)
+            if len(self.problems) == before:
+                return completed, {"name": name.value, **values}
+        return completed, WRONG
+
+    def _field(
+        self, node: Node | None, cls: type, f: dataclasses.Field[Any], path: KeyPath, parent: str
+    ) -> tuple[Node, Any]:
+        """The value of a key: a nested block, a dict or list of blocks, or a plain value."""
+        hint, key = registry.hints(cls)[f.name], ".".join(path)
+        each = _dataclass_in(hint, dict)
+        if each is not None or dataclasses.is_dataclass(hint):
+            return self._blocks(node or Block({}, DEFAULT), each, hint, path)
+        if isinstance(node, Block):
+            if not _is_dict(hint):
+                what = f"needs {spell(hint)}, not a block of keys"
+                return node, self._wrong(key, what, node.origin)
+            unknown = [leaf for _, leaf in leaves(node) if isinstance(leaf.value, Unknown)]
+            node = unknown[0] if unknown else Leaf(plain(node), node.origin)
+        if node is None:
+            node = Leaf(_default(f), DEFAULT)
+            if node.value == MISSING:
+                return node, self._absent(key, parent)
+        if node.value == MISSING:
+            return node, self._absent(key, node.origin)
+        item = _dataclass_in(hint, list)
+        if item is not None and isinstance(node.value, list):
+            return self._list(node, item, path)
+        try:
+            return node, convert(node.value, hint)
+        except Mismatch as mismatch:
+            return node, self._wrong_leaf(key, str(mismatch), node)
+
+    def _blocks(self, node: Node, each: type | None, cls: Any, path: KeyPath) -> tuple[Node, Any]:
+        """An instance of `cls`; with `each`, a dict of instances, some of which may be WRONG."""
+        if isinstance(node, Leaf):
+            what = f"must be a block of keys, not {node.value!r}"
+            return node, self._wrong_leaf(".".join(path), what, node)
+        if each is None:
+            return self._instance(node, cls, path)
+        found = {
+            key: self._blocks(child, None, each, (*path, key))
+            for key, child in node.children.items()
+        }
+        completed = Block({key: child for key, (child, _) in found.items()}, node.origin)
+        return completed, {key: value for key, (_, value) in found.items()}
+
+    def _instance(self, block: Block, cls: type, path: KeyPath) -> tuple[Block, Any]:
+        completed, values = self.block(block, cls, path)
+        if any(is_wrong(value) for value in values.values()):
+            return completed, WRONG
+        try:
+            return completed, cls(**values)
+        except ValueError as error:
+            return completed, self._refused(error, completed, path)
+
+    def _list(self, node: Leaf, cls: type, path: KeyPath) -> tuple[Leaf, Any]:
+        """A list of blocks, `tasks[0]` and on. All of a list has one origin."""
+        completed, values = [], []
+        for i, item in enumerate(node.value):
+            at = (*path[:-1], f"{path[-1]}[{i}]")
+            if isinstance(item, dict):
+                block = Block({k: Leaf(v, node.origin) for k, v in item.items()}, node.origin)
+                found, value = self._instance(block, cls, at)
+                completed.append(plain(found))
+            else:
+                value = self._wrong(".".join(at), "needs a block of keys", node.origin)
+                completed.append(item)
+            values.append(value)
+        return Leaf(completed, node.origin), WRONG if WRONG in values else values
+
+    def _refused(self, error: ValueError, node: Block, path: KeyPath) -> Wrong:
+        """A block that its class refuses; a UserError whose `where` ends in a key names it."""
+        if not isinstance(error, UserError):
+            error = UserError(str(error))
+        key = error.where.rsplit(".", 1)[-1]
+        if key in node.children:
+            where = node.children[key].origin
+            return self._wrong(".".join((*path, key)), error.what, where, error.fix)
+        return self._wrong(".".join(path), error.what, _last_written(node), error.fix)
+
+    def _unknown(self, node: Node, path: KeyPath, known: list[str], slot: str) -> None:
+        key = ".".join(path)
+        readers = [n for n in registry.names(slot) if path[-1] in _keys_of(slot, n)] if slot else []
+        if key in NOT_BUILT:
+            if plain(node) != 1:
+                what = f"{NOT_BUILT[key]} is not built yet"
+                self._wrong(key, what, node.origin, "remove it, or set it to 1")
+        elif readers:
+            what = f"this {slot} does not read it"
+            self._wrong(key, what, node.origin, f"read by: {', '.join(readers)}")
+        else:
+            self._wrong(key, "unknown key", node.origin, suggest(path[-1], known))
+
+    def _absent(self, key: str, where: str) -> Wrong:
+        fix = f"set it in the recipe, or {key}=…"
+        self.problems.append(Problem(key, "missing", where, fix, absent=True))
+        return WRONG
+
+    def _wrong(self, key: str, what: str, where: str, fix: str = "") -> Wrong:
+        self.problems.append(Problem(key, what, where, fix))
+        return WRONG
+
+    def _wrong_leaf(self, key: str, what: str, leaf: Leaf, fix: str = "") -> Wrong:
+        if isinstance(leaf.value, Unknown):
+            self.hidden.append(Problem(key, leaf.value.why, leaf.origin, absent=True))
+            return WRONG
+        return self._wrong(key, what, leaf.origin, fix)
+
+
+def is_wrong(value: Any) -> bool:
+    """Whether a value, or one in a dict of blocks, has a problem."""
+    return value is WRONG or (isinstance(value, dict) and WRONG in value.values())
+
+
+def with_name(node: Node | None, default: str) -> Block:
+    """A component's block with its default name where none is written."""
+    block = node if isinstance(node, Block) else Block({}, DEFAULT)
+    if "name" in block.children or not default:
+        return block
+    return Block({"name": Leaf(default, DEFAULT), **block.children}, block.origin)
+
+
+def _key_problems(cls: type, values: dict[str, Any]) -> Iterator[UserError]:
+    """What a component's `problems()` finds in its keys; no runtime object exists yet."""
+    if hasattr(cls, "problems"):
+        keys_only: Any = object.__new__(cls)
+        for name, value in values.items():
+            object.__setattr__(keys_only, name, value)
+        yield from keys_only.problems()
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -34,417 +249,89 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return MISSING if field.default is dataclasses.MISSING else field.default
 
 
-def _blocks_of(hint: Any) -> type | None:
-    """T for dict[str, T] where T is a dataclass."""
-    if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
-        return typing.cast(type, typing.get_args(hint)[1])
-    return None
-
-
-def _listed(hint: Any) -> type | None:
-    """T for list[T] where T is a dataclass."""
-    if typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
-        return typing.cast(type, typing.get_args(hint)[0])
-    return None
-
-
-def _items(node: Node, path: KeyPath) -> list[tuple[KeyPath, Block | None]]:
-    """(path, block) of each item of a list of blocks, `tasks[0]` and on; None for what is no block.
-    A list has one origin."""
-    values = node.value if isinstance(node, Leaf) and isinstance(node.value, list) else []
-    blocks = [
-        Block({k: Leaf(v, node.origin) for k, v in value.items()}, node.origin)
-        if isinstance(value, dict)
-        else None
-        for value in values
-    ]
-    return [((*path[:-1], f"{path[-1]}[{i}]"), block) for i, block in enumerate(blocks)]
-
-
-def _is_dict(hint: Any) -> bool:
-    options = (
-        typing.get_args(hint)
-        if typing.get_origin(hint) in (typing.Union, types.UnionType)
-        else (hint,)
-    )
-    return any(typing.get_origin(option) is dict or option is dict for option in options)
-
-
-class Completion:
-    """First pass: a tree with every key of `cls`, those not written at their default; unknown and
-    missing keys are problems."""
-
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-
-    def complete(self, block: Block, cls: type, path: KeyPath = (), slot: str = "") -> Block:
-        fields = registry.recipe_fields(cls)
-        parts = registry.component_fields(cls)
-        known = [f.name for f in (*fields, *parts)] + (["name"] if slot else [])
-        for key, node in block.children.items():
-            if key not in known:
-                self._unknown(node, (*path, key), known, slot)
-        children: dict[str, Node] = {"name": block.children["name"]} if slot else {}
-        for f in dataclasses.fields(cls):
-            child = block.children.get(f.name)
-            if f in parts:
-                children[f.name] = self.component(
-                    child, f.metadata["slot"], f.metadata["default"], (*path, f.name), block.origin
-                )
-            elif f in fields:
-                children[f.name] = self._field(
-                    child, f, hints(cls)[f.name], (*path, f.name), block.origin
-                )
-        return Block(children, block.origin)
-
-    def component(
-        self, node: Node | None, slot: str, default: str, path: KeyPath, parent: str
-    ) -> Node:
-        key = ".".join(path)
-        if node is None or (isinstance(node, Block) and "name" not in node.children and default):
-            written = node.children if isinstance(node, Block) else {}
-            node = Block(
-                {"name": Leaf(default or MISSING, DEFAULT), **written},
-                node.origin if node else DEFAULT,
-            )
-        if not isinstance(node, Block):
-            self.problems.append(
-                Problem(key, f"must be {{name: …}}, not {node.value!r}", node.origin)
-            )
-            return node
-        name = node.children.get("name", Leaf(MISSING, node.origin))
-        if not isinstance(name, Leaf) or name.value == MISSING:
-            self.problems.append(
-                Problem(
-                    f"{key}.name",
-                    "missing",
-                    node.origin or parent,
-                    f"one of {', '.join(registry.names(slot))}",
-                )
-            )
-            return node
-        cls = registry.lookup(slot, name.value) if isinstance(name.value, str) else None
-        if cls is None:
-            fix = suggest(str(name.value), registry.names(slot))
-            self.problems.append(
-                Problem(f"{key}.name", f"there is no {slot} {name.value!r}", name.origin, fix)
-            )
-            return node
-        return self.complete(node, cls, path, slot)
-
-    def _field(
-        self, node: Node | None, f: dataclasses.Field[Any], hint: Any, path: KeyPath, parent: str
-    ) -> Node:
-        key = ".".join(path)
-        each = _blocks_of(hint)
-        if each is not None or dataclasses.is_dataclass(hint):
-            block = Block({}, DEFAULT) if node is None else node
-            if not isinstance(block, Block):
-                self.problems.append(
-                    Problem(key, f"must be a block of keys, not {block.value!r}", block.origin)
-                )
-                return block
-            if each is None:
-                return self.complete(block, hint, path)
-            return Block(
-                {
-                    k: self._field(child, f, each, (*path, k), block.origin)
-                    for k, child in block.children.items()
-                },
-                block.origin,
-            )
-        if isinstance(node, Block) and _is_dict(hint):
-            return Leaf(plain(node), node.origin)
-        # `???`: a recipe leaves it to its children, whatever the default
-        asked = isinstance(node, Leaf) and node.value == MISSING
-        if node is None or asked:
-            default = MISSING if asked else _default(f)
-            if default == MISSING:
-                self.problems.append(
-                    Problem(
-                        key,
-                        "missing",
-                        parent if node is None else node.origin,
-                        f"set it in the recipe, or {key}=…",
-                        known=False,
-                    )
-                )
-            return Leaf(default, DEFAULT if node is None else node.origin)
-        item = _listed(hint)
-        return node if item is None or not isinstance(node, Leaf) else self._list(node, item, path)
-
-    def _list(self, node: Leaf, cls: type, path: KeyPath) -> Leaf:
-        """A list of blocks, each completed; of another kind, Conversion says so."""
-        items = _items(node, path)
-        if not items:
-            return node
-        completed = [
-            value if block is None else plain(self.complete(block, cls, at))
-            for (at, block), value in zip(items, node.value, strict=True)
-        ]
-        return Leaf(completed, node.origin)
-
-    def _unknown(self, node: Node, path: KeyPath, known: list[str], slot: str) -> None:
-        key = ".".join(path)
-        if path in NOT_BUILT:
-            if plain(node) != 1:
-                self.problems.append(
-                    Problem(
-                        key,
-                        f"{NOT_BUILT[path]} is not built yet",
-                        node.origin,
-                        "remove it, or set it to 1",
-                    )
-                )
-            return
-        readers = [n for n in registry.names(slot) if path[-1] in _keys_of(slot, n)] if slot else []
-        if readers:
-            what = f"this {slot} does not read it"
-            fix = f"read by: {', '.join(readers)}"
-        else:
-            what, fix = "unknown key", suggest(path[-1], known)
-        self.problems.append(Problem(key, what, node.origin, fix))
-
-
-def _keys_of(slot: str, name: str) -> list[str]:
+def _keys_of(slot: str, name: str) -> Iterator[str]:
     cls = registry.lookup(slot, name)
     assert cls is not None
-    return [f.name for f in (*registry.recipe_fields(cls), *registry.component_fields(cls))]
+    yield from (f.name for f in (*registry.recipe_fields(cls), *registry.component_fields(cls)))
 
 
-class NotYet(Exception):
-    """A component's __post_init__ got as far as its runtime objects, which exist only in a run."""
-
-
-class _Later:
-    """Stands for a runtime object while keys are checked; any use of it raises NotYet."""
-
-
-def _not_yet(*_: Any) -> Any:
-    raise NotYet
-
-
-_VERBS = (
-    *(
-        "getattr",
-        "call",
-        "contains",
-        "iter",
-        "len",
-        "getitem",
-        "bool",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-    ),
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "mod"),
-)
-for _verb in _VERBS:
-    setattr(_Later, f"__{_verb}__", _not_yet)
-
-
-class Wrong(Exception):
-    """A value that does not fit its type or range."""
-
-
-class Conversion:
-    """Second pass: a completed tree to typed values; wrong types and values out of range are
-    problems."""
-
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-
-    def section(self, tree: Block, cls: type, name: str) -> Any:
-        """One top-level section of `cls`, or None where something in it is wrong."""
-        value = self._field(tree.children[name], cls, name, ())
-        return None if value is Wrong else value
-
-    def instance(self, node: Node, cls: type, path: KeyPath = ()) -> Any:
-        """An instance of `cls`, or None where something below is wrong."""
-        if not isinstance(node, Block):
-            return None
-        before = len(self.problems)
-        values = {
-            f.name: self._field(node.children[f.name], cls, f.name, path)
-            for f in registry.recipe_fields(cls)
-        }
-        if len(self.problems) > before or any(v is Wrong for v in values.values()):
-            return None
-        return self._guarded(lambda: cls(**values), node, path)
-
-    def component(self, node: Node, slot: str, path: KeyPath) -> dict[str, Any] | None:
-        """What registry.build reads: {name, keys …, nested components …}."""
-        if not isinstance(node, Block) or not isinstance(name := node.children.get("name"), Leaf):
-            return None
-        cls = registry.lookup(slot, name.value) if isinstance(name.value, str) else None
-        if cls is None:
-            return None
-        before = len(self.problems)
-        values = {
-            f.name: self._field(node.children[f.name], cls, f.name, path)
-            for f in registry.recipe_fields(cls)
-        }
-        if len(self.problems) == before and Wrong not in values.values():
-            runtime = {f.name: _Later() for f in registry.runtime_fields(cls)}
-            self._guarded(lambda: cls(**values, **runtime), node, path)
-        for f in registry.component_fields(cls):
-            values[f.name] = self.component(
-                node.children[f.name], f.metadata["slot"], (*path, f.name)
-            )
-        return (
-            None
-            if len(self.problems) > before or Wrong in values.values()
-            else {"name": name.value, **values}
-        )
-
-    def _guarded(self, make: Callable[[], Any], node: Block, path: KeyPath) -> Any:
-        """A dataclass may refuse its values in __post_init__: ValueError, or UserError whose
-        `where` ends in the key."""
-        try:
-            return make()
-        except NotYet:
-            pass
-        except UserError as error:
-            key = error.where.rsplit(".", 1)[-1]
-            if key in node.children:
-                self.problems.append(
-                    Problem(
-                        ".".join((*path, key)), error.what, node.children[key].origin, error.fix
-                    )
-                )
-            else:
-                self.problems.append(Problem(".".join(path), error.what, _written(node), error.fix))
-        except ValueError as error:
-            self.problems.append(Problem(".".join(path), str(error), _written(node)))
-        return None
-
-    def _field(self, node: Node, cls: type, name: str, path: KeyPath) -> Any:
-        hint = hints(cls)[name]
-        key = (*path, name)
-        if each := _blocks_of(hint):
-            if not isinstance(node, Block):
-                return Wrong
-            return {k: self.instance(child, each, (*key, k)) for k, child in node.children.items()}
-        if dataclasses.is_dataclass(hint):
-            block = self.instance(node, typing.cast(type, hint), key)
-            return Wrong if block is None else block
-        if isinstance(node, Block):
-            self.problems.append(
-                Problem(".".join(key), f"needs {spell(hint)}, not a block of keys", node.origin)
-            )
-            return Wrong
-        if node.value == MISSING:
-            return Wrong
-        if (item := _listed(hint)) and isinstance(node.value, list):
-            return self._list(node, item, key)
-        try:
-            value = convert(node.value, hint)
-            refuse(value, [RANGES[cls][name]] if cls in RANGES and name in RANGES[cls] else [])
-            return value
-        except Wrong as wrong:
-            self.problems.append(Problem(".".join(key), str(wrong), node.origin))
-            return Wrong
-
-    def _list(self, node: Leaf, cls: type, path: KeyPath) -> Any:
-        values = []
-        for at, block in _items(node, path):
-            if block is None:
-                self.problems.append(Problem(".".join(at), "needs a block of keys", node.origin))
-            values.append(None if block is None else self.instance(block, cls, at))
-        return Wrong if None in values else values
-
-
-def _written(node: Block) -> str:
-    """The file line of a block's last written key, since it is the likeliest culprit."""
+def _last_written(node: Block) -> str:
+    """The origin of a block's last written key: the likeliest culprit."""
     origins = [c.origin for c in node.children.values() if c.origin != DEFAULT]
     return origins[-1] if origins else node.origin
 
 
-def refuse(value: Any, marks: list[Any]) -> None:
-    for mark in marks:
-        if isinstance(mark, Range | OneOf) and value is not None and (why := mark.refuse(value)):
-            raise Wrong(why)
+# ------------------------------------------------------------------------------------------- types
+
+
+def _dataclass_in(hint: Any, container: type) -> type | None:
+    """T for dict[str, T] or list[T] where T is a dataclass."""
+    arguments = typing.get_args(hint)
+    found = typing.get_origin(hint) is container and dataclasses.is_dataclass(arguments[-1])
+    return typing.cast(type, arguments[-1]) if found else None
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; a type that is no union alone."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _is_dict(hint: Any) -> bool:
+    return any(typing.get_origin(o) is dict or o is dict for o in _options(hint))
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """`value` as `hint` wants it (an int is a float, a list may become a tuple; nothing else
-    changes). Raises Wrong."""
+    """Return `value` as the type `hint`: an int may become a float, a list a tuple; nothing else
+    changes. Raises Mismatch."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         converted = convert(value, arguments[0])
-        refuse(converted, list(arguments[1:]))
+        for mark in arguments[1:]:
+            if isinstance(mark, Range | OneOf) and (why := mark.refuse(converted)):
+                raise Mismatch(why)
         return converted
     if origin in (typing.Union, types.UnionType):
-        return _convert_union(value, hint, arguments)
-    if hint is Any:
+        return _convert_union(value, hint)
+    if hint is Any or (hint is dict and isinstance(value, dict)):
         return value
-    if origin in (list, tuple):
-        if not isinstance(value, list | tuple):
-            raise Wrong(f"needs {spell(hint)}, not {_describe(value)}")
+    if origin in (list, tuple) and isinstance(value, list | tuple):
         return origin(convert(item, arguments[0]) for item in value)
-    if origin is dict or hint is dict:
-        if not isinstance(value, dict):
-            raise Wrong(f"needs {spell(hint)}, not {_describe(value)}")
-        return (
-            {convert(k, arguments[0]): convert(v, arguments[1]) for k, v in value.items()}
-            if arguments
-            else value
-        )
+    if origin is dict and isinstance(value, dict):
+        return {convert(k, arguments[0]): convert(v, arguments[1]) for k, v in value.items()}
     if hint is float and type(value) is int:
         return float(value)
-    if hint in (bool, int, float, str):
-        if type(value) is not hint:
-            raise Wrong(f"needs {spell(hint)}, not {_describe(value)}")
+    if hint in KINDS and type(value) is hint:
         return value
-    raise AssertionError(f"a recipe key cannot have the type {hint}")
+    raise Mismatch(f"needs {spell(hint)}, not {_describe(value)}")
 
 
-def _convert_union(value: Any, hint: Any, options: tuple[Any, ...]) -> Any:
-    if value is None and type(None) in options:
+def _convert_union(value: Any, hint: Any) -> Any:
+    if value is None and type(None) in _options(hint):
         return None
-    options = tuple(option for option in options if option is not type(None))
+    options = [option for option in _options(hint) if option is not type(None)]
     for option in options:
         try:
             return convert(value, option)
-        except Wrong as wrong:
-            if len(options) == 1 and "needs" not in str(wrong):
+        except Mismatch as mismatch:
+            if len(options) == 1 and "needs" not in str(mismatch):
                 raise
-    raise Wrong(f"needs {spell(hint)}, not {_describe(value)}")
+    raise Mismatch(f"needs {spell(hint)}, not {_describe(value)}")
 
 
 def spell(hint: Any) -> str:
-    """A type as users say it."""
+    """A type in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return spell(arguments[0])
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(spell(option) for option in arguments)
+    if len(_options(hint)) > 1:
+        return " or ".join(spell(option) for option in _options(hint))
     if origin in (list, tuple):
         return f"a list of {spell(arguments[0])}"
-    if origin is dict or hint is dict:
-        return "a block of keys"
-    if dataclasses.is_dataclass(hint):
-        return "blocks of keys"
-    names = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        type(None): "null",
-    }
-    return names[hint] if hint in names else str(hint)
+    if origin is dict:
+        return KINDS[dict]
+    return "blocks of keys" if dataclasses.is_dataclass(hint) else KINDS.get(hint, str(hint))
 
 
 def _describe(value: Any) -> str:
-    kinds = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "a block of keys",
-    }
-    return "null" if value is None else f"{value!r} ({kinds[type(value)]})"
+    return "null" if value is None else f"{value!r} ({KINDS.get(type(value), 'a value')})"

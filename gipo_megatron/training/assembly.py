@@ -6,7 +6,7 @@ recipe builds exactly the models that it uses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from gipo_megatron.megatron.roles import (
     MegatronRewardModel,
 )
 from gipo_megatron.recipe import registry
+from gipo_megatron.recipe.registry import Lazy
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.specs import Optimisation, Sampling, base_role
 from gipo_megatron.training.held_out import HeldOut
@@ -68,27 +69,6 @@ def assemble(recipe: Recipe, mesh: Mesh, timer: Timer) -> Assembly:
         given.rows,
         given.notes,
     )
-
-
-class Lazy(Mapping[str, Any]):
-    """Objects by name; each is made by its provider when it is first read, and kept."""
-
-    def __init__(self, providers: Mapping[str, Callable[[], Any]]) -> None:
-        self._providers, self._made = providers, dict[str, Any]()
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._made:
-            self._made[name] = self._providers[name]()
-        return self._made[name]
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would make the object
-        return name in self._providers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._providers)
-
-    def __len__(self) -> int:
-        return len(self._providers)
 
 
 class Providers:

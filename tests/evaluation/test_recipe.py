@@ -17,10 +17,10 @@ from gipo_megatron.evaluation.recipe import (
     missing_weights,
 )
 from gipo_megatron.evaluation.tasks import Task
-from gipo_megatron.recipe.compose import Files
+from gipo_megatron.recipe.files import Files
 from gipo_megatron.recipe.problems import Problem, RecipeErrors
-from gipo_megatron.recipe.source import DEFAULT, MISSING, leaves, plain
-from gipo_megatron.recipe.validate import Completion
+from gipo_megatron.recipe.source import DEFAULT, MISSING, Block, leaves, plain
+from gipo_megatron.recipe.validate import Validation
 from gipo_megatron.specs import Architecture
 from tests.recipe.helpers import RECIPES, write
 
@@ -91,9 +91,12 @@ WRONG = [
     ),
     (["opponents=[bb]"], [("opponents", "there is no policy 'bb'", "'b'")]),
     (["opponents=[a]"], [("opponents", "'a' is the subject", "remove")]),
-    (["opponents=[b, b]"], [("opponents", "'b' is given 2 times", "")]),
+    (["opponents=[b, b]"], [("opponents", "'b' is listed 2 times", "")]),
     (["policies.d/e.load=x"], [("policies.d/e", "file name", "")]),
-    (["policies.d.load=random"], [("policies.d.load", "random weights", "checkpoint")]),
+    (
+        ["policies.d.load=random"],
+        [("policies.d.load", "cannot evaluate random", "checkpoint")],
+    ),
     (["tasks=[]"], [("tasks", "none", "name: hh_harmless")]),
     (["tasks=3"], [("tasks", "needs a list", "")]),
     (["tasks=[3]"], [("tasks[0]", "needs a block of keys", "")]),
@@ -214,20 +217,21 @@ def test_the_architecture_comes_from_the_policies_weights(tmp_path: Path) -> Non
     assert [p.key for p in problems(tmp_path, text=text)] == ["model.architecture"]
 
 
-def test_names_say_which_launcher() -> None:
-    assert all(
-        map(is_evaluation, ("tiny/evaluate", "hh_evaluate", "mine/evaluate.yaml", "base/evaluate"))
-    )
-    assert not any(map(is_evaluation, ("tiny/gipo", "evaluate/gipo", "hh_evaluated")))
+def test_a_recipe_with_policies_is_an_evaluation(tmp_path: Path) -> None:
+    own = str(write(tmp_path, mine=SMALL, other="defaults: [tiny/gipo]\n"))
+    for name in ("tiny/evaluate", "hh_evaluate", "base/evaluate", own):
+        assert is_evaluation([f"recipe={name}"], RECIPES)
+    for name in ("tiny/gipo", str(tmp_path / "other.yaml")):
+        assert not is_evaluation([f"recipe={name}"], RECIPES)
 
 
 def test_the_base_lists_every_key_once_with_a_comment_and_says_the_defaults() -> None:
     file = RECIPES / "base" / "evaluate.yaml"
     own = Files(RECIPES).own(file)
-    completion = Completion()
-    complete = completion.complete(own, EvaluationRecipe)
-    assert {p.what for p in completion.problems} == {"missing"}, [
-        str(p) for p in completion.problems
+    validation = Validation()
+    complete, _ = validation.block(own, EvaluationRecipe)
+    assert {p.what for p in validation.problems} == {"missing"}, [
+        str(p) for p in validation.problems
     ]
     assert [key for key, leaf in leaves(complete) if leaf.origin == DEFAULT] == []
     written = dict(leaves(own))
@@ -237,7 +241,7 @@ def test_the_base_lists_every_key_once_with_a_comment_and_says_the_defaults() ->
         and len(written) > 35
     )
     keep = {"judge": own.children["judge"]}
-    defaults = dict(leaves(Completion().complete(type(own)(keep, ""), EvaluationRecipe)))
+    defaults = dict(leaves(Validation().block(Block(keep, ""), EvaluationRecipe)[0]))
     assert {
         key for key, leaf in written.items() if leaf.value not in (MISSING, defaults[key].value)
     } == set()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gipo_megatron.evaluation.recipe import is_evaluation
-from gipo_megatron.recipe.compose import recipe_names
+from gipo_megatron.recipe.files import recipe_names
 from gipo_megatron.specs import Architecture, Parallel
 from tests.parity.matrix import LAYOUTS
 from tests.parity.planning_cases import DTYPES, tiny_architecture
@@ -33,6 +33,7 @@ TIED = Architecture(
     qk_norm=True,
 )
 TIED_LAYOUT = Parallel(tensor=2, pipeline=4)
+PLUGIN = "plugins=[tests.planning.pages]"
 TIGHT = ["recipe=hh_gipo", "hardware.gpu_memory_gib=40"]
 PLANS = {
     "hh_sft": ["recipe=hh_sft"],
@@ -51,6 +52,14 @@ PLANS = {
     "hopeless": ["recipe=hh_gipo_70b", "hardware.gpu_memory_gib=5"],
     "spanning": ["recipe=hh_gipo", "world=16", "parallel.tensor=16"],
     "tiny": ["recipe=tiny/gipo"],
+    "twice": ["recipe=hh_sft", PLUGIN, "algorithm={name: test_twice}"],
+    "in_turn": [
+        "recipe=hh_ppo_kl",
+        PLUGIN,
+        "algorithm={name: test_in_turn}",
+        "models.reward.lr=1e-6",
+        *(f"models.{role}.offload=cpu" for role in ("actor", "reward")),
+    ],
     "needless": ["recipe=hh_gipo", "memory.recompute=full"],
     "needed": ["recipe=hh_sft", "memory.recompute=full", "hardware.gpu_memory_gib=31"],
 }
@@ -62,15 +71,14 @@ def shipped() -> list[str]:
     return [
         name
         for name in recipe_names(ROOT / "recipes")
-        if name.startswith(("hh_", "tldr_")) and not is_evaluation(name)
+        if name.startswith(("hh_", "tldr_"))
+        and not is_evaluation([f"recipe={name}"], ROOT / "recipes")
     ]
 
 
 def documented() -> dict[str, str]:
-    """Command line of tools/plan.py -> what docs/scaling.md shows of its answer."""
-    return dict(
-        re.findall(r"```\n\$ python tools/plan\.py ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL)
-    )
+    """Arguments of `gipo plan` -> the part of its output in docs/scaling.md."""
+    return dict(re.findall(r"```\n\$ gipo plan ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL))
 
 
 def layout_cases() -> dict[str, dict[str, Any]]:
@@ -123,11 +131,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         **layout_cases(),
         **{f"tied/{stage}": {**tied, "rank": 4 * stage} for stage in range(4)},
         **{name: {"plan": argv} for name, argv in PLANS.items()},
-        **{
-            f"text/{name}": {"text": PLANS[name]}
-            for name in ("hh_gipo", "70b", "tight", "tiny", "hh_dpo")
-        },
         "shipped": {"verdicts": shipped()},
-        **{f"document/{words}": {"text": words.split()} for words in documented()},
+        **{f"document/{words}": {"plan": words.split()} for words in documented()},
     }
     return evaluate(cases, tmp_path_factory.mktemp("plans"))

@@ -123,14 +123,13 @@ def test_weights_beside_random_ones(tmp_path: Path) -> None:
     assert small(tmp_path, text=other).model.architecture == SAYS
 
 
-def test_other_keys_may_point_at_it(tmp_path: Path) -> None:
+def test_the_load_may_point_at_another_key(tmp_path: Path) -> None:
     hf = folder(tmp_path / "hf")
-    words = [
-        f"model.hub={hf}",
-        "models.actor.load=${model.hub}",
-        "data.max_length=${model.architecture.max_positions}",
-    ]
-    assert small(tmp_path, *words, text=SFT).data.max_length == 96
+    words = [f"model.hub={hf}", "models.actor.load=${model.hub}", "data.max_length=64"]
+    assert small(tmp_path, *words, text=SFT).model.architecture == SAYS
+    words[-1] = "data.max_length=${model.architecture.max_positions}"
+    (found,) = problems(tmp_path, *words, text=SFT)
+    assert found.key == "data.max_length" and "has no value" in found.what
 
 
 def test_a_model_block_may_be_absent_or_written_in_part(tmp_path: Path) -> None:
@@ -283,14 +282,14 @@ def test_roles_must_agree(tmp_path: Path) -> None:
         (
             "random",
             (
-                "model.architecture: missing: it is not written, and no weights say it:"
+                "model.architecture: not set, and cannot be read from any weights:"
                 " models.actor.load is random"
             ),
         ),
         (
             "runs/no/final",
             (
-                "model.architecture: missing: it is not written, and no weights say it:"
+                "model.architecture: not set, and cannot be read from any weights:"
                 " 'runs/no/final' (models.actor.load)"
             ),
         ),

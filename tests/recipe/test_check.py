@@ -8,6 +8,7 @@ import pytest
 
 from gipo_megatron.recipe.check import default_world, missing_loads
 from gipo_megatron.recipe.schema import Hardware
+from gipo_megatron.recipe.validate import WRONG
 from gipo_megatron.specs import Parallel
 from tests.recipe.helpers import SMALL, problems, small
 
@@ -221,7 +222,7 @@ def test_weights_that_are_elsewhere_warn_in_a_check_and_are_listed_for_the_launc
         "models.critic.load=owner/model",
     )
     (warning,) = recipe.warnings
-    assert "'runs/nowhere/final' is not on this machine (asked for by actor, reference)" in warning
+    assert "'runs/nowhere/final' is not on this machine (loaded by actor, reference)" in warning
     assert [p.key for p in missing_loads(recipe)] == ["models.actor.load"]
 
 
@@ -235,4 +236,4 @@ def test_warnings(tmp_path: Path) -> None:
 def test_without_torchrun_the_world_is_the_hardwares() -> None:
     assert default_world(Hardware(gpus=8), Parallel(2)) == 8
     assert default_world(Hardware(), Parallel(2, 3)) == 6
-    assert default_world(None, None) == 1
+    assert default_world(WRONG, WRONG) == 1

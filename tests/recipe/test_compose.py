@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from gipo_megatron.recipe.compose import Files, compose, find_recipe, parse_arguments, recipe_names
+from gipo_megatron.recipe.compose import compose
+from gipo_megatron.recipe.files import Files, find_recipe, parse_arguments, recipe_names
 from gipo_megatron.recipe.problems import RecipeErrors
 from gipo_megatron.recipe.source import leaves, plain
 from tests.recipe.helpers import RECIPES, SMALL, problems, small, write
@@ -23,7 +24,7 @@ def test_arguments() -> None:
     arguments = parse_arguments(words)
     assert (arguments.recipe, arguments.fragments, arguments.world) == (
         "hh_gipo",
-        ("hardware/cpu", "data/hh"),
+        ["hardware/cpu", "data/hh"],
         4,
     )
     assert plain(arguments.overrides) == {

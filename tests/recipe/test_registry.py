@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 
 from gipo_megatron.recipe import registry
-from gipo_megatron.recipe.registry import OneOf, Range, build, component, from_runtime, register
+from gipo_megatron.recipe.registry import build, component, from_runtime, register
+from gipo_megatron.specs import OneOf, Range
 
 
 @register("judge", "test_inner")
@@ -18,6 +20,8 @@ class Inner:
 @register("algorithm", "test_outer")
 @dataclass
 class Outer:
+    trained: ClassVar[tuple[str, ...]] = ("actor",)
+
     x: float = 0.5
     judge: Inner = component("judge", "test_inner")
     actor: object = from_runtime("actor")
@@ -44,6 +48,8 @@ def test_names_are_unique_and_slots_known() -> None:
         register("judge", "test_inner")(Outer)
     with pytest.raises(ValueError, match="unknown slot"):
         register("jury", "x")(Outer)
+    with pytest.raises(ValueError, match="needs `trained`"):
+        register("algorithm", "x")(Inner)
     assert "test_inner" in registry.names("judge")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gipo_megatron.recipe.compose import Files
+from gipo_megatron.recipe.files import Files
 from gipo_megatron.recipe.source import MISSING, plain
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.hf_config import architecture_from_config

@@ -53,7 +53,7 @@ def test_every_leaf_knows_its_line() -> None:
     ("text", "where", "what"),
     [
         ("a: 1\nb: {c: ${x}}\n", "f:2", "not valid YAML"),
-        ("a: 1\nb:\n  c: 1\n  c: 2\n", "f:4", "b.c is given twice"),
+        ("a: 1\nb:\n  c: 1\n  c: 2\n", "f:4", "b.c is set twice"),
         ("- a\n", "f", "mapping"),
     ],
 )

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import pytest
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.recipe.registry import OneOf, Range, component, from_runtime, register
-from gipo_megatron.recipe.source import Block, parse_yaml, plain
-from gipo_megatron.recipe.validate import Completion, Conversion, Wrong, convert
+from gipo_megatron.recipe.registry import component, from_runtime, register
+from gipo_megatron.recipe.source import parse_yaml, plain
+from gipo_megatron.recipe.validate import Mismatch, Validation, convert
+from gipo_megatron.specs import OneOf, Range
 
 
 @register("judge", "test_strict")
@@ -20,11 +22,13 @@ class Strict:
     dp: Any = from_runtime("dp")
 
     def __post_init__(self) -> None:
-        if self.beta < 0:
-            raise UserError(f"beta is {self.beta}", where="judge.beta", fix="at least 0")
-        if self.low > self.high:
-            raise ValueError(f"low {self.low} exceeds high {self.high}")
         self.size = self.dp.size * 2  # only exists in a run
+
+    def problems(self) -> Iterator[UserError]:
+        if self.beta < 0:
+            yield UserError(f"beta is {self.beta}", where="judge.beta", fix="at least 0")
+        if self.low > self.high:
+            yield UserError(f"low {self.low} exceeds high {self.high}")
 
 
 @register("judge", "test_loose")
@@ -51,24 +55,19 @@ class Section:
 
 
 def problems_of(text: str) -> list[str]:
-    """Both passes; `key: what` of each problem."""
-    completion, conversion = Completion(), Conversion()
-    tree = completion.complete(parse_yaml(text, "f"), Section)
-    conversion.instance(tree, Section)
-    conversion.component(tree.children["judge"], "judge", ("judge",))
-    return [
-        f"{p.key} @{p.where}: {p.what} {p.fix}".strip()
-        for p in completion.problems + conversion.problems
-    ]
+    """`key: what` of each problem."""
+    validation = Validation()
+    validation.block(parse_yaml(text, "f"), Section)
+    return [f"{p.key} @{p.where}: {p.what} {p.fix}".strip() for p in validation.problems]
 
 
 def test_defaults_are_filled_in_and_remember_that_nobody_wrote_them() -> None:
-    completion = Completion()
-    tree = completion.complete(
+    validation = Validation()
+    tree, section = validation.block(
         parse_yaml("count: 3\ninner: {columns: {chosen: a.b}}\neach: {x: {mode: b}}\n", "f"),
         Section,
     )
-    assert not completion.problems
+    assert not validation.problems
     assert plain(tree) == {
         "count": 3,
         "rate": 0.5,
@@ -79,11 +78,9 @@ def test_defaults_are_filled_in_and_remember_that_nobody_wrote_them() -> None:
         "judge": {"name": "test_strict", "beta": 0.3, "low": 0.0, "high": 1.0},
     }
     assert tree.children["rate"].origin == "default"
-    section = Conversion().instance(tree, Section)
-    assert (
-        isinstance(section.inner, Inner)
-        and section.each["x"].mode == "b"
-        and section.inner.columns == {"chosen": "a.b"}
+    assert (section["inner"], section["each"]) == (
+        Inner(columns={"chosen": "a.b"}),
+        {"x": Inner(mode="b")},
     )
 
 
@@ -129,9 +126,9 @@ def test_all_mistakes_come_together() -> None:
     assert [line.split(" ")[0] for line in found] == [
         "cout",
         "count",
-        "judge.gamma",
         "rate",
         "inner.mode",
+        "judge.gamma",
     ]
 
 
@@ -148,10 +145,10 @@ def test_numbers_convert_one_way_only() -> None:
         (None, str),
         ({}, list[str]),
     ):
-        with pytest.raises(Wrong):
+        with pytest.raises(Mismatch):
             convert(value, hint)
 
 
 def test_blocks_are_kept_in_the_order_of_the_fields() -> None:
-    tree = Completion().complete(parse_yaml("rate: 1\ncount: 2\n", "f"), Section)
-    assert isinstance(tree, Block) and list(tree.children)[:2] == ["count", "rate"]
+    tree, _ = Validation().block(parse_yaml("rate: 1\ncount: 2\n", "f"), Section)
+    assert list(tree.children)[:2] == ["count", "rate"]

@@ -35,7 +35,7 @@ def main() -> None:
         arguments = [word for word in case if word != "+report"]
         recipe = (
             compose_evaluation(arguments, RECIPES)
-            if is_evaluation(arguments[0])
+            if is_evaluation(arguments, RECIPES)
             else compose(arguments, RECIPES)
         )
         mesh = Mesh.create(

@@ -9,7 +9,8 @@ import pytest
 
 from gipo_megatron.commands import recipe as tool
 from gipo_megatron.errors import UserError
-from gipo_megatron.recipe.compose import load_components, recipe_names
+from gipo_megatron.recipe.compose import load_components
+from gipo_megatron.recipe.files import recipe_names
 from gipo_megatron.recipe.source import Block
 from tests.smollm import beside_the_model
 
