@@ -3,8 +3,9 @@ optimiser, group head, sampling."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ class OneOf:
     def refuse(self, value: Any) -> str:
         """Return why `value` is not among the options; empty when it is."""
         return "" if value in self.options else f"{value!r} is not one of {', '.join(self.options)}"
+
+
+def refusals(item: object) -> Iterator[tuple[str, str]]:
+    """Yield (field, why) for each field of a dataclass whose value its annotation refuses."""
+    for name, hint in get_type_hints(type(item), include_extras=True).items():
+        for mark in getattr(hint, "__metadata__", ()):
+            if why := mark.refuse(getattr(item, name)):
+                yield name, why
 
 
 Size = Annotated[int, Range(1)]
@@ -119,11 +128,11 @@ class HeadSpec:
 class Sampling:
     """How tokens are drawn. Noise is a pure function of (seed, step, sample_id, position)."""
 
-    max_response: int
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0  # evaluation only (algorithm.md 5.7)
+    max_response: Size
+    temperature: Annotated[float, Range(0)] = 1.0  # 0: greedy
+    top_k: Annotated[int, Range(0)] = 0  # 0: off
+    top_p: Annotated[float, Range(0, 1, open=True)] = 1.0  # 1: off
+    repetition_penalty: Positive = 1.0  # 1: off; evaluation only (algorithm.md 5.7)
     seed: int = 0
     step: int = 0
 

@@ -18,7 +18,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 
@@ -26,6 +26,7 @@ from gipo_megatron.data.config import PlantedConfig
 from gipo_megatron.data.examples import Example, Turn
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_jsonl
+from gipo_megatron.specs import refusals
 
 _WORDS = (
     "aloe ant bean bell corn cup dill drum ear egg fern fox gem goat hat hill ink iris jam jet kelp"
@@ -179,10 +180,8 @@ class World:
 
 def _check(config: PlantedConfig) -> None:
     """Raises UserError for a number out of its range, and for more prompts than there are names."""
-    for key, hint in get_type_hints(PlantedConfig, include_extras=True).items():
-        for mark in getattr(hint, "__metadata__", ()):
-            if why := mark.refuse(getattr(config, key)):
-                raise UserError(f"{key}: {why}", where=f"data.planted.{key}")
+    for key, why in refusals(config):
+        raise UserError(f"{key} {why}", where=f"data.planted.{key}")
     if config.prompts > MAX_PROMPTS:
         what = f"{config.prompts} planted prompts; there are names for {MAX_PROMPTS}"
         raise UserError(what, where="data.planted.prompts", fix="use fewer prompts")

@@ -11,29 +11,19 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.specs import Sampling
+from gipo_megatron.specs import Sampling, refusals
 
 _WORD = 2**64 - 1
 
 
 def check_sampling(sampling: Sampling) -> None:
     """Raises UserError with every field that is out of range."""
-    problems = []
-    if sampling.max_response < 1:
-        problems.append(f"max_response {sampling.max_response} < 1")
-    if sampling.temperature < 0:
-        problems.append(f"temperature {sampling.temperature} < 0 (0 is greedy)")
-    if sampling.top_k < 0:
-        problems.append(f"top_k {sampling.top_k} < 0 (0 is off)")
-    if not 0 < sampling.top_p <= 1:
-        problems.append(f"top_p {sampling.top_p} is not in (0, 1] (1 is off)")
-    if sampling.repetition_penalty <= 0:
-        problems.append(f"repetition_penalty {sampling.repetition_penalty} <= 0 (1 is off)")
-    if problems:
+    if problems := [f"{name} {why}" for name, why in refusals(sampling)]:
         raise UserError(
             "sampling: " + "; ".join(problems),
             where="the rollout's or the evaluation's sampling keys",
-            fix="bring each into its range",
+            fix="bring each into its range; temperature 0 is greedy, and top_k 0, top_p 1 and"
+            " repetition_penalty 1 are off",
         )
 
 
