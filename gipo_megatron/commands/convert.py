@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gipo_megatron.conversion.command import arguments, run
+from gipo_megatron.commands.words import arguments, run
 from gipo_megatron.errors import UserError
 
 
