@@ -1,11 +1,12 @@
 # make demo [DATA=path]   set-up + SFT -> reward model -> PPO with KL -> GIPO at tiny size on the CPU, and a report
 # make test               set-up + the test suite
-# make check              set-up + format, lint, types
+# make check              set-up + format, lint, types, documentation
+# make docs               set-up + the documentation in site/
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.setup-done
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check docs clean
 
 setup: $(STAMP)
 
@@ -27,6 +28,10 @@ check: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) runs site build .pytest_cache .mypy_cache .ruff_cache *.egg-info

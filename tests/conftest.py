@@ -59,8 +59,8 @@ def _states() -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def no_global_rng(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test that consumed or seeded a global generator: every draw has its own (design.md,
-    rule 6). Opt out with `global_rng`."""
+    """Fails a test that consumed or seeded a global generator: every draw has its own
+    (CONTRIBUTING.md). Opt out with `global_rng`."""
     if request.node.get_closest_marker("global_rng") is not None:
         yield
         return

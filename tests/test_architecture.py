@@ -31,12 +31,12 @@ MAY_IMPORT = {
     "megatron": LOW | {"weights"},
     "data": LOW,
     "telemetry": LOW,
-    "reports": LOW | {"telemetry", "evaluation"},
+    "reports": LOW | {"telemetry"},
     "recipe": LOW | {"recipe.registry", "components", "algorithms", "weights", "data", "telemetry"},
     "planning": LOW | {"recipe.registry", "recipe", "megatron", "telemetry"},
     "conversion": LOW | {"megatron", "data", "weights", "telemetry"},
     "training": LOW
-    | {"recipe.registry", "recipe", "algorithms", "components", "megatron", "weights"}
+    | {"recipe.registry", "recipe", "algorithms", "megatron", "weights"}
     | {"data", "telemetry", "reports", "conversion"},
     "cli": {"errors", "environment", "recipe"},
     "commands": LOW

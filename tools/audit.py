@@ -19,9 +19,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.types import Response, TaskPrompt
 from gipo_megatron.files import bad_line, read_jsonl, write_json, write_text
-from gipo_megatron.reports.audit import Audit, audit_responses, audit_run
+from gipo_megatron.reports.audit import Audit, audit_run
 from gipo_megatron.reports.audit_page import audit_document, facts, signed
 from gipo_megatron.reports.runs import load_run
 

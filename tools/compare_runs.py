@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.reports.runs import Run, load_run
+from gipo_megatron.reports.runs import RunFolder, load_run
 
 IGNORED = ("time/", "perf/", "memory/", "rollout/tokens_per_second")
 ROWS_SHOWN = 15
@@ -32,7 +32,7 @@ class Difference:
     size: float  # relative, |a - b| / max(|a|, |b|); infinite when one is absent or null
 
 
-def compare(a: Run, b: Run) -> tuple[list[Difference], int]:
+def compare(a: RunFolder, b: RunFolder) -> tuple[list[Difference], int]:
     """All differences by step, then in order of the metrics; and how many numbers were compared."""
     rows_a, rows_b = _by_step(a), _by_step(b)
     differences, compared = [], 0
@@ -59,7 +59,7 @@ def compare(a: Run, b: Run) -> tuple[list[Difference], int]:
     return differences, compared
 
 
-def _by_step(run: Run) -> dict[int, dict[str, Any]]:
+def _by_step(run: RunFolder) -> dict[int, dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     for row in run.rows:
         if row["step"] in rows:

@@ -1,5 +1,4 @@
-"""Metrics of a PPO iteration (docs/algorithm.md, section 6; names in README and
-docs/recipes.md)."""
+"""Metrics of a PPO iteration (docs/metrics.md)."""
 
 from __future__ import annotations
 

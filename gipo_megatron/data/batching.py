@@ -1,10 +1,11 @@
-"""Batches as a pure function of (seed, step): any number of replicas, and a resumed run, see the
-same data."""
+"""Batches as a pure function of (seed, step), so that any number of replicas and a resumed run see
+the same data."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -14,9 +15,9 @@ from torch import Tensor
 from gipo_megatron.data.config import FORMATS, DataConfig
 from gipo_megatron.data.encoding import Encoded, Encoder
 from gipo_megatron.data.examples import KINDS, BadRow, Example, Tally
-from gipo_megatron.data.planted import planted_examples
+from gipo_megatron.data.planted import gold_reward, planted_examples
 from gipo_megatron.data.schemas import Schema
-from gipo_megatron.data.sources import Part, open_parts
+from gipo_megatron.data.sources import Source, open_sources
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.types import Pairs, Prompts, Sequences
@@ -25,20 +26,26 @@ HEAD_ROWS = 100  # rows that settle a file's schema
 
 
 class Dataset:
-    """Rows in a fixed order, tokenised when a batch asks for them.
+    """Rows in a fixed order, tokenised batch by batch. `gold` is the true reward of (prompt,
+    response) where the data are generated, else None.
 
     Training: position p = step * batch + j is row permutation_e[p mod N] of epoch e = p // N;
     global row j of a step is row j // dp_size of replica j mod dp_size. Evaluation (`*_at`): the
-    rows named, in their order; row counts are made equal over the replicas by repeating the last
-    row, and the returned `valid` (bool [B]) is False there.
+    given rows in their order. The last row is repeated until all replicas have equally many, and
+    the returned `valid` (bool [B]) is False for the repeats.
     """
 
     def __init__(
-        self, examples: Sequence[Example], encoder: Encoder, seed: int, kind: str, tally: Tally
+        self,
+        examples: Sequence[Example],
+        encoder: Encoder,
+        seed: int,
+        kind: str,
+        tally: Tally,
+        gold: Callable[[str, str], float] | None = None,
     ) -> None:
-        # prompt | sft | preference: preference -> pairs, sft -> examples, prompt -> prompts (which
-        # any kind gives)
-        self.kind = kind
+        # preference -> pairs, sft -> examples, prompt -> prompts (which every kind gives)
+        self.kind, self.gold = kind, gold
         self.rows = tuple(examples)
         self.sources = tuple(sorted({example.source for example in self.rows}))
         self._encoder, self._seed, self._tally = encoder, seed, tally
@@ -49,40 +56,35 @@ class Dataset:
 
     @property
     def report(self) -> list[str]:
-        """Rows and drops by reason, rows a source, and what was cut in the batches so far."""
-        counts = {
-            name: sum(example.source == name for example in self.rows) for name in self.sources
-        }
+        """Rows kept and dropped by reason, rows of each source, and cuts in the batches so far."""
+        counts = Counter(example.source for example in self.rows)
         return [
             *self._tally.lines(),
-            *(f"source {name}: {count} rows" for name, count in counts.items()),
+            *(f"source {name}: {counts[name]} rows" for name in self.sources),
             *self._encoder.lines(),
         ]
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the rows: a resumed run can tell that its data changed."""
+        """sha256 of the rows, by which a resumed run notices changed data."""
         digest = hashlib.sha256()
-        for example in self.rows:
-            digest.update(
-                repr((example.style, example.prompt, example.responses, example.source)).encode()
-            )
+        for row in self.rows:
+            digest.update(repr((row.style, row.prompt, row.responses, row.source)).encode())
         return digest.hexdigest()
 
     # ------------------------------------------------------------------------------------- training
 
     def order(self, step: int, batch: int) -> list[int]:
-        """The dataset rows of the global batch `step`, [batch]."""
+        """Return the dataset rows of the global batch `step`, [batch]."""
         size = len(self.rows)
-        return [
-            self._permutation(p // size)[p % size] for p in range(step * batch, (step + 1) * batch)
-        ]
+        positions = range(step * batch, (step + 1) * batch)
+        return [self._permutation(p // size)[p % size] for p in positions]
 
     def prompts(
         self, step: int, num_prompts: int, responses: int, dp_rank: int = 0, dp_size: int = 1
     ) -> Prompts:
-        """This replica's share of num_prompts * responses rows; global row i is prompt i //
-        responses."""
+        """Return this replica's share of num_prompts * responses rows. Global row i has prompt
+        i // responses."""
         count = num_prompts * responses
         order = self.order(step, num_prompts)
         mine = _share(count, dp_rank, dp_size)
@@ -103,8 +105,8 @@ class Dataset:
     def prompts_at(
         self, indices: Sequence[int], dp_rank: int = 0, dp_size: int = 1
     ) -> tuple[Prompts, Tensor]:
-        """sample_id is the dataset row: sampling noise depends neither on the number of replicas
-        nor on how rows are cut into pieces."""
+        """Return the prompts of rows `indices`. sample_id is the dataset row, so sampling noise
+        depends neither on the number of replicas nor on the cut into pieces."""
         rows, valid = _padded(indices, dp_rank, dp_size)
         return self._prompts(rows, rows), valid
 
@@ -135,7 +137,7 @@ class Dataset:
         )
 
     def _pairs(self, rows: list[int]) -> Pairs:
-        assert self.kind == "preference", f"pairs asked of {self.kind} rows"
+        assert self.kind == "preference", f"{self.kind} rows have no pairs"
         halves = [
             [self._encoder.sequence(self.rows[row], row, half) for row in rows] for half in (0, 1)
         ]
@@ -144,7 +146,7 @@ class Dataset:
         return Pairs(chosen, rejected, tuple(self.rows[row].source for row in rows))
 
     def _examples(self, rows: list[int]) -> Sequences:
-        assert self.kind != "prompt", "responses asked of prompt rows"
+        assert self.kind != "prompt", "prompt rows have no responses"
         encoded = [self._encoder.sequence(self.rows[row], row, 0) for row in rows]
         return self._sequences(rows, encoded, max(len(x.tokens) for x in encoded))
 
@@ -153,17 +155,13 @@ class Dataset:
         prompt_lengths = torch.tensor([x.prompt_length for x in encoded])
         position = torch.arange(width)
         mask = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
-        return Sequences(
-            self._pad([x.tokens for x in encoded], width),
-            mask,
-            prompt_lengths,
-            lengths,
-            torch.tensor(rows),
-        )
+        tokens = self._pad([x.tokens for x in encoded], width)
+        return Sequences(tokens, mask, prompt_lengths, lengths, torch.tensor(rows))
 
     def _pad(self, ids: list[list[int]], width: int = 0) -> Tensor:
         width = max(width, max(len(x) for x in ids))
-        return torch.tensor([x + [self._encoder.tokenizer.pad_id] * (width - len(x)) for x in ids])
+        pad = self._encoder.tokenizer.pad_id
+        return torch.tensor([x + [pad] * (width - len(x)) for x in ids])
 
     def _permutation(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
@@ -177,11 +175,11 @@ class Dataset:
 def load_data(
     config: DataConfig, tokenizer: Tokenizer, split: str, seed: int, kind: str
 ) -> Dataset:
-    """The rows of `split` (train | test | all) as `kind` (prompt | sft | preference).
+    """Read the rows of `split` (train | test | all) as `kind` (prompt | sft | preference).
 
-    A preference source serves all three: its prompts, each once; its chosen responses. An sft
-    source serves prompts too. Raises UserError: a format that cannot serve the kind, what
-    sources.py and schemas.py refuse, nothing left after the drops.
+    A preference source serves all three: each of its prompts once, its chosen responses, its pairs.
+    An sft source serves prompts, too. Raises UserError for a format that cannot serve the kind, for
+    the errors of sources.py and schemas.py, and when no row is left.
     """
     if config.format not in FORMATS:
         raise UserError(
@@ -189,49 +187,43 @@ def load_data(
             where="data.format",
             fix=f"use {', '.join(FORMATS)}",
         )
-    if config.format != "planted" and KINDS[config.format] < KINDS[kind]:
+    tally, encoder, gold = Tally(), Encoder(config, tokenizer), None
+    if config.format == "planted":
+        examples, gold = planted_examples(config.planted, split, kind), gold_reward
+        tally.kept = len(examples)
+    elif KINDS[config.format] < KINDS[kind]:
         raise UserError(
             f"data.format {config.format} has no {kind} rows",
             where="data.format",
             fix="give a source whose rows hold the responses",
         )
-    tally, encoder = Tally(), Encoder(config, tokenizer)
-    if config.format == "planted":
-        examples = planted_examples(config.planted, split, kind)
-        tally.kept = len(examples)
     else:
-        parts = open_parts(config.path, list(config.source), split, config.format)
-        examples = [
-            example
-            for part in parts
-            for example in _read(part, config, split, kind, encoder, tally)
-        ]
+        examples = []
+        for source in open_sources(config.path, list(config.source), split, config.format):
+            examples += _read(source, config, split, kind, encoder, tally)
     if not examples:
         raise UserError(
             f"no {split} rows left of {tally.read}",
             where=config.path,
             fix="; ".join(tally.lines()[1:]),
         )
-    return Dataset(examples, encoder, seed, kind, tally)
+    return Dataset(examples, encoder, seed, kind, tally, gold)
 
 
 def _read(
-    part: Part, config: DataConfig, split: str, kind: str, encoder: Encoder, tally: Tally
+    source: Source, config: DataConfig, split: str, kind: str, encoder: Encoder, tally: Tally
 ) -> list[Example]:
-    """The clean rows of one source, each reason of a drop counted."""
+    """Return the clean rows of one source. The tally counts each reason of a drop."""
     kept: list[Example] = []
     seen: set[object] = set()
-    rows = iter(part.rows)
+    rows = iter(source.rows)
     head = list(islice(rows, HEAD_ROWS))
-    schema = Schema(config.format, config.columns, [row for _, row in head], part.source)
+    schema = Schema(config.format, config.columns, [row for _, row in head], source.name)
+    by_hash = split != "all" and not source.split
     for where, row in chain(head, rows):
         try:
-            example = schema.read(row, part.source, tally, where)
-            if (
-                not part.split
-                and split != "all"
-                and is_held_out(example, config.held_out) != (split == "test")
-            ):
+            example = schema.read(row, source.name, tally, where)
+            if by_hash and is_held_out(example, config.held_out) != (split == "test"):
                 continue
             encoder.check(example)
             _once((example.prompt, example.responses), "duplicate row", seen)
@@ -252,27 +244,25 @@ def _once(key: object, reason: str, seen: set[object]) -> None:
 
 
 def is_held_out(example: Example, share: float) -> bool:
-    """By the first turn, so that conversations which begin alike stay on one side."""
+    """Decide by the first turn, so that conversations with the same beginning are in one split."""
     digest = hashlib.sha256(example.prompt[0].text.strip().encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _seed(seed: int, epoch: int) -> int:
-    return (
-        int.from_bytes(hashlib.sha256(f"data order {seed} {epoch}".encode()).digest()[:8], "big")
-        >> 1
-    )
+    digest = hashlib.sha256(f"data order {seed} {epoch}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _share(count: int, dp_rank: int, dp_size: int) -> range:
-    """The global rows of one replica. ValueError when they cannot be shared evenly."""
+    """Return the global rows of one replica. Raises ValueError when the shares are not equal."""
     if count % dp_size:
         raise ValueError(f"a batch of {count} cannot be shared by {dp_size} replicas")
     return range(dp_rank, count, dp_size)
 
 
 def _padded(indices: Sequence[int], dp_rank: int, dp_size: int) -> tuple[list[int], Tensor]:
-    """(dataset rows, valid) of one replica; past the end the last row is repeated."""
+    """Return (dataset rows, valid) of one replica. The last row fills the places past the end."""
     last = len(indices) - 1
     per_replica = -(-len(indices) // dp_size)
     places = [i * dp_size + dp_rank for i in range(per_replica)]

@@ -1,4 +1,4 @@
-"""The recipe's `data:` block. Every default lives here and nowhere else."""
+"""The recipe's `data:` block. All its defaults are here."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ COLUMNS = ("prompt", "chosen", "rejected", "messages", "response", "source")
 
 @dataclass(frozen=True)
 class PlantedConfig:
-    """The generated world of data/planted.py. Its own seed: all stages of a chain share one world,
-    whatever run.seed is."""
+    """The generated data of data/planted.py. They have their own seed, so that all stages of a
+    chain see the same data whatever run.seed is."""
 
     prompts: Annotated[int, Range(4)] = 600  # distinct prompts, held-out ones included
     easy_share: Share = 0.5  # share of the prompts that are easy
@@ -30,16 +30,15 @@ class PlantedConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where rows come from and how they become tokens."""
+    """Source of the rows, and how they become tokens."""
 
     format: Annotated[str, OneOf(*FORMATS)] = "preference"
     # a folder, a file (.jsonl .json .csv .parquet, also .gz) or a hub name; unused by planted
     path: str = ""
     # sub-folders (hub: configurations or folders) to read; [] = all
     source: list[str] = field(default_factory=list)
-    columns: dict[str, str] = field(
-        default_factory=dict
-    )  # our name -> the file's name; ours: prompt chosen rejected messages response source
+    # our name -> the file's name; ours: prompt chosen rejected messages response source
+    columns: dict[str, str] = field(default_factory=dict)
     # auto | chat (the tokenizer's) | hh | plain | chatml | a jinja chat template
     template: str = "auto"
     # tokens of prompt + response; a prompt gets what max_response leaves

@@ -1,13 +1,20 @@
-"""What every source becomes: a prompt in turns, and no, one or two responses. And the count of what
-was lost on the way."""
+"""The common form of every row: a prompt in turns and zero, one or two responses. Also the count of
+rows that were dropped."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 KINDS = {"prompt": 0, "sft": 1, "preference": 2}  # kind -> responses a row needs
+
+
+def common_length(a: Sequence[object], b: Sequence[object]) -> int:
+    """Return how many items two sequences share from the start."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 class Turn(NamedTuple):
@@ -17,8 +24,8 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One clean row. A transcript's turns keep their white space, so that joining them gives the
-    file's text back."""
+    """A clean row. The turns of a transcript keep their white space: joined, they are the file's
+    text."""
 
     style: str  # text | transcript | messages
     prompt: tuple[Turn, ...]
@@ -28,13 +35,12 @@ class Example:
 
 
 class BadRow(Exception):
-    """A row that cannot be used; its message is the reason it is counted under."""
+    """A row that cannot be used. The message is the reason under which it is counted."""
 
 
 @dataclass
 class Tally:
-    """Rows kept, dropped and changed, by reason; the first place of each reason is kept to show
-    it."""
+    """Rows kept, dropped and changed, by reason, with the first place of each reason."""
 
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -54,11 +60,9 @@ class Tally:
         self.first.setdefault(reason, where)
 
     def lines(self) -> list[str]:
-        """For the report: `kept K of N rows`, then one line a reason."""
+        """Return `kept K of N rows`, then one line per reason."""
         lines = [f"kept {self.kept} of {self.read} rows"]
         for verb, counts in (("dropped", self.dropped), ("changed", self.changed)):
-            lines += [
-                f"{verb} {count}: {reason} (first: {self.first[reason]})"
-                for reason, count in sorted(counts.items())
-            ]
+            for reason, count in sorted(counts.items()):
+                lines.append(f"{verb} {count}: {reason} (first: {self.first[reason]})")
         return lines

@@ -1,5 +1,4 @@
-"""The Hugging Face hub: is it there? Asked with a short patience, since its clients retry for
-minutes."""
+"""A quick check that the Hugging Face hub can be reached. Its own clients retry for minutes."""
 
 from __future__ import annotations
 
@@ -14,26 +13,24 @@ from gipo_megatron.errors import UserError
 
 PATIENCE = 6.0  # seconds
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 def is_hub_name(spec: str) -> bool:
-    """`name` or `owner/name`."""
+    """Check for the form `name` or `owner/name`."""
     return _NAME.fullmatch(spec) is not None
 
 
 def offline() -> bool:
-    """The user asked for the local cache only."""
-    return any(
-        os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    )
+    """Check whether the environment allows the local cache only."""
+    return any(os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON") for name in _OFFLINE)
 
 
 def reach_hub(name: str, where: str, fix: str, patience: float = PATIENCE) -> None:
-    """Returns when the hub answers anything at all.
+    """Return when the hub sends any response.
 
-    Raises UserError within `patience` seconds when it does not, or when the environment forbids
-    asking.
+    Raises UserError when it sends none within `patience` seconds, or when the environment forbids
+    the request.
     """
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if offline():
@@ -42,12 +39,14 @@ def reach_hub(name: str, where: str, fix: str, patience: float = PATIENCE) -> No
             where=where,
             fix=fix,
         )
-    answer: list[str] = []
-    # Looking up a host name has no timeout of its own, hence the thread.
-    thread = threading.Thread(target=lambda: answer.append(_ask(endpoint, patience)), daemon=True)
+    found: list[str] = []
+    # A look-up of a host name has no time limit, so it runs in a thread.
+    thread = threading.Thread(
+        target=lambda: found.append(_problem(endpoint, patience)), daemon=True
+    )
     thread.start()
     thread.join(patience)
-    problem = answer[0] if answer else f"no answer in {patience:g} s"
+    problem = found[0] if found else f"no answer in {patience:g} s"
     if problem:
         raise UserError(
             f"{name!r} is no local path, and the hub ({endpoint}) cannot be reached: {problem}",
@@ -56,12 +55,11 @@ def reach_hub(name: str, where: str, fix: str, patience: float = PATIENCE) -> No
         )
 
 
-def _ask(endpoint: str, patience: float) -> str:
-    """Empty when something answered, else the reason."""
+def _problem(endpoint: str, patience: float) -> str:
+    """Return why the endpoint cannot be reached, or ""."""
+    request = urllib.request.Request(endpoint, method="HEAD")
     try:
-        urllib.request.urlopen(
-            urllib.request.Request(endpoint, method="HEAD"), timeout=patience
-        ).close()
+        urllib.request.urlopen(request, timeout=patience).close()
     except urllib.error.HTTPError as error:
         error.close()
     except urllib.error.URLError as error:

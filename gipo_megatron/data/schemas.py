@@ -1,5 +1,5 @@
-"""Rows of a file to Examples: standard and conversational columns (TRL's), HH transcripts, OpenAI's
-posts and comparisons."""
+"""Rows to Examples: standard and conversational columns (TRL's), HH transcripts, OpenAI's posts and
+comparisons."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 from gipo_megatron.data import tldr
 from gipo_megatron.data.config import COLUMNS
-from gipo_megatron.data.examples import BadRow, Example, Tally, Turn
+from gipo_megatron.data.examples import BadRow, Example, Tally, Turn, common_length
 from gipo_megatron.errors import UserError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 HEADS = {"Human": "user", "Assistant": "assistant"}
 END_MARK = "<|endoftext|>"  # some files end their completions with it, as text
 ROLES = ("system", "user", "assistant")
-_NEEDS: dict[str, list[tuple[str, ...]]] = {  # format -> the sets of columns that will do
+_Parts = tuple[str, tuple[Turn, ...], tuple[str, ...]]  # style, prompt, responses
+_NEEDS: dict[str, list[tuple[str, ...]]] = {  # format -> sets of columns, one of which is needed
     "preference": [("chosen", "rejected")],
     "prompt": [("prompt",), ("messages",)],
     "sft": [("prompt", "response"), ("messages",)],
@@ -25,9 +26,9 @@ _HEAD = re.compile(r"\n\n(Human|Assistant):")
 
 
 class Schema:
-    """How one file's rows are read, settled once by its columns and first rows.
+    """The layout of one file's rows, found once from its columns and first rows.
 
-    Raises UserError naming the columns found when one is missing.
+    Raises UserError that lists the columns when a needed one is missing.
     """
 
     def __init__(
@@ -36,14 +37,14 @@ class Schema:
         for ours in columns:
             if ours not in COLUMNS:
                 raise UserError(
-                    f"data.columns: {ours!r} is none of our names",
+                    f"data.columns: unknown name {ours!r}",
                     where="data.columns",
-                    fix="use " + ", ".join(COLUMNS),
+                    fix=f"use {', '.join(COLUMNS)}",
                 )
         self.format, self.columns = format, columns
         self._standard, found = tldr.recognise(format, columns, head)
         self._name = {ours: columns.get(ours, ours) for ours in COLUMNS}
-        if not {"response"} & {*columns, *found}:
+        if "response" not in columns and "response" not in found:
             self._name["response"] = _response_column(head)
         self._used = set(self._name.values())
         self.has = {ours for ours in COLUMNS if self._name[ours] in found}
@@ -58,65 +59,56 @@ class Schema:
         if not missing and any(self.has.issuperset(choice) for choice in choices):
             return
         needs = " or ".join(" + ".join(self._name[ours] for ours in choice) for choice in choices)
-        what = f"data.format {self.format} needs the columns {needs}" + "".join(
-            f"; no column {self._name[ours]!r}" for ours in missing
-        )
+        absent = "".join(f"; no column {self._name[ours]!r}" for ours in missing)
         example = f"{{{choices[0][-1]}: {found[-1] if found else 'NAME'}}}"
         raise UserError(
-            f"{what}; found: {', '.join(found)}",
+            f"data.format {self.format} needs the columns {needs}{absent};"
+            f" found: {', '.join(found)}",
             where=where,
             fix=f"map our names to yours, as in data.columns={example}",
         )
 
     def read(self, row: dict[str, Any], source: str, tally: Tally, where: str) -> Example:
-        """The row as an Example. Raises BadRow(reason)."""
+        """Return the row as an Example. Raises BadRow(reason)."""
         row = self._standard(row)
-        style, prompt, responses = (
-            self._preference(row) if self.format == "preference" else self._single(row)
-        )
+        read = self._preference if self.format == "preference" else self._single
+        style, prompt, responses = read(row)
         responses = tuple(_without_end_mark(text, tally, where) for text in responses)
         _check(prompt, responses)
         if "source" in self.columns:
             source = str(row.get(self._name["source"]))
-        kept = {
-            k: v
-            for k, v in row.items()
-            if k not in self._used and isinstance(v, str | int | float | bool)
+        extras = {
+            name: value
+            for name, value in row.items()
+            if name not in self._used and isinstance(value, str | int | float | bool)
         }
-        return Example(style, prompt, responses, source, kept)
+        return Example(style, prompt, responses, source, extras)
 
-    def _preference(self, row: dict[str, Any]) -> tuple[str, tuple[Turn, ...], tuple[str, ...]]:
+    def _preference(self, row: dict[str, Any]) -> _Parts:
         chosen, rejected = self._value(row, "chosen"), self._value(row, "rejected")
         if "prompt" in self.has:
             style, prompt = _prompt(self._value(row, "prompt"))
             return style, prompt, (_response(chosen), _response(rejected))
-        if isinstance(chosen, str) and isinstance(rejected, str):
-            (p, x), (q, y) = (
-                (split_transcript(chosen), split_transcript(rejected))
-                if self.transcripts
-                else split_common(chosen, rejected)
-            )
-            if p != q:
+        if not (isinstance(chosen, str) and isinstance(rejected, str)):
+            a, b = _messages(chosen), _messages(rejected)
+            if len(a) != len(b) or a[:-1] != b[:-1]:
                 raise BadRow("chosen and rejected have different prompts")
-            return (
-                ("transcript", transcript_turns(p), (x, y))
-                if self.transcripts
-                else ("text", (Turn("text", p),), (x, y))
-            )
-        a, b = _messages(chosen), _messages(rejected)
-        if len(a) != len(b) or a[:-1] != b[:-1]:
+            return "messages", a[:-1], (_reply(a[-1]), _reply(b[-1]))
+        if not self.transcripts:
+            start, *responses = split_common(chosen, rejected)
+            return "text", (Turn("text", start),), tuple(responses)
+        (start, x), (other, y) = split_transcript(chosen), split_transcript(rejected)
+        if start != other:
             raise BadRow("chosen and rejected have different prompts")
-        return "messages", a[:-1], (_reply(a[-1]), _reply(b[-1]))
+        return "transcript", transcript_turns(start), (x, y)
 
-    def _single(self, row: dict[str, Any]) -> tuple[str, tuple[Turn, ...], tuple[str, ...]]:
-        if self.format == "sft" and {"prompt", "response"} <= self.has:
+    def _single(self, row: dict[str, Any]) -> _Parts:
+        sft = self.format == "sft"
+        if "prompt" in self.has and (not sft or "response" in self.has):
             style, prompt = _prompt(self._value(row, "prompt"))
-            return style, prompt, (_response(self._value(row, "response")),)
-        if self.format == "prompt" and "prompt" in self.has:
-            style, prompt = _prompt(self._value(row, "prompt"))
-            return style, prompt, ()
+            return style, prompt, (_response(self._value(row, "response")),) if sft else ()
         turns = _messages(self._value(row, "messages"))
-        if self.format == "sft":
+        if sft:
             return "messages", turns[:-1], (_reply(turns[-1]),)
         return "messages", turns[:-1] if turns[-1].role == "assistant" else turns, ()
 
@@ -128,7 +120,7 @@ class Schema:
 
 
 def _response_column(head: Sequence[dict[str, Any]]) -> str:
-    """Others' names for `response`: TRL's completion, and label where that is text (TL;DR's
+    """Return the column of `response`: TRL's completion, or label where that is text (TL;DR's
     posts)."""
     if any("completion" in row for row in head):
         return "completion"
@@ -140,40 +132,35 @@ def is_transcript(text: Any) -> bool:
 
 
 def split_transcript(text: str) -> tuple[str, str]:
-    """(prompt up to and with the last `Assistant:`, response with its leading space). Raises
+    """Return (prompt up to and with the last `Assistant:`, response with its leading space). Raises
     BadRow."""
-    cut = text.rfind(ASSISTANT)
-    if cut < 0:
+    start, head, response = text.rpartition(ASSISTANT)
+    if not head:
         raise BadRow("no Assistant turn")
-    cut += len(ASSISTANT)
-    if HUMAN in text[cut:]:
+    if HUMAN in response:
         raise BadRow("the last turn is the human's")
-    return text[:cut], text[cut:]
+    return start + head, response
 
 
-def split_common(a: str, b: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Implicit prompt: what two strings begin with, cut back to before the last white space, so
-    that no word is split."""
-    size = next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
-    while size and not a[size - 1].isspace():
-        size -= 1
-    size = len(a[:size].rstrip())
-    return (a[:size], a[size:]), (b[:size], b[size:])
+def split_common(a: str, b: str) -> tuple[str, str, str]:
+    """Return (implicit prompt, rest of a, rest of b). The prompt is the common beginning, cut back
+    to before its last white space, so that no word is split."""
+    prompt = a[: common_length(a, b)]
+    last_space = max((i for i, x in enumerate(prompt) if x.isspace()), default=0)
+    prompt = prompt[:last_space].rstrip()
+    return prompt, a[len(prompt) :], b[len(prompt) :]
 
 
 def transcript_turns(prompt: str) -> tuple[Turn, ...]:
-    """The turns of `…\\n\\nHuman: x\\n\\nAssistant:` without the open last head; text before the
-    first head is a `text` turn."""
+    """Return the turns of `…\\n\\nHuman: x\\n\\nAssistant:` without the open last head. Text before
+    the first head is a `text` turn."""
     if not prompt.endswith(ASSISTANT):
         raise BadRow("the prompt does not end in an open Assistant turn")
-    start, *rest = _HEAD.split(prompt[: -len(ASSISTANT)])
+    start, *rest = _HEAD.split(prompt.removesuffix(ASSISTANT))
     turns = [Turn("text", start)] if start else []
-    return (
-        *turns,
-        *(Turn(HEADS[head], text) for head, text in zip(rest[::2], rest[1::2], strict=True)),
-    )
+    for head, text in zip(rest[::2], rest[1::2], strict=True):
+        turns.append(Turn(HEADS[head], text))
+    return tuple(turns)
 
 
 def _prompt(value: str | list[Any]) -> tuple[str, tuple[Turn, ...]]:

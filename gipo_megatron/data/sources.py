@@ -1,4 +1,4 @@
-"""Where rows come from: files and folders (JSON Lines, JSON, CSV, Parquet, gzipped too), or the hub
+"""Readers of rows: files and folders (JSON Lines, JSON, CSV, Parquet, gzipped too), or the hub
 through `datasets`."""
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ from gipo_megatron.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
-Row = tuple[str, dict[str, Any]]  # where it stands (file and line), its columns
+READABLE = f"{' '.join(SUFFIXES)} (also .gz)"
+Row = tuple[str, dict[str, Any]]  # its place (file and line), its columns
 
 
 @dataclass(frozen=True)
-class Part:
+class Source:
     """The rows of one source."""
 
-    source: str
+    name: str
     rows: Iterable[Row]
-    split: bool  # these are the split's rows already; False: all rows, to be split by a hash
+    split: bool  # True: the rows of the split alone; False: all rows, to be split by a hash
 
 
-def open_parts(path: str, names: list[str], split: str, format: str) -> list[Part]:
-    """One part a source, sorted by name; split = train | test | all; format = data.format.
+def open_sources(path: str, names: list[str], split: str, format: str) -> list[Source]:
+    """Open the sources `names` (by default all), sorted by name; split = train | test | all; format
+    = data.format.
 
-    Without names, every source is read; of OpenAI's layout, which keeps `comparisons` and `posts`
-    apart, the one that serves the format. Raises UserError: nothing at `path`, an unknown source
-    name, no data files, the hub not reached.
+    OpenAI's layout keeps `comparisons` and `posts` apart: there the default is the one that serves
+    the format. Raises UserError when nothing is at `path`, for an unknown name, for a folder
+    without data files, and when the hub cannot be reached.
     """
     if not path:
         raise UserError(
@@ -48,38 +50,31 @@ def open_parts(path: str, names: list[str], split: str, format: str) -> list[Par
     root = Path(path).expanduser()
     if root.is_file():
         if _suffix(root) not in SUFFIXES:
-            raise UserError(
-                f"{root.name}: not a kind of file this can read",
-                where=path,
-                fix=f"use {' '.join(SUFFIXES)} (also .gz)",
-            )
-        return [Part(root.name.split(".")[0], read_files([root]), split=False)]
+            raise UserError(f"{root.name}: unknown kind of file", where=path, fix=f"use {READABLE}")
+        return [Source(root.name.split(".")[0], read_files([root]), split=False)]
     if root.is_dir():
-        return _folder_parts(root, names, split, format)
+        return _folder_sources(root, names, split, format)
     if not is_hub_name(path) or _suffix(root) in SUFFIXES:
         raise UserError(
             f"nothing at {path!r}",
             where="data.path",
             fix="give an existing file or folder, or a hub name (owner/name)",
         )
-    return _hub_parts(path, names, split, format)
+    return _hub_sources(path, names, split, format)
 
 
-def _folder_parts(root: Path, names: list[str], split: str, format: str) -> list[Part]:
-    folders = {
-        folder.name: folder
-        for folder in sorted(root.iterdir())
-        if folder.is_dir() and folder.name != "data" and data_files(folder)
-    }
-    if data_files(root):
-        folders[root.resolve().name] = root
+def _folder_sources(root: Path, names: list[str], split: str, format: str) -> list[Source]:
+    folders = {root.resolve().name: root} if data_files(root) else {}
+    for folder in root.iterdir():
+        if folder.is_dir() and folder.name != "data" and data_files(folder):
+            folders.setdefault(folder.name, folder)
     if not folders:
         raise UserError(
             f"no data files in {root}",
             where="data.path",
-            fix=f"files must end in {' '.join(SUFFIXES)} (also .gz)",
+            fix=f"files must end in {READABLE}",
         )
-    names = names or _parts_for(format, folders)
+    names = names or _default_names(format, folders)
     unknown = [name for name in names if name not in folders]
     if unknown:
         raise UserError(
@@ -87,12 +82,12 @@ def _folder_parts(root: Path, names: list[str], split: str, format: str) -> list
             where="data.source",
             fix=f"there are {', '.join(sorted(folders))}",
         )
-    return [_folder_part(name, folders[name], split) for name in sorted(names or folders)]
+    return [_folder_source(name, folders[name], split) for name in sorted(names or folders)]
 
 
-def _parts_for(format: str, available: Collection[str]) -> list[str]:
-    """What to read where the user named no source: the part that serves the format; []: all. Raises
-    UserError when it is not there."""
+def _default_names(format: str, available: Collection[str]) -> list[str]:
+    """Return the sources to read where the user named none: the part that serves the format; [] is
+    all. Raises UserError when that part is missing."""
     part = tldr.part_for(format, available)
     if part is not None and part not in available:
         raise UserError(
@@ -104,45 +99,34 @@ def _parts_for(format: str, available: Collection[str]) -> list[str]:
     return [part] if part is not None else []
 
 
-def _folder_part(name: str, folder: Path, split: str) -> Part:
+def _folder_source(name: str, folder: Path, split: str) -> Source:
     files = data_files(folder)
-    by_split = {
-        key: [file for file in files if _named(file, words)] for key, words in SPLITS.items()
-    }
-    if split == "all" or not any(by_split.values()):
-        return Part(name, read_files(files), split=False)
-    if by_split["train"]:
-        tests = by_split["test"]
-        return Part(
-            name,
-            read_files(by_split["train"] if split == "train" or not tests else tests),
-            split=bool(tests),
+    train, test = ([file for file in files if _named(file, SPLITS[key])] for key in SPLITS)
+    if split == "all" or not (train or test):
+        return Source(name, read_files(files), split=False)
+    if split == "test" and test:
+        return Source(name, read_files(test), split=True)
+    if not train:
+        raise UserError(
+            f"{folder} has no train file, only {', '.join(file.name for file in test)}",
+            where="data.path",
         )
-    if split == "test":
-        return Part(name, read_files(by_split["test"]), split=True)
-    raise UserError(
-        f"{folder} has no train file, only {', '.join(file.name for file in by_split['test'])}",
-        where="data.path",
-    )
+    return Source(name, read_files(train), split=bool(test))
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The data files of a folder and of its `data` sub-folder (as the hub lays them out),
-    sorted."""
-    inner = folder / "data"
-    places = [folder, *([inner] if inner.is_dir() else [])]
-    return sorted(
-        file
-        for place in places
-        for file in place.iterdir()
-        if file.is_file() and _suffix(file) in SUFFIXES
-    )
+    """Return the data files of a folder and of its `data` sub-folder (the hub's layout), sorted."""
+    files = [*folder.iterdir()]
+    if (folder / "data").is_dir():
+        files += (folder / "data").iterdir()
+    return sorted(file for file in files if file.is_file() and _suffix(file) in SUFFIXES)
 
 
 def _named(file: Path, words: tuple[str, ...]) -> bool:
+    """Check for a name like train.jsonl, test-00000.parquet, but not trainer.jsonl."""
     stem = file.name.lower()
     return any(
-        stem.startswith(word) and not stem[len(word) : len(word) + 1].isalpha() for word in words
+        stem.startswith(word) and not stem.removeprefix(word)[:1].isalpha() for word in words
     )
 
 
@@ -154,8 +138,8 @@ def _suffix(file: Path) -> str:
 
 
 def read_files(files: list[Path]) -> Iterator[Row]:
-    """The rows of each file in turn. Raises UserError for an empty file and for what cannot be
-    read, naming file and line."""
+    """Yield the rows of each file in turn. Raises UserError for an empty or unreadable file, naming
+    file and line."""
     readers = {
         ".jsonl": _read_jsonl,
         ".json": _read_json,
@@ -183,36 +167,30 @@ def _open(file: Path) -> IO[bytes]:
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # binary: lines end at \n only, never at the other separators Unicode knows
+    # binary: only \n ends a line, not Unicode's other separators
     with _open(file) as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, _object(line, f"{file} line {number}")
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8: {error.reason} at byte {error.start}", where=where) from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"unreadable JSON: {error.msg} at character {error.pos}",
-            where=where,
-            fix="one JSON object a line",
-        ) from error
-    if not isinstance(row, dict):
-        raise UserError(
-            f"a JSON {type(row).__name__}, not an object",
-            where=where,
-            fix='one object a line: {"prompt": …}',
-        )
-    return row
+            if not line.strip():
+                continue
+            where = f"{file} line {number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"not UTF-8: {error.reason} at byte {error.start}", where=where
+                ) from error
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"unreadable JSON: {error.msg} at character {error.pos}",
+                    where=where,
+                    fix="one JSON object a line",
+                ) from error
+            yield number, _object(row, where)
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """A list of objects, or JSON Lines by another name; the "line" of a list's row is its place in
-    the list."""
+    """Yield the rows of a list of objects, numbered by place, or those of JSON Lines under the name
+    .json."""
     with _open(file) as content:
         text = content.read()
     if not text.lstrip().startswith(b"["):
@@ -225,11 +203,15 @@ def _read_json(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             f"unreadable JSON: {error.msg}", where=f"{file} line {error.lineno}"
         ) from error
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(
-                f"a JSON {type(row).__name__}, not an object", where=f"{file} row {number}"
-            )
-        yield number, row
+        yield number, _object(row, f"{file} row {number}")
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        kind = type(row).__name__
+        fix = 'rows are objects: {"prompt": …}'
+        raise UserError(f"a JSON {kind}, not an object", where=where, fix=fix)
+    return row
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -256,43 +238,45 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 # ------------------------------------------------------------------------------------------ the hub
 
 
-def _hub_parts(name: str, sources: list[str], split: str, format: str) -> list[Part]:
+def _hub_sources(path: str, names: list[str], split: str, format: str) -> list[Source]:
     fix = (
         "download it once and give the folder: data.path=FOLDER (with train*.jsonl, test*.parquet,"
         " … or one sub-folder a source)"
     )
     if not offline():
-        reach_hub(name, "data.path", fix)
+        reach_hub(path, "data.path", fix)
     try:
-        configurations = datasets.get_dataset_config_names(name)
-        sources = sources or _parts_for(format, configurations)
-        loaded = {
-            source: (
-                datasets.load_dataset(name, source)
-                if source in configurations
-                else datasets.load_dataset(name, data_dir=source)
-            )
-            for source in sorted(sources)
-        } or {name.split("/")[-1]: datasets.load_dataset(name)}
-    # RuntimeError: a set that is a script
+        configurations = datasets.get_dataset_config_names(path)
+        names = names or _default_names(format, configurations)
+        loaded = {name: _load(path, name, configurations) for name in sorted(names)}
+        if not loaded:
+            loaded = {path.split("/")[-1]: datasets.load_dataset(path)}
+    # RuntimeError: a data set that is a script
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"cannot load {name!r} from the hub: {str(error).splitlines()[0]}",
+            f"cannot load {path!r} from the hub: {str(error).splitlines()[0]}",
             where="data.path",
             fix=fix,
         ) from error
-    return [_hub_part(source, splits, split) for source, splits in loaded.items()]
+    return [_hub_source(name, splits, split) for name, splits in loaded.items()]
 
 
-def _hub_part(source: str, splits: Any, split: str) -> Part:
-    """`splits`: {split name: rows}, as `datasets.load_dataset` gives it."""
+def _load(path: str, name: str, configurations: list[str]) -> Any:
+    """Load the configuration, or else the sub-folder, `name`."""
+    if name in configurations:
+        return datasets.load_dataset(path, name)
+    return datasets.load_dataset(path, data_dir=name)
+
+
+def _hub_source(name: str, splits: Any, split: str) -> Source:
+    """`splits`: {split name: rows}, from `datasets.load_dataset`."""
     tests = [key for word in SPLITS["test"] for key in splits if key.startswith(word)]
     if split == "all":
-        return Part(source, _number(source, splits, list(splits)), split=False)
-    wanted = tests[:1] if split == "test" and tests else ["train"]
-    if wanted[0] not in splits:
-        raise UserError(f"{source} has no train split, only {', '.join(splits)}", where="data.path")
-    return Part(source, _number(source, splits, wanted), split=bool(tests))
+        return Source(name, _number(name, splits, list(splits)), split=False)
+    wanted = tests[0] if split == "test" and tests else "train"
+    if wanted not in splits:
+        raise UserError(f"{name} has no train split, only {', '.join(splits)}", where="data.path")
+    return Source(name, _number(name, splits, [wanted]), split=bool(tests))
 
 
 def _number(source: str, splits: Any, names: list[str]) -> Iterator[Row]:

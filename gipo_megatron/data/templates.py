@@ -1,4 +1,4 @@
-"""Examples to text: which words a model sees around a conversation."""
+"""Examples to text: the words around a conversation."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from dataclasses import dataclass
 
 import jinja2
 
-from gipo_megatron.data.examples import BadRow, Turn
+from gipo_megatron.data.examples import BadRow, Turn, common_length
 from gipo_megatron.data.schemas import ASSISTANT, HUMAN
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 
-HEADS = {"user": HUMAN, "assistant": ASSISTANT}
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content']"
     " + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n'"
     " }}{% endif %}"
 )
-# hh() over messages: turns as the prompt has them; a finished last turn as a response, end-of-text
-# included.
+# hh() over messages: turns as in a prompt, and a finished last turn as a response with end-of-text.
 HH = (
     "{% for message in messages %}{% set text = message['content'] %}"
     "{% if message['role'] == 'user' %}{{ '\\n\\nHuman: ' + text }}"
@@ -34,18 +32,18 @@ NAMES = ("auto", "chat", "hh", "plain", "chatml")
 
 @dataclass(frozen=True)
 class Template:
-    """`prompt(turns)` opens the assistant's turn; `response(prompt text, turns, reply)` is what
-    follows it."""
+    """`prompt(turns)` ends with the assistant's open turn; `response(prompt text, turns, reply)` is
+    the text after it."""
 
     name: str
-    markup: bool  # the text holds names of special tokens, bos included, that must become ids
+    markup: bool  # names of special tokens in the text, bos included, must become their ids
     prompt: Callable[[Sequence[Turn]], str]
     response: Callable[[str, Sequence[Turn], str], str]
 
 
 def plain() -> Template:
-    """prompt + response as they are, nothing between them. UserError for a conversation, which has
-    to have heads."""
+    """Return prompt + response with nothing between them. Raises UserError for a conversation,
+    whose turns need heads."""
 
     def prompt(turns: Sequence[Turn]) -> str:
         if [turn.role for turn in turns] != ["text"]:
@@ -60,18 +58,14 @@ def plain() -> Template:
 
 
 def hh(style: str) -> Template:
-    """`\\n\\nHuman: …\\n\\nAssistant:`, then the response with its leading space. A transcript
-    keeps its text, letter by letter."""
+    """Return `\\n\\nHuman: …\\n\\nAssistant:`, then the response with its leading space. A
+    transcript keeps its text unchanged."""
+    user, assistant = f"{HUMAN} ", f"{ASSISTANT} "
+    heads = {"system": "", "user": user, "text": user, "assistant": assistant}
+    if style == "transcript":
+        heads = {"system": "", "user": HUMAN, "text": "", "assistant": ASSISTANT}
 
     def prompt(turns: Sequence[Turn]) -> str:
-        if style == "transcript":
-            return "".join(HEADS.get(turn.role, "") + turn.text for turn in turns) + ASSISTANT
-        heads = {
-            "system": "",
-            "user": f"{HUMAN} ",
-            "text": f"{HUMAN} ",
-            "assistant": f"{ASSISTANT} ",
-        }
         return "".join(heads[turn.role] + turn.text for turn in turns) + ASSISTANT
 
     def response(_prompt: str, _turns: Sequence[Turn], reply: str) -> str:
@@ -81,10 +75,10 @@ def hh(style: str) -> Template:
 
 
 def chat(tokenizer: Tokenizer, template: str, name: str) -> Template:
-    """A jinja chat template, over messages that alternate (see `messages`).
+    """Return a jinja chat template over alternating messages (see `messages`).
 
-    Both verbs raise BadRow where the template refuses the roles, or writes a finished turn
-    otherwise than an opened one.
+    Its functions raise BadRow when the template refuses the roles, or when a finished turn differs
+    from an open one.
     """
 
     def render(messages: list[dict[str, str]], generation: bool) -> str:
@@ -101,7 +95,8 @@ def chat(tokenizer: Tokenizer, template: str, name: str) -> Template:
         return render(messages(turns), True)
 
     def response(opened: str, turns: Sequence[Turn], reply: str) -> str:
-        whole = render([*messages(turns), {"role": "assistant", "content": reply.strip()}], False)
+        answer = {"role": "assistant", "content": reply.strip()}
+        whole = render([*messages(turns), answer], False)
         if not whole.startswith(opened):
             raise BadRow("the chat template writes a finished turn otherwise than an opened one")
         return whole[len(opened) :]
@@ -110,8 +105,8 @@ def chat(tokenizer: Tokenizer, template: str, name: str) -> Template:
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """The turns as alternating messages: empty ones left out, neighbours of one role joined, text
-    outside a turn the user's."""
+    """Return the turns as alternating messages: without empty ones, neighbours of one role joined,
+    text outside a turn given to the user."""
     joined: list[dict[str, str]] = []
     for turn in turns:
         role, content = "user" if turn.role == "text" else turn.role, turn.text.strip()
@@ -125,23 +120,20 @@ def messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
 
 
 def choose(spec: str, style: str, tokenizer: Tokenizer) -> Template:
-    """The template of an example of `style` (text | transcript | messages) under the recipe's
-    `data.template`.
+    """Return the template for an example of `style` (text | transcript | messages) under the
+    recipe's `data.template`.
 
     auto: text -> plain; transcript -> hh; messages -> the tokenizer's chat template, or hh where it
     has none. Raises UserError for an unknown name, and for `chat` with a tokenizer that has no chat
     template.
     """
     if spec == "auto":
-        spec = {
-            "text": "plain",
-            "transcript": "hh",
-            "messages": "chat" if tokenizer.chat_template else "hh",
-        }[style]
-    if spec == "plain":
-        return hh(style) if style == "transcript" else plain()
-    if spec == "hh":
+        by_messages = "chat" if tokenizer.chat_template else "hh"
+        spec = {"text": "plain", "transcript": "hh", "messages": by_messages}[style]
+    if spec == "hh" or (spec == "plain" and style == "transcript"):
         return hh(style)
+    if spec == "plain":
+        return plain()
     if spec == "chatml":
         return chat(tokenizer, CHATML, "chatml")
     if spec == "chat":
@@ -162,34 +154,31 @@ def choose(spec: str, style: str, tokenizer: Tokenizer) -> Template:
 
 
 def as_chat_template(spec: str, tokenizer: Tokenizer, style: str = "messages") -> str | None:
-    """The jinja text with which transformers' `apply_chat_template` gives the ids an Encoder gives
-    a prompt under `spec`.
+    """Return the jinja text with which transformers' `apply_chat_template` gives the ids that an
+    Encoder gives a prompt under `spec`.
 
-    `style`: what the rows were, which decides `auto`. None where no such text exists: plain, or a
-    tokenizer that cuts text after bos otherwise than text alone. Names of special tokens that a
-    message spells out become ids here; under hh training keeps them text. Raises UserError as
-    `choose` does.
+    `style` is that of the rows, which decides `auto`. None where no such text exists: for plain,
+    and for a tokenizer that cuts text after bos otherwise than text alone. Names of special tokens
+    that a message spells out become ids here; under hh training keeps them text. Raises UserError
+    as `choose` does.
     """
     name = choose(spec, style, tokenizer).name
-    return (
-        _hh_jinja(tokenizer)
-        if name == "hh"
-        else {"plain": None, "chatml": CHATML, "chat": tokenizer.chat_template, "jinja": spec}[name]
-    )
+    if name == "hh":
+        return _hh_jinja(tokenizer)
+    texts = {"plain": None, "chatml": CHATML, "chat": tokenizer.chat_template, "jinja": spec}
+    return texts[name]
 
 
 def _hh_jinja(tokenizer: Tokenizer) -> str | None:
-    """HH with bos in front where the tokenizer writes one: `apply_chat_template` adds none.
+    """Return HH, with bos in front where the tokenizer adds one: `apply_chat_template` does not.
 
-    Some tokenizers put a space before a text that begins at once, and none after bos: there the
-    template writes the space.
+    Some tokenizers put a space before a text at the start, but not after bos. Then the template
+    adds the space.
     """
     if not tokenizer.begins_with_bos:
         return HH
-    trials = (
-        (Turn("user", "a"),),
-        (Turn("system", "a"), Turn("user", "b"), Turn("assistant", "c"), Turn("user", "d")),
-    )
+    user, system, assistant = Turn("user", "a"), Turn("system", "b"), Turn("assistant", "c")
+    trials = ((user,), (system, user, assistant, user))
     expected = [
         [tokenizer.bos_id, *tokenizer.encode(hh("messages").prompt(turns))] for turns in trials
     ]
@@ -201,15 +190,10 @@ def _hh_jinja(tokenizer: Tokenizer) -> str | None:
 
 
 def parting(text: str, other: str, shown: int = 40) -> str:
-    """`text` quoted as far as a line can show it: whole when both are short, else from shortly
-    before it parts from `other`."""
-    same = next(
-        (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b),
-        min(len(text), len(other)),
-    )
-    start = max(0, same - shown // 2) if max(len(text), len(other)) > shown else 0
-    return (
-        ("…" if start else "")
-        + repr(text[start : start + shown])
-        + ("…" if text[start + shown :] else "")
-    )
+    """Quote `text` on one line: whole when both texts are short, else from shortly before the first
+    difference from `other`."""
+    start = 0
+    if max(len(text), len(other)) > shown:
+        start = max(0, common_length(text, other) - shown // 2)
+    end = start + shown
+    return ("…" if start else "") + repr(text[start:end]) + ("…" if text[end:] else "")

@@ -4,8 +4,8 @@ comparisons of two summaries.
 A row of either becomes a standard one: the prompt of OpenAI's released code, summaries that begin
 with one space, and the subreddit as a column.
 
-    posts         {subreddit, title, post, summary}; or with the prompt made already: {prompt,
-    label}, {prompt, completion}
+    posts         {subreddit, title, post, summary}, or with the prompt made already: {prompt,
+                  label}, {prompt, completion}
     comparisons   {info: {subreddit, title, post}, summaries: [{text}, {text}], choice: 0 | 1}
 """
 
@@ -27,34 +27,25 @@ _SUBREDDIT = re.compile(r"SUBREDDIT: r/(\S+)\n")
 
 
 def part_for(format: str, names: Collection[str]) -> str | None:
-    """Which of the sub-folders or configurations `names` serves data.format; None: not OpenAI's
-    layout."""
+    """Return which of the sub-folders or configurations `names` serves data.format, or None where
+    the layout is not OpenAI's."""
     return PARTS[format] if PARTS["preference"] in names else None
 
 
 def recognise(
     format: str, columns: dict[str, str], head: Sequence[Columns]
 ) -> tuple[Callable[[Columns], Columns], list[str]]:
-    """(how a row becomes a standard one, the columns it then has), by the columns of the first rows
-    and those the user mapped."""
+    """Return (function from a row to a standard row, columns of the standard row). The columns of
+    the first rows and those that the user mapped decide."""
     found = list(dict.fromkeys(name for row in head for name in row))
-    prompt = columns.get("prompt", "prompt")
     if format == "preference" and "chosen" not in columns and {*COMPARISON} <= {*found}:
-        return from_comparison, [
-            *(name for name in found if name not in COMPARISON),
-            "subreddit",
-            "prompt",
-            "chosen",
-            "rejected",
-        ]
+        rest = [name for name in found if name not in COMPARISON]
+        return from_comparison, [*rest, "subreddit", "prompt", "chosen", "rejected"]
     post = {"sft": (*POST, "summary"), "prompt": POST}.get(format, ())
     if post and not {"prompt", "messages"} & {*found, *columns} and {*post} <= {*found}:
-        return from_post, [
-            *(name for name in found if name not in (*POST, "summary")),
-            "subreddit",
-            "prompt",
-            "response",
-        ]
+        rest = [name for name in found if name not in (*POST, "summary")]
+        return from_post, [*rest, "subreddit", "prompt", "response"]
+    prompt = columns.get("prompt", "prompt")
     if "subreddit" not in found and any(_SUBREDDIT.match(str(row.get(prompt))) for row in head):
         return lambda row: {**row, "subreddit": _subreddit(row.get(prompt))}, [*found, "subreddit"]
     return lambda row: row, found
@@ -79,21 +70,16 @@ def from_post(row: Columns) -> Columns:
     """Raises BadRow."""
     rest = {name: value for name, value in row.items() if name not in (*POST, "summary")}
     summary = row.get("summary")
-    return {
-        **rest,
-        **_prompted(row),
-        "response": f" {summary}" if isinstance(summary, str) else None,
-    }
+    response = f" {summary}" if isinstance(summary, str) else None
+    return {**rest, **_prompted(row), "response": response}
 
 
 def _prompted(fields: Columns) -> Columns:
-    """Raises BadRow for what is no post: OpenAI compares summaries of news articles, too."""
-    if not all(isinstance(fields[name], str) for name in POST):
+    """Raises BadRow for other texts than posts: OpenAI compares summaries of news articles, too."""
+    post = {name: fields[name] for name in POST}
+    if not all(isinstance(text, str) for text in post.values()):
         raise BadRow("not a Reddit post (a news article?)")
-    return {
-        "subreddit": fields["subreddit"],
-        "prompt": PROMPT.format(**{name: fields[name] for name in POST}),
-    }
+    return {"subreddit": post["subreddit"], "prompt": PROMPT.format(**post)}
 
 
 def _subreddit(prompt: Any) -> str | None:

@@ -18,16 +18,16 @@ from gipo_megatron.data.hub import is_hub_name, reach_hub
 from gipo_megatron.errors import UserError
 
 BYTES = "bytes"
-# a folder with one of them holds one
+# a folder with one of these files holds a tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-# what the name of a special token that no text uses says, the best first
+# parts of the names of special tokens that no text uses, the best first
 STAND_INS = ("pad", "reserved")
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer with the few verbs this project needs.
+    """A Hugging Face tokenizer, reduced to the functions that this project needs.
 
-    Raises UserError when it has no end-of-text token: responses could never end.
+    Raises UserError for a tokenizer without an end-of-text token: responses could never end.
     """
 
     def __init__(self, inner: PreTrainedTokenizerBase, where: str = "") -> None:
@@ -40,187 +40,155 @@ class Tokenizer:
         self.inner = inner
         self.eos_id: int = inner.eos_token_id
         self.bos_id: int | None = inner.bos_token_id
-        # Padding is never read (lengths and masks say where it is), so any valid id will do.
-        self.pad_id: int = (
-            inner.pad_token_id if inner.pad_token_id is not None else inner.eos_token_id
-        )
+        pad = inner.pad_token_id
+        # Lengths and masks mark padding, and nothing reads its id: any valid one will do.
+        self.pad_id: int = inner.eos_token_id if pad is None else pad
         # the largest id + 1, added tokens included
         self.vocab_size: int = max(inner.get_vocab().values()) + 1
-        self.chat_template: str | None = (
-            inner.chat_template if isinstance(inner.chat_template, str) else None
-        )
-        # Whether a sequence begins with bos is the tokenizer's own rule: Llama's does, Qwen's and
-        # GPT-2's do not.
+        template = inner.chat_template
+        self.chat_template: str | None = template if isinstance(template, str) else None
+        # a rule of the tokenizer: true for Llama, false for Qwen and GPT-2
         self.begins_with_bos: bool = (
             self.bos_id is not None and inner("a").input_ids[0] == self.bos_id
         )
 
     def encode(self, text: str, markup: bool = False) -> list[int]:
-        """Ids without bos or eos. Names of special tokens inside the text are plain text unless
-        `markup` (a rendered chat template)."""
-        return list(
-            self.inner(
-                text, add_special_tokens=False, split_special_tokens=not markup, verbose=False
-            ).input_ids
+        """Return the ids without bos and eos. Names of special tokens in the text are plain text
+        unless `markup` (a rendered chat template)."""
+        encoded = self.inner(
+            text, add_special_tokens=False, split_special_tokens=not markup, verbose=False
         )
+        return list(encoded.input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens; broken UTF-8 becomes the replacement character."""
+        """Return the text without special tokens; broken UTF-8 becomes the replacement
+        character."""
         return self.inner.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def render(self, messages: Sequence[dict[str, str]], template: str, generation: bool) -> str:
-        """The messages in a jinja chat template; `generation` opens the assistant's turn.
-        jinja2.TemplateError when it refuses them."""
+        """Return the messages in a jinja chat template; `generation` opens the assistant's turn.
+        Raises jinja2.TemplateError when the template refuses them."""
         conversation: list[Any] = list(messages)
-        return str(
-            self.inner.apply_chat_template(
-                conversation,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=generation,
-            )
+        text = self.inner.apply_chat_template(
+            conversation, chat_template=template, tokenize=False, add_generation_prompt=generation
         )
+        return str(text)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what maps text to ids: equal for two tokenizers that can be exchanged."""
+        """sha256 of the map from text to ids, equal for two tokenizers that can be exchanged."""
+        definition = self.inner.get_vocab()
         if isinstance(self.inner, PreTrainedTokenizerFast):
-            definition = json.loads(self.inner.backend_tokenizer.to_str())
-            definition = {
-                key: definition[key]
-                for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")
-            }
-        else:
-            definition = self.inner.get_vocab()
+            whole = json.loads(self.inner.backend_tokenizer.to_str())
+            keys = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+            definition = {key: whole[key] for key in keys}
         ids = [self.bos_id, self.eos_id, self.begins_with_bos]
         return hashlib.sha256(json.dumps([definition, ids], sort_keys=True).encode()).hexdigest()
 
     def difference(self, other: Tokenizer) -> str:
-        """What makes the fingerprints differ, in words: sizes, the first id that means another
-        text, special tokens, rules."""
+        """Describe why the fingerprints differ: sizes, the first id with another text, special
+        tokens, rules."""
         mine, theirs = ({i: text for text, i in t.inner.get_vocab().items()} for t in (self, other))
-        said = []
+        found = []
         if self.vocab_size != other.vocab_size:
-            said.append(f"vocabulary {self.vocab_size} and {other.vocab_size}")
-        first = next((i for i in sorted(mine.keys() & theirs.keys()) if mine[i] != theirs[i]), None)
-        if first is not None:
-            said.append(f"id {first} is {mine[first]!r} and {theirs[first]!r}")
+            found.append(f"vocabulary {self.vocab_size} and {other.vocab_size}")
+        for i in sorted(mine.keys() & theirs.keys()):
+            if mine[i] != theirs[i]:
+                found.append(f"id {i} is {mine[i]!r} and {theirs[i]!r}")
+                break
         for name, a, b in (("bos", self.bos_id, other.bos_id), ("eos", self.eos_id, other.eos_id)):
-            if a != b:
-                said.append(
-                    f"{name} is {mine.get(a)!r} and {theirs.get(b)!r}"
-                    if a is not None and b is not None
-                    else f"only one has {name}"
-                )
+            if (a is None) != (b is None):
+                found.append(f"only one has {name}")
+            elif a != b:
+                found.append(f"{name} is {mine.get(a)!r} and {theirs.get(b)!r}")
         if self.begins_with_bos != other.begins_with_bos:
-            said.append("only one writes bos in front")
-        return (
-            "; ".join(said)
-            or "the same ids, cut from text by other rules "
-            "(merges, normalizer, pre-tokenizer, added tokens)"
-        )
+            found.append("only one writes bos in front")
+        rules = "(merges, normalizer, pre-tokenizer, added tokens)"
+        return "; ".join(found) or f"the same ids, cut from text by other rules {rules}"
 
     def scoring_pad(self) -> str | None:
-        """A special token that can stand for padding where a score is read at the last token that
-        is no padding; None: there is none.
+        """Return a special token that can serve as padding where a score is read at the last token
+        before padding, or None.
 
-        It occurs in no encoded conversation, unless a message in a chat template spells it out:
-        neither bos nor eos, not in the chat template, never cut from text. The tokenizer's own pad
-        token, else unk where every byte has a token, else one named for it.
+        No encoded conversation contains it, unless a message in a chat template spells it out: it
+        is neither bos nor eos, not in the chat template, and never cut from text. The tokenizer's
+        own pad token comes first, then unk where every byte has a token, else one with a fitting
+        name.
         """
         added = sorted(self.inner.added_tokens_decoder.items())
-        named = [
-            token.content
-            for word in STAND_INS
-            for _, token in added
-            if token.special and word in token.content.lower()
-        ]
-        candidates = [self.inner.pad_token, self.inner.unk_token, *named]
-        return next(
-            (
-                token
-                for token in candidates
-                if isinstance(token, str) and self._never_encoded(token)
-            ),
-            None,
-        )
+        special = [token.content for _, token in added if token.special]
+        named = [text for word in STAND_INS for text in special if word in text.lower()]
+        for token in (self.inner.pad_token, self.inner.unk_token, *named):
+            if isinstance(token, str) and self._never_encoded(token):
+                return token
+        return None
 
     def _never_encoded(self, token: str) -> bool:
         number = self.inner.convert_tokens_to_ids(token)
-        variables = [
-            name for name in ("pad_token", "unk_token") if getattr(self.inner, name) == token
-        ]
-        if number in (self.bos_id, self.eos_id) or any(
-            word in (self.chat_template or "") for word in (token, *variables)
-        ):
+        names = [name for name in ("pad_token", "unk_token") if getattr(self.inner, name) == token]
+        template = self.chat_template or ""
+        if number in (self.bos_id, self.eos_id) or any(x in template for x in (token, *names)):
             return False
-        return (
-            token != self.inner.unk_token or self._knows_every_byte()
-        ) and number not in self.encode(token)
+        if token == self.inner.unk_token and not self._knows_every_byte():
+            return False
+        return number not in self.encode(token)
 
     def _knows_every_byte(self) -> bool:
-        """Byte fallback (`<0x00>` … `<0xFF>`) or byte-level BPE, with a token for each of the 256:
-        no text is ever unknown."""
+        """Check for a token for each of the 256 bytes, by byte fallback (`<0x00>` … `<0xFF>`) or
+        byte-level BPE: then no text is unknown."""
         if not isinstance(self.inner, PreTrainedTokenizerFast):
             return False
-        definition, vocabulary = (
-            json.loads(self.inner.backend_tokenizer.to_str()),
-            self.inner.get_vocab(),
-        )
+        definition = json.loads(self.inner.backend_tokenizer.to_str())
+        vocabulary = self.inner.get_vocab()
         if definition["model"].get("byte_fallback"):
             return all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
         rule = definition["pre_tokenizer"] or {"type": ""}
         rules = rule["pretokenizers"] if rule["type"] == "Sequence" else [rule]
-        return any(part["type"] == "ByteLevel" for part in rules) and all(
-            symbol in vocabulary for symbol in _byte_symbols()
-        )
+        byte_level = any(part["type"] == "ByteLevel" for part in rules)
+        return byte_level and all(symbol in vocabulary for symbol in _byte_symbols())
 
     def with_padding(self, token: str) -> Tokenizer:
-        """A copy whose pad token is `token`, on the right; the ids of texts, and the fingerprint,
-        stay.  AssertionError for a new token."""
+        """Return a copy with pad token `token`, on the right. The ids of texts and the fingerprint
+        are the same. AssertionError for a new token."""
         assert token in self.inner.get_vocab(), f"{token!r} would be a new id"
         inner = copy.deepcopy(self.inner)
         inner.pad_token, inner.padding_side = token, "right"
-        return self._beside(inner, self.chat_template)
+        inner.chat_template = self.chat_template
+        return Tokenizer(inner)
 
     def with_chat_template(self, template: str | None) -> Tokenizer:
-        """A copy with that chat template, or with none."""
-        return self._beside(copy.deepcopy(self.inner), template)
-
-    def _beside(self, inner: PreTrainedTokenizerBase, template: str | None) -> Tokenizer:
+        """Return a copy with that chat template, or with none."""
+        inner = copy.deepcopy(self.inner)
         inner.chat_template = template
         return Tokenizer(inner)
 
     def save(self, folder: Path | str) -> None:
-        """Writes tokenizer.json and its configuration; `load_tokenizer(folder)` and transformers
-        read it back."""
+        """Write tokenizer.json and its configuration, for `load_tokenizer(folder)` and
+        transformers."""
         self.inner.save_pretrained(str(folder))
         file = Path(folder) / "tokenizer_config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
-        # transformers 5's name for it, which 4 cannot load; both know the older one
+        # transformers 4 cannot load 5's name; both load the older one
         if config["tokenizer_class"] == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        for how_it_was_loaded in ("is_local", "local_files_only"):
-            config.pop(how_it_was_loaded, None)
+        for load_option in ("is_local", "local_files_only"):
+            config.pop(load_option, None)
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Id = byte for 0 … 255; pad 256, bos 257, eos 258. No merges, so ids(a) + ids(b) = ids(a +
-    b)."""
-    symbols = _byte_symbols()
-    backend = Backend(
-        models.BPE(vocab={symbol: byte for byte, symbol in enumerate(symbols)}, merges=[])
-    )
+    """Return the tokenizer with id = byte for 0 … 255, pad 256, bos 257, eos 258. It has no merges,
+    so ids(a) + ids(b) = ids(a + b)."""
+    vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     names = ("<pad>", "<bos>", "<eos>")
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    bos = ("<bos>", 257)
     backend.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[bos]
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 257)]
     )
     inner = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -233,16 +201,16 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _byte_symbols() -> list[str]:
-    """The printable character that byte-level BPE writes for each byte: itself where it prints,
-    else the next free one from 256 on."""
+    """Return the printable character that byte-level BPE uses for each byte: the byte's own where
+    it prints, else the next free one from 256 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spare = iter(range(256, 512))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
 
 
 def load_tokenizer(spec: str, where: str = "") -> Tokenizer:
-    """`bytes`, a folder with a Hugging Face tokenizer, or a hub name. `where` (a recipe key) is
-    named in errors.
+    """Load `bytes`, a folder with a Hugging Face tokenizer, or a hub name. Errors name `where`, a
+    recipe key.
 
     Raises UserError when the folder holds no tokenizer, or the hub cannot be reached.
     """
@@ -260,57 +228,51 @@ def load_tokenizer(spec: str, where: str = "") -> Tokenizer:
         # a cached copy needs no network
         inner = AutoTokenizer.from_pretrained(spec, local_files_only=True)
     except (OSError, ValueError):
-        reach_hub(
-            spec,
-            where,
-            fix="give a folder that holds tokenizer.json, or the built-in tokenizer: bytes",
-        )
+        fix = "give a folder that holds tokenizer.json, or the built-in tokenizer: bytes"
+        reach_hub(spec, where, fix)
         inner = _from_pretrained(spec, where, local=False)
     return Tokenizer(inner, where)
 
 
 def _from_pretrained(spec: str, where: str, local: bool) -> PreTrainedTokenizerBase:
+    fix = "check the name, or give a folder"
+    if local:
+        fix = "the folder must hold tokenizer.json (or tokenizer.model) and tokenizer_config.json"
     try:
         inner: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(spec, local_files_only=local)
         return inner
     # ImportError: a tokenizer.model without the package that reads it
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        fix = (
-            "the folder must hold tokenizer.json (or tokenizer.model) and tokenizer_config.json"
-            if local
-            else "check the name, or give a folder"
-        )
         raise UserError(
             f"cannot load a tokenizer from {spec!r}: {reason}", where=where, fix=fix
         ) from error
 
 
 def tokenizer_facts(folder: Path, known: Tokenizer) -> tuple[str | None, str | None]:
-    """Fingerprint and chat template of a Hugging Face folder's tokenizer; None where it holds
-    none."""
+    """Return fingerprint and chat template of a Hugging Face folder's tokenizer; None where it
+    holds none."""
     name = known.inner.name_or_path
     if name and Path(name).is_dir() and Path(name).samefile(folder):
         return known.fingerprint, known.chat_template
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return None, None
     files = [folder / file for file in (*TOKENIZER_FILES, "chat_template.jinja")]
-    return _read_facts(
-        folder,
-        tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()),
-    )
+    stats = [file.stat() for file in files if file.is_file()]
+    return _read_facts(folder, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
 
 
 @functools.cache
 def _read_facts(folder: Path, written: tuple[tuple[int, int], ...]) -> tuple[str, str | None]:
-    """Read once for all roles that start from a folder; `written`: its files' times and sizes, so
-    that a new file is another call."""
+    """Read once for all roles that start from a folder. `written`, its files' times and sizes,
+    makes a changed file another call."""
     tokenizer = load_tokenizer(str(folder), str(folder))
     return tokenizer.fingerprint, tokenizer.chat_template
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str = "") -> None:
-    """UserError unless every id of the tokenizer has a row in an embedding of `vocab_size` rows."""
+    """Raises UserError when an id of the tokenizer has no row in an embedding of `vocab_size`
+    rows."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocabulary holds"

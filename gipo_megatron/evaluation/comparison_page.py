@@ -1,9 +1,9 @@
 """The page of an evaluation's report.html: a jinja2 template, always rendered with autoescape.
 Style as in a run's report."""
 
-from gipo_megatron.reports.run_page import PAGE
+from gipo_megatron.reports.pages import TEMPLATES
 
-STYLE = PAGE.partition("<style>\n")[2].partition("</style>")[0]
+STYLE = (TEMPLATES / "style.css").read_text(encoding="utf-8")
 
 ADDED_STYLE = """
 :root { color-scheme: light dark; --win: #0072b2; --tie: #a8adb4; --lose: #d55e00; --link: #0060a0; }

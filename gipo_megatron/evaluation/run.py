@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from gipo_megatron.data.tokenizer import check_vocabulary
 from gipo_megatron.environment import line as environment_line
+from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.comparison_report import write_comparison
 from gipo_megatron.evaluation.evaluation_figures import write_evaluation_figures
 from gipo_megatron.evaluation.judges.human import HumanJudge, duels_from_ratings
@@ -45,7 +46,6 @@ from gipo_megatron.evaluation.types import (
 from gipo_megatron.files import write_json, write_text
 from gipo_megatron.megatron.mesh import Mesh, mesh_session
 from gipo_megatron.recipe import registry
-from gipo_megatron.reports.audit import audit_responses
 from gipo_megatron.reports.audit_page import audit_document
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.training import run_folder

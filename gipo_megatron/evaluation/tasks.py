@@ -16,7 +16,7 @@ from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import BadRow, Example, Tally, Turn
 from gipo_megatron.data.hub import is_hub_name
 from gipo_megatron.data.schemas import END_MARK, Schema
-from gipo_megatron.data.sources import Part, open_parts
+from gipo_megatron.data.sources import Source, open_sources
 from gipo_megatron.data.templates import choose
 from gipo_megatron.data.tldr import POST, PROMPT
 from gipo_megatron.data.tokenizer import Tokenizer
@@ -100,19 +100,19 @@ def _read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: i
     found: dict[str, tuple[TaskPrompt, list[int]]] = {}
     path = _locate(task.data, data_root)
     whole = Path(path).is_file()
-    for part in open_parts(path, list(task.source), "test", "prompt"):
-        if not part.split:
+    for source in open_sources(path, list(task.source), "test", "prompt"):
+        if not source.split:
             rows = (
                 "all rows are used"
                 if whole
                 else f"the rows held back by a hash are used ({config.held_out:g} of them)"
             )
             notes.append(
-                f"{part.source} has no test split: {rows}; held out only if no model was trained on"
+                f"{source.name} has no test split: {rows}; held out only if no model was trained on"
                 " them"
             )
         for where, example, reference in _examples(
-            part, tally, not (part.split or whole), config.held_out
+            source, tally, not (source.split or whole), config.held_out
         ):
             try:
                 prompt, ids = _prompt(task, example, reference, encoder, tally.read)
@@ -143,12 +143,12 @@ def _locate(data: str, data_root: str) -> str:
 
 
 def _examples(
-    part: Part, tally: Tally, only_held_out: bool, share: float
+    source: Source, tally: Tally, only_held_out: bool, share: float
 ) -> Iterator[tuple[str, Example, str]]:
     """(place, example, reference answer or "") of every clean row."""
-    rows = iter(part.rows)
+    rows = iter(source.rows)
     head = list(islice(rows, HEAD_ROWS))
-    reader = _Reader([row for _, row in head], part.source)
+    reader = _Reader([row for _, row in head], source.name)
     for where, row in chain(head, rows):
         try:
             example, reference = reader.read(row, tally, where)

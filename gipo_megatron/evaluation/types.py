@@ -88,7 +88,7 @@ class Judge(Protocol):
 @dataclass(frozen=True)
 class Duel:
     """Subject against opponent on one prompt: both presentations, and what follows from them
-    (algorithm.md section 8)."""
+    (docs/evaluation.md)."""
 
     task: str
     opponent: str

@@ -1,5 +1,4 @@
-"""Everything that knows Megatron-Core: where layers live, how a model is split, run, trained and
-stored."""
+"""The only code on Megatron-Core: building, splitting, running, training and storing a model."""
 
 import contextlib
 import warnings
@@ -9,14 +8,13 @@ from typing import Any
 import torch
 
 from gipo_megatron import capabilities, environment
+from gipo_megatron.errors import UserError
 
 
 @contextlib.contextmanager
 def _no_compiler() -> Iterator[None]:
-    """Leave Megatron-Core's fused kernels uncompiled where there is no GPU to compile them for.
-
-    `@torch.compile` alone imports the compiler: half of Megatron-Core's import time.
-    """
+    """Leave Megatron-Core's fused kernels uncompiled where there is no GPU. The import of torch's
+    compiler takes half of Megatron-Core's import time."""
     if torch.cuda.is_available():
         yield
         return
@@ -32,17 +30,23 @@ def _no_compiler() -> Iterator[None]:
         torch.compile = compile_
 
 
-environment.set_defaults()  # for tests and tools; the launchers do it before torch is imported
+environment.set_defaults()  # for tests and tools; launchers call it before torch is imported
 
 with warnings.catch_warnings(), _no_compiler():
-    # Megatron-Core warns once of every optional accelerator package that is not installed
+    # Megatron-Core warns of every optional package that is not installed
     warnings.simplefilter("ignore")
     try:
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer  # noqa: F401
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            raise UserError(
+                "Megatron-Core 0.18 and later import triton, which is not installed",
+                where="megatron-core",
+                fix="pip install triton, or megatron-core==0.16.1",
+            ) from error
         if not capabilities.raised_inside("transformer_engine", error):
             raise
-        # A ModuleNotFoundError in Transformer Engine leaves Megatron-Core without it; any other
-        # error of it comes through.
+        # Megatron-Core catches a ModuleNotFoundError of Transformer Engine and runs without it, but
+        # no other error.
         raise capabilities.broken_transformer_engine(capabilities.one_line(error)) from error

@@ -1,11 +1,32 @@
-"""What lets Megatron-Core run on a machine without CUDA: the only redirections of torch.cuda in
-this project. Also torch's own switches.
+"""Run Megatron-Core on a machine without CUDA, on 0.16.1 to 0.19.2. No other file redirects
+torch.cuda. Also torch's own switches.
 
-Megatron asks for "the current CUDA device" in many places and for CUDA's generator in a few.
-`install` answers those calls for the whole process; `host_mode` also rewrites literal
-`device="cuda"` arguments and is only held around schedules, optimizer and checkpoint code, because
-it costs time in every torch call (15 % in a small model's forward). Both do nothing where CUDA is
-available.
+`install` redirects torch.cuda's functions for the whole process. `host_mode` also rewrites literal
+`device="cuda"` arguments. It is held only around schedules, optimizer and checkpoint code, because
+it costs time in every torch call (15 % of a small model's forward pass). Both do nothing where CUDA
+is available.
+
+Each redirection, a line of megatron/core 0.16.1 that needs it, and the same line in 0.17.1, 0.18.2
+and 0.19.2 (-: not there yet):
+
+    redirection              0.16.1                                0.17.1   0.18.2   0.19.2
+    current_device           optimizer/optimizer.py:1141             1150     1177     1492
+    synchronize              pipeline_parallel/p2p_commun…:398        419      419      419
+    manual_seed              tensor_parallel/random.py:422            477      477      490
+    get_rng_state            tensor_parallel/random.py:235            290      290      303
+    _set_cuda_rng_state      tensor_parallel/random.py:240            295      295      308
+    device="cuda"            optimizer/optimizer.py:473               474      501      690
+                             pipeline_parallel/schedules.py:596       646      669      749
+                             dist_checkpointing/exchange_u…:104       103      103      103
+    Tensor.cuda              optimizer/distrib_optimizer.py:1089     1106     1318     1374
+    Tensor.type              optimizer/distrib_optimizer.py:361       364      378      401
+    Adam, HAVE_APEX_OR_TE    optimizer/distrib_optimizer.py:640       645      791      837
+    USING_PYTORCH_OPTIMIZER  optimizer/__init__.py:359                543      556      556
+    Adam(capturable=…)       -            optimizer/__init__.py:      538      551      551
+    current_stream           -      distributed/param_and_gra…:         -        -      632
+
+None is gone yet. From 0.18 on Megatron-Core also imports triton, which must then be installed
+(0.18.2 transformer/moe/paged_stash.py:8, 0.19.2 transformer/moe/ops/paged_stash.py:4).
 """
 
 from __future__ import annotations
@@ -27,8 +48,8 @@ with warnings.catch_warnings():
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
     import megatron.core.tensor_parallel.random as mcore_random
 
-# What torch and mcore say of each other's older calls: nothing a user could change. Each by its own
-# words, so that all else is heard.
+# Warnings of torch and mcore about each other's calls, which a user cannot change. Each is matched
+# by its text, so that other warnings stay visible.
 _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (
         r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
@@ -43,22 +64,21 @@ _installed = False
 
 
 def silence() -> None:
-    """Filter the known warnings, from here on (until warnings.catch_warnings restores its
-    filters)."""
+    """Ignore the known warnings, until warnings.catch_warnings restores the filters."""
     for message, category in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message, category)
 
 
 def install() -> None:
-    """Make the process-wide redirections, once. Megatron's Adam is replaced wherever neither
-    Transformer Engine nor apex is installed."""
+    """Make the redirections of the whole process, once. HostAdam replaces Megatron's Adam where
+    neither Transformer Engine nor apex is installed."""
     global _installed
     if _installed:
         return
     _installed = True
     silence()
-    # cuDNN's attention plans every exact shape anew, 50 ms and more; torch 2.11 prefers it on
-    # Hopper, and no two of our batches are alike.
+    # cuDNN's attention needs a new plan for every shape, 50 ms or more each. torch 2.11 prefers it
+    # on Hopper, and the shapes of our batches differ.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
         mcore_optimizer.Adam = distrib_optimizer.Adam = HostAdam
@@ -79,8 +99,8 @@ def install() -> None:
 
 
 def make_deterministic() -> None:
-    """From here on only algorithms that give the same bits every time. Before CUDA is used; without
-    CUDA nothing changes.
+    """Use only deterministic algorithms from here on. Call it before CUDA is used; without CUDA it
+    changes nothing.
 
     Not `warn_only`: torch's flash and memory-efficient attention take their deterministic backward
     pass only where any other operation would be an error. The float cumsum of sampling has a
@@ -101,7 +121,7 @@ def _set_host_rng_state(new_state: Tensor, device: int = -1, graph_safe: bool = 
 
 
 class _HostMode(TorchFunctionMode):
-    """`device="cuda"` means the CPU, `.cuda()` changes nothing, and host tensors answer to the type
+    """Treat `device="cuda"` as the CPU and `.cuda()` as no change, and give host tensors the type
     names that mcore's optimizers test."""
 
     def __torch_function__(
@@ -126,14 +146,14 @@ def _is_cuda(device: Any) -> bool:
 
 
 def host_mode() -> AbstractContextManager[Any]:
-    """Hold around mcore's schedules, optimizer construction, step, sharded_state_dict and
-    checkpoint load."""
+    """Return the context to hold around mcore's schedules, optimizer construction and step,
+    sharded_state_dict and checkpoint load."""
     return nullcontext() if torch.cuda.is_available() else _HostMode()
 
 
 @contextmanager
 def model_mode() -> Iterator[None]:
-    """Leave host_mode inside forward_step: a model's forward needs no redirection."""
+    """Leave host_mode for a model's forward pass, which needs no redirection."""
     if isinstance(_get_current_function_mode(), _HostMode):
         with _pop_mode_temporarily():
             yield
@@ -148,8 +168,8 @@ class HostAdam(torch.optim.Optimizer):
         m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g²
         p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    mcore's distributed optimizer saves and loads this layout in full; torch's AdamW keeps a step
-    tensor per parameter, which it loses.
+    mcore's distributed optimizer saves and loads all of this layout; of torch's AdamW it loses the
+    step tensor of each parameter.
     """
 
     def __init__(
@@ -160,7 +180,7 @@ class HostAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
-        capturable: bool = False,  # mcore 0.19 passes it
+        capturable: bool = False,  # passed by mcore from 0.17 on
     ) -> None:
         if not adam_w_mode:
             raise ValueError(
@@ -195,8 +215,8 @@ class HostAdam(torch.optim.Optimizer):
 
 
 def adam_for(device: torch.device) -> Callable[..., None]:
-    """The implementation of HostAdam's formula: (group, parameters, gradients, first moments,
-    second moments), all in place."""
+    """Return the implementation of HostAdam's step, a function of (group, parameters, gradients,
+    first moments, second moments) that works in place."""
     return _fused if device.type == "cuda" else _foreach
 
 
@@ -207,12 +227,10 @@ def _fused(
     first: list[Tensor],
     second: list[Tensor],
 ) -> None:
-    """One kernel: 28 bytes of memory traffic a parameter against 72, and no temporaries. It reads
-    the step count and leaves it."""
-    (beta1, beta2), step = (
-        group["betas"],
-        torch.full((), group["step"], dtype=torch.float32, device=params[0].device),
-    )
+    """Step in one kernel: 28 bytes of memory traffic per parameter against 72, no temporaries. The
+    kernel reads the step count and does not change it."""
+    beta1, beta2 = group["betas"]
+    step = torch.tensor(float(group["step"]), device=params[0].device)
     torch._fused_adamw_(
         params,
         grads,
@@ -237,7 +255,7 @@ def _foreach(
     first: list[Tensor],
     second: list[Tensor],
 ) -> None:
-    """Seven passes over all parameters at once, one temporary a parameter."""
+    """Step in seven passes over all parameters, with one temporary each."""
     (beta1, beta2), lr, step = group["betas"], group["lr"], group["step"]
     if group["weight_decay"]:
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])

@@ -27,64 +27,36 @@ from gipo_megatron.megatron.outputs import chunk_bytes
 from gipo_megatron.specs import Architecture, Parallel, Sampling
 
 FP32 = 4
-# fp32 row chunks that readout.token_stats holds at once: two, and one in the model's dtype
+# fp32 row chunks that outputs.token_stats holds at once: two, and one in the model's dtype
 READOUT_COPIES = 3
 
 
-@dataclass(frozen=True)
+@dataclass
 class Slot:
-    """One micro-batch on one rank."""
+    """One micro-batch on one rank, and the bytes of its tensors there."""
 
     architecture: Architecture
     parallel: Parallel
     itemsize: int  # of the model's dtype
     sequences: int
     length: int  # padded
-    device: torch.device = torch.device("cuda")  # what the plan is for
+    device: torch.device = torch.device("cuda")  # that the plan is for
 
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.length
-
-    def _share(self, width: int) -> int:
-        return self.tokens * width * self.itemsize // self.parallel.tensor
-
-    @property
-    def hidden(self) -> int:
-        """[s, b, H], whole."""
-        return self.tokens * self.architecture.hidden_size * self.itemsize
-
-    @property
-    def shards(self) -> int:
-        """Ranks that the residual stream is split over."""
-        return self.parallel.tensor if self.parallel.sequence else 1
-
-    @property
-    def residual(self) -> int:
-        """[s, b, H], this rank's part."""
-        return self.hidden // self.shards
-
-    @property
-    def query(self) -> int:
-        return self._share(self.architecture.num_heads * self.architecture.head_dim)
-
-    @property
-    def key(self) -> int:
-        return self._share(self.architecture.num_kv_heads * self.architecture.head_dim)
-
-    @property
-    def feed(self) -> int:
-        """[s, b, F / t]"""
-        return self._share(self.architecture.ffn_hidden_size)
-
-    @property
-    def logits(self) -> int:
-        """[b, s, V / t], padding included."""
-        return self._share(padded_vocab(self.architecture, self.parallel.tensor))
+    def __post_init__(self) -> None:
+        a, tensor = self.architecture, self.parallel.tensor
+        self.tokens = self.sequences * self.length
+        wide = self.tokens * self.itemsize  # bytes of one element a token
+        self.shards = tensor if self.parallel.sequence else 1  # of the residual stream
+        self.hidden = wide * a.hidden_size  # [s, b, H], whole
+        self.residual = self.hidden // self.shards
+        self.query = wide * a.num_heads * a.head_dim // tensor
+        self.key = wide * a.num_kv_heads * a.head_dim // tensor
+        self.feed = wide * a.ffn_hidden_size // tensor  # [s, b, F / t]
+        self.logits = wide * padded_vocab(a, tensor) // tensor  # [b, s, V / t]
 
 
 def layer_kept(slot: Slot, recompute: str) -> int:
-    """What one layer keeps of one micro-batch for its backward pass."""
+    """Bytes that one layer keeps of one micro-batch for its backward pass."""
     if recompute == "full":
         return slot.residual
     a = slot.architecture
@@ -103,8 +75,8 @@ def layer_kept(slot: Slot, recompute: str) -> int:
 
 
 def in_flight(parallel: Parallel, stage: int, slots: int) -> int:
-    """Passes through a model chunk whose backward pass is still to come, at most: 1F1B, interleaved
-    with a virtual pipeline."""
+    """Largest number of passes through a model chunk that wait for their backward pass: 1F1B,
+    interleaved with a virtual pipeline."""
     p, v = parallel.pipeline, parallel.virtual_pipeline
     if p == 1:
         return 1
@@ -115,7 +87,7 @@ def in_flight(parallel: Parallel, stage: int, slots: int) -> int:
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes of one pass. `layer` and `logits` are never there at once, nor anything else with
+    """Bytes of one pass. `layer` and `logits` are not in use at once, and nothing else is during
     `step`."""
 
     activations: int = 0  # kept for the backward pass, all micro-batches in flight
@@ -131,22 +103,16 @@ class Pass:
 
 
 def _output(slot: Slot, head: bool, weight_gradient: bool) -> int:
-    """The last stage's output layer and readout: the logits in two layouts, or one and their
+    """The last stage's output layer and what reads it: the logits in two layouts, or one and their
     gradient; a head reads fp32."""
     # the final norm; a gathered input
     ends = 2 * slot.residual + (slot.hidden if slot.shards > 1 else 0)
     if head:
         return ends + slot.residual // slot.itemsize * FP32 * (2 if weight_gradient else 1)
-    a = slot.architecture
-    gradient = (
-        padded_vocab(a, slot.parallel.tensor)
-        // slot.parallel.tensor
-        * a.hidden_size
-        * slot.itemsize
-        if weight_gradient
-        else 0
-    )
+    a, tensor = slot.architecture, slot.parallel.tensor
+    weight = padded_vocab(a, tensor) // tensor * a.hidden_size * slot.itemsize
     chunk = min(chunk_bytes(slot.device), slot.logits // slot.itemsize * FP32)
+    gradient = weight if weight_gradient else 0
     return ends + 2 * slot.logits + gradient + READOUT_COPIES * chunk
 
 
@@ -159,8 +125,10 @@ def training(
     head: bool,
     moments: int,
 ) -> Pass:
-    """Forward and backward of one optimizer step of `slots` micro-batches; `moments`: bytes of one
-    of Adam's moments on this rank."""
+    """Forward and backward of one optimizer step of `slots` micro-batches.
+
+    moments: bytes of one of Adam's moments on this rank, where its step needs as much again.
+    """
     parallel, a = slot.parallel, slot.architecture
     passing_on = slot.residual if parallel.pipeline > 1 else 0
     kept = in_flight(parallel, stage, slots) * (
@@ -178,16 +146,12 @@ def forward(slot: Slot, stage: int, head: bool) -> Pass:
     """A pass without gradients: one layer at a time, nothing kept."""
     attention = 5 * slot.query + 3 * slot.key
     layer = 2 * slot.residual + slot.hidden + max(attention, 3 * slot.feed)
-    return Pass(
-        layer=layer,
-        logits=(
-            _output(slot, head, weight_gradient=False) if stage == slot.parallel.pipeline - 1 else 0
-        ),
-    )
+    last = stage == slot.parallel.pipeline - 1
+    return Pass(layer=layer, logits=_output(slot, head, weight_gradient=False) if last else 0)
 
 
 def need_of(slot: Slot) -> Need:
-    """What generation takes, of the model that `slot` is of."""
+    """The bytes that generation needs, for the model of `slot`."""
     return Need(slot.architecture, slot.parallel, slot.itemsize)
 
 

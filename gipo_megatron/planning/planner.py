@@ -1,5 +1,4 @@
-"""A recipe's plan: layout, sizes, phases, batch, time. Builds meta shards of the ranks that can be
-the heaviest."""
+"""A recipe's plan: layout, sizes, phases, batch, time, on the ranks that can be the heaviest."""
 
 from __future__ import annotations
 
@@ -8,11 +7,13 @@ from dataclasses import dataclass, field
 from gipo_megatron.megatron.meta_shard import Shard, build, groups, pretend
 from gipo_megatron.planning.arithmetic import BatchPlan, batch_plan
 from gipo_megatron.planning.compute import Timing, timing
-from gipo_megatron.planning.memory import Footprint, budget, footprints, head_of
+from gipo_megatron.planning.counting import count
+from gipo_megatron.planning.memory import Footprint, budget, footprints
 from gipo_megatron.recipe.schema import Recipe
-from gipo_megatron.specs import Architecture, Parallel, Precision
+from gipo_megatron.specs import Architecture, Parallel, Precision, head_of
 
 NODE = 8  # GPUs a node, unless the recipe has fewer
+Kind = tuple[str | None, bool]  # scalar head, trained
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Plan:
     recipe: Recipe
     groups: dict[str, list[list[int]]]  # tensor, pipeline, data -> global ranks of every group
     gpus_per_node: int
-    parameters: dict[str, int]  # role -> of the whole model
+    parameters: dict[str, int]  # role -> parameters of the whole model
     footprints: tuple[Footprint, ...]  # first, second and last pipeline stage
     batch: BatchPlan
     time: Timing | None  # None: on a CPU
@@ -31,7 +32,7 @@ class Plan:
 
     @property
     def limit(self) -> int:
-        """Bytes that may be filled; 0: on a CPU, no limit is known."""
+        """Bytes that may be filled; 0 on a CPU."""
         memory = self.recipe.hardware.gpu_memory_gib
         return budget(memory) if memory else 0
 
@@ -41,7 +42,7 @@ class Plan:
 
     @property
     def saving(self) -> int:
-        """Bytes of host memory that a save needs at most on the node with most ranks of the first
+        """Upper bound of the host memory for a save on the node with most ranks of the first
         replica."""
         firsts = [rank // self.gpus_per_node for rank, *_ in self.groups["data"]]
         most = max(firsts.count(node) for node in set(firsts))
@@ -50,63 +51,53 @@ class Plan:
         return most * first + (ranks - most) * other
 
     def spanning(self, kind: str) -> int:
-        """How many groups of a kind have ranks on several nodes."""
-        return sum(
-            len({rank // self.gpus_per_node for rank in group}) > 1 for group in self.groups[kind]
-        )
+        """Number of groups of a kind that have ranks on several nodes."""
+        groups = self.groups[kind]
+        return sum(len({rank // self.gpus_per_node for rank in group}) > 1 for group in groups)
 
 
 @dataclass
 class Planner:
-    """Remembers shards: candidates that differ in batch or memory switches share them."""
+    """Makes plans. Keeps the shards: candidates that differ in batch or memory share them."""
 
-    shards: dict[tuple, Shard] = field(default_factory=dict)
+    shards: dict[tuple, dict[Kind, Shard]] = field(default_factory=dict)
 
     def plan(self, recipe: Recipe) -> Plan:
-        """Raises UserError when the model cannot be split as the recipe says."""
-        stages = recipe.parallel.pipeline
-        found = {
-            stage: self._roles(recipe, stage)
-            for stage in sorted({0, min(1, stages - 1), stages - 1})
+        """Raises UserError when a model cannot be split like that, or its algorithm cannot be
+        counted."""
+        last, per_node = recipe.parallel.pipeline - 1, min(recipe.hardware.gpus or NODE, NODE)
+        second = min(1, last)
+        stages = {stage: self._roles(recipe, stage) for stage in sorted({0, second, last})}
+        parameters = {
+            role: sum(stages[stage][role].parameters for stage in {0, last})
+            + stages[second][role].parameters * max(0, last - 1)
+            for role in recipe.models
         }
-        parameters = {}
-        for role in recipe.models:
-            middle = found[min(1, stages - 1)][role].parameters * max(0, stages - 2)
-            ends = [found[stage][role].parameters for stage in {0, stages - 1}]
-            parameters[role] = sum(ends) + middle
-        looked_at = footprints(recipe, list(found.values()))
-        per_node = min(recipe.hardware.gpus or NODE, NODE)
-        heaviest = max(looked_at, key=lambda candidate: candidate.worst.peak)
+        iteration = count(recipe)
+        batch = batch_plan(recipe, iteration)
+        found = footprints(recipe, batch, iteration, list(stages.values()))
+        heaviest = max(found, key=lambda footprint: footprint.worst.peak)
+        on_gpu = recipe.hardware.gpu_memory_gib > 0
         return Plan(
             recipe=recipe,
             groups=groups(recipe.parallel, recipe.world),
             gpus_per_node=per_node,
             parameters=parameters,
-            footprints=looked_at,
-            batch=batch_plan(recipe),
-            time=timing(recipe, heaviest, per_node) if recipe.hardware.gpu_memory_gib else None,
+            footprints=found,
+            batch=batch,
+            time=timing(recipe, batch, heaviest, per_node) if on_gpu else None,
         )
 
     def _roles(self, recipe: Recipe, stage: int) -> dict[str, Shard]:
         """The shards of a stage's first rank: its first tensor rank, its first replica."""
         kinds = {role: (head_of(role), role in recipe.trained) for role in recipe.models}
-        architecture, parallel, precision, world = (
-            recipe.model.architecture,
-            recipe.parallel,
-            recipe.precision,
-            recipe.world,
-        )
-        keys = {
-            role: (repr(architecture), parallel, precision.dtype, world, stage, *kind)
-            for role, kind in kinds.items()
-        }
-        if any(key not in self.shards for key in keys.values()):
+        architecture, parallel, world = recipe.model.architecture, recipe.parallel, recipe.world
+        key = (repr(architecture), parallel, recipe.precision.dtype, world, stage)
+        known = self.shards.setdefault(key, {})
+        if missing := set(kinds.values()) - known.keys():
             rank = stage * (world // parallel.pipeline)
-            built = build_shards(
-                architecture, parallel, precision, world, rank, set(kinds.values())
-            )
-            self.shards |= {keys[role]: built[kind] for role, kind in kinds.items()}
-        return {role: self.shards[key] for role, key in keys.items()}
+            known |= build_shards(architecture, parallel, recipe.precision, world, rank, missing)
+        return {role: known[kind] for role, kind in kinds.items()}
 
 
 def build_shards(
@@ -115,9 +106,9 @@ def build_shards(
     precision: Precision,
     world: int,
     rank: int,
-    kinds: set[tuple[str | None, bool]],
-) -> dict[tuple[str | None, bool], Shard]:
-    """(head, trained) -> what `rank` holds of such a model."""
+    kinds: set[Kind],
+) -> dict[Kind, Shard]:
+    """The part of such models that `rank` holds."""
     with pretend(parallel, world, rank) as mesh:
         return {
             (head, trained): build(architecture, mesh, precision, head=head, trained=trained)

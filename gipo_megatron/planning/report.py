@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gipo_megatron.planning import compute
 from gipo_megatron.planning.compute import Timing
-from gipo_megatron.planning.memory import CONTEXT_BYTES, FRAGMENTATION, GIB
+from gipo_megatron.planning.memory import CONTEXT_BYTES, FRAGMENTATION, GIB, Phase
 from gipo_megatron.planning.planner import Plan, Planner
 from gipo_megatron.planning.verdict import Change, Verdict, judge
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.recipe.schema import Recipe
 
-COLUMNS = 100
+WIDTH = 100
 SHOWN = 3  # groups of a kind
 SMALL = GIB // 10  # below this a plan counts in MiB
+# column of the table of phases -> bytes
+COLUMNS: dict[str, Callable[[Phase], int]] = {
+    "weights": lambda phase: phase.state.weights,
+    "grads": lambda phase: phase.state.gradients,
+    "optim.": lambda phase: phase.state.optimizer,
+    "kept": lambda phase: phase.work.activations,
+    "KV": lambda phase: phase.work.cache,
+    "layer": lambda phase: phase.work.layer,
+    "logits": lambda phase: phase.work.logits,
+    "Adam": lambda phase: phase.work.step,
+    "peak": lambda phase: phase.peak,
+    "moved": lambda phase: phase.moved,
+}
 
 
 def plan_text(argv: Sequence[str], root: Path, world: int | None = None) -> str:
     """The plan of the recipe that a command line (`recipe=… [world=…] key=value …`) describes.
-    Raises UserError where there is none."""
+
+    Raises UserError where there is none.
+    """
 
     def vary(words: Sequence[str]) -> Recipe:
         return compose([*argv, *words], root, world=world)
 
-    recipe, planner = vary(()), Planner()
-    plan = planner.plan(recipe)
+    planner = Planner()
+    plan = planner.plan(vary(()))
     return render(plan, judge(plan, planner, vary))
 
 
 def render(plan: Plan, verdict: Verdict) -> str:
-    sections = [
-        _layout(plan),
-        _models(plan),
-        _phases(plan),
-        ["batch", *indented(plan.batch.lines())],
-    ]
+    batch = [part for line in plan.batch.lines() for part in wrapped(line, "  ")]
+    sections = [_layout(plan), _models(plan), _phases(plan), ["batch", *batch]]
     if plan.time is not None:
         sections.append(_time(plan, plan.time))
     sections.append(_verdict(plan, verdict))
@@ -45,27 +56,20 @@ def render(plan: Plan, verdict: Verdict) -> str:
 
 
 def wrapped(text: str, indent: str = "") -> list[str]:
-    wrapper = textwrap.TextWrapper(
-        COLUMNS, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
+    more = indent + "  "
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=more, break_on_hyphens=False
     )
-    return wrapper.wrap(text)
-
-
-def indented(lines: Sequence[str]) -> list[str]:
-    return [part for line in lines for part in wrapped(line, "  ")]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """The first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  " + "  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return lines
 
 
 # ----------------------------------------------------------------------------------------- sections
@@ -73,26 +77,25 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _layout(plan: Plan) -> list[str]:
     recipe, parallel = plan.recipe, plan.recipe.parallel
-    shares = (
-        f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {recipe.data_parallel}"
-    )
-    chunks = (
-        f", {parallel.virtual_pipeline} chunks a stage" if parallel.virtual_pipeline > 1 else ""
-    )
+    title = f"{recipe.name}: {recipe.algorithm['name']} on {recipe.world}"
+    title += " rank" if recipe.world == 1 else " ranks"
+    title += f" = tensor {parallel.tensor} × pipeline {parallel.pipeline}"
+    title += f" × data {recipe.data_parallel}"
+    if parallel.virtual_pipeline > 1:
+        title += f", {parallel.virtual_pipeline} chunks a stage"
     nodes = -(-recipe.world // plan.gpus_per_node)
-    where = f"; {nodes} nodes of {plan.gpus_per_node} ranks, in order" if nodes > 1 else ""
-    ranks = f"{recipe.world} rank{'s' if recipe.world > 1 else ''}"
-    lines = wrapped(
-        f"{recipe.name}: {recipe.algorithm['name']} on {ranks} = {shares}{chunks}{where}"
-    )
+    if nodes > 1:
+        title += f"; {nodes} nodes of {plan.gpus_per_node} ranks, in order"
+    lines = wrapped(title)
     for kind, groups in plan.groups.items():
-        if len(groups[0]) > 1:
-            spanning = plan.spanning(kind)
-            place = f"{spanning} over several nodes" if spanning else "inside a node"
-            shown = ", ".join(_ranks(group) for group in groups[:SHOWN]) + (
-                ", …" if len(groups) > SHOWN else ""
-            )
-            lines.append(f"  {kind:<8} {len(groups)} of {len(groups[0])} ranks, {place}: {shown}")
+        if len(groups[0]) == 1:
+            continue
+        spanning = plan.spanning(kind)
+        place = f"{spanning} over several nodes" if spanning else "inside a node"
+        shown = ", ".join(_ranks(group) for group in groups[:SHOWN])
+        more = ", …" if len(groups) > SHOWN else ""
+        sizes = f"{len(groups)} of {len(groups[0])} ranks"
+        lines.append(f"  {kind:<8} {sizes}, {place}: {shown}{more}")
     return lines
 
 
@@ -108,103 +111,55 @@ def _models(plan: Plan) -> list[str]:
     found, unit = plan.heaviest, _unit(plan)
     rows = [["model", "parameters", "weights", "gradients", "optimizer", "together", "offload"]]
     for role, shard in found.roles.items():
-        sizes = [
-            _size(n, unit) for n in (shard.weights, shard.gradients, shard.optimizer, shard.state)
-        ]
-        rows.append([role, f"{plan.parameters[role]:,}", *sizes, plan.recipe.models[role].offload])
-    host = (
-        f"; {_size(found.host * min(plan.gpus_per_node, plan.recipe.world), unit)} on the host a"
-        " node"
-        if found.host
-        else ""
-    )
+        sizes = (shard.weights, shard.gradients, shard.optimizer, shard.state)
+        shown = [_size(number, unit) for number in sizes]
+        rows.append([role, f"{plan.parameters[role]:,}", *shown, plan.recipe.models[role].offload])
     title = (
-        f"models: all parameters; {unit[0]} on the heaviest rank, {found.rank} (pipeline stage"
-        f" {found.stage}){host}"
+        f"models: all parameters; {unit[0]} on the heaviest rank, {found.shard.rank} (pipeline"
+        f" stage {found.shard.stage})"
     )
+    if found.host:
+        ranks = min(plan.gpus_per_node, plan.recipe.world)
+        title += f"; {_size(found.host * ranks, unit)} on the host a node"
     return [*wrapped(title), *table(rows)]
 
 
 def _phases(plan: Plan) -> list[str]:
     found, unit = plan.heaviest, _unit(plan)
-    rows = [
-        [
-            "phase",
-            "weights",
-            "grads",
-            "optim.",
-            "kept",
-            "KV",
-            "layer",
-            "logits",
-            "Adam",
-            "peak",
-            "moved",
-        ]
-    ]
+    columns = {name: number for name, number in COLUMNS.items() if any(map(number, found.phases))}
+    rows = [["phase", *columns]]
     for phase in found.phases:
-        state, work = phase.state, phase.work
-        numbers = (
-            state.weights,
-            state.gradients,
-            state.optimizer,
-            work.activations,
-            work.cache,
-            work.layer,
-            work.logits,
-            work.step,
-        )
         mark = " *" if phase is found.worst else ""
-        rows.append(
-            [phase.name + mark, *(_size(n, unit) for n in (*numbers, phase.peak, phase.moved))]
-        )
-    shown = [i for i in range(len(rows[0])) if any(row[i] != "-" for row in rows[1:])]
-    generated = max(phase.work.rows for phase in found.phases)
-    copies = ", FP8 copies of the weights" if plan.recipe.precision.fp8 != "none" else ""
-    meanings = {
-        "kept": (
-            "kept: activations for the backward pass (recompute:"
-            f" {plan.recipe.memory.recompute}){copies}"
-        ),
-        "KV": (
-            f"KV: keys and values of {generated} of a replica's {plan.batch.rows_per_replica}"
-            " sequences, as many as fit at once"
-        ),
+        rows.append([phase.name + mark, *(_size(f(phase), unit) for f in columns.values())])
+    notes = [note for name, note in _meanings(plan).items() if name in columns]
+    saving = f"{_size(plan.saving, unit)} {unit[0]} a node"
+    notes.append(f"save: a checkpoint; the optimizer is gathered in host memory, {saving}")
+    title = f"memory of an iteration on that rank, {unit[0]}; * the largest"
+    return [title, *table(rows), *wrapped(". ".join(notes) + ".", "  ")]
+
+
+def _meanings(plan: Plan) -> dict[str, str]:
+    """Column of the table of phases -> its explanation."""
+    recompute, rows = plan.recipe.memory.recompute, plan.batch.rows_per_replica
+    together = max(phase.work.rows for phase in plan.heaviest.phases)
+    copies = "" if plan.recipe.precision.fp8 == "none" else ", FP8 copies of the weights"
+    return {
+        "kept": f"kept: activations for the backward pass (recompute: {recompute}){copies}",
+        "KV": f"KV: keys and values of {together} of a replica's {rows} sequences, as many as fit"
+        " at once",
         "layer": "layer: at work in one layer",
-        "logits": (
-            "logits: of one micro-batch with their gradients; never beside layer, the larger counts"
-        ),
+        "logits": "logits: of one micro-batch with their gradients; never beside layer, the larger"
+        " counts",
         "Adam": "Adam: temporaries of its step, when the activations are gone",
         "moved": "moved: between host and device",
     }
-    saving = (
-        f"save: a checkpoint; the optimizer is gathered in host memory, {_size(plan.saving, unit)}"
-        f" {unit[0]} a node"
-    )
-    note = (
-        ". ".join(
-            [
-                *(
-                    meaning
-                    for name, meaning in meanings.items()
-                    if name in [rows[0][i] for i in shown]
-                ),
-                saving,
-            ]
-        )
-        + "."
-    )
-    title = f"memory of an iteration on that rank, {unit[0]}; * the largest"
-    return [title, *table([[row[i] for i in shown] for row in rows]), *wrapped(note, "  ")]
 
 
 def _time(plan: Plan, time: Timing) -> list[str]:
     recipe, gpu = plan.recipe, time.gpu
     rows = [["", "PFLOP", "again", "seconds"]]
-    rows += [
-        [work.name, _peta(work.flops), _peta(work.recomputed), f"{work.seconds:.1f}"]
-        for work in time.works
-    ]
+    for work in time.works:
+        rows.append([work.name, _peta(work.flops), _peta(work.recomputed), f"{work.seconds:.1f}"])
     if time.offload:
         rows.append(["offload", "-", "-", f"{time.offload:.1f}"])
     again = sum(work.recomputed for work in time.works)
@@ -220,8 +175,13 @@ def _time(plan: Plan, time: Timing) -> list[str]:
         " GB/s a GPU between nodes. FLOP: 2 · parameters · tokens a pass, without attention's own"
         " products; again: recomputed activations."
     )
-    total = f"  {recipe.run.steps} iterations: {time.seconds * recipe.run.steps / 3600:.1f} hours"
-    return ["work and time of an iteration, all GPUs", *table(rows), total, *wrapped(assumed, "  ")]
+    hours = time.seconds * recipe.run.steps / 3600
+    return [
+        "work and time of an iteration, all GPUs",
+        *table(rows),
+        f"  {recipe.run.steps} iterations: {hours:.1f} hours",
+        *wrapped(assumed, "  "),
+    ]
 
 
 def _peta(flops: float) -> str:
@@ -229,40 +189,31 @@ def _peta(flops: float) -> str:
 
 
 def _verdict(plan: Plan, verdict: Verdict) -> list[str]:
-    worst, unit = plan.heaviest.worst, _unit(plan)
+    worst, unit, memory = plan.heaviest.worst, _unit(plan), plan.recipe.hardware.gpu_memory_gib
     lines = [part for warning in verdict.warnings for part in wrapped(f"warning: {warning}")]
     if verdict.fits is None:
-        largest = f"largest: {_size(worst.peak, unit)} {unit[0]} a process, in {worst.name!r}"
-        return [*lines, *wrapped(f"verdict: none, hardware.gpu_memory_gib is 0 (a CPU); {largest}")]
-    memory = plan.recipe.hardware.gpu_memory_gib
+        largest = f"{_size(worst.peak, unit)} {unit[0]} a process, in {worst.name!r}"
+        cpu = "verdict: none, hardware.gpu_memory_gib is 0 (a CPU)"
+        return [*lines, *wrapped(f"{cpu}; largest: {largest}")]
     kept = f"{CONTEXT_BYTES / GIB:.0f} GiB for CUDA and NCCL, {FRAGMENTATION:.0%} for fragmentation"
-    sizes = (
-        f"{worst.peak / GIB:.1f} GiB in {worst.name!r}; usable {plan.limit / GIB:.1f} of {memory}"
-        f" GiB (left: {kept})"
+    answer = "fits" if verdict.fits else "DOES NOT FIT"
+    lines += wrapped(
+        f"verdict: {answer}. {worst.peak / GIB:.1f} GiB in {worst.name!r}; usable"
+        f" {plan.limit / GIB:.1f} of {memory} GiB (left: {kept})"
     )
     if verdict.fits:
-        return [*lines, *wrapped(f"verdict: fits. {sizes}")]
-    lines += wrapped(f"verdict: DOES NOT FIT. {sizes}")
+        return lines
     if verdict.change is not None:
         return [*lines, *_change("cheapest change", verdict.change)]
-    lines += (
-        []
-        if verdict.closest is None
-        else _change("no change tried here fits; closest", verdict.closest)
-    )
-    return [
-        *lines,
-        *wrapped(
-            "a smaller model, shorter sequences (data.max_length), or GPUs with more memory", "  "
-        ),
-    ]
+    if verdict.closest is not None:
+        lines += _change("no change tried here fits; closest", verdict.closest)
+    others = "a smaller model, shorter sequences (data.max_length), or GPUs with more memory"
+    return [*lines, *wrapped(others, "  ")]
 
 
 def _change(title: str, change: Change) -> list[str]:
-    peak, costs = (
-        change.plan.heaviest.worst.peak / GIB,
-        "; ".join(dict.fromkeys(part.cost for part in change.parts)),
-    )
+    peak = change.plan.heaviest.worst.peak / GIB
+    costs = "; ".join(dict.fromkeys(part.cost for part in change.parts))
     return [
         *wrapped(f"{title}: {' '.join(change.words)}", "  "),
         *wrapped(f"then {peak:.1f} GiB; the price: {costs}", "    "),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from gipo_megatron.specs import OneOf, Range
@@ -98,10 +98,37 @@ def hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def build(slot: str, block: Mapping[str, Any], runtime: Mapping[str, Any]) -> Any:
+class Lazy(Mapping[str, Any]):
+    """Objects by name; each is made by its provider when it is first read, and kept."""
+
+    def __init__(self, providers: Mapping[str, Callable[[], Any]]) -> None:
+        self._providers, self._made = providers, dict[str, Any]()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            self._made[name] = self._providers[name]()
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would make the object
+        return name in self._providers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._providers)
+
+    def __len__(self) -> int:
+        return len(self._providers)
+
+
+def build(
+    slot: str,
+    block: Mapping[str, Any],
+    runtime: Mapping[str, Any],
+    components: Mapping[str, Any] | None = None,
+) -> Any:
     """Build the component that a (checked) recipe block describes, with its nested components.
 
-    Raises ValueError when `runtime` lacks an object that a component needs.
+    components: {field: component} that exist already. Raises ValueError when `runtime` lacks an
+    object that a component needs.
     """
     cls = _registry[slot, block["name"]]
     arguments: dict[str, Any] = {
@@ -115,6 +142,9 @@ def build(slot: str, block: Mapping[str, Any], runtime: Mapping[str, Any]) -> An
             )
         arguments[f.name] = runtime[name]
     for f in component_fields(cls):
+        if components is not None and f.name in components:
+            arguments[f.name] = components[f.name]
+            continue
         nested = block.get(f.name) or {"name": f.metadata["default"]}
         arguments[f.name] = build(f.metadata["slot"], nested, runtime)
     return cls(**arguments)

@@ -1,25 +1,25 @@
-"""What a group classifier learnt: what p(high group) follows, how sure it is, and whether there are
+"""Audit of a group classifier: what p(high group) follows, how certain it is, and whether there are
 two groups at all."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from sklearn.metrics import adjusted_mutual_info_score
+from scipy.special import entr
+from scipy.stats import rankdata
+from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
 
-from gipo_megatron import ops
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.types import Response, TaskPrompt
-from gipo_megatron.reports.runs import Points, Run, in_bins
+from gipo_megatron.reports.runs import Points, RunFolder, finite, in_bins
+from gipo_megatron.statistics import correlation
 
 SMALL_GROUP = 0.05  # of all responses: a group below has collapsed
-# of ln 2: where all but 1 in 20 posteriors are above, nothing was learnt; p within 0.37 … 0.63
+# of ln 2: the classifier learnt nothing if 95 % of the entropies are above (0.37 < p < 0.63)
 UNDECIDED = 0.95
 EXEMPLARS = 4
 FIRST_WORDS = 8
@@ -31,7 +31,7 @@ _MARK = re.compile(r"\n\nAssistant:|<\|im_start\|>|<\|im_end\|>")
 
 @dataclass(frozen=True)
 class Row:
-    """One response with the group its prompt was put into. length: of the response, in tokens."""
+    """One response and its p(high group). length: of the response, in tokens."""
 
     prompt: str
     response: str
@@ -54,8 +54,8 @@ class Association:
 
 @dataclass(frozen=True)
 class Label:
-    """p_high of the rows with a given label (a source, a first word). auc: P(p_high is larger than
-    of a row without it), ties one half."""
+    """p_high of the rows with a label (a source, a first word). auc: P(p_high of such a row is
+    larger than of another row), ties one half."""
 
     name: str
     count: int
@@ -65,8 +65,8 @@ class Label:
 
 @dataclass(frozen=True)
 class Entropy:
-    """Of the posteriors, in nats: 0 certain … ln 2 undecided. `bins`: counts in ten equal parts of
-    [0, ln 2]."""
+    """Entropy of the posteriors in nats, 0 certain … ln 2 undecided. `bins`: counts in ten equal
+    parts of [0, ln 2]."""
 
     mean: float
     quantiles: dict[str, float]  # "5", "25", "50", "75", "95"
@@ -74,18 +74,8 @@ class Entropy:
 
 
 @dataclass(frozen=True)
-class Exemplar:
-    prompt: str
-    response: str
-    source: str
-    p_high: float
-    score: float | None
-    length: float
-
-
-@dataclass(frozen=True)
 class Audit:
-    """`asdict` is JSON: finite numbers and None."""
+    """`as_json` holds finite numbers and None."""
 
     name: str
     rows: int
@@ -99,15 +89,15 @@ class Audit:
     source_ami: float | None
     entropy: Entropy
     history: dict[str, Points]  # groups/… over the steps; empty for an evaluation
-    exemplars: dict[str, list[Exemplar]]  # high, low: the most certain; uncertain
+    exemplars: dict[str, list[Row]]  # high, low: the most certain; uncertain
     alarms: list[str]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def audit_run(run: Run) -> Audit:
-    """Of the last fifth of the sampled steps. Raises UserError where no sample has a p_high, or
+def audit_run(run: RunFolder) -> Audit:
+    """Audit the last fifth of the sampled steps. Raises UserError where no sample has a p_high, or
     there are not two groups."""
     if run.series("groups/share_0")[0] and not run.series("groups/share_1")[0]:
         raise UserError(
@@ -121,82 +111,54 @@ def audit_run(run: Run) -> Audit:
             where=str(run.path),
             fix="with more, p_high is a rank and no posterior; see groups/ in its report",
         )
-    there = [
+    samples = [
         row
         for row in run.samples
-        if _number(row.get("p_high")) is not None and isinstance(row.get("prompt"), str)
+        if finite(row.get("p_high")) and finite(row.get("length")) and "prompt" in row
     ]
-    if not there:
+    if not samples:
         raise UserError(
             "no sample with p_high",
             where=str(run.path / "samples.jsonl"),
-            fix="audit a PPO or GIPO run with a group_classifier",
+            fix="audit a run with a group_classifier",
         )
-    steps = sorted({row["step"] for row in there})
+    steps = sorted({row["step"] for row in samples})
     last = steps[-max(1, len(steps) // 5) :]
-    rows = [_row(row) for row in there if row["step"] >= last[0]]
-    history = {
-        name: in_bins(*run.series(f"groups/{name}"))
-        for name in SERIES
-        if run.series(f"groups/{name}")[0]
-    }
-    return _audit(run.name, rows, (last[0], last[-1]), history)
+    rows = [_row(row) for row in samples if row["step"] >= last[0]]
+    series = {name: run.series(f"groups/{name}") for name in SERIES}
+    history = {name: in_bins(*points) for name, points in series.items() if points[0]}
+    return audit_rows(run.name, rows, (last[0], last[-1]), history)
 
 
-def _row(row: Mapping[str, Any]) -> Row:
-    response = str(row.get("response", ""))
-    length = _number(row.get("length"))
+def _row(sample: dict[str, Any]) -> Row:
     return Row(
-        prompt=row["prompt"],
-        response=response,
-        source=str(row.get("source", "")),
-        p_high=float(row["p_high"]),
-        length=float(len(response.split())) if length is None else length,
-        score=_number(row.get("score")),
-        kl=_number(row.get("kl")),
+        prompt=sample["prompt"],
+        response=str(sample.get("response", "")),
+        source=str(sample.get("source", "")),
+        p_high=float(sample["p_high"]),
+        length=float(sample["length"]),
+        score=finite_or_none(sample.get("score")),
+        kl=finite_or_none(sample.get("kl")),
     )
 
 
-def _number(value: Any) -> float | None:
-    there = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if there else None
+def finite_or_none(value: Any) -> float | None:
+    return float(value) if finite(value) else None
 
 
-def audit_responses(prompts: Sequence[TaskPrompt], responses: Sequence[Response]) -> Audit:
-    """Of the responses with figures.p_high. Give one policy's: scores and lengths of several do not
-    compare.
-
-    Raises UserError where none has a p_high, or a response's prompt is not among `prompts`.
-    """
-    known = {(p.task, p.prompt_id): p for p in prompts}
-    rows = []
-    for r in responses:
-        p_high = _number(r.figures.get("p_high"))
-        if p_high is None:
-            continue
-        if (r.task, r.prompt_id) not in known:
-            raise UserError(
-                f"no prompt {r.prompt_id!r} in task {r.task!r}",
-                fix="prompts and responses are of two evaluations",
-            )
-        prompt = known[r.task, r.prompt_id]
-        score, kl = _number(r.figures.get("score")), _number(r.figures.get("kl"))
-        rows.append(Row(prompt.text, r.text, prompt.source, p_high, float(r.tokens), score, kl))
-    if not rows:
-        raise UserError(
-            "no response with p_high",
-            fix="evaluate with models.critic, the critic of a run with a group_classifier",
-        )
-    return _audit(" + ".join(dict.fromkeys(r.policy for r in responses)), rows, None, {})
-
-
-def _audit(
-    name: str, rows: list[Row], steps: tuple[int, int] | None, history: dict[str, Points]
+def audit_rows(
+    name: str,
+    rows: list[Row],
+    steps: tuple[int, int] | None = None,
+    history: dict[str, Points] | None = None,
 ) -> Audit:
+    """Audit the responses of one policy: scores and lengths of several do not compare."""
     high = np.clip([row.p_high for row in rows], 0.0, 1.0)
-    entropies = _entropies(high)
+    # H(p) = −p ln p − (1 − p) ln(1 − p)
+    entropies = np.minimum(entr(high) + entr(1 - high), math.log(2))
     sources = [row.source for row in rows]
     several = len(set(sources)) > 1
+    quantiles = (5, 25, 50, 75, 95)
     return Audit(
         name=name,
         rows=len(rows),
@@ -209,76 +171,51 @@ def _audit(
         source_ami=float(adjusted_mutual_info_score(sources, high > 0.5)) if several else None,
         entropy=Entropy(
             mean=float(entropies.mean()),
-            quantiles={str(q): float(np.quantile(entropies, q / 100)) for q in (5, 25, 50, 75, 95)},
+            quantiles={str(q): float(np.quantile(entropies, q / 100)) for q in quantiles},
             bins=np.histogram(entropies, 10, (0.0, math.log(2)))[0].tolist(),
         ),
-        history=history,
-        exemplars=_exemplars(rows),
+        history=history or {},
+        exemplars={
+            "high": _first([r for r in rows if r.p_high > 0.5], lambda r: -r.p_high),
+            "low": _first([r for r in rows if r.p_high < 0.5], lambda r: r.p_high),
+            "uncertain": _first(rows, lambda r: abs(r.p_high - 0.5)),
+        },
         alarms=_alarms(high, entropies),
     )
 
 
-def _entropies(high: np.ndarray) -> np.ndarray:
-    """H(p) = −p ln p − (1 − p) ln(1 − p), at most ln 2."""
-    p = np.stack([high, 1 - high])
-    return np.minimum(-(p * np.log(np.where(p > 0, p, 1.0))).sum(0), math.log(2))
-
-
-# ---------------------------------------------------------------------------------- what it follows
+# ------------------------------------------------------------------------------------- associations
 
 
 def _associations(rows: list[Row]) -> list[Association]:
-    """With what is known of a response, then with simple features of the prompt; strongest
+    """Correlate p_high with figures of the response, then with features of the prompt; strongest
     (Spearman) of each first."""
+    features = [prompt_features(row.prompt) for row in rows]
     of_response: dict[str, list[float | None]] = {
         "score": [row.score for row in rows],
         "response length": [row.length for row in rows],
         "KL": [row.kl for row in rows],
     }
-    features = [prompt_features(row.prompt) for row in rows]
     of_prompt: dict[str, list[float | None]] = {
         name: [f[name] for f in features] for name in features[0]
     }
     found = []
     for part in (of_response, of_prompt):
-        measured = [
-            _association(name, values, rows)
-            for name, values in part.items()
-            if any(v is not None for v in values)
-        ]
+        measured = [_association(name, values, rows) for name, values in part.items()]
         found += sorted(measured, key=lambda a: -abs(a.spearman or 0.0))
-    return found
+    return [association for association in found if association.count]
 
 
 def _association(name: str, values: list[float | None], rows: list[Row]) -> Association:
-    pairs = np.array(
-        [(value, row.p_high) for value, row in zip(values, rows, strict=True) if value is not None],
-        dtype=float,
-    )
-    x, y = pairs.T
-    return Association(name, correlation(x, y), correlation(_ranks(x), _ranks(y)), len(pairs))
+    pairs = [(v, row.p_high) for v, row in zip(values, rows, strict=True) if v is not None]
+    x, y = np.array(pairs, dtype=float).reshape(-1, 2).T
+    spearman = correlation(rankdata(x), rankdata(y))
+    return Association(name, correlation(x, y), spearman, len(pairs))
 
 
-def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Pearson's r; None for fewer than three points or where one does not vary."""
-    if (
-        len(x) < 3
-        or np.ptp(x) <= 1e-12 * max(1.0, np.abs(x).max())
-        or np.ptp(y) <= 1e-12 * max(1.0, np.abs(y).max())
-    ):
-        return None
-    return float(np.clip(np.corrcoef(x, y)[0, 1], -1.0, 1.0))
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    """From 1; equal values share their mean rank."""
-    _, where, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[where]
-
-
-def prompt_features(prompt: str) -> dict[str, float | None]:
-    """What anybody could sort prompts by: length in characters, user turns, a question mark or a
-    digit in the last user turn."""
+def prompt_features(prompt: str) -> dict[str, float]:
+    """Return simple features: length in characters, user turns, a question mark or a digit in the
+    last user turn."""
     last = last_turn(prompt)
     return {
         "prompt length": float(len(prompt)),
@@ -289,7 +226,7 @@ def prompt_features(prompt: str) -> dict[str, float | None]:
 
 
 def last_turn(prompt: str) -> str:
-    """What the user said last, in a Human:/Assistant: or ChatML prompt; any other prompt whole."""
+    """Return the last user turn of a Human:/Assistant: or ChatML prompt; any other prompt whole."""
     return _MARK.split(_USER.split(prompt)[-1])[0].strip()
 
 
@@ -299,50 +236,34 @@ def _first_word(prompt: str) -> str:
 
 
 def _labels(labels: list[str], high: np.ndarray) -> list[Label]:
-    """Most frequent first."""
-    x = torch.from_numpy(high)
+    """Return one Label per name, most frequent first."""
     found = []
     for name in dict.fromkeys(labels):
         mine = np.array([label == name for label in labels])
-        auc = (
-            None
-            if mine.all()
-            else float(ops.auc(torch.from_numpy(mine), x, torch.zeros(len(x), dtype=torch.long)))
-        )
+        auc = None if mine.all() else float(roc_auc_score(mine, high))
         found.append(Label(name, int(mine.sum()), float(high[mine].mean()), auc))
     return sorted(found, key=lambda label: -label.count)
 
 
-# -------------------------------------------------------------------------- who, and whether at all
+# ---------------------------------------------------------------------------------------- certainty
 
 
-def _exemplars(rows: list[Row]) -> dict[str, list[Exemplar]]:
-    """Each prompt once a list."""
-
-    def first(ordered: list[Row]) -> list[Exemplar]:
-        once: dict[str, Row] = {}
-        for row in ordered:
-            once.setdefault(row.prompt, row)
-        return [
-            Exemplar(r.prompt, r.response, r.source, r.p_high, r.score, r.length)
-            for r in list(once.values())[:EXEMPLARS]
-        ]
-
-    return {
-        "high": first(sorted((r for r in rows if r.p_high > 0.5), key=lambda r: -r.p_high)),
-        "low": first(sorted((r for r in rows if r.p_high < 0.5), key=lambda r: r.p_high)),
-        "uncertain": first(sorted(rows, key=lambda r: abs(r.p_high - 0.5))),
-    }
+def _first(rows: list[Row], key: Callable[[Row], float]) -> list[Row]:
+    """Return the EXEMPLARS rows with the lowest key, each prompt once."""
+    once: dict[str, Row] = {}
+    for row in sorted(rows, key=key):
+        once.setdefault(row.prompt, row)
+    return list(once.values())[:EXEMPLARS]
 
 
 def _alarms(high: np.ndarray, entropies: np.ndarray) -> list[str]:
-    """A group's size is the smaller of its mass and of its share of the hard labels."""
+    """Return at most one alarm. A group's size: the smaller of its mass and its share of labels."""
     surest = float(np.quantile(entropies, 0.05))
     if surest > UNDECIDED * math.log(2):
         return [
             f"nothing learnt: the posteriors stay near one half (entropy {surest:.3f} or more for"
             f" 95 % of the responses; undecided is ln 2 = {math.log(2):.3f}). Train longer, raise"
-            " group_classifier.lr or beta_critic, or look whether returns differ at all."
+            " group_classifier.lr or beta_critic, or check whether returns differ at all."
         ]
     sizes = {
         "high": min(high.mean(), (high > 0.5).mean()),
@@ -352,7 +273,7 @@ def _alarms(high: np.ndarray, entropies: np.ndarray) -> list[str]:
     if size < SMALL_GROUP:
         return [
             f"collapse: the {name} group holds {100 * size:.1f} % of the responses (alarm below"
-            f" {100 * SMALL_GROUP:.0f} %). There is one group in all but name; a gap between groups"
-            " says nothing."
+            f" {100 * SMALL_GROUP:.0f} %). In effect there is one group, and a gap between groups"
+            " has no meaning."
         ]
     return []

@@ -1,15 +1,17 @@
-"""Figures of metrics over the steps, and of one against another. Each takes the systems to compare
-and returns a figure, or why not."""
+"""Figures of metrics over the steps, and of one against another. Each takes the groups of runs to
+compare and returns a figure, or the reason why there is none."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gipo_megatron.reports.runs import Group, Run, in_bins
+from gipo_megatron.reports.runs import RunFolder, SeedGroup, in_bins
 from gipo_megatron.reports.style import (
     MAX_SMALL,
     NEUTRAL,
@@ -23,51 +25,44 @@ from gipo_megatron.reports.style import (
 )
 
 MAX_SOURCES = 8
+Draw = Callable[[list[SeedGroup]], Drawn]
 
 
-def _line(
-    axis: Axes, group: Group, index: int, metric: str, label: str, linestyle: str | None = None
-) -> None:
-    """The metric over the steps: mean and, for several seeds, the band from lowest to highest. Few
-    points get markers."""
-    steps, mean, low, high = group.band(metric)
-    if not steps:
-        return
-    x, y = in_bins(steps, mean)
-    point = "o" if len(steps) <= 12 else None
-    axis.plot(
-        x,
-        y,
-        color=colour(index),
-        linestyle=linestyle or dash(index),
-        marker=point,
-        label=visible(label),
-    )
-    if len(group.runs) > 1:
-        axis.fill_between(
-            x,
-            in_bins(steps, low)[1],
-            in_bins(steps, high)[1],
-            color=colour(index),
-            alpha=0.18,
-            linewidth=0,
-        )
+def lines(wanted: Mapping[str, str], columns: int = 2) -> Draw:
+    """Return a figure with a panel for each metric that some run has. wanted: metric -> title."""
+    return lambda groups: _lines(groups, wanted, columns)
 
 
-def _panel_lines(groups: list[Group], wanted: dict[str, str], columns: int = 2) -> Drawn:
-    """One panel per metric that some run has, a line per run. wanted: metric -> title."""
-    have = {
-        metric: title for metric, title in wanted.items() if any(g.band(metric)[0] for g in groups)
-    }
+def _lines(groups: list[SeedGroup], wanted: Mapping[str, str], columns: int = 2) -> Drawn:
+    have = {m: title for m, title in wanted.items() if any(g.band(m)[0] for g in groups)}
     if not have:
         return f"no {', '.join(wanted)}"
     figure, axes = panels(list(have.values()), columns)
     for axis, metric in zip(axes, have, strict=True):
         for i, group in enumerate(groups):
             _line(axis, group, i, metric, group.label)
-        _step_axis(axis)
-    shared_legend(figure, axes, at_least=1 if len(groups) > 1 else 2)
+    _legend(figure, axes, groups)
     return figure
+
+
+def _line(
+    axis: Axes, group: SeedGroup, index: int, metric: str, label: str, linestyle: str | None = None
+) -> None:
+    """Draw the mean and, for several seeds, the band from lowest to highest. Few points get
+    markers."""
+    _step_axis(axis)
+    steps, mean, low, high = group.band(metric)
+    if not steps:
+        return
+    axis.plot(
+        *in_bins(steps, mean),
+        color=colour(index),
+        linestyle=linestyle or dash(index),
+        marker="o" if len(steps) <= 12 else None,
+        label=visible(label),
+    )
+    if len(group.runs) > 1:
+        _fill(axis, index, steps, low, high)
 
 
 def _step_axis(axis: Axes) -> None:
@@ -75,65 +70,65 @@ def _step_axis(axis: Axes) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
 
 
-def loss(groups: list[Group]) -> Drawn:
-    wanted = {
-        "sft/loss": "SFT loss (nats per token)",
-        "rm/loss": "reward model loss",
-        "dpo/loss": "DPO loss",
-        "value/loss": "value loss",
+def _fill(
+    axis: Axes, index: int, steps: list[int], low: list[float], high: list[float], label: str = ""
+) -> None:
+    x, below = in_bins(steps, low)
+    above = in_bins(steps, high)[1]
+    axis.fill_between(x, below, above, color=colour(index), alpha=0.18, linewidth=0, label=label)
+
+
+def _legend(figure: Figure, axes: list[Axes], groups: list[SeedGroup]) -> None:
+    shared_legend(figure, axes, at_least=1 if len(groups) > 1 else 2)
+
+
+def losses(groups: list[SeedGroup]) -> Drawn:
+    """Draw each `<name>/loss` but the policy's, whose value has no meaning; held-out last."""
+    have = [name for name in _names(groups, "", "/loss") if name != "policy"]
+    titles = {f"{n}/loss": "held-out loss" if n == "eval" else f"{n} loss" for n in have}
+    return _lines(groups, titles) if titles else "no <name>/loss"
+
+
+def accuracies(groups: list[SeedGroup]) -> Drawn:
+    """Draw each `<name>/accuracy`; held-out last."""
+    titles = {
+        f"{name}/accuracy": f"accuracy, {'held-out' if name == 'eval' else 'training'} pairs"
+        for name in _names(groups, "", "/accuracy")
     }
-    return _panel_lines(groups, {**wanted, "eval/loss": "held-out loss"})
+    return _lines(groups, titles) if titles else "no <name>/accuracy"
 
 
-def accuracy(groups: list[Group]) -> Drawn:
-    wanted = {
-        "rm/accuracy": "accuracy, training pairs",
-        "dpo/accuracy": "DPO accuracy, training pairs",
-        "eval/accuracy": "accuracy, held-out pairs",
-    }
-    return _panel_lines(groups, wanted)
+def _names(groups: list[SeedGroup], prefix: str, suffix: str) -> list[str]:
+    """Return <name> of the metrics <prefix><name><suffix> that some run has, in order of first
+    appearance, `eval` last."""
+    found = []
+    for metric in dict.fromkeys(metric for group in groups for metric in group.names()):
+        matches = metric.startswith(prefix) and metric.endswith(suffix)
+        if matches and any(group.band(metric)[0] for group in groups):
+            found.append(metric[len(prefix) : len(metric) - len(suffix)])
+    return sorted(found, key=lambda name: name == "eval")
 
 
-def reward(groups: list[Group]) -> Drawn:
-    wanted = {
-        "reward/score_mean": "score, training prompts",
-        "eval/score": "score, held-out prompts",
-        "eval/gold": "gold reward, held-out prompts",
-    }
-    return _panel_lines(groups, wanted, columns=3)
-
-
-def kl(groups: list[Group]) -> Drawn:
-    return _panel_lines(
-        groups,
-        {
-            "kl/mean": "KL to the reference (nats per response)",
-            "kl/coef_mean": "mean KL coefficient",
-        },
-    )
-
-
-FRONTIERS = (  # KL, reward, title: what a nat of distance from the reference buys
+# KL, reward, title
+FRONTIERS = (
     ("eval/kl", "eval/score", "score, held-out prompts"),
     ("eval/kl", "eval/gold", "gold reward, held-out prompts"),
     ("kl/mean", "reward/score_mean", "score, training prompts"),
 )
 
 
-def frontier(groups: list[Group]) -> Drawn:
-    """Reward against √KL (Gao et al. 2023) over training: held-out figures, and the training
+def frontier(groups: list[SeedGroup]) -> Drawn:
+    """Draw reward against √KL (Gao et al. 2023) over training: held-out figures, and the training
     prompts' only where no run has any.
 
-    A system is the mean of its seeds, its end filled; its seeds are thin lines of their own. A
-    sampled KL below 0 is 0.
+    A group is the mean of its seeds, its end filled; its seeds are thin lines. A sampled KL below 0
+    is 0.
     """
     paths = {
         title: [[_pairs(run, x, y) for run in group.runs] for group in groups]
         for x, y, title in FRONTIERS
     }
-    have = [
-        title for _, _, title in FRONTIERS if any(seed for group in paths[title] for seed in group)
-    ]
+    have = [title for title, found in paths.items() if any(map(any, found))]
     have = [title for title in have if "held-out" in title] or have
     if not have:
         return "no eval/kl with eval/score, no kl/mean with reward/score_mean"
@@ -143,12 +138,12 @@ def frontier(groups: list[Group]) -> Drawn:
             _path(axis, i, group.label, [seed for seed in seeds if seed])
         axis.set_xlabel("√KL to the reference (√nats)")
     axes[0].set_ylabel("reward")
-    shared_legend(figure, axes, at_least=1 if len(groups) > 1 else 2)
+    _legend(figure, axes, groups)
     return figure
 
 
-def _pairs(run: Run, kl: str, reward: str) -> dict[int, tuple[float, float]]:
-    """step -> (√KL, reward), where both are there."""
+def _pairs(run: RunFolder, kl: str, reward: str) -> dict[int, tuple[float, float]]:
+    """step -> (√KL, reward), where the run has both."""
     distances, rewards = (dict(zip(*run.series(metric), strict=True)) for metric in (kl, reward))
     return {
         step: (max(distances[step], 0.0) ** 0.5, rewards[step])
@@ -158,163 +153,100 @@ def _pairs(run: Run, kl: str, reward: str) -> dict[int, tuple[float, float]]:
 
 
 def _path(axis: Axes, index: int, label: str, seeds: list[dict[int, tuple[float, float]]]) -> None:
-    steps = sorted(set.intersection(*(set(seed) for seed in seeds))) if seeds else []
+    steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
     if not steps:
         return
-    x, y = (
-        in_bins(
-            steps, [math.fsum(seed[step][k] for seed in seeds) / len(seeds) for step in steps], 30
-        )[1]
-        for k in (0, 1)
-    )
-    axis.plot(
-        x,
-        y,
-        marker=marker(index),
-        markerfacecolor="white",
-        color=colour(index),
-        linestyle=dash(index),
-        label=visible(label),
-    )
-    axis.plot(x[-1:], y[-1:], marker=marker(index), markersize=6, color=colour(index))
-    for seed in seeds if len(seeds) > 1 else []:
-        path = [in_bins(steps, [seed[step][k] for step in steps], 30)[1] for k in (0, 1)]
-        axis.plot(*path, linewidth=0.7, alpha=0.45, color=colour(index), linestyle=dash(index))
+    look: dict[str, Any] = {"color": colour(index), "linestyle": dash(index)}
+    own = [[[seed[step][k] for step in steps] for k in (0, 1)] for seed in seeds]
+    mean = [[math.fsum(v) / len(v) for v in zip(*(s[k] for s in own), strict=True)] for k in (0, 1)]
+    x, y = (in_bins(steps, values, 30)[1] for values in mean)
+    point = marker(index)
+    axis.plot(x, y, marker=point, markerfacecolor="white", label=visible(label), **look)
+    axis.plot(x[-1:], y[-1:], marker=point, markersize=6, color=colour(index))
+    for seed in own if len(own) > 1 else []:
+        path = [in_bins(steps, values, 30)[1] for values in seed]
+        axis.plot(*path, linewidth=0.7, alpha=0.45, **look)
 
 
-def rollout(groups: list[Group]) -> Drawn:
-    return _panel_lines(
-        groups,
-        {
-            "rollout/length_mean": "response length (tokens)",
-            "rollout/truncated": "share of truncated responses",
-        },
-    )
-
-
-def explained_variance(groups: list[Group]) -> Drawn:
-    drawn = _panel_lines(groups, {"value/explained_variance": "explained variance of the value"})
+def explained_variance(groups: list[SeedGroup]) -> Drawn:
+    metric = "value/explained_variance"
+    drawn = _lines(groups, {metric: "explained variance of the value"})
     if isinstance(drawn, Figure):
         axis = drawn.axes[0]
         axis.axhline(0, color=NEUTRAL, linewidth=0.8)
-        values = [v for g in groups for v in g.band("value/explained_variance")[1]]
-        # a cold critic is far below zero: the rest must stay readable
-        axis.set_ylim(max(min(values) - 0.05, -1.0), 1.0)
+        lowest = min(value for group in groups for value in group.band(metric)[1])
+        # a new critic is far below zero: the rest must stay readable
+        axis.set_ylim(max(lowest - 0.05, -1.0), 1.0)
     return drawn
 
 
-def group_returns(groups: list[Group]) -> Drawn:
-    """Return of the high-scoring (easy, solid) and the low-scoring (hard, dashed) group, then their
-    gap."""
-    pair = ("groups/return_high", "groups/return_low")
-    have = [g for g in groups if g.band(pair[0])[0] and g.band(pair[1])[0]]
-    gap = [g for g in groups if g.band("groups/gap")[0]]
-    if not have and not gap:
-        return "no groups/return_high, groups/return_low, groups/gap"
-    titles = [
-        t
-        for t, there in (("group returns (raw score)", have), ("gap between the groups", gap))
-        if there
-    ]
-    figure, axes = panels(titles)
-    if have:
+def group_returns(groups: list[SeedGroup]) -> Drawn:
+    """Draw the return of the high-scoring (easy, solid) and the low-scoring (hard, dashed) group,
+    then their gap."""
+    high, low, gap = "groups/return_high", "groups/return_low", "groups/gap"
+    several = len(groups) > 1
+    titles = {}
+    if any(g.band(high)[0] and g.band(low)[0] for g in groups):
+        titles[high] = f"group returns ({'high solid, low dashed' if several else 'raw score'})"
+    if any(g.band(gap)[0] for g in groups):
+        titles[gap] = "gap between the groups"
+    if not titles:
+        return f"no {high}, {low}, {gap}"
+    figure, axes = panels(list(titles.values()))
+    for axis, metric in zip(axes, titles, strict=True):
         for i, group in enumerate(groups):
-            _line(
-                axes[0],
-                group,
-                i,
-                pair[0],
-                f"{group.label}, high group" if len(groups) == 1 else group.label,
-                "-",
-            )
-            _line(
-                axes[0],
-                group,
-                i,
-                pair[1],
-                f"{group.label}, low group" if len(groups) == 1 else "",
-                "--",
-            )
-        if len(groups) > 1:
-            axes[0].set_title("group returns (high solid, low dashed)")
-        _step_axis(axes[0])
-    if gap:
-        for i, group in enumerate(groups):
-            _line(axes[-1], group, i, "groups/gap", "" if len(groups) == 1 else group.label)
-        axes[-1].axhline(0, color=NEUTRAL, linewidth=0.8)
-        _step_axis(axes[-1])
-    shared_legend(figure, axes, at_least=1 if len(groups) > 1 else 2)
+            if metric == gap:
+                _line(axis, group, i, gap, group.label if several else "")
+            else:
+                _line(axis, group, i, high, group.label + ("" if several else ", high group"), "-")
+                _line(axis, group, i, low, "" if several else f"{group.label}, low group", "--")
+        if metric == gap:
+            axis.axhline(0, color=NEUTRAL, linewidth=0.8)
+    _legend(figure, axes, groups)
     return figure
 
 
-def sources(groups: list[Group]) -> Drawn:
-    return _by_source(groups, "source/", "/score", "score")
+def by_source(prefix: str, suffix: str, quantity: str) -> Draw:
+    """Return a figure of a metric per data source: one run has its sources in one panel, several
+    runs have a panel per source."""
+    return lambda groups: _by_source(groups, prefix, suffix, quantity)
 
 
-def gold_by_source(groups: list[Group]) -> Drawn:
-    return _by_source(groups, "eval/gold/", "", "held-out gold reward")
-
-
-def _by_source(groups: list[Group], prefix: str, suffix: str, quantity: str) -> Drawn:
-    """A metric per data source: one run has its sources in one panel, several runs have a panel per
-    source."""
-    metrics = [
-        n
-        for n in dict.fromkeys(n for g in groups for n in g.names())
-        if n.startswith(prefix) and n.endswith(suffix)
-    ]
-    metrics = [n for n in metrics if any(g.band(n)[0] for g in groups)]
-    if not metrics:
+def _by_source(groups: list[SeedGroup], prefix: str, suffix: str, quantity: str) -> Drawn:
+    names = _names(groups, prefix, suffix)
+    if not names:
         return f"no {prefix}<name>{suffix}"
-    names = [n[len(prefix) : len(n) - len(suffix)] for n in metrics]
-    shown, rest = list(zip(metrics, names, strict=True))[:MAX_SOURCES], names[MAX_SOURCES:]
+    shown, rest = names[:MAX_SOURCES], names[MAX_SOURCES:]
     if len(groups) == 1:
         figure, axes = panels([f"{quantity} by data source"])
-        for i, (metric, name) in enumerate(shown):
-            _line(axes[0], groups[0], i, metric, name)
+        for i, name in enumerate(shown):
+            _line(axes[0], groups[0], i, f"{prefix}{name}{suffix}", name)
     else:
-        figure, axes = panels([f"{name}: {quantity}" for _, name in shown], sharey=True)
-        for axis, (metric, _) in zip(axes, shown, strict=True):
+        figure, axes = panels([f"{name}: {quantity}" for name in shown], sharey=True)
+        for axis, name in zip(axes, shown, strict=True):
             for i, group in enumerate(groups):
-                _line(axis, group, i, metric, group.label)
-    for axis in axes:
-        _step_axis(axis)
+                _line(axis, group, i, f"{prefix}{name}{suffix}", group.label)
     shared_legend(figure, axes, at_least=1)
     if rest:
-        figure.suptitle(
-            f"{len(rest)} more not shown: {', '.join(rest)[:60]}", fontsize=7, color=NEUTRAL
-        )
+        text = f"{len(rest)} more not shown: {', '.join(rest)[:60]}"
+        figure.suptitle(text, fontsize=7, color=NEUTRAL)
     return figure
 
 
-def weights(groups: list[Group]) -> Drawn:
-    """w_i: mean and the range from smallest to largest, a panel per run."""
-    have = [
-        (i, g)
-        for i, g in enumerate(groups)
-        if g.band("weights/min")[0] and g.band("weights/max")[0]
-    ][:MAX_SMALL]
+def weights(groups: list[SeedGroup]) -> Drawn:
+    """Draw w_i: mean and the range from smallest to largest, a panel per group of runs."""
+    low, high = "weights/min", "weights/max"
+    have = [(i, g) for i, g in enumerate(groups) if g.band(low)[0] and g.band(high)[0]][:MAX_SMALL]
     if not have:
-        return "no weights/min, weights/max"
+        return f"no {low}, {high}"
     figure, axes = panels([visible(g.label) for _, g in have], sharey=True)
     for axis, (i, group) in zip(axes, have, strict=True):
-        steps, low, lowest, _ = group.band("weights/min")
-        _, high, _, highest = group.band("weights/max")
-        lower, upper = (lowest, highest) if len(group.runs) > 1 else (low, high)
-        x, below = in_bins(steps, lower)
-        axis.fill_between(
-            x,
-            below,
-            in_bins(steps, upper)[1],
-            color=colour(i),
-            alpha=0.18,
-            linewidth=0,
-            label="smallest to largest",
-        )
+        steps, _, lowest, _ = group.band(low)
+        _fill(axis, i, steps, lowest, group.band(high)[3], "smallest to largest")
         at, mean = in_bins(*group.band("weights/mean")[:2])
         axis.plot(at, mean, color=colour(i), label="mean")
-        axis.axhline(1, color=NEUTRAL, linewidth=0.8, linestyle=":")
         _step_axis(axis)
+        axis.axhline(1, color=NEUTRAL, linewidth=0.8, linestyle=":")
     axes[0].set_ylabel("weight of a sequence")
     shared_legend(figure, axes)
     return figure

@@ -1,21 +1,16 @@
-"""One file that shows a run, or several beside each other: report.html opens anywhere and asks no
-network for anything."""
+"""report.html of one or several runs: one file that opens anywhere and loads nothing."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from gipo_megatron.files import write_text
 from gipo_megatron.reports.figures import draw, rendered, save
-from gipo_megatron.reports.pages import number, printable
-from gipo_megatron.reports.run_page import PAGE
-from gipo_megatron.reports.runs import Run, load_run
+from gipo_megatron.reports.pages import number, printable, render
+from gipo_megatron.reports.runs import RunFolder, load_run
+from gipo_megatron.reports.style import pixels
 from gipo_megatron.statistics import wilson_interval
 from gipo_megatron.telemetry.console import duration
 
@@ -24,62 +19,32 @@ SAMPLE_COLUMNS = ("source", "score", "p_high", "weight", "kl", "length")
 
 CAPTIONS = {
     "reward": (
-        "Reward model's score on training and held-out prompts; gold reward where the data knows"
-        " it. A score that rises while gold falls is reward hacking."
+        "Reward model's score on training and held-out prompts; gold reward where the data has it."
+        " A score that rises while gold falls is reward hacking."
     ),
     "reward_distribution": (
         "Scores of sampled responses in the first and the last fifth of the steps; lines mark the"
         " means. Skew and kurtosis (excess) are 0 for a Gaussian; CVaR₁₀ is the mean of the lowest"
         " tenth."
     ),
-    "kl": "Distance from the reference policy, and what a nat of it costs.",
-    "frontier": (
-        "Reward against the root of the KL to the reference, over training: what distance from the"
-        " reference buys."
-    ),
+    "kl": "KL to the reference policy, and the KL coefficient.",
+    "frontier": "Reward against the root of the KL to the reference, over training.",
     "group_returns": (
         "Mean return of the high-scoring (easy) and the low-scoring (hard) group, and the gap. "
         "A gap that closes because the high group falls is levelling down."
     ),
     "sources": "Mean score by data source.",
-    "gold_by_source": (
-        "What the responses are really worth, by data source: held-out prompts, gold reward."
-    ),
+    "gold_by_source": "Gold reward of held-out prompts by data source.",
     "weights": "Weight of a sequence in the policy's update.",
     "p_high": (
-        "Probability of the high-scoring group against what it should not merely copy; last fifth"
-        " of the steps."
+        "Probability of the high-scoring group against score and length, which it should not merely"
+        " copy; last fifth of the steps."
     ),
     "explained_variance": "Share of the returns' variance that the critic explains.",
     "loss": "Losses.",
     "accuracy": "Share of pairs where the chosen response is preferred.",
-    "rollout": "Length of the responses and how many hit the limit.",
+    "rollout": "Length of the responses and the share that reached the limit.",
 }
-
-# by stage: metric and what it is called; held-out figures, and the training ones only where there
-# are none
-KEY_METRICS = {
-    "SFT": (("eval/loss", "held-out loss"), ("sft/loss", "loss")),
-    "RM": (("eval/accuracy", "held-out accuracy"), ("rm/accuracy", "accuracy")),
-    "DPO": (("eval/accuracy", "held-out accuracy"), ("dpo/accuracy", "accuracy")),
-    "PPO": (
-        ("eval/score", "held-out score"),
-        ("eval/gold", "held-out gold"),
-        ("reward/score_mean", "score"),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One run's part of the page."""
-
-    name: str
-    alerts: list[dict[str, Any]]
-    metrics: list[tuple[str, str, str, int]]  # name, first, last, step of the last
-    samples: list[dict[str, Any]]
-    recipe: str
-    environment: str
 
 
 def write_report(
@@ -87,64 +52,51 @@ def write_report(
     out: str | Path,
     *,
     title: str = "",
-    table: Sequence[Mapping[str, object]] = (),
     figures_to: str | Path | None = None,
 ) -> Path:
-    """Writes the page to `out`, and the figures as PNG, SVG and PDF to the folder `figures_to`.
+    """Write the page to `out`, and the figures as PNG, SVG and PDF to the folder `figures_to`.
 
-    `table`: rows of the caller's own summary (column -> value); without it one is made from the
-    runs.
-
-    Raises UserError as load_run does; nothing is written then.
+    Raises UserError as load_run does; then nothing is written.
     """
-    runs = [load_run(d) for d in run_dirs]
-    rows = [{str(k): printable(str(v)) for k, v in row.items()} for row in table] or [
-        summary(run) for run in runs
-    ]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    runs = [load_run(folder) for folder in run_dirs]
     figures = draw(runs)
-    images = []
-    for name, figure in figures.drawn.items():
-        png = rendered(figure, "png")
-        if figures_to is not None:
-            save({name: figure}, figures_to)
-        width = round(figure.get_figwidth() * 105)
-        images.append(
-            (name.replace("_", " "), base64.b64encode(png).decode(), CAPTIONS[name], width)
-        )
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(PAGE).render(
-        title=printable(title or " · ".join(run.name for run in runs)),
-        columns=columns,
-        rows=rows,
-        images=images,
+    if figures_to is not None:
+        save(figures.drawn, figures_to)
+    shown = [
+        {
+            "name": name.replace("_", " "),
+            "png": rendered(figure, "png"),
+            "caption": CAPTIONS[name],
+            "width": pixels(figure),
+        }
+        for name, figure in figures.drawn.items()
+    ]
+    rows = [summary(run) for run in runs]
+    page = render(
+        "run_report.html.j2",
+        title=title or " · ".join(run.name for run in runs),
+        header=list(rows[0]),
+        rows=[list(row.values()) for row in rows],
+        figures=shown,
         missing=sorted((name.replace("_", " "), why) for name, why in figures.missing.items()),
-        runs=[show(run) for run in runs],
+        runs=[_shown(run) for run in runs],
         sample_columns=SAMPLE_COLUMNS,
     )
     write_text(out, page)
     return Path(out)
 
 
-def summary(run: Run) -> dict[str, str]:
-    """Stage, steps, time and key figure of a run."""
-    wanted = KEY_METRICS.get(run.stage, KEY_METRICS["PPO"])
-    held_out = [
-        (metric, label)
-        for metric, label in wanted
-        if metric.startswith("eval/") and run.last(metric) is not None
-    ]
+def summary(run: RunFolder) -> dict[str, str]:
+    """Return stage, steps, time and key figure: the headline's held-out metrics, or where a run has
+    none, its training metrics."""
+    there = [(metric, words) for metric, words in run.headline if run.last(metric) is not None]
+    held_out = [(metric, words) for metric, words in there if metric.startswith("eval/")]
     figures = []
-    for metric, label in held_out or wanted:
+    for metric, words in held_out or there:
         steps, values = run.series(metric)
-        if values:
-            start = f"{number(values[0])} → " if len(values) > 1 else ""
-            figures.append(
-                f"{label} {start}{number(values[-1])}{_interval(run, metric, values[-1])} (step"
-                f" {steps[-1]})"
-            )
+        start = f"{number(values[0])} → " if len(values) > 1 else ""
+        end = f"{number(values[-1])}{_interval(run, metric, values[-1])}"
+        figures.append(f"{words} {start}{end} (step {steps[-1]})")
     return {
         "run": printable(run.name),
         "stage": run.stage,
@@ -155,8 +107,8 @@ def summary(run: Run) -> dict[str, str]:
     }
 
 
-def _interval(run: Run, metric: str, share: float) -> str:
-    """The 95 % interval of a held-out accuracy, where the number of pairs is known."""
+def _interval(run: RunFolder, metric: str, share: float) -> str:
+    """Return the 95 % interval of a held-out accuracy, where the number of pairs was logged."""
     pairs = run.last("eval/pairs") if metric == "eval/accuracy" else None
     if not pairs:
         return ""
@@ -164,38 +116,28 @@ def _interval(run: Run, metric: str, share: float) -> str:
     return f" [{number(low)}, {number(high)}]"
 
 
-def show(run: Run) -> Shown:
+def _shown(run: RunFolder) -> dict[str, Any]:
     metrics = []
     for name in sorted(run.names):
         steps, values = run.series(name)
-        metrics.append(
-            (name, number(values[0]), number(values[-1]), steps[-1])
-            if values
-            else (name, "–", "–", 0)
-        )
+        ends = (number(values[0]), number(values[-1]), steps[-1]) if values else ("–", "–", "")
+        metrics.append((name, *ends))
     sampled = sorted({row["step"] for row in run.samples})
-    shown = []
-    for step in dict.fromkeys((sampled[:1] + sampled[-1:]) if sampled else []):
+    samples = []
+    for step in dict.fromkeys(sampled[:1] + sampled[-1:]):
         rows = [row for row in run.samples if row["step"] == step]
-        # spread out: neighbours answer the same prompt
-        shown += rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]
-    return Shown(
-        name=printable(run.name),
-        alerts=[
-            {"step": row["step"], "message": printable(str(row["message"]))} for row in run.alerts
-        ],
-        metrics=metrics,
-        samples=[_sample(row) for row in shown],
-        recipe=printable(run.recipe_text),
-        environment=printable(run.environment_text),
-    )
+        # evenly spaced: neighbours are responses to the same prompt
+        samples += [_sample(row) for row in rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]]
+    return {
+        "name": run.name,
+        "alerts": run.alerts,
+        "metrics": metrics,
+        "samples": samples,
+        "recipe": run.recipe_text,
+        "environment": run.environment_text,
+    }
 
 
 def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
-    cells = {
-        c: number(row[c]) if isinstance(row[c], (int, float)) else printable(str(row[c]))
-        for c in SAMPLE_COLUMNS
-        if c in row
-    }
-    texts = {c: printable(str(row[c])) if c in row else "" for c in ("prompt", "response")}
-    return {"step": row["step"], "cells": cells, **texts}
+    cells = {key: number(x) if isinstance(x, (int, float)) else x for key, x in row.items()}
+    return {"prompt": "", "response": "", **cells}

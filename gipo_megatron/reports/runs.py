@@ -1,4 +1,4 @@
-"""Run folders, read back (what they hold: README, design of the run folder)."""
+"""Run folders, read back: metrics, samples, alerts, recipe and environment."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from gipo_megatron.errors import UserError
@@ -20,8 +21,8 @@ Points = tuple[list[int], list[float]]  # steps, values
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run folder."""
+class RunFolder:
+    """One run's files. `stage` and `headline` are the algorithm's, as the run recorded them."""
 
     path: Path
     name: str
@@ -31,24 +32,18 @@ class Run:
     recipe: dict[str, Any] | None = None
     recipe_text: str = ""
     environment_text: str = ""
+    stage: str = "–"
+    headline: list[tuple[str, str]] = field(default_factory=list)  # metric, words
 
     @property
     def names(self) -> list[str]:
-        """Every metric of the run, in order of first appearance."""
+        """All metrics of the run, in order of first appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row if name != "step"))
 
     def series(self, metric: str) -> Points:
-        """Where the metric is there and finite."""
-        points = [
-            (int(row["step"]), float(row[metric]))
-            for row in self.rows
-            if _is_number(row.get(metric))
-        ]
-        return [step for step, _ in points], [value for _, value in points]
-
-    def first(self, metric: str) -> float | None:
-        values = self.series(metric)[1]
-        return values[0] if values else None
+        """Return the steps where the metric is finite, and its values."""
+        found = [(row["step"], float(row[metric])) for row in self.rows if finite(row.get(metric))]
+        return [step for step, _ in found], [value for _, value in found]
 
     def last(self, metric: str) -> float | None:
         values = self.series(metric)[1]
@@ -56,42 +51,21 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        return max((int(row["step"]) for row in self.rows), default=0)
+        return max((row["step"] for row in self.rows), default=0)
 
     @property
     def seconds(self) -> float:
         return math.fsum(self.series("time/step_seconds")[1])
 
-    @property
-    def stage(self) -> str:
-        """SFT, RM, DPO, PPO or GIPO: by the recipe's components, else by what was logged."""
-        if self.recipe is not None:
-            algorithm = self.recipe["algorithm"]
-            if algorithm["name"] == "ppo":
-                return (
-                    "GIPO"
-                    if "variance_regulariser" in algorithm
-                    and algorithm["variance_regulariser"]["name"] != "none"
-                    else "PPO"
-                )
-            return {"reward_model": "RM"}.get(algorithm["name"], algorithm["name"].upper())
-        for metric, stage in (
-            ("reward/score_mean", "PPO"),
-            ("rm/loss", "RM"),
-            ("dpo/loss", "DPO"),
-            ("sft/loss", "SFT"),
-        ):
-            if metric in self.names:
-                return stage
-        return "run"
 
-
-def _is_number(value: Any) -> bool:
+def finite(value: Any) -> bool:
+    """Check for a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def load_run(path: str | Path) -> Run:
-    """Raises UserError: no such folder, no metrics.jsonl, an unreadable line or recipe."""
+def load_run(path: str | Path) -> RunFolder:
+    """Raises UserError: no such folder, no metrics.jsonl, an unreadable line, recipe or
+    environment."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
@@ -104,39 +78,37 @@ def load_run(path: str | Path) -> Run:
             where=str(path),
             fix=f"it holds {found}; did the run finish its first step?",
         )
-    recipe = folder / "recipe.yaml"
-    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
-    environment = folder / "environment.json"
-    return Run(
+    recipe, recipe_text = _read_yaml(folder / "recipe.yaml")
+    environment, environment_text = _read_yaml(folder / "environment.json")
+    if recipe is not None and not isinstance(recipe, dict):
+        raise UserError(
+            "recipe.yaml is not a mapping",
+            where=str(folder / "recipe.yaml"),
+            fix="a run writes its expanded recipe there; remove the file to go without",
+        )
+    about = environment if isinstance(environment, dict) else {}
+    return RunFolder(
         path=folder,
-        name=folder.name if folder.name not in ("", ".", "..") else folder.resolve().name,
+        name=folder.name if folder.name not in ("", "..") else folder.resolve().name,
         rows=read_rows(folder / "metrics.jsonl"),
         samples=read_rows(folder / "samples.jsonl"),
         alerts=read_rows(folder / "alerts.jsonl"),
-        recipe=_parse(recipe, text),
-        recipe_text=text,
-        environment_text=environment.read_text(encoding="utf-8") if environment.is_file() else "",
+        recipe=recipe,
+        recipe_text=recipe_text,
+        environment_text=environment_text,
+        stage=about.get("stage", "–"),
+        headline=[(metric, words) for metric, words in about.get("headline", [])],
     )
 
 
-def _parse(path: Path, text: str) -> dict[str, Any] | None:
+def _read_yaml(file: Path) -> tuple[Any, str]:
+    """Return content and text of a YAML or JSON file; None and "" without the file."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
     try:
-        recipe = yaml.safe_load(text)
+        return yaml.safe_load(text), text
     except yaml.YAMLError as error:
-        raise UserError(
-            "recipe.yaml is not YAML", where=str(path), fix=str(error).splitlines()[0]
-        ) from None
-    if recipe is not None and not (
-        isinstance(recipe, dict)
-        and isinstance(recipe.get("algorithm"), dict)
-        and "name" in recipe["algorithm"]
-    ):
-        raise UserError(
-            "recipe.yaml names no algorithm",
-            where=str(path),
-            fix="a run writes its expanded recipe there; remove the file to go without",
-        )
-    return recipe
+        why = str(error).splitlines()[0]
+        raise UserError(f"{file.name} is not YAML", where=str(file), fix=why) from None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -157,87 +129,74 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Runs that differ only in their seed (one run, where nothing else is like it)."""
+class SeedGroup:
+    """Runs that differ only in their seed: one line with a band in a figure."""
 
     label: str
-    runs: list[Run]
+    runs: list[RunFolder]
 
     def names(self) -> list[str]:
         return list(dict.fromkeys(name for run in self.runs for name in run.names))
 
     def band(self, metric: str) -> tuple[list[int], list[float], list[float], list[float]]:
-        """Steps, mean, lowest and highest over the runs; steps that every run with the metric
-        has."""
-        curves = [
-            dict(zip(*points, strict=True))
-            for run in self.runs
-            if (points := run.series(metric))[0]
-        ]
+        """Return steps, mean, lowest and highest over the runs that have the metric, at the steps
+        that all of them have."""
+        curves = [dict(zip(*run.series(metric), strict=True)) for run in self.runs]
+        curves = [curve for curve in curves if curve]
         if not curves:
             return [], [], [], []
-        steps = sorted(set.intersection(*(set(c) for c in curves)))
-        values = [[c[s] for c in curves] for s in steps]
-        return (
-            steps,
-            [math.fsum(v) / len(v) for v in values],
-            [min(v) for v in values],
-            [max(v) for v in values],
-        )
+        steps = sorted(set.intersection(*map(set, curves)))
+        values = [[curve[step] for curve in curves] for step in steps]
+        means = [math.fsum(v) / len(v) for v in values]
+        return steps, means, [min(v) for v in values], [max(v) for v in values]
 
 
-def group_by_seed(runs: Sequence[Run]) -> list[Group]:
-    """Runs whose recipes are equal but for seeds, folders and loggers, together; runs without a
-    recipe alone. Order of first appearance."""
-    groups: dict[str, list[Run]] = {}
+def group_by_seed(runs: Sequence[RunFolder]) -> list[SeedGroup]:
+    """Group the runs whose recipes are equal but for seeds, folders and loggers. A run without a
+    recipe is alone. Order of first appearance."""
+    groups: dict[str, list[RunFolder]] = {}
     for i, run in enumerate(runs):
-        key = (
-            f"run {i}"
-            if run.recipe is None
-            else json.dumps(_without_seed(run.recipe), sort_keys=True, default=str)
-        )
-        groups.setdefault(key, []).append(run)
+        recipe = json.dumps(_without_seed(run.recipe), sort_keys=True, default=str)
+        groups.setdefault(f"run {i}" if run.recipe is None else recipe, []).append(run)
     labels = [_label(members) for members in groups.values()]
-    clash = {label for label in labels if labels.count(label) > 1}
     return [
-        Group(f"{members[0].path.parent.name}/{label}" if label in clash else label, members)
+        SeedGroup(
+            f"{members[0].path.parent.name}/{label}" if labels.count(label) > 1 else label, members
+        )
         for label, members in zip(labels, groups.values(), strict=True)
     ]
 
 
 def _without_seed(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
-        kept = {
-            k: v
+        return {
+            k: _without_seed(v, k)
             for k, v in value.items()
             if k not in ("seed", "loggers") and (key, k) != ("run", "dir")
         }
-        return {k: _without_seed(v, k) for k, v in kept.items()}
     if isinstance(value, list):
         return [_without_seed(v) for v in value]
     if isinstance(value, str):
-        # a chain of one seed: loads from runs/sft_seed3
+        # a chain of one seed loads from runs/sft_seed3
         return re.sub(r"seed[=_-]?\d+", "seed", value)
     return value
 
 
-def _label(members: list[Run]) -> str:
+def _label(members: list[RunFolder]) -> str:
     if len(members) == 1:
         return members[0].name
-    common = members[0].name
-    for run in members[1:]:
-        while not run.name.startswith(common):
-            common = common[:-1]
+    letters = zip(*(run.name for run in members), strict=False)
+    common = "".join(column[0] for column in takewhile(lambda x: len(set(x)) == 1, letters))
     common = re.sub(r"[-_.,]?(run\.)?(seed)?[=_-]?$", "", common)
-    # a sweep's folders are called by the seed alone
-    named = common or members[0].path.resolve().parent.name
-    return f"{named} ({len(members)} seeds)"
+    # a sweep's folders are named by the seed alone
+    return f"{common or members[0].path.resolve().parent.name} ({len(members)} seeds)"
 
 
 def in_bins(steps: Sequence[int], values: Sequence[float], bins: int = 150) -> Points:
-    """At most `bins` points, each the mean of its neighbours: a long run stays readable."""
+    """Return at most `bins` points, each the mean of its neighbours: a long run stays readable."""
     if len(steps) <= bins:
         return list(steps), list(values)
-    edges = [round(i * len(steps) / bins) for i in range(bins + 1)]
-    parts = [(steps[a:b], values[a:b]) for a, b in pairwise(edges)]
-    return [s[len(s) // 2] for s, _ in parts], [math.fsum(v) / len(v) for _, v in parts]
+    edges = [round(i * len(steps) / bins) for i in range(bins)]
+    sizes = np.diff([*edges, len(steps)])
+    middles = [steps[edge + size // 2] for edge, size in zip(edges, sizes, strict=True)]
+    return middles, (np.add.reduceat(values, edges) / sizes).tolist()

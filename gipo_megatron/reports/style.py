@@ -1,5 +1,4 @@
-"""How figures look: colours that survive colour blindness and grey print, sizes for a column of
-text."""
+"""Style of the figures: colours for colour blindness and grey print, sizes for a column of text."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito (2008), without yellow; told apart by line style as well once they repeat
+# Okabe and Ito (2008), without yellow; when they repeat, the line style differs
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
@@ -22,7 +21,7 @@ HEIGHTS = (2.3, 2.3, 2.0)  # inches, of a panel beside none, one or two others
 NEUTRAL = "#666666"
 MAX_SMALL = 6  # systems with a panel of their own
 
-Drawn = Figure | str  # a figure, or why there is none
+Drawn = Figure | str  # a figure, or the reason why there is none
 
 RC: dict[str, Any] = {
     "font.size": 8,
@@ -51,7 +50,7 @@ RC: dict[str, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Inside, matplotlib draws like this; outside nothing has changed."""
+    """Set matplotlib's style inside the block."""
     with matplotlib.rc_context(RC):
         yield
 
@@ -76,8 +75,8 @@ def panels(
     sharey: bool = False,
     height: float | None = None,
 ) -> tuple[Figure, list[Axes]]:
-    """One figure with a titled panel each, at most `columns` beside each other. height: inches of a
-    panel, where not as usual."""
+    """Return a figure with a titled panel each, at most `columns` beside each other. height: inches
+    of a panel, instead of HEIGHTS."""
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
     height = HEIGHTS[min(columns, 3) - 1] if height is None else height
@@ -93,7 +92,7 @@ def panels(
 
 
 def shared_legend(figure: Figure, axes: list[Axes], at_least: int = 2) -> None:
-    """One legend under all panels, each label once; none for fewer labels than `at_least`."""
+    """Put one legend under all panels, each label once; none for fewer labels than `at_least`."""
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -106,5 +105,10 @@ def shared_legend(figure: Figure, axes: list[Axes], at_least: int = 2) -> None:
 
 
 def visible(label: str) -> str:
-    """matplotlib leaves labels that begin with an underscore out of legends."""
+    """Keep a label that begins with an underscore, which matplotlib leaves out of legends."""
     return f" {label}" if label.startswith("_") else label
+
+
+def pixels(figure: Figure) -> int:
+    """Return the width of a figure on an HTML page."""
+    return round(figure.get_figwidth() * 105)

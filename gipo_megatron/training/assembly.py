@@ -1,21 +1,19 @@
-"""A checked recipe becomes objects: data, roles, algorithm. The only place that knows which role a
-recipe key belongs to."""
+"""A checked recipe becomes objects: one table of providers, by the names that components ask for.
+
+A provider runs when a field of the page or of a component first names it (`from_runtime`), so a
+recipe builds exactly the models that it uses.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from gipo_megatron.algorithms.dpo_reference import (
-    LiveReference,
-    PairReference,
-    PrecomputedReference,
-    Split,
-)
+from gipo_megatron.algorithms.dpo_reference import LiveReference, PrecomputedReference, Split
 from gipo_megatron.data.batching import Dataset, load_data
-from gipo_megatron.data.planted import gold_reward
 from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.build import build_engine, snapshot_of
@@ -28,19 +26,20 @@ from gipo_megatron.megatron.roles import (
     MegatronRewardModel,
 )
 from gipo_megatron.recipe import registry
-from gipo_megatron.recipe.schema import ModelConfig, Recipe
-from gipo_megatron.specs import HeadSpec, Optimisation, Sampling
+from gipo_megatron.recipe.registry import Lazy
+from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.specs import Optimisation, Sampling, base_role
 from gipo_megatron.training.held_out import HeldOut
-from gipo_megatron.types import Sequences
+from gipo_megatron.types import Pairs, Prompts, Sequences
 from gipo_megatron.weights.sources import check_tokenizer, find_tokenizer, locate
 
-Phase = Callable[[str], AbstractContextManager[None]]
-DATA_KIND = {"sft": "sft", "reward_model": "preference", "dpo": "preference", "ppo": "prompt"}
+Timer = Callable[[str], AbstractContextManager[None]]
+PROBE_PROMPTS = 16
 
 
 @dataclass
 class Assembly:
-    """Everything a run needs that a recipe describes."""
+    """All that a run needs and a recipe describes."""
 
     recipe: Recipe
     mesh: Mesh
@@ -50,73 +49,104 @@ class Assembly:
     algorithm: Any
     trained: dict[str, Engine]  # role -> what a checkpoint holds
     sequences_per_step: int
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]  # warnings that only the weights can give
 
 
-def assemble(recipe: Recipe, mesh: Mesh, phase: Phase) -> Assembly:
-    """Build it all; nothing is trained yet. Collective. Raises UserError for whatever a recipe
-    check cannot see."""
-    name = recipe.algorithm["name"]
-    loads = {f"models.{role}.load": model.load for role, model in recipe.models.items()}
-    tokenizer = find_tokenizer(recipe.model.tokenizer, loads)
-    check_vocabulary(
-        tokenizer, recipe.model.architecture.vocab_size, where="model.architecture.vocab_size"
+def assemble(recipe: Recipe, mesh: Mesh, timer: Timer) -> Assembly:
+    """Build the page and all that it uses; nothing is trained yet. Collective.
+
+    Raises UserError for what a recipe check cannot find.
+    """
+    given = Providers(recipe, mesh, timer)
+    return Assembly(
+        recipe,
+        mesh,
+        given.tokenizer,
+        given.train,
+        given.test,
+        registry.build("algorithm", recipe.algorithm, given.runtime, given.components),
+        {role: given.runtime[role].engine for role in recipe.trained},
+        given.rows,
+        given.notes,
     )
-    kind = DATA_KIND[name]
-    train = load_data(recipe.data, tokenizer, "train", recipe.run.seed, kind)
-    held_out = load_data(recipe.data, tokenizer, "test", recipe.run.seed, kind)
-    roles = RoleBuilder(recipe, mesh, tokenizer)
-    build = {
-        "sft": _assemble_sft,
-        "reward_model": _assemble_reward_model,
-        "dpo": _assemble_dpo,
-        "ppo": _assemble_ppo,
-    }[name]
-    parts = build(recipe, mesh, tokenizer, train, held_out, roles, phase)
-    parts.notes += roles.notes
-    return parts
 
 
-@dataclass
-class RoleBuilder:
-    """models.<role> of the recipe -> a role."""
+class Providers:
+    """The table: `runtime` by the names of `from_runtime`, `components` by the page's fields."""
 
-    recipe: Recipe
-    mesh: Mesh
-    tokenizer: Tokenizer
-    sampler_temperature: float = 1.0
-    # what the roles' checkpoints say that a run should warn of
-    notes: list[str] = field(default_factory=list)
+    def __init__(self, recipe: Recipe, mesh: Mesh, timer: Timer) -> None:
+        self.recipe, self.mesh, self.dp = recipe, mesh, mesh.data_parallel
+        self.notes: list[str] = []
+        block, batch = recipe.algorithm, recipe.batch
+        page: Any = registry.lookup("algorithm", block["name"])
+        self.kind: str = page.data
+        loads = {f"models.{role}.load": model.load for role, model in recipe.models.items()}
+        self.tokenizer = find_tokenizer(recipe.model.tokenizer, loads)
+        vocabulary = recipe.model.architecture.vocab_size
+        check_vocabulary(self.tokenizer, vocabulary, where="model.architecture.vocab_size")
+        self.train, self.test = self._data("train", self.kind), self._data("test", self.kind)
+        # global rows of one iteration, and the optimizer steps made on them
+        on_prompts = self.kind == "prompt"
+        self.rows = batch.prompts * batch.responses if on_prompts else batch.minibatch
+        self.updates = block.get("epochs", 1) * (self.rows // batch.minibatch)
+        self.runtime = Lazy(
+            {
+                "actor": self._actor,
+                "reference": self._reference,
+                "critic": self._critic,
+                "reward": lambda: self._reward("reward"),
+                "reward_models": self._reward_models,
+                "dp": lambda: self.dp,
+                "seed": lambda: recipe.run.seed,
+                "sources": lambda: tuple(sorted({*self.train.sources, *self.test.sources})),
+                "max_response": lambda: recipe.data.max_response,
+                "minibatch": lambda: batch.minibatch,
+                "timer": lambda: timer,
+                "tokenizer": lambda: self.tokenizer,
+                "prompts": lambda: self._prompts,
+                "pairs": lambda: self._pairs,
+                "examples": self._examples,
+                "probe": self._probe,
+                "held_out": self._held_out,
+                "sampling": self._sampling,
+            }
+        )
+        self.components = Lazy(
+            {
+                f.name: partial(registry.build, f.metadata["slot"], block[f.name], self.runtime)
+                for f in registry.component_fields(page)
+            }
+        )
 
-    def _common(self, role: str) -> dict[str, Any]:
-        recipe, model = self.recipe, self._model(role)
-        load = "random"
-        if model.load != load:
-            folder = locate(model.load, f"models.{role}.load")
-            self.notes += check_tokenizer(
-                folder, self.tokenizer, recipe.data.template, f"models.{role}.load"
-            )
+    # --------------------------------------------------------------------------------------- models
+
+    def _settings(self, role: str) -> dict[str, Any]:
+        """Return what `build_engine` takes; the weights are located and their tokenizer checked."""
+        recipe, model, key = self.recipe, self.recipe.models[role], f"models.{role}.load"
+        load = model.load
+        if load != "random":
+            folder = locate(load, key)
+            self.notes += check_tokenizer(folder, self.tokenizer, recipe.data.template, key)
             load = str(folder)
         return {
             "role": role,
             "mesh": self.mesh,
             "architecture": recipe.model.architecture,
             "precision": recipe.precision,
+            "load": load,
             "micro_batch": recipe.batch.micro_batch,
             "seed": recipe.run.seed,
+            "optimisation": self._optimisation(role) if role in recipe.trained else None,
+            "recompute": recipe.memory.recompute,
             "offload": model.offload,
-            "load": load,
         }
 
-    def _model(self, role: str) -> ModelConfig:
-        return self.recipe.models[role]
-
-    def _optimisation(self, role: str, total_steps: int) -> Optimisation:
-        model = self._model(role)
-        assert model.lr is not None, "the recipe check asks for it"
-        if model.schedule != "constant" and total_steps <= model.warmup_steps:
+    def _optimisation(self, role: str) -> Optimisation:
+        model, total = self.recipe.models[role], self.recipe.run.steps * self.updates
+        assert model.lr is not None, "the recipe check requires it"
+        if model.schedule != "constant" and total <= model.warmup_steps:
             raise UserError(
-                f"the {model.schedule} schedule ends at step {total_steps}, before its warm-up of"
+                f"the {model.schedule} schedule ends at step {total}, before its warm-up of"
                 f" {model.warmup_steps} steps does",
                 where=f"models.{role}.warmup_steps",
                 fix="fewer warm-up steps, more run.steps, or schedule: constant",
@@ -125,242 +155,120 @@ class RoleBuilder:
             lr=model.lr,
             schedule=model.schedule,
             warmup_steps=model.warmup_steps,
-            total_steps=total_steps,
+            total_steps=total,
             weight_decay=model.weight_decay,
             clip_grad=model.clip_grad,
         )
 
-    def actor(self, total_steps: int) -> MegatronActor:
-        tokenizer = self.tokenizer
-        engine = build_engine(
-            **self._common("actor"),
-            recompute=self.recipe.memory.recompute,
-            optimisation=self._optimisation("actor", total_steps),
-        )
-        return MegatronActor(
-            engine,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            decode=tokenizer.decode,
-            temperature=self.sampler_temperature,
-        )
+    @property
+    def _temperature(self) -> float:
+        """The sampler's, at which all log-probs are computed, too."""
+        if "rollout" not in self.components:
+            return 1.0
+        return float(self.components["rollout"].temperature)
 
-    def reference(self, live: MegatronActor) -> MegatronReference:
+    def _actor(self) -> MegatronActor:
+        t = self.tokenizer
+        engine = build_engine(**self._settings("actor"))
+        return MegatronActor(engine, t.eos_id, t.pad_id, t.decode, self._temperature)
+
+    def _reference(self) -> MegatronReference | LiveReference | PrecomputedReference:
+        """A page on pairs that has the key `precompute` compares with a reference of pairs."""
+        precompute = self.recipe.algorithm.get("precompute")
+        if precompute is None:
+            return self._policy_reference()
+        return self._precomputed() if precompute else LiveReference(self._policy_reference())
+
+    def _policy_reference(self) -> MegatronReference:
         """With `offload: cpu` only a host copy, swapped into the actor's place for each call."""
-        common = self._common("reference")
-        if self._model("reference").offload != "cpu":
-            return MegatronReference(build_engine(**common), self.sampler_temperature)
-        copy = snapshot_of(live.engine, common["load"], "reference", common["seed"])
-        return MegatronReference(live.engine, self.sampler_temperature, copy)
+        settings = self._settings("reference")
+        if settings["offload"] != "cpu":
+            return MegatronReference(build_engine(**settings), self._temperature)
+        live: Engine = self.runtime["actor"].engine
+        copied = snapshot_of(live, settings["load"], "reference", settings["seed"])
+        return MegatronReference(live, self._temperature, copied)
 
-    def passing_reference(self) -> Callable[[], MegatronReference]:
-        """A reference to be made later and not kept: with a model of its own, wherever the actor
-        stands by then."""
-        # now: what is wrong with the weights should be said before the run begins
-        arguments = self._common("reference")
-        return lambda: MegatronReference(build_engine(**arguments), self.sampler_temperature)
-
-    def critic(self, head: HeadSpec | None, total_steps: int) -> MegatronCritic:
-        optimisation = self._optimisation("critic", total_steps)
-        return MegatronCritic(
-            build_engine(
-                **self._common("critic"),
-                recompute=self.recipe.memory.recompute,
-                optimisation=optimisation,
-                group=head,
-            )
-        )
-
-    def reward(self, role: str = "reward", total_steps: int | None = None) -> MegatronRewardModel:
-        optimisation = None if total_steps is None else self._optimisation(role, total_steps)
-        return MegatronRewardModel(
-            build_engine(
-                **self._common(role),
-                recompute=self.recipe.memory.recompute,
-                optimisation=optimisation,
-            )
-        )
-
-
-def _assemble_sft(
-    recipe: Recipe,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    train: Dataset,
-    held_out: Dataset,
-    roles: RoleBuilder,
-    phase: Phase,
-) -> Assembly:
-    dp, batch = mesh.data_parallel, recipe.batch.minibatch
-    actor = roles.actor(recipe.run.steps)
-    runtime = {
-        "actor": actor,
-        "timer": phase,
-        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, batch),
-        "examples": lambda step: train.examples(step, batch, dp.rank, dp.size),
-    }
-    algorithm = registry.build("algorithm", recipe.algorithm, runtime)
-    return Assembly(
-        recipe, mesh, tokenizer, train, held_out, algorithm, {"actor": actor.engine}, batch
-    )
-
-
-def _assemble_reward_model(
-    recipe: Recipe,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    train: Dataset,
-    held_out: Dataset,
-    roles: RoleBuilder,
-    phase: Phase,
-) -> Assembly:
-    dp, batch = mesh.data_parallel, recipe.batch.minibatch
-    reward = roles.reward(total_steps=recipe.run.steps)
-    runtime = {
-        "reward": reward,
-        "timer": phase,
-        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, batch),
-        "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size),
-    }
-    algorithm = registry.build("algorithm", recipe.algorithm, runtime)
-    return Assembly(
-        recipe, mesh, tokenizer, train, held_out, algorithm, {"reward": reward.engine}, batch
-    )
-
-
-def _assemble_dpo(
-    recipe: Recipe,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    train: Dataset,
-    held_out: Dataset,
-    roles: RoleBuilder,
-    phase: Phase,
-) -> Assembly:
-    dp, batch, steps = mesh.data_parallel, recipe.batch.minibatch, recipe.run.steps
-    actor = roles.actor(steps)
-    rows = HeldOut(held_out, dp, recipe.run.eval_prompts, batch)
-    reference: PairReference
-    if recipe.algorithm["precompute"]:
-        one_epoch = -(-len(train) // batch)
-        used = sorted(
-            {row for step in range(min(steps, one_epoch)) for row in train.order(step, batch)}
-        )
-        splits = {
-            "train": Split(used, train.pairs_at),
-            "held_out": Split(rows.indices if recipe.run.eval_every else [], held_out.pairs_at),
-        }
-        told_by = (
+    def _precomputed(self) -> PrecomputedReference:
+        """A reference whose model is built later and not kept. Its weights are checked now."""
+        recipe, train, size = self.recipe, self.train, self.rows
+        settings = self._settings("reference")
+        steps = min(recipe.run.steps, -(-len(train) // size))
+        used = sorted({row for step in range(steps) for row in train.order(step, size)})
+        held_out = self._held_out().indices if recipe.run.eval_every else []
+        identity = (
             recipe.models["reference"].load,
             recipe.data,
-            tokenizer.fingerprint,
+            self.tokenizer.fingerprint,
             train.fingerprint,
-            held_out.fingerprint,
+            self.test.fingerprint,
         )
-        reference = PrecomputedReference(
-            roles.passing_reference(), splits, dp, batch, identity=repr(told_by)
+        return PrecomputedReference(
+            lambda: MegatronReference(build_engine(**settings), self._temperature),
+            {
+                "train": Split(used, train.pairs_at),
+                "held_out": Split(held_out, self.test.pairs_at),
+            },
+            self.dp,
+            size,
+            identity=repr(identity),
         )
-    else:
-        reference = LiveReference(roles.reference(actor))
-    runtime = {
-        "actor": actor,
-        "reference": reference,
-        "timer": phase,
-        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, batch),
-        "pairs": lambda step: train.pairs(step, batch, dp.rank, dp.size),
-    }
-    algorithm = registry.build("algorithm", recipe.algorithm, runtime)
-    return Assembly(
-        recipe, mesh, tokenizer, train, held_out, algorithm, {"actor": actor.engine}, batch
-    )
 
+    def _critic(self) -> MegatronCritic | None:
+        """The group classifier chooses the group head. None for a recipe that trains no critic."""
+        if "critic" not in self.recipe.trained:
+            return None
+        parts = self.components
+        group = parts["group_classifier"].head if "group_classifier" in parts else None
+        return MegatronCritic(build_engine(**self._settings("critic"), group=group))
 
-def _assemble_ppo(
-    recipe: Recipe,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    train: Dataset,
-    held_out: Dataset,
-    roles: RoleBuilder,
-    phase: Phase,
-) -> Assembly:
-    dp, batch, block = mesh.data_parallel, recipe.batch, recipe.algorithm
-    sequences = batch.prompts * batch.responses
-    updates = block["epochs"] * (sequences // batch.minibatch)
-    sources = tuple(sorted({*train.sources, *held_out.sources}))
-    runtime: dict[str, Any] = {
-        "dp": dp,
-        "seed": recipe.run.seed,
-        "sources": sources,
-        "max_response": recipe.data.max_response,
-    }
-    # The head is the classifier's to choose and the critic's to build, so the classifier is asked
-    # before there is a critic.
-    head = registry.build("group_classifier", block["group_classifier"], runtime).head
-    roles.sampler_temperature = registry.build("rollout", block["rollout"], runtime).temperature
+    def _reward(self, role: str) -> MegatronRewardModel:
+        return MegatronRewardModel(build_engine(**self._settings(role)))
 
-    actor = roles.actor(recipe.run.steps * updates)
-    critic = None
-    if "critic" in recipe.trained:
-        critic = roles.critic(head, recipe.run.steps * updates)
-    reward_models = {
-        role: roles.reward(role)
-        for role in recipe.models
-        if role == "reward" or role.startswith("reward_")
-    }
-    reference = roles.reference(actor)
-    evaluation = recipe.evaluation
-    sampling = Sampling(
-        max_response=recipe.data.max_response,
-        temperature=evaluation.temperature,
-        top_k=evaluation.top_k,
-        top_p=evaluation.top_p,
-        repetition_penalty=evaluation.repetition_penalty,
-        seed=recipe.run.seed,
-    )
-    gold = gold_reward if recipe.data.format == "planted" else None
-    runtime |= {
-        "actor": actor,
-        "critic": critic,
-        "reference": reference,
-        "reward_models": reward_models,
-        "minibatch": batch.minibatch,
-        "timer": phase,
-        "held_out": HeldOut(held_out, dp, recipe.run.eval_prompts, sequences, gold),
-        "sampling": sampling,
-        "prompts": lambda step: train.prompts(
-            step, batch.prompts, batch.responses, dp.rank, dp.size
-        ),
-        "examples": _ptx_rows(recipe, mesh, tokenizer),
-        "probe": _probe(held_out, mesh),
-    }
-    algorithm = registry.build("algorithm", block, runtime)
-    trained = {"actor": actor.engine}
-    if critic is not None:
-        trained["critic"] = critic.engine
-    return Assembly(recipe, mesh, tokenizer, train, held_out, algorithm, trained, sequences)
+    def _reward_models(self) -> dict[str, MegatronRewardModel]:
+        roles = [role for role in self.recipe.models if base_role(role) == "reward"]
+        return {role: self._reward(role) for role in roles}
 
+    # ----------------------------------------------------------------------------------------- data
 
-def _ptx_rows(
-    recipe: Recipe, mesh: Mesh, tokenizer: Tokenizer
-) -> Callable[[int], Sequences] | None:
-    """SFT rows from the same data, one minibatch an optimizer step; None where no ptx loss is asked
-    for."""
-    if recipe.algorithm["ptx"] <= 0:
-        return None
-    dp, size = mesh.data_parallel, recipe.batch.minibatch
-    rows = load_data(recipe.data, tokenizer, "train", recipe.run.seed, "sft")
-    return lambda step: rows.examples(step, size, dp.rank, dp.size)
+    def _data(self, split: str, kind: str) -> Dataset:
+        return load_data(self.recipe.data, self.tokenizer, split, self.recipe.run.seed, kind)
 
+    def _prompts(self, step: int) -> Prompts:
+        batch, dp = self.recipe.batch, self.dp
+        return self.train.prompts(step, batch.prompts, batch.responses, dp.rank, dp.size)
 
-def _probe(held_out: Dataset, mesh: Mesh, prompts: int = 16) -> Sequences:
-    """The first held-out prompts, alone: label changes between iterations are counted on them."""
-    dp = mesh.data_parallel
-    rows, _ = held_out.prompts_at(range(min(prompts, len(held_out))), dp.rank, dp.size)
-    return Sequences(
-        rows.tokens,
-        rows.tokens.new_zeros(rows.tokens.shape).bool(),
-        rows.lengths,
-        rows.lengths,
-        rows.prompt_id,
-    )
+    def _pairs(self, step: int) -> Pairs:
+        return self.train.pairs(step, self.rows, self.dp.rank, self.dp.size)
+
+    def _examples(self) -> Callable[[int], Sequences] | None:
+        """SFT rows, a minibatch each. A page on other data mixes them in where its weight `ptx` is
+        above 0, else None."""
+        rows, size, dp = self.train, self.recipe.batch.minibatch, self.dp
+        if self.kind != "sft":
+            if self.recipe.algorithm["ptx"] <= 0:
+                return None
+            rows = self._data("train", "sft")
+        return lambda step: rows.examples(step, size, dp.rank, dp.size)
+
+    def _probe(self) -> Sequences:
+        """The first held-out prompts, alone: label changes between iterations are counted on
+        them."""
+        count = min(PROBE_PROMPTS, len(self.test))
+        rows, _ = self.test.prompts_at(range(count), self.dp.rank, self.dp.size)
+        no_response = rows.tokens.new_zeros(rows.tokens.shape).bool()
+        return Sequences(rows.tokens, no_response, rows.lengths, rows.lengths, rows.prompt_id)
+
+    def _held_out(self) -> HeldOut:
+        return HeldOut(self.test, self.dp, self.recipe.run.eval_prompts, self.rows)
+
+    def _sampling(self) -> Sampling:
+        """How held-out responses are drawn: with the same noise every time."""
+        drawn = self.recipe.evaluation
+        return Sampling(
+            max_response=self.recipe.data.max_response,
+            temperature=drawn.temperature,
+            top_k=drawn.top_k,
+            top_p=drawn.top_p,
+            repetition_penalty=drawn.repetition_penalty,
+            seed=self.recipe.run.seed,
+        )

@@ -1,5 +1,4 @@
-"""Held-out evaluation during a run: one function per kind of model, each returning metrics under
-`eval/`."""
+"""The held-out rows that a page evaluates during a run."""
 
 from __future__ import annotations
 
@@ -16,20 +15,24 @@ from gipo_megatron.roles import DataParallel
 @dataclass
 class HeldOut:
     """`rows` held-out rows, evenly spread over all of them (files hold one source after the other),
-    in `batch`-row pieces.
+    `batch` at a time.
 
-    Both counts are global. The last piece is padded with rows that do not count.
+    Both counts are global. The last batch is padded with rows that do not count.
     """
 
     data: Dataset
     dp: DataParallel
     rows: int
     batch: int
-    gold: Callable[[str, str], float] | None = None  # (prompt, response) -> true reward
 
     @property
     def sources(self) -> tuple[str, ...]:
         return self.data.sources
+
+    @property
+    def gold(self) -> Callable[[str, str], float] | None:
+        """(prompt, response) -> true reward, where the data define one."""
+        return self.data.gold
 
     @property
     def indices(self) -> list[int]:
@@ -41,7 +44,6 @@ class HeldOut:
         data, indices = self.data, self.indices
         at = {"sft": data.examples_at, "preference": data.pairs_at, "prompt": data.prompts_at}
         for start in range(0, len(indices), self.batch):
-            piece, valid = at[data.kind](
-                indices[start : start + self.batch], self.dp.rank, self.dp.size
-            )
-            yield piece, valid.double()
+            some = indices[start : start + self.batch]
+            rows, valid = at[data.kind](some, self.dp.rank, self.dp.size)
+            yield rows, valid.double()

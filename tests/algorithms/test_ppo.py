@@ -252,7 +252,7 @@ def test_a_score_that_is_no_number_skips_the_step_everywhere(size: int) -> None:
 
 
 def test_a_step_shows_the_stable_names() -> None:
-    """The names in docs/algorithm.md, section 6."""
+    """The metrics of docs/metrics.md that PPO itself logs."""
     result = gipo().step(0)
     groups = (
         "gap gap_std variance mass_min label_entropy high_index flip_rate return_high return_low"

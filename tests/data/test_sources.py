@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from gipo_megatron.data.sources import _hub_part, open_parts
+from gipo_megatron.data.sources import _hub_source, open_sources
 from gipo_megatron.errors import UserError
 from tests.data.fixtures import write_rows
 
@@ -23,8 +23,8 @@ def rows_of(
     path: Path, names: list[str] | None = None, split: str = "all", format: str = "prompt"
 ) -> dict[str, list[dict[str, Any]]]:
     return {
-        part.source: [row for _, row in part.rows]
-        for part in open_parts(str(path), names or [], split, format)
+        source.name: [row for _, row in source.rows]
+        for source in open_sources(str(path), names or [], split, format)
     }
 
 
@@ -103,10 +103,10 @@ def test_nothing_there_and_nothing_in_it(tmp_path: Path) -> None:
     }
     for path, said in cases.items():
         with pytest.raises(UserError, match=said):
-            open_parts(path, [], "train", "prompt")
+            open_sources(path, [], "train", "prompt")
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match="not a kind of file"):
-        open_parts(str(tmp_path / "notes.txt"), [], "train", "prompt")
+    with pytest.raises(UserError, match="unknown kind of file"):
+        open_sources(str(tmp_path / "notes.txt"), [], "train", "prompt")
 
 
 def test_folders_are_sources_and_their_files_splits(tmp_path: Path) -> None:
@@ -132,18 +132,20 @@ def test_folders_are_sources_and_their_files_splits(tmp_path: Path) -> None:
     }
     assert texts("test", ["two", "one"]) == {"one": ["one test"], "two": ["two validation"]}
     assert sorted(texts("all", [])) == ["four", "one", "three", "two"]
-    own = {part.source: part.split for part in open_parts(str(tmp_path), [], "train", "prompt")}
+    own = {
+        source.name: source.split for source in open_sources(str(tmp_path), [], "train", "prompt")
+    }
     assert own == {"four": False, "one": True, "three": False, "two": True}
     with pytest.raises(UserError, match="no source five") as raised:
-        open_parts(str(tmp_path), ["five"], "train", "prompt")
+        open_sources(str(tmp_path), ["five"], "train", "prompt")
     assert "four, one, three, two" in raised.value.fix
 
 
 def test_only_test_files_are_no_training_data(tmp_path: Path) -> None:
     write_rows(tmp_path / "test.jsonl", [{"prompt": "x"}])
-    assert len(open_parts(str(tmp_path), [], "test", "prompt")) == 1
+    assert len(open_sources(str(tmp_path), [], "test", "prompt")) == 1
     with pytest.raises(UserError, match="no train file"):
-        open_parts(str(tmp_path), [], "train", "prompt")
+        open_sources(str(tmp_path), [], "train", "prompt")
 
 
 def test_a_hub_that_is_not_there_says_how_to_give_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +153,7 @@ def test_a_hub_that_is_not_there_says_how_to_give_a_folder(monkeypatch: pytest.M
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
     with pytest.raises(UserError, match="cannot be reached") as raised:
-        open_parts("nobody/nothing", [], "train", "prompt")
+        open_sources("nobody/nothing", [], "train", "prompt")
     assert "data.path=FOLDER" in raised.value.fix
 
 
@@ -160,16 +162,16 @@ def test_splits_of_a_hub_set() -> None:
     splits = datasets.DatasetDict(
         {name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("train", "validation")}
     )
-    found = {split: _hub_part("x", splits, split) for split in ("train", "test", "all")}
-    assert [part.split for part in found.values()] == [True, True, False]
-    assert [[row["prompt"] for _, row in part.rows] for part in found.values()] == [
+    found = {split: _hub_source("x", splits, split) for split in ("train", "test", "all")}
+    assert [source.split for source in found.values()] == [True, True, False]
+    assert [[row["prompt"] for _, row in source.rows] for source in found.values()] == [
         ["train"],
         ["validation"],
         ["train", "validation"],
     ]
     with pytest.raises(UserError, match="no train split, only validation"):
-        _hub_part("x", datasets.DatasetDict({"validation": splits["validation"]}), "train")
-    alone = _hub_part("x", datasets.DatasetDict({"train": splits["train"]}), "test")
+        _hub_source("x", datasets.DatasetDict({"validation": splits["validation"]}), "train")
+    alone = _hub_source("x", datasets.DatasetDict({"train": splits["train"]}), "test")
     assert not alone.split and [where for where, _ in alone.rows] == ["x train row 1"]
 
 
@@ -188,13 +190,13 @@ def test_a_hub_source_is_a_configuration_or_a_folder(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["one"])
     monkeypatch.setattr(datasets, "load_dataset", load)
     read = {
-        part.source: [row["prompt"] for _, row in part.rows]
-        for part in open_parts("o/set", ["two", "one"], "train", "prompt")
+        source.name: [row["prompt"] for _, row in source.rows]
+        for source in open_sources("o/set", ["two", "one"], "train", "prompt")
     }
     assert read == {"one": ["o/set one None"], "two": ["o/set None two"]}
-    assert [part.source for part in open_parts("o/set", [], "train", "prompt")] == ["set"]
+    assert [source.name for source in open_sources("o/set", [], "train", "prompt")] == ["set"]
     with pytest.raises(UserError, match="cannot load 'o/set' from the hub: no such folder"):
-        open_parts("o/set", ["gone"], "train", "prompt")
+        open_sources("o/set", ["gone"], "train", "prompt")
 
 
 def openai_layout(folder: Path) -> Path:
@@ -233,9 +235,9 @@ def test_openai_configurations_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(
         datasets, "load_dataset", lambda name, configuration: {"train": [{"prompt": configuration}]}
     )
-    parts = open_parts("openai/summarize_from_feedback", [], "train", "preference")
-    assert [(part.source, [row["prompt"] for _, row in part.rows]) for part in parts] == [
+    sources = open_sources("openai/summarize_from_feedback", [], "train", "preference")
+    assert [(source.name, [row["prompt"] for _, row in source.rows]) for source in sources] == [
         ("comparisons", ["comparisons"])
     ]
     with pytest.raises(UserError, match="there are only axis, comparisons"):
-        open_parts("openai/summarize_from_feedback", [], "train", "sft")
+        open_sources("openai/summarize_from_feedback", [], "train", "sft")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.comparison_report import write_comparison
 from gipo_megatron.evaluation.results import build_results, duels_from_verdicts
-from gipo_megatron.reports.audit import audit_responses
 from tests.evaluation.simulated import MARKUP, answers, prompts, verdicts
 from tests.reports.test_run_report import VOID, Page
 

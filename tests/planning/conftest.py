@@ -33,6 +33,7 @@ TIED = Architecture(
     qk_norm=True,
 )
 TIED_LAYOUT = Parallel(tensor=2, pipeline=4)
+PLUGIN = "plugins=[tests.planning.pages]"
 TIGHT = ["recipe=hh_gipo", "hardware.gpu_memory_gib=40"]
 PLANS = {
     "hh_sft": ["recipe=hh_sft"],
@@ -51,6 +52,14 @@ PLANS = {
     "hopeless": ["recipe=hh_gipo_70b", "hardware.gpu_memory_gib=5"],
     "spanning": ["recipe=hh_gipo", "world=16", "parallel.tensor=16"],
     "tiny": ["recipe=tiny/gipo"],
+    "twice": ["recipe=hh_sft", PLUGIN, "algorithm={name: test_twice}"],
+    "in_turn": [
+        "recipe=hh_ppo_kl",
+        PLUGIN,
+        "algorithm={name: test_in_turn}",
+        "models.reward.lr=1e-6",
+        *(f"models.{role}.offload=cpu" for role in ("actor", "reward")),
+    ],
     "needless": ["recipe=hh_gipo", "memory.recompute=full"],
     "needed": ["recipe=hh_sft", "memory.recompute=full", "hardware.gpu_memory_gib=31"],
 }
@@ -68,10 +77,8 @@ def shipped() -> list[str]:
 
 
 def documented() -> dict[str, str]:
-    """Command line of tools/plan.py -> what docs/scaling.md shows of its answer."""
-    return dict(
-        re.findall(r"```\n\$ python tools/plan\.py ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL)
-    )
+    """Arguments of `gipo plan` -> the part of its output in docs/scaling.md."""
+    return dict(re.findall(r"```\n\$ gipo plan ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL))
 
 
 def layout_cases() -> dict[str, dict[str, Any]]:

@@ -53,7 +53,7 @@ def plan(case: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "parameters": found.parameters,
-        "stage": found.heaviest.stage,
+        "stage": found.heaviest.shard.stage,
         "phases": phases,
         "worst": found.heaviest.worst.name,
         "peak": found.heaviest.worst.peak,
@@ -65,7 +65,8 @@ def plan(case: dict[str, Any]) -> dict[str, Any]:
         if verdict.change is None
         else [verdict.change.words, verdict.change.plan.heaviest.worst.peak],
         "flops": 0 if found.time is None else found.time.flops,
-        "tokens": found.batch.tokens,
+        "tokens": found.batch.rows * found.batch.sequences_per_row * found.batch.max_length,
+        "batch": found.batch.lines(),
         "rows": [max(phase.work.rows for phase in stage.phases) for stage in found.footprints],
         "seconds": {}
         if found.time is None

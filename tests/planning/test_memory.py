@@ -19,6 +19,8 @@ from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.meta_shard import Shard
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
+from gipo_megatron.planning.arithmetic import batch_plan
+from gipo_megatron.planning.counting import count
 from gipo_megatron.planning.memory import Device, State, budget, slot_of, staging
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel, Precision
@@ -149,12 +151,14 @@ def test_bytes_moved_by_hand() -> None:
 @pytest.mark.global_rng  # imports what a recipe's names need
 def test_a_gpus_micro_batch_is_as_wide_as_it_is_padded() -> None:
     """1000 tokens are 1024 on a GPU; on a CPU, and at a round length, nothing is added."""
-    wide, plain = (
-        slot_of(compose(["recipe=hh_sft", f"data.max_length={n}"], RECIPES)).length
-        for n in (1000, 2048)
-    )
-    tiny = compose(["recipe=tiny/sft"], RECIPES)
-    assert (wide, plain) == (1024, 2048) and slot_of(tiny).length == tiny.data.max_length
+
+    def length(*words: str) -> int:
+        recipe = compose(words, RECIPES)
+        return slot_of(recipe, batch_plan(recipe, count(recipe))).length
+
+    assert length("recipe=hh_sft", "data.max_length=1000") == 1024
+    assert length("recipe=hh_sft", "data.max_length=2048") == 2048
+    assert length("recipe=tiny/sft", "data.max_length=100") == 100
 
 
 def test_budget() -> None:

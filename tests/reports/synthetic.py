@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from gipo_megatron.algorithms.ppo import PPO
+from gipo_megatron.algorithms.sft import SFT
+
 MARKUP = "<script>alert('boom')</script> & \"quotes\" {{ 7 * 7 }} $x^2$"
 
 
@@ -88,7 +91,8 @@ def ppo_run(
         text += f"run: {{dir: {json.dumps(folder.name)}, seed: {seed}}}\nnote: <b>bold</b>\n"
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         (folder / "environment.json").write_text(
-            json.dumps({"torch": "2.13.0", "git": "<abc>"}), encoding="utf-8"
+            json.dumps({"git": "<abc>", "stage": PPO.stage, "headline": PPO.headline}),
+            encoding="utf-8",
         )
     return folder
 
@@ -102,4 +106,6 @@ def sft_run(folder: Path, *, steps: int = 8) -> Path:
     (folder / "recipe.yaml").write_text(
         "algorithm: {name: sft}\nrun: {seed: 0}\n", encoding="utf-8"
     )
+    about = {"stage": SFT.stage, "headline": SFT.headline}
+    (folder / "environment.json").write_text(json.dumps(about), encoding="utf-8")
     return folder

@@ -10,11 +10,11 @@ from scipy.stats import spearmanr
 from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.store import ResponseStore, write_prompts
 from gipo_megatron.evaluation.types import Response, TaskPrompt
 from gipo_megatron.reports.audit import (
     Audit,
-    audit_responses,
     audit_run,
     last_turn,
     prompt_features,

@@ -11,25 +11,27 @@ from tests.reports.synthetic import ppo_run, sft_run, write_rows
 
 def test_a_run_is_read_back(tmp_path: Path) -> None:
     run = load_run(ppo_run(tmp_path / "gipo", steps=20))
-    assert (run.name, run.stage, run.num_steps, run.seconds) == ("gipo", "GIPO", 20, 50.0)
+    assert (run.name, run.stage, run.num_steps, run.seconds) == ("gipo", "PPO", 20, 50.0)
     steps, values = run.series("eval/gold")
     assert steps == [10, 20] and len(values) == 2
     # null is no point
     assert run.series("source/helpful/score")[0] == [s for s in range(1, 21) if s % 3]
     assert run.last("no/such") is None and len(run.alerts) == 1
-    assert load_run(ppo_run(tmp_path / "ppo", beta=0.0, steps=2)).stage == "PPO"
+    assert run.headline[0] == ("eval/score", "held-out score")
     assert load_run(sft_run(tmp_path / "sft")).stage == "SFT"
 
 
-def test_stage_without_a_recipe(tmp_path: Path) -> None:
-    for metric, stage in {
-        "rm/loss": "RM",
-        "dpo/loss": "DPO",
-        "reward/score_mean": "PPO",
-        "other": "run",
-    }.items():
-        write_rows(tmp_path / "metrics.jsonl", [{"step": 1, metric: 1.0}])
-        assert load_run(tmp_path).stage == stage
+def test_stage_is_what_the_run_recorded(tmp_path: Path) -> None:
+    write_rows(tmp_path / "metrics.jsonl", [{"step": 1, "my/loss": 1.0}])
+    run = load_run(tmp_path)
+    assert (run.stage, run.headline) == ("–", [])
+    about = '{"stage": "mine", "headline": [["my/loss", "my loss"]]}'
+    (tmp_path / "environment.json").write_text(about)
+    run = load_run(tmp_path)
+    assert (run.stage, run.headline) == ("mine", [("my/loss", "my loss")])
+    (tmp_path / "environment.json").write_text('{"stage": ')
+    with pytest.raises(UserError, match=r"environment\.json is not YAML"):
+        load_run(tmp_path)
 
 
 def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:
@@ -64,8 +66,8 @@ def test_bad_folders(tmp_path: Path) -> None:
     write_rows(tmp_path / "metrics.jsonl", [{"step": 1}])
     with pytest.raises(UserError, match="not YAML"):
         load_run(tmp_path)
-    (tmp_path / "recipe.yaml").write_text("a: 1")
-    with pytest.raises(UserError, match="names no algorithm"):
+    (tmp_path / "recipe.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="not a mapping"):
         load_run(tmp_path)
 
 

@@ -1,0 +1,112 @@
+"""Assembly: a recipe builds the models that its page and components name, each once."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gipo_megatron.algorithms.dpo_reference import LiveReference, PrecomputedReference
+from gipo_megatron.data.planted import gold_reward
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.recipe.registry import Lazy
+from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.training import assembly
+from gipo_megatron.training.assembly import Assembly, assemble
+from tests.recipe.helpers import small
+
+SFT = """\
+defaults: [base/sft, model/tiny, hardware/cpu]
+models: {actor: {load: random}}
+data: {format: planted, max_length: 64, max_response: 16}
+run: {dir: runs/small, steps: 30}
+"""
+DPO = """\
+defaults: [base/dpo, model/tiny, hardware/cpu]
+models: {actor: {load: random}}
+data: {format: planted, max_length: 64, max_response: 16}
+run: {dir: runs/small, steps: 300}
+"""
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What `build_engine` was called with, in order; no model is made."""
+    calls: list[dict[str, Any]] = []
+
+    def build(**settings: Any) -> Any:
+        calls.append(settings)
+        return SimpleNamespace(**settings)
+
+    monkeypatch.setattr(assembly, "build_engine", build)
+    return calls
+
+
+def assembled(recipe: Recipe, mesh: Mesh) -> Assembly:
+    return assemble(recipe, mesh, lambda phase: nullcontext())
+
+
+def test_a_policy_alone(tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]) -> None:
+    recipe = small(tmp_path, text=SFT)
+    parts = assembled(recipe, mesh)
+    assert [call["role"] for call in built] == ["actor"]
+    assert parts.trained == {"actor": parts.algorithm.actor.engine}
+    assert built[0]["optimisation"].total_steps == 30
+    assert parts.algorithm.actor.temperature == 1.0
+    assert parts.sequences_per_step == recipe.batch.minibatch
+
+
+def test_roles_of_ppo(tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]) -> None:
+    words = ["algorithm.rollout.temperature=0.7", "algorithm.epochs=2", "batch.prompts=8"]
+    words += ["batch.responses=4", "batch.minibatch=16", "models.actor.schedule=constant"]
+    recipe = small(tmp_path, *words)
+    parts = assembled(recipe, mesh)
+    page = parts.algorithm
+    calls = {call["role"]: call for call in built}
+    assert len(built) == 4 and calls.keys() == {"actor", "reference", "critic", "reward"}
+    assert list(parts.trained) == ["actor", "critic"]
+    # the critic's head is that of the page's own classifier; the actor's temperature the sampler's
+    assert calls["critic"]["group"] is not None
+    assert calls["critic"]["group"] == page.group_classifier.head
+    assert page.actor.temperature == page.reference.temperature == page.rollout.temperature == 0.7
+    # 3 iterations × 2 epochs × 32 / 16
+    assert calls["critic"]["optimisation"].total_steps == 12
+    assert calls["reward"]["optimisation"] is None is calls["reference"]["optimisation"]
+    assert page.examples is None and parts.sequences_per_step == 32
+    assert page.held_out.gold is gold_reward and page.sampling.seed == recipe.run.seed
+
+
+def test_no_critic(tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]) -> None:
+    recipe = replace(small(tmp_path), trained=("actor",))
+    parts = assembled(recipe, mesh)
+    assert parts.algorithm.critic is None and list(parts.trained) == ["actor"]
+    assert "critic" not in [call["role"] for call in built]
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_the_reference_of_pairs(
+    tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]], precompute: bool
+) -> None:
+    """A precomputed one is built when it is first used."""
+    recipe = small(tmp_path, f"algorithm.precompute={str(precompute).lower()}", text=DPO)
+    reference = assembled(recipe, mesh).algorithm.reference
+    roles = [call["role"] for call in built]
+    if precompute:
+        assert isinstance(reference, PrecomputedReference) and roles == ["actor"]
+        reference.make()
+    else:
+        assert isinstance(reference, LiveReference)
+    assert [call["role"] for call in built] == ["actor", "reference"]
+
+
+def test_objects_are_made_once_and_when_read() -> None:
+    made: list[str] = []
+    table = Lazy({"a": lambda: made.append("a") or [1], "b": lambda: 1 / 0})
+    assert "a" in table and "b" in table and "c" not in table and made == []
+    assert table["a"] is table["a"] and made == ["a"] and list(table) == ["a", "b"]
+    with pytest.raises(ZeroDivisionError):
+        table["b"]
