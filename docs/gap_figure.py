@@ -1,4 +1,7 @@
-"""python docs/gap_figure.py: the README's figure docs/gap.svg, from the table in docs/results.md."""
+"""Draw the README's figure, docs/gap.svg, from the table in docs/results.md.
+
+python docs/gap_figure.py
+"""
 
 from __future__ import annotations
 
@@ -29,13 +32,13 @@ def table() -> dict[str, tuple[float, float]]:
 def draw(values: dict[str, tuple[float, float]]) -> None:
     plt.rcParams.update({"svg.hashsalt": "gap", "svg.fonttype": "none", "font.size": 9})
     figure, axes = plt.subplots(figsize=(5.6, 1.7), layout="constrained")
-    for row, (label, (gap, error)) in enumerate(values.items()):
+    for row, (gap, error) in enumerate(values.values()):
         axes.errorbar(gap, row, xerr=error, fmt="o", capsize=4, color=f"C{row}")
         axes.annotate(f"{gap:.3f}", (gap, row), (0, 6), textcoords="offset points", ha="center")
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.5, -0.7)
     axes.set_xlim(0, 0.2)
-    axes.set_xlabel("true reward, easy − hard prompts: mean of 5 seeds ± standard error")
+    axes.set_xlabel("true reward, easy − hard prompts (5 seeds ± standard error)")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(DOCS / "gap.svg", metadata={"Date": None})

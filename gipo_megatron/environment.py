@@ -1,8 +1,8 @@
 """Environment variables that CUDA, NCCL, torch's allocator and Transformer Engine read once, when
 they start.
 
-Only the standard library is imported here, so that the launchers can set them before torch is
-imported. A variable that is set already keeps its value.
+Imports only the standard library, so that launchers can set the variables before they import torch.
+A variable that is set already keeps its value.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-# freed memory of any size can be used again: widths differ in every batch
+# freed memory of any size can be used again, because widths differ in every batch
 ALLOCATOR = "expandable_segments:True"
 # torch 2.9 prefers the name PYTORCH_ALLOC_CONF, but ignores this setting there (pytorch issue
 # 183387)
 UNIFIED_SINCE = (2, 11)
 
-_chosen: dict[str, str] = {}  # what was set here, since nothing was set before
+_chosen: dict[str, str] = {}  # variables that were not set before, and the value set here
 
 
 def set_defaults() -> dict[str, str]:
-    """Set what is not set, before torch is imported. Returns all that this process set so, name ->
-    value."""
-    # one queue: communication starts before the matrix product that hides it
+    """Set variables that are not set; call before torch is imported. Return those set by this
+    process, name -> value."""
+    # one queue, so that communication starts before the matrix product that hides it
     _default("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Transformer Engine would import JAX, too, and warn of it
+    # otherwise Transformer Engine also imports JAX, with a warning
     _default("NVTE_FRAMEWORK", "pytorch")
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         _default(allocator_variable(metadata.version("torch")), ALLOCATOR)
@@ -34,23 +34,22 @@ def set_defaults() -> dict[str, str]:
 
 
 def set_deterministic() -> None:
-    """Only algorithms that add in the same order every time, in the libraries that torch calls.
-    Before CUDA starts."""
-    # Transformer Engine's attention; Megatron-Core refuses another value
+    """Restrict the libraries that torch calls to algorithms with a fixed order of addition. Call
+    before CUDA starts."""
+    # for Transformer Engine's attention; Megatron-Core requires this value
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
-    # or :16:8, slower: torch refuses matrix products with any other
+    # torch requires this value or :16:8, which is slower
     _default("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # sums inside NVLink switches have no fixed order; Megatron-LM's deterministic mode refuses
-    # them, too
+    # no sums inside NVLink switches: their order is not fixed (as Megatron-LM's deterministic mode)
     _default("NCCL_ALGO", "^NVLS")
 
 
 def allocator_variable(torch_version: str) -> str:
-    """The name by which this torch reads its allocator's settings, without a deprecation warning
-    where that is possible.
+    """Return the name of the variable with the allocator's settings for this torch, without a
+    deprecation warning where possible.
 
-    Up to 2.8 there is PYTORCH_CUDA_ALLOC_CONF alone. All later versions read it too; from 2.9 to
-    2.11 they print a warning.
+    Up to 2.8 only PYTORCH_CUDA_ALLOC_CONF exists. All later versions read it too; from 2.9 to 2.11
+    they print a warning.
     """
     major, minor = torch_version.split(".")[:2]
     return (
@@ -61,7 +60,7 @@ def allocator_variable(torch_version: str) -> str:
 
 
 def variables() -> dict[str, str]:
-    """All variables named here that are set, name -> value."""
+    """Return the variables of this module that are set, name -> value."""
     names = (
         "CUDA_DEVICE_MAX_CONNECTIONS",
         "PYTORCH_ALLOC_CONF",
@@ -75,7 +74,7 @@ def variables() -> dict[str, str]:
 
 
 def line() -> str:
-    """`environment: NAME=value (default) NAME=value`; default: set here, not by the user."""
+    """Return `environment: NAME=value (default) NAME=value`; default: set here, not by the user."""
     words = [
         f"{name}={value}{' (default)' if _chosen.get(name) == value else ''}"
         for name, value in variables().items()

@@ -1,11 +1,10 @@
-"""Errors a user can mend: what happened, where (file, key), how to fix it."""
+"""Errors that a user can fix: what is wrong, where (file, key), how to fix it."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in a recipe, a file or the command line. Printed on one screen, without a
-    traceback; exit code 2."""
+    """Mistake in a recipe, a file or the command line. Printed without a traceback; exit code 2."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix

@@ -144,7 +144,7 @@ def standardised_scores(raw: Tensor, batch_mean: float, std: float) -> Tensor:
 def lower_tail_weights(x: Tensor, everyone: Tensor, alpha: float) -> Tensor:
     """1{x_i <= VaR_alpha} / alpha over the global batch `everyone` [N]; mean exactly 1. [B]
 
-    Rows tied at VaR_alpha share what is left of the tail: w = (alpha N - #{below}) / (alpha
+    Rows tied at VaR_alpha share the rest of the tail: w = (alpha N - #{below}) / (alpha
     #{tied}).   (Rockafellar, Uryasev 2002)
     """
     tail = alpha * len(everyone)

@@ -43,6 +43,11 @@ class RewardModel(Trainable, Protocol):
         """[B], read at each sequence's last token."""
         ...
 
+    def features(self, batch: Rows, position: str) -> Tensor:
+        """Return the trunk's last hidden state [B, H], without gradient, at the last prompt token
+        (position "prompt") or at the last token ("trajectory")."""
+        ...
+
 
 class DataParallel(Protocol):
     """The replicas. Global row i of a batch is row i // size of replica i % size."""

@@ -23,10 +23,10 @@ from gipo_megatron.components.kl import FixedKL, NoKL
 from gipo_megatron.components.reward import ModelReward
 from gipo_megatron.components.rollout import SamplingRollout
 from gipo_megatron.components.variance import GroupVariance, NoVariance, ReturnVariance
+from gipo_megatron.local.roles import TorchActor, TorchCritic
 from gipo_megatron.roles import DataParallel, SingleReplica
 from gipo_megatron.specs import HeadSpec
 from gipo_megatron.types import Prompts, Sequences, StepResult
-from tests.torch_roles import TorchActor, TorchCritic
 
 NUM_PROMPTS, NUM_ACTIONS, BATCH = 64, 50, 256
 VOCAB = NUM_ACTIONS + NUM_PROMPTS  # actions are tokens 0 … 49, prompts the tokens after them

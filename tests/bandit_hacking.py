@@ -4,11 +4,11 @@ model can be fooled?
     python -m tests.bandit_hacking [SEEDS] [STEPS]
 
 On every easy prompt three actions score +1 with the proxy and -1 with gold. Each adaptive run is
-paired with a fixed price equal to the mean price it paid; no variance regulariser, so that only the
+paired with a fixed coefficient equal to its own mean; no variance regulariser, so that only the
 KL controller differs. Prints gold return of both halves, averaged over seeds.
 
-Against a uniform reference no price can tell a hack from a right action: both are drawn to the same
-1/50, and gold on easy prompts is (15 - 3) / 18 of the proxy whatever the price. So the check is run
+Against a uniform reference no coefficient separates a hack from a right action: both go to the same
+1/50, and gold on easy prompts is (15 - 3) / 18 of the proxy at any coefficient. So the check is run
 from a second reference as well, on which hacks are ten times rarer.
 """
 

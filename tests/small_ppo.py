@@ -13,9 +13,10 @@ from gipo_megatron.components import protocols
 from gipo_megatron.components.advantage import GeneralisedAdvantage
 from gipo_megatron.components.reward import ModelReward
 from gipo_megatron.components.rollout import SamplingRollout
+from gipo_megatron.local.replicas import replica_rows
+from gipo_megatron.local.roles import TorchActor, TorchCritic, TorchRewardModel
 from gipo_megatron.roles import DataParallel
 from gipo_megatron.types import Prompts, Rollout, Scores, Sequences
-from tests.torch_roles import TorchActor, TorchCritic, TorchRewardModel, replica_rows
 
 VOCAB, BATCH, RESPONSES = 12, 16, 4
 SOURCES = ("easy", "hard")
@@ -55,9 +56,14 @@ def make_ppo(
     regulariser: protocols.VarianceRegulariser,
     controller: protocols.KLController,
     micro_batch: int = 0,
+    advantage: protocols.Advantage | None = None,
     **settings: Any,
 ) -> PPO:
-    """PPO whose weights and draws depend on nothing but the step; settings are PPO's own keys."""
+    """PPO whose weights and draws depend on nothing but the step; settings are PPO's own keys. It
+    has a critic if a component needs one."""
+    advantage = advantage or GeneralisedAdvantage(dp=dp)
+    needs = {role for part in (advantage, classifier) for role in getattr(part, "needs", ())}
+    critic = TorchCritic(VOCAB, classifier.head, hidden=16, dp=dp, micro_batch=micro_batch)
     return PPO(
         **{"epochs": 2, "critic_warmup": 0, **settings},
         rollout=SamplingRollout(data_max_response=RESPONSES, seed=3),
@@ -67,10 +73,10 @@ def make_ppo(
         group_classifier=classifier,
         variance_regulariser=regulariser,
         kl_controller=controller,
-        advantage=GeneralisedAdvantage(dp=dp),
+        advantage=advantage,
         actor=TorchActor(VOCAB, hidden=16, init_std=0.3, dp=dp, micro_batch=micro_batch),
         reference=TorchActor(VOCAB, hidden=16, init_std=0.3, dp=dp),
-        critic=TorchCritic(VOCAB, classifier.head, hidden=16, dp=dp, micro_batch=micro_batch),
+        critic=critic if "critic" in needs else None,
         dp=dp,
         minibatch=BATCH // 2,
         prompts=lambda step: prompts_at(step, dp),

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "recipe.registry": {"specs"},
     "weights": LOW | {"data"},
     "components": LOW | {"recipe.registry"},
+    "local": LOW,
     "algorithms": LOW | {"recipe.registry", "components"},
     "megatron": LOW | {"weights"},
     "data": LOW,

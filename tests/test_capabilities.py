@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from gipo_megatron import capabilities
-from gipo_megatron.capabilities import Apex, Capabilities, Gpu
+from gipo_megatron.capabilities import Apex, Capabilities, GpuInfo
 from gipo_megatron.errors import UserError
 from tests import broken_transformer_engine
 
-H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.6)
-L4 = Gpu("NVIDIA L4", (8, 9), 22.5)
-A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 79.3)
+H100 = GpuInfo("NVIDIA H100 80GB HBM3", (9, 0), 79.6)
+L4 = GpuInfo("NVIDIA L4", (8, 9), 22.5)
+A100 = GpuInfo("NVIDIA A100-SXM4-80GB", (8, 0), 79.3)
 HOPPER = Capabilities(
     "3.12.3",
     "2.11.0+cu130",

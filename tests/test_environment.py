@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What environment.py takes for os.environ: nothing is set, and changes are forgotten."""
+    """An empty os.environ for environment.py; changes are forgotten."""
     variables: dict[str, str] = {}
     monkeypatch.setattr(environment, "os", SimpleNamespace(environ=variables))
     monkeypatch.setattr(environment, "_chosen", {})
@@ -47,7 +47,7 @@ def test_what_is_not_set_gets_its_default(bare: dict[str, str]) -> None:
         "NVTE_FRAMEWORK": "pytorch",
     }
     assert environment.set_defaults() == expected and bare == expected
-    # a second call finds them set, and still tells whose they are
+    # a second call finds them set, and still lists them as defaults
     assert environment.set_defaults() == expected
     assert (
         environment.line() == "environment: CUDA_DEVICE_MAX_CONNECTIONS=1 (default)"
@@ -87,8 +87,7 @@ def test_determinism_of_the_libraries(bare: dict[str, str]) -> None:
 
 
 def test_importing_megatron_sets_them() -> None:
-    """Tests and tools do not come through a launcher; Megatron-Core would warn of
-    CUDA_DEVICE_MAX_CONNECTIONS."""
+    """Tests and tools use no launcher; Megatron-Core would warn of CUDA_DEVICE_MAX_CONNECTIONS."""
     assert {"CUDA_DEVICE_MAX_CONNECTIONS", "NVTE_FRAMEWORK"} <= environment.variables().keys()
     assert environment.variables().keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
@@ -111,23 +110,23 @@ class Watch:
 
 sys.meta_path.insert(0, Watch())
 sys.path.insert(0, "launch")
-sys.argv = ["{launcher}.py", "recipe=no_such_recipe"]
+sys.argv = ["{launcher}.py", "recipe=tiny/{recipe}", "no_such_key=1"]
 import runpy
 runpy.run_path("launch/{launcher}.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("launcher", ["train", "evaluate"])
-def test_the_launchers_set_them_before_torch_is_imported(launcher: str) -> None:
+@pytest.mark.parametrize(("launcher", "recipe"), [("train", "sft"), ("evaluate", "evaluate")])
+def test_the_launchers_set_them_before_torch_is_imported(launcher: str, recipe: str) -> None:
     variables = {
         key: value for key, value in os.environ.items() if key not in environment.variables()
     } | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", WATCH.format(launcher=launcher)]
+    command = [sys.executable, "-c", WATCH.format(launcher=launcher, recipe=recipe)]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=200, check=False
     )
     assert (done.returncode, done.stdout) == (2, "1 pytorch\n")
-    assert "no_such_recipe" in done.stderr
+    assert "no_such_key" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,12 @@ from gipo_megatron.components.variance import (
     NoVariance,
     ReturnVariance,
 )
+from gipo_megatron.local.replicas import replica_rows, run_replicas
+from gipo_megatron.local.roles import TorchActor, TorchCritic
 from gipo_megatron.metrics import Metrics
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.types import Groups
 from tests.small_ppo import make_ppo, scores_of, stored_rollout
-from tests.torch_roles import TorchActor, TorchCritic, replica_rows, run_replicas
 
 KINDS = ("mass", "uniform")
 REGULARISERS: dict[str, Any] = {
@@ -111,7 +112,7 @@ def test_stage_1_coefficients_are_the_gradient(kind: str, num_groups: int) -> No
     rows = 24
     logits, returns = draw(8, rows, num_groups), draw(9, rows)
     groups = make_groups(logits.softmax(-1), returns, kind)
-    coefficients = group_loss_coefficients(groups)
+    coefficients = group_loss_coefficients(groups, groups.probs)
     free = logits.clone().requires_grad_()
     (exact,) = torch.autograd.grad(variance_of(free.softmax(-1), returns, kind), free)
     (linear,) = torch.autograd.grad((coefficients * free.softmax(-1)).sum(1).mean(), free)
@@ -175,7 +176,7 @@ def test_an_empty_group_is_finite(name: str, kind: str) -> None:
     assert float(weights.raw.mean()) == pytest.approx(1.0, abs=1e-12)
     if name in ("mass", "group_dro"):
         assert (weights.values == 1).all()
-    coefficients = group_loss_coefficients(groups)
+    coefficients = group_loss_coefficients(groups, groups.probs)
     logits = torch.tensor([[40.0, -40.0]] * 40, dtype=torch.float64, requires_grad=True)
     (coefficients * logits.softmax(-1)).sum(1).mean().backward()
     assert torch.isfinite(coefficients).all()
@@ -337,7 +338,12 @@ def test_a_detached_head_leaves_the_trunks_gradient_alone(detach: bool) -> None:
         output = critic.forward(rollout)
         loss = ((output.values - 1) ** 2).sum()
         if output.group_logits is not None:
-            loss = loss - (group_loss_coefficients(groups) * output.group_logits.softmax(-1)).sum()
+            loss = (
+                loss
+                - (
+                    group_loss_coefficients(groups, groups.probs) * output.group_logits.softmax(-1)
+                ).sum()
+            )
         loss.backward()
         gradients.append([p.grad for p in critic.parameters])
     same = [torch.equal(a, b) for a, b in zip(*gradients, strict=True)]  # type: ignore[arg-type]

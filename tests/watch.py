@@ -1,5 +1,4 @@
-"""What torch's operations do, seen from outside: values that Python reads, and bytes that are
-alive."""
+"""Observers of torch's operations: values that Python reads, and bytes that are allocated."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Reads(TorchDispatchMode):
-    """Counts how often Python reads a value of a tensor: on a GPU each read waits for all work
-    before it."""
+    """Count of reads of a tensor's value by Python: on a GPU each waits for all work before it."""
 
     count = 0
 
@@ -23,8 +21,8 @@ class Reads(TorchDispatchMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """`peak`: the most bytes that tensors made inside held at once. Temporaries inside one
-    operation are not seen."""
+    """`peak`: the most bytes held at once by tensors made in the block. Temporaries inside one
+    operation are not counted."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What group classifiers learnt:  python tools/audit.py RUN_DIR… [out=DIR]
+"""Audit group classifiers:  python tools/audit.py RUN_DIR… [out=DIR]
 
 A RUN_DIR is a training run with a group classifier, or an evaluation with models.critic (then each
 policy is audited). Writes audit.json and audit.html to `out`; without it into the run's own folder,
@@ -31,7 +31,7 @@ FIX = "remove the line, and evaluate again"
 
 
 def parse(arguments: list[str]) -> tuple[list[str], Path]:
-    """Run folders, out. Raises UserError."""
+    """Return run folders and out. Raises UserError for an unknown option."""
     runs, out = [], None
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -47,7 +47,7 @@ def parse(arguments: list[str]) -> tuple[list[str], Path]:
 
 
 def audits_of(folder: Path) -> list[Audit]:
-    """Of a training run; or of each policy of an evaluation that has p_high. Raises UserError."""
+    """Audit a training run, or each policy of an evaluation that has p_high. Raises UserError."""
     if not (folder / "prompts.jsonl").is_file():
         return [audit_run(load_run(folder))]
     prompts = _read(folder / "prompts.jsonl", TaskPrompt)
@@ -67,8 +67,7 @@ def audits_of(folder: Path) -> list[Audit]:
 
 
 def _read(path: Path, kind: Callable[..., Noun]) -> list[Noun]:
-    """The rows, each prompt once. The head line with the store's key and a last line cut short (an
-    evaluation is writing) stay out."""
+    """Return the rows, each prompt once, without the head line."""
     found: dict[tuple[str, str], Noun] = {}
     for number, row in read_jsonl(path, FIX):
         if set(row) == {"key"}:
@@ -81,7 +80,7 @@ def _read(path: Path, kind: Callable[..., Noun]) -> list[Noun]:
 
 
 def print_table(audits: list[Audit]) -> None:
-    """Correlations (Spearman) of p_high, AUC by source, entropy: a column per audit."""
+    """Print correlations (Spearman) of p_high, AUC by source, entropy: a column per audit."""
     table = Table("", *(escape(audit.name) for audit in audits), box=SIMPLE)
     quantities = dict.fromkeys(a.quantity for audit in audits for a in audit.associations)
     sources = dict.fromkeys(label.name for audit in audits for label in audit.sources)
@@ -98,7 +97,7 @@ def print_table(audits: list[Audit]) -> None:
             escape(row), *(escape(cells[row]) if row in cells else "–" for cells in columns)
         )
     console = Console()
-    console.width = max(console.width, 120)  # a redirected output has no width of its own
+    console.width = max(console.width, 120)  # redirected output has no width
     console.print(table)
 
 

@@ -1,9 +1,9 @@
-"""Compares the metrics of two runs:  python tools/compare_runs.py A B [--assert-equal] [--tolerance
+"""Compare the metrics of two runs:  python tools/compare_runs.py A B [--assert-equal] [--tolerance
 X]
 
 Compares metrics.jsonl step by step, but for time/, perf/, memory/ and rollout/tokens_per_second.
---assert-equal: bit for bit; with --tolerance X: |a - b| <= X max(|a|, |b|). Exit codes: 0 equal (or
-only asked to show), 1 the runs differ, 2 a mistake in the command or in a run folder.
+--assert-equal: bit for bit; with --tolerance X: |a - b| <= X max(|a|, |b|). Exit codes: 0 equal, or
+neither option; 1 the runs differ; 2 a mistake in the command or in a run folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS_SHOWN = 15
 
 @dataclass(frozen=True)
 class Difference:
-    """`a` and `b` are what stands in the files; absent means the row or the metric is not there."""
+    """`a` and `b` are the values in the files; "absent": no such row or metric."""
 
     step: int
     metric: str
@@ -33,7 +33,7 @@ class Difference:
 
 
 def compare(a: RunFolder, b: RunFolder) -> tuple[list[Difference], int]:
-    """All differences by step, then in order of the metrics; and how many numbers were compared."""
+    """Return all differences by step, then in order of the metrics, and the count of numbers."""
     rows_a, rows_b = _by_step(a), _by_step(b)
     differences, compared = [], 0
     for step in sorted(rows_a.keys() | rows_b.keys()):
@@ -64,7 +64,7 @@ def _by_step(run: RunFolder) -> dict[int, dict[str, Any]]:
     for row in run.rows:
         if row["step"] in rows:
             raise UserError(
-                f"step {row['step']} stands twice",
+                f"step {row['step']} has two rows",
                 where=str(run.path / "metrics.jsonl"),
                 fix="one row a step: was the run resumed by hand?",
             )
@@ -75,7 +75,7 @@ def _by_step(run: RunFolder) -> dict[int, dict[str, Any]]:
 
 
 def _size(x: Any, y: Any) -> float:
-    """0 only for equal bits (null equals null; 0.0 and -0.0 differ)."""
+    """Return the relative difference; 0 only for equal bits (null equals null, 0.0 is not -0.0)."""
     if isinstance(x, (int, float)) and isinstance(y, (int, float)):
         if float(x).hex() == float(y).hex():
             return 0.0
@@ -84,7 +84,7 @@ def _size(x: Any, y: Any) -> float:
 
 
 def show(differences: list[Difference], compared: int) -> None:
-    """The largest difference of each metric, largest first."""
+    """Print the largest difference of each metric, largest first."""
     worst: dict[str, Difference] = {}
     count: dict[str, int] = {}
     for d in differences:

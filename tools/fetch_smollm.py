@@ -24,7 +24,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from gipo_megatron.conversion.command import run
+from gipo_megatron.commands.words import run
 from gipo_megatron.conversion.staging import refuse_existing, staged
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError

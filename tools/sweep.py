@@ -1,11 +1,11 @@
-"""One recipe at many settings, one run after the other.
+"""Run one recipe at many settings, one run after the other.
 
 python tools/sweep.py recipe=hh_gipo run.seed=0..4 algorithm.kl_controller.eta=0.02,0.05 [nproc=8]
 [dry=true] [key=value …]
 
-`a..b` counts from a to b, `a,b,c` lists (a comma inside […], {…} or quotes is not one). Every
-combination is checked before the first starts, and gets a run.dir of its own. A run that fails is
-reported at the end; the others go on.
+`a..b` counts from a to b; `a,b,c` is a list (commas inside […], {…} or quotes do not separate).
+Checks every combination before the first starts; each has another run.dir. A run that fails is
+reported at the end; the others continue.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Sweep:
 
     @property
     def points(self) -> list[tuple[str, ...]]:
-        """One word per varied key, for each combination; the last key changes fastest."""
+        """Return one word per varied key, for each combination; the last key changes fastest."""
         return list(
             itertools.product(
                 *([f"{key}={value}" for value in values] for key, values in self.varied)
@@ -88,7 +88,7 @@ def parse(argv: Sequence[str]) -> Sweep:
             values = (text,) if key in ("recipe", "with", "world") else values_of(text)
             if not values:
                 raise UserError(
-                    f"{word!r} counts nothing", where="command line", fix=f"{key}=0..4 counts up"
+                    f"{word!r} is an empty range", where="command line", fix=f"{key}=0..4 counts up"
                 )
             if len(values) == 1:
                 fixed.append(word)
@@ -98,8 +98,8 @@ def parse(argv: Sequence[str]) -> Sweep:
 
 
 def command(sweep: Sweep, point: Sequence[str], recipes: Path) -> list[str]:
-    """What starts one combination; its folder is the recipe's run.dir and the point's settings.
-    Raises RecipeErrors."""
+    """Return the command of one combination; its folder is the recipe's run.dir and the point's
+    settings. Raises RecipeErrors."""
     words = [*sweep.fixed, *point]
     recipe = compose(words, recipes, world=sweep.nproc or 1)
     if point:
@@ -125,7 +125,7 @@ def _label(word: str, sweep: Sweep) -> str:
 
 
 def _short(key: str, sweep: Sweep) -> str:
-    """The key's last part, or all of it where two varied keys end alike."""
+    """Return the key's last part, or all of it where two varied keys end alike."""
     last = key.rsplit(".", 1)[-1]
     return last if sum(other.rsplit(".", 1)[-1] == last for other, _ in sweep.varied) == 1 else key
 

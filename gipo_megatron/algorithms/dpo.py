@@ -16,13 +16,13 @@ from gipo_megatron.algorithms.held_out import evaluate_pairs
 from gipo_megatron.errors import UserError
 from gipo_megatron.metrics import Metric, Metrics, prefixed
 from gipo_megatron.recipe.registry import OneOf, Range, from_runtime, register
-from gipo_megatron.roles import Actor, HeldOut
+from gipo_megatron.roles import Actor, HeldOut, Stateful
 from gipo_megatron.types import Loss, Pairs, StepResult, TokenStats, skipped_rows
 
 
 @dataclass(frozen=True)
 class Preference:
-    """What the policy's implicit reward beta * log(pi / pi_ref) says of each pair, all [b]."""
+    """Loss and implicit rewards beta * log(pi / pi_ref) of each pair, all [b]."""
 
     loss: Tensor
     chosen_reward: Tensor
@@ -36,8 +36,8 @@ class Preference:
 @register("algorithm", "dpo")
 @dataclass
 class DPO:
-    """One optimizer step an iteration on the pairs' loss; the reference is asked once for all
-    pairs, or for each batch as it comes."""
+    """One optimizer step an iteration on the pairs' loss; the reference's log-probs are computed
+    once for all pairs, or for each batch."""
 
     data: ClassVar[str] = "preference"
     stage: ClassVar[str] = "DPO"
@@ -52,7 +52,7 @@ class DPO:
     loss: Annotated[str, OneOf("sigmoid", "ipo")] = "sigmoid"
     label_smoothing: Annotated[float, Range(0)] = 0.0
     length_normalise: bool = False
-    precompute: bool = True  # read where the reference is made
+    precompute: bool = True  # once for all pairs; then the reference is freed
 
     actor: Actor = from_runtime("actor")
     reference: PairReference = from_runtime("reference")
@@ -123,7 +123,12 @@ class DPO:
         return evaluate_pairs(loss_and_margin, self.held_out), []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference": self.reference.state_dict()}
+        return {name: part.state_dict() for name, part in self._memory().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.reference.load_state_dict(state["reference"])
+        for name, part in self._memory().items():
+            part.load_state_dict(state.get(name, {}))
+
+    def _memory(self) -> dict[str, Stateful]:
+        reference = self.reference
+        return {"reference": reference} if isinstance(reference, Stateful) else {}

@@ -1,5 +1,5 @@
-"""What DPO's reference says of the pairs: asked for each batch as it comes, or for all of them once
-and then let go."""
+"""DPO's reference log-probs: computed for each batch, or once for all pairs, after which the model
+is freed."""
 
 from __future__ import annotations
 
@@ -44,36 +44,26 @@ def response_sums(output: TokenStats, batch: Rows) -> Tensor:
 
 
 class PairReference(Protocol):
-    """The frozen policy, as DPO asks it. `split` is train | held_out: row ids count within a
-    split."""
+    """The frozen policy that DPO compares with. `split` is train | held_out: row ids count within
+    a split."""
 
     def refer(self, split: str, pairs: Pairs) -> ReferredPairs: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
 class LiveReference:
-    """A model that stays: one forward pass over each batch."""
+    """A model that stays loaded: one forward pass over each batch."""
 
     model: Reference
 
     def refer(self, split: str, pairs: Pairs) -> ReferredPairs:
         return ReferredPairs(pairs, response_sums(self.model.logprobs(pairs), pairs))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of a dataset that a run uses, and how to get some of them: (rows, dp rank, dp size)
-    -> this replica's, and which count."""
+    """The rows of a dataset that a run uses, and a function that reads some: (rows, dp rank,
+    dp size) -> this replica's pairs, and which of them count."""
 
     rows: Sequence[int]
     pairs_at: Callable[[Sequence[int], int, int], tuple[Pairs, Tensor]]
@@ -81,12 +71,12 @@ class Split:
 
 @dataclass
 class PrecomputedReference:
-    """One pass over all pairs before the first of them is used, two numbers a pair; then the model
-    is freed.
+    """One pass over all pairs before the first of them is used; keep two numbers a pair and free
+    the model.
 
-    The numbers are whole on every replica and travel with the checkpoint, so a resumed run builds
-    no reference, unless it uses more rows. `identity` says what they follow from: those of another
-    reference, or of other data, are not taken over but made anew.
+    Every replica has all numbers, and the checkpoint stores them, so a resumed run builds no
+    reference unless it uses more rows. `identity` names the reference and the data; numbers of
+    another identity are computed again.
     """
 
     make: Callable[[], Reference]
@@ -105,22 +95,22 @@ class PrecomputedReference:
         return ReferredPairs(pairs, torch.tensor([known[row] for row in pairs.row_ids.tolist()]))
 
     def _complete(self) -> None:
-        """Collective: all replicas lack the same rows."""
-        lacking = {
+        """Compute the rows that are missing. Collective: they are the same on all replicas."""
+        missing = {
             name: [row for row in split.rows if row not in self.sums.setdefault(name, {})]
             for name, split in self.splits.items()
         }
-        if any(lacking.values()):
+        if any(missing.values()):
             model = self.make()
-            for name, rows in lacking.items():
+            for name, rows in missing.items():
                 for start in range(0, len(rows), self.batch):
-                    self._ask(model, name, rows[start : start + self.batch])
+                    self._compute(model, name, rows[start : start + self.batch])
             del model
-            # modules lie in cycles: without this their memory would come back some time later
+            # modules are in reference cycles: without this their memory is freed some time later
             gc.collect()
         self.complete = True
 
-    def _ask(self, model: Reference, name: str, rows: Sequence[int]) -> None:
+    def _compute(self, model: Reference, name: str, rows: Sequence[int]) -> None:
         pairs, _ = self.splits[name].pairs_at(rows, self.dp.rank, self.dp.size)
         sums = response_sums(model.logprobs(pairs), pairs)
         ids, chosen, rejected = (

@@ -140,18 +140,16 @@ class PPO:
             returns=returns,
             weights=weights.values,
             group_probs=groups.probs,
-            group_loss_coefficients=(
-                torch.zeros_like(groups.probs)
-                if learned is None
-                else group_loss_coefficients(learned)
-            ),
+            group_loss_coefficients=group_loss_coefficients(learned, groups.probs),
         )
         with self.timer("update"):  # 8
-            critic_update = self._update_critic(experience)
-            actor_update = self._update_actor(experience, step)
+            critic_update = self._update(self.critic, experience, self.critic_loss)
+            head_update = self._update(self._own_head, experience, self.group_loss)
+            actor = None if self.critic is not None and step < self.critic_warmup else self.actor
+            sft = self._sft_parts(experience, step)
+            actor_update = self._update(actor, experience, self.actor_loss, sft)
         response_kl = ops.sequence_sum(old - reference, mask)  # k1, nats per response
         observed = self._observe(groups, learned, scores, response_kl)  # 9
-
         metrics = {
             **ppo_metrics.rollout_metrics(rollout, old, self.dp),
             **ppo_metrics.score_metrics(scores),
@@ -162,16 +160,15 @@ class PPO:
             **ppo_metrics.weight_metrics(weights),
             **ppo_metrics.value_metrics(experience, critic_update),
             **prefixed("policy", actor_update.metrics),
+            **prefixed("group_head", head_update.metrics),
             **observed,
         }
-        # generation, actor, reference, reward, actor's training; the critic once, and its training
-        critic_passes = 0 if self.critic is None else 1 + 3 * self.epochs
         return StepResult(
             metrics,
             ppo_metrics.sample_rows(rollout, scores, groups, weights, response_kl),
             skipped_rows(critic=critic_update, actor=actor_update),
             tokens=int(rollout.lengths.sum()),
-            forward_equivalents=4 + 3 * self.epochs + critic_passes,
+            forward_equivalents=self._forward_equivalents(),
         )
 
     def evaluate(self) -> tuple[Metrics, list[dict[str, Any]]]:
@@ -185,10 +182,29 @@ class PPO:
     def _criticise(self, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
         """Return values [B, T] and group logits [B, M]; None without a critic, or without a group
         head."""
-        if self.critic is None:
-            return None, None
-        output = self.critic.evaluate(rows)
-        return output.values, output.group_logits
+        values, logits = None, None
+        if self.critic is not None:
+            output = self.critic.evaluate(rows)
+            values, logits = output.values, output.group_logits
+        if self._own_head is not None:
+            logits = self._own_head.logits(rows)
+        return values, logits
+
+    @property
+    def _own_head(self) -> protocols.OwnHead | None:
+        """The group classifier, if it has a head that is not on the critic."""
+        classifier = self.group_classifier
+        return classifier if isinstance(classifier, protocols.OwnHead) else None
+
+    def _forward_equivalents(self) -> int:
+        """Generation, actor, reference, reward, actor's training; the critic once, and its
+        training; the trunk under a head that is not on the critic."""
+        passes = 4 + 3 * self.epochs
+        if self.critic is not None:
+            passes += 1 + 3 * self.epochs
+        if self._own_head is not None:
+            passes += 1 + self.epochs
+        return passes
 
     @cached_property
     def tracker(self) -> GroupTracker:
@@ -228,37 +244,28 @@ class PPO:
 
     def _update(
         self,
-        role: Trainable,
+        role: Trainable | None,
         experience: Experience,
-        parts: Callable[[int, Experience], list[Part]],
+        loss: BatchLoss,
+        more: Callable[[int], list[Part]] = lambda index: [],
     ) -> Update:
         """Make all optimizer steps of one role; return their metrics and skipped rows together.
 
-        The role's pipeline calls a part's loss (`critic_loss`, `actor_loss`, `ptx_loss`) once for
-        every micro-batch, on the last stage, and runs its backward pass.
+        The role's pipeline calls `loss` once for every micro-batch, on the last stage, and runs its
+        backward pass. more: parts to add to optimizer step `index` of this iteration.
         """
         total = Update({})
-        for index, batch in self._minibatches(experience):
-            total = total.merge(role.update(*parts(index, batch)))
+        if role is not None:
+            for index, batch in self._minibatches(experience):
+                total = total.merge(role.update((batch, loss), *more(index)))
         return total
 
-    def _update_critic(self, experience: Experience) -> Update:
-        if self.critic is None:
-            return Update({})
-        return self._update(
-            self.critic, experience, lambda index, batch: [(batch, self.critic_loss)]
-        )
-
-    def _update_actor(self, experience: Experience, step: int) -> Update:
-        if self.critic is not None and step < self.critic_warmup:
-            return Update({})
+    def _sft_parts(self, experience: Experience, step: int) -> Callable[[int], list[Part]]:
+        """Return the function that gives the SFT rows of an optimizer step; none where ptx is 0."""
+        if self.ptx == 0:
+            return lambda index: []
         updates = self.epochs * len(experience) * self.dp.size // self.minibatch
-
-        def parts(index: int, batch: Experience) -> list[Part]:
-            ptx = [(self.examples(step * updates + index), self.ptx_loss)] if self.ptx > 0 else []
-            return [(batch, self.actor_loss), *ptx]
-
-        return self._update(self.actor, experience, parts)
+        return lambda index: [(self.examples(step * updates + index), self.ptx_loss)]
 
     def critic_loss(self, output: CriticOutput, batch: Experience) -> Loss:
         """Clipped value loss per token - beta_critic sum_g c_ig p_ig per sequence (algorithm.md
@@ -270,11 +277,19 @@ class PPO:
             mask,
         ).sum()
         terms = {"value": (value, "token")}
-        head = self.group_classifier.head
-        if head is not None and output.group_logits is not None:
-            gain = (batch.group_loss_coefficients * output.group_logits.softmax(-1)).sum()
-            terms["group"] = (-head.loss_weight * gain, "sequence")
+        if output.group_logits is not None:
+            assert self.group_classifier.head is not None
+            gain = self._group_gain(output.group_logits, batch)
+            terms["group"] = (-self.group_classifier.head.loss_weight * gain, "sequence")
         return Loss(terms, {"loss": Metric.ratio(value, mask.sum())})
+
+    def group_loss(self, logits: Tensor, batch: Experience) -> Loss:
+        """-sum_g c_ig p_ig per sequence, of a head that is not on the critic."""
+        gain = self._group_gain(logits, batch)
+        return Loss({"group": (-gain, "sequence")}, {"loss": Metric.ratio(-gain, len(batch))})
+
+    def _group_gain(self, logits: Tensor, batch: Experience) -> Tensor:
+        return (batch.group_loss_coefficients * logits.softmax(-1)).sum()
 
     def actor_loss(self, output: TokenStats, batch: Experience) -> Loss:
         """Clipped surrogate on w_i A_t per token, minus the entropy bonus (algorithm.md 2.2, stage

@@ -1,11 +1,11 @@
-"""What the algorithm needs of the component in each slot. (A reward is a subclass of
-reward.Reward.)
+"""The interface of the component in each slot. (A reward is a subclass of reward.Reward.)
 
 A component is a dataclass; its fields are its recipe keys. Some things are optional, and used where
 a component has them:
 - `needs`, a ClassVar: names of the roles that must be built for it, such as ("critic",);
 - `needs_groups` and `makes_groups`, and `problems()` for keys that do not fit together: see
   recipe/registry.py;
+- `min_responses`, a ClassVar: the least number of responses to a prompt;
 - `observe(groups, kl) -> Metrics`: advance a memory once an iteration, after both updates;
 - `state_dict()` and `load_state_dict(state)`: that memory, for checkpoints.
 """
@@ -17,9 +17,9 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from gipo_megatron.metrics import Metrics
-from gipo_megatron.roles import Actor
+from gipo_megatron.roles import Actor, Trainable
 from gipo_megatron.specs import HeadSpec
-from gipo_megatron.types import Groups, Prompts, Rollout, Weights
+from gipo_megatron.types import Groups, Prompts, Rollout, Rows, Weights
 
 
 class Sampler(Protocol):
@@ -75,4 +75,13 @@ class Advantage(Protocol):
 class Observer(Protocol):
     def observe(self, groups: Groups, kl: float) -> Metrics:
         """Advance the memory; kl is the batch's global mean, nats per response."""
+        ...
+
+
+@runtime_checkable
+class OwnHead(Trainable, Protocol):
+    """A group classifier with a head of its own, not on the critic."""
+
+    def logits(self, rows: Rows) -> Tensor:
+        """Return group logits, [B, M]."""
         ...

@@ -21,8 +21,8 @@ from gipo_megatron.types import Rollout, Scores
 
 @dataclass(kw_only=True)
 class Reward(ABC):
-    """What every reward shares: penalties, running moments over all history, clips (algorithm.md
-    3). A subclass adds its keys and `base`."""
+    """Base of all rewards: penalties, running moments over all history, clips (algorithm.md 3). A
+    subclass adds its keys and `base`."""
 
     # subtracted from a response that was cut at its maximal length, raw score units
     missing_eos_penalty: float = 0.0

@@ -136,12 +136,15 @@ class GroupTracker:
         vars(self).update(state, means=list(state["means"]))
 
 
-def group_loss_coefficients(groups: Groups) -> Tensor:
-    """c_ig = N dR_var / dp_ig of the linear group loss (algorithm.md 2.2, stage 1). [B, M]"""
+def group_loss_coefficients(groups: Groups | None, like: Tensor) -> Tensor:
+    """c_ig = N dR_var / dp_ig of the linear group loss (algorithm.md 2.2, stage 1), in the shape of
+    `like`; zeros where no head learns. [B, M]"""
+    if groups is None:
+        return torch.zeros_like(like)
     c = ops.group_loss_coefficients(
         groups.sample_scores, groups.group_means, groups.masses, groups.count, groups.variance
     )
-    return c.to(groups.probs.dtype)
+    return c.to(like.dtype)
 
 
 def group_metrics(groups: Groups) -> Metrics:

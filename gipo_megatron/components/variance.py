@@ -16,7 +16,7 @@ from gipo_megatron.roles import DataParallel, gather_rows
 from gipo_megatron.types import Groups, Weights
 
 NotNegative = Annotated[float, Range(0)]  # a negative weight of the variance would widen the gap
-AtMostOne = Annotated[float, Range(high=1)]  # the mean weight, 1, lies within the clamp
+AtMostOne = Annotated[float, Range(high=1)]  # the mean weight, 1, is within the clamp
 AtLeastOne = Annotated[float, Range(1)]
 
 

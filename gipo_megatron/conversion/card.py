@@ -1,5 +1,5 @@
-"""The model card of an exported folder: what it is, from which recipe, step and commit, and what
-was checked."""
+"""The model card of an exported folder: kind, recipe, step and commit, use, and the checks that
+passed."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def _head(head: str | None, padding: str | None) -> str:
     )
     text = f"{what} is the one logit, read at the last token that is not padding."
     text += (
-        " It was trained on texts that end with the tokenizer's end-of-text token: cut what a chat"
-        " template writes after it."
+        " It was trained on texts that end with the tokenizer's end-of-text token: remove what a"
+        " chat template writes after it."
     )
     if padding is None:
         return (

@@ -11,11 +11,11 @@ from gipo_megatron.errors import UserError
 
 
 class Mismatch(UserError):
-    """What was written is not what it was made from."""
+    """A written model that differs from its source."""
 
 
 def refuse_existing(out: Path) -> None:
-    """UserError where `out` is taken or cannot be written, before anything is read."""
+    """Raise UserError where `out` exists or cannot be written, before anything is read."""
     if out.exists():
         raise UserError(
             f"{out} exists already", where="out", fix="choose another folder, or remove it first"
@@ -33,10 +33,10 @@ def refuse_existing(out: Path) -> None:
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """Yields OUT.partial; it gets the name OUT when the block ends well, replacing an older OUT.
+    """Yield OUT.partial, which becomes OUT when the block ends without an error, replacing an older
+    OUT.
 
-    A full disk, an error, Ctrl-C: it is removed. A Mismatch: it stays, as OUT.mismatch, to be
-    looked at.
+    After a full disk, an error or Ctrl-C it is removed; after a Mismatch it stays, as OUT.mismatch.
     """
     work, bad, old = (
         out.with_name(f"{out.name}.{word}") for word in ("partial", "mismatch", "old")
@@ -60,11 +60,10 @@ def staged(out: Path) -> Iterator[Path]:
         ) from None
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
-        reason = error.strerror or str(error)
         raise UserError(
-            f"cannot write {out}: {reason}",
+            f"cannot write {out}: {error.strerror or error}",
             where="out",
-            fix="make room, or choose another disk; nothing was left there",
+            fix="free some space, or choose another disk; nothing was left there",
         ) from None
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

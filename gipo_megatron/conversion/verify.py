@@ -1,5 +1,5 @@
-"""Whether a Hugging Face folder is what it claims: names, shapes, dtypes and bytes as transformers
-has them, and the same outputs."""
+"""Checks of a Hugging Face folder against transformers' own model: names, shapes, dtypes, bytes and
+outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 from gipo_megatron.conversion.staging import Mismatch
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.roles import outputs
-from gipo_megatron.weights.hf_files import BYTES, Weights, open_weights
+from gipo_megatron.weights.hf_config import is_classifier
+from gipo_megatron.weights.hf_files import BYTES, INDEX, Weights, open_weights
 
 # of the largest output, in fp32: rounding grows with depth; a wrong weight or rotary base is off by
 # far more than this
@@ -30,29 +31,24 @@ ROWS, TOKENS = 2, 24
 
 
 def check_structure(folder: Path, dtype: str) -> str:
-    """One line on what agrees. Raises Mismatch naming the tensors that transformers' own model of
-    this config.json has otherwise."""
+    """Return one line on the checks that passed.
+
+    Raises Mismatch naming the tensors that differ from transformers' own model of this config.json.
+    """
     weights = open_weights(folder)
+    shapes = weights.shapes
     # tied ones once, as they are saved
     expected = {name: tuple(p.shape) for name, p in _empty_model(folder).named_parameters()}
+    wrong = [name for name in expected if shapes.get(name, expected[name]) != expected[name]]
     problems = [
-        ("missing", [name for name in expected if name not in weights.shapes]),
-        ("not in transformers' model", [name for name in weights.shapes if name not in expected]),
-        (
-            "wrong shape",
-            [
-                n
-                for n, shape in expected.items()
-                if n in weights.shapes and weights.shapes[n] != shape
-            ],
-        ),
+        ("missing", [name for name in expected if name not in shapes]),
+        ("not in transformers' model", [name for name in shapes if name not in expected]),
+        ("wrong shape", wrong),
         (f"not {dtype}", [name for name, found in weights.dtypes.items() if found != dtype]),
     ]
     refuse(folder, problems)
     size = sum(math.prod(shape) for shape in expected.values()) * BYTES[dtype]
-    written = sum(
-        math.prod(shape) * BYTES[weights.dtypes[name]] for name, shape in weights.shapes.items()
-    )
+    written = sum(math.prod(shape) * BYTES[weights.dtypes[name]] for name, shape in shapes.items())
     if written != size or (stated := _stated_size(folder, size)) != size:
         raise Mismatch(
             f"{written} bytes of tensors, transformers' model has {size}; the index states"
@@ -66,26 +62,25 @@ def check_structure(folder: Path, dtype: str) -> str:
 
 
 def refuse(folder: Path, problems: list[tuple[str, list[str]]]) -> None:
-    """Mismatch naming the tensors of every list that is not empty."""
+    """Raise Mismatch naming the tensors of every list that is not empty."""
     lines = []
     for title, names in problems:
         if names:
             more = f" … and {len(names) - 8} more" if len(names) > 8 else ""
-            lines.append(f"  {title} ({len(names)}): {', '.join(names[:8])}{more}")
+            lines.append(f"\n  {title} ({len(names)}): {', '.join(names[:8])}{more}")
     if lines:
-        fix = "please report this: a conversion that does not verify is a defect"
         raise Mismatch(
-            "the conversion does not verify\n" + "\n".join(lines), where=str(folder), fix=fix
+            "the converted model differs" + "".join(lines),
+            where=str(folder),
+            fix="please report this: it is a defect of the conversion",
         )
 
 
 def _stated_size(folder: Path, otherwise: int) -> int:
-    index = folder / "model.safetensors.index.json"
-    return (
-        int(json.loads(index.read_text())["metadata"]["total_size"])
-        if index.is_file()
-        else otherwise
-    )
+    index = folder / INDEX
+    if not index.is_file():
+        return otherwise
+    return int(json.loads(index.read_text())["metadata"]["total_size"])
 
 
 def _empty_model(folder: Path) -> PreTrainedModel:
@@ -97,16 +92,16 @@ def _empty_model(folder: Path) -> PreTrainedModel:
 def _auto_class(
     architectures: list[str],
 ) -> type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]:
-    return (
-        AutoModelForSequenceClassification
-        if architectures[0].endswith("ForSequenceClassification")
-        else AutoModelForCausalLM
-    )
+    if is_classifier({"architectures": architectures}):
+        return AutoModelForSequenceClassification
+    return AutoModelForCausalLM
 
 
 def stored_dtype(weights: Weights) -> str:
-    """The one dtype of a folder's tensors; float32 for a mixture, which loses nothing. Raises
-    Mismatch for what is quantised."""
+    """Return the one dtype of a folder's tensors; float32 for a mixture, which loses nothing.
+
+    Raises Mismatch for quantised tensors.
+    """
     found = set(weights.dtypes.values())
     if unknown := sorted(found - set(BYTES)):
         raise Mismatch(
@@ -120,8 +115,8 @@ def stored_dtype(weights: Weights) -> str:
 
 
 def random_rows(vocab_size: int, forbidden: int | None) -> tuple[Tensor, Tensor]:
-    """Token ids [2, 24] and lengths [2], the first row shorter; the padding id nowhere but in the
-    padding."""
+    """Return token ids [2, 24] and lengths [2], the first row shorter; the padding id occurs in the
+    padding alone."""
     ids = torch.randint(0, vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     if forbidden is not None:
         ids[ids == forbidden] = (forbidden + 1) % vocab_size
@@ -130,12 +125,12 @@ def random_rows(vocab_size: int, forbidden: int | None) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def output_difference(folder: Path, engine: Engine) -> tuple[float, float]:
-    """(largest difference, largest output) of an fp32 model of ours and transformers' of `folder`,
-    on random tokens.
+    """Return (largest difference, largest output) of `engine`, in fp32, and transformers' model of
+    `folder`, on random tokens.
 
-    Logits [2, 24, V] of a language model at real tokens; scores [2] of a model with a head, padded
-    where config.json names a padding id. Empties `engine`: the two models need not be in memory
-    together.
+    Compares logits [2, 24, V] of a language model at real tokens; scores [2] of a model with a
+    head, padded where config.json has a padding id. Empties `engine`: the two models are never in
+    memory together.
     """
     config = AutoConfig.from_pretrained(folder)
     ids, lengths = random_rows(engine.architecture.vocab_size, config.pad_token_id)
@@ -148,17 +143,14 @@ def output_difference(folder: Path, engine: Engine) -> tuple[float, float]:
         ours = ours[real]
     else:
         ours = ours[torch.arange(ROWS), lengths - 1, 0]
-        theirs = torch.cat(
-            [
-                _score(model, ids[i : i + 1], int(lengths[i]), config.pad_token_id)
-                for i in range(ROWS)
-            ]
-        )
+        pad = config.pad_token_id
+        scores = [_score(model, ids[i : i + 1], int(lengths[i]), pad) for i in range(ROWS)]
+        theirs = torch.cat(scores)
     return float((ours - theirs).abs().max()), float(theirs.abs().max())
 
 
 def _load(folder: Path, architectures: list[str]) -> PreTrainedModel:
-    """transformers' model in fp32, without its progress bars."""
+    """Load transformers' model in fp32, without its progress bars."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -169,7 +161,7 @@ def _load(folder: Path, architectures: list[str]) -> PreTrainedModel:
 
 
 def _score(model: PreTrainedModel, ids: Tensor, length: int, pad: int | None) -> Tensor:
-    """[1]: a row as a user would pass it, padded where padding is possible."""
+    """Return [1], the score of a row as a user would pass it, padded where that is possible."""
     if pad is None:
         return model(ids[:, :length]).logits[:, 0]
     padded = torch.where(torch.arange(TOKENS) < length, ids, pad)
@@ -177,25 +169,22 @@ def _score(model: PreTrainedModel, ids: Tensor, length: int, pad: int | None) ->
 
 
 def release(engine: Engine) -> None:
-    """Gives a model's memory back; the engine is of no use afterwards."""
+    """Free a model's memory; the engine cannot be used afterwards."""
     for chunk in engine.chunks:
         chunk.to("meta")
     gc.collect()
 
 
 def check_outputs(folder: Path, engine: Engine) -> str:
-    """One line on what agrees. Raises Mismatch where the two models do not say the same."""
+    """Return one line on the agreement. Raises Mismatch where the two models' outputs differ."""
     difference, largest = output_difference(folder, engine)
     what = "scores" if engine.head is not None else "logits"
     if not difference <= TOLERANCE * max(largest, 1.0):
-        text = (
-            f"{what} differ by {difference:.3g} from transformers' (largest {largest:.3g}), though"
-            " all tensors agree"
-        )
         raise Mismatch(
-            text,
+            f"{what} differ by {difference:.3g} from transformers' (largest {largest:.3g}), though"
+            " all tensors agree",
             where=str(folder),
-            fix="config.json describes another model than these weights are of; please report this",
+            fix="config.json does not describe these weights; please report this",
         )
     return (
         f"{what} on random tokens within {difference:.2g} of transformers' (largest {largest:.3g}),"

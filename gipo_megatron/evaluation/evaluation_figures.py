@@ -1,4 +1,4 @@
-"""The figures of a head-to-head evaluation, from results.json and the responses."""
+"""The figures of an evaluation, from results.json and the responses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gipo_megatron.reports.style import (
 
 CAPTIONS = {
     "win_tie_lose": (
-        "Share of the judged prompts that the subject wins, ties and loses; whiskers: 95 %"
+        "Share of the judged prompts that the model wins, ties and loses; whiskers: 95 %"
         " intervals of wins and of losses."
     ),
     "score_distribution": (
@@ -37,39 +37,40 @@ CAPTIONS = {
 }
 # outcome, bar, number in it
 OUTCOMES = ((WIN, "#0072B2", "white"), (TIE, "#D9D9D9", "black"), (LOSE, "#D55E00", "white"))
+BAR: dict[str, Any] = {"height": 0.78, "edgecolor": "white", "linewidth": 0.5}
+WHISKER: dict[str, Any] = {"color": "black", "linewidth": 0.9, "marker": "|", "markersize": 4}
+CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": SMALLEST}
 LONGEST = 22  # letters of a name beside a bar
 
-Answers = Mapping[str, Sequence[Response]]  # by policy
+Responses = Mapping[str, Sequence[Response]]  # by policy
 
 
-def draw_evaluation(results: Mapping[str, Any], responses: Answers) -> dict[str, Figure]:
-    """name -> figure, those that the evaluation has the data for; CAPTIONS has the same names.
-    results: as in results.json."""
-    drawn: dict[str, Drawn] = {}
+def draw_evaluation(results: Mapping[str, Any], responses: Responses) -> dict[str, Figure]:
+    """Return {name: figure} of CAPTIONS, as far as there is data. `results`: as in results.json."""
+    systems = [
+        (name, _values(rows, ("p_high", "score", "length"))) for name, rows in responses.items()
+    ]
     with style():
-        drawn["win_tie_lose"] = win_tie_lose(results)
-        drawn["score_distribution"] = score_distribution(responses)
-        drawn["p_high"] = scatter_p_high(
-            [
-                (name, _values(rows, ("p_high", "score", "length")))
-                for name, rows in responses.items()
-            ]
-        )
+        drawn: dict[str, Drawn] = {
+            "win_tie_lose": win_tie_lose(results),
+            "score_distribution": score_distribution(responses),
+            "p_high": scatter_p_high(systems),
+        }
     return {name: figure for name, figure in drawn.items() if isinstance(figure, Figure)}
 
 
 def write_evaluation_figures(
     results: Mapping[str, Any],
-    responses: Answers,
+    responses: Responses,
     out: str | Path,
     formats: Sequence[str] = FORMATS,
 ) -> list[Path]:
-    """Draws into the folder `out`; returns the files."""
+    """Draw into the folder `out`; return the files."""
     return save(draw_evaluation(results, responses), out, formats)
 
 
 def win_tie_lose(results: Mapping[str, Any]) -> Drawn:
-    """Stacked bars, a panel per task, a bar per opponent: shares of the judged prompts."""
+    """Draw a panel per task, a stacked bar per baseline: shares of the judged prompts."""
     tasks: dict[str, dict[str, Any]] = {
         task: cells for task, cells in results["tasks"].items() if cells
     }
@@ -96,50 +97,23 @@ def win_tie_lose(results: Mapping[str, Any]) -> Drawn:
 
 def _bar(axis: Axes, row: int, cell: Mapping[str, Any]) -> None:
     if not cell["n"]:
-        axis.text(
-            0.5, row, "nothing judged", ha="center", va="center", fontsize=SMALLEST, color=NEUTRAL
-        )
+        axis.text(0.5, row, "nothing judged", color=NEUTRAL, **CENTRED)
         return
     left = 0.0
     for outcome, fill, ink in OUTCOMES:
         share = cell[outcome] / cell["n"]
-        axis.barh(
-            row,
-            share,
-            height=0.78,
-            left=left,
-            color=fill,
-            edgecolor="white",
-            linewidth=0.5,
-            label=outcome,
-        )
+        axis.barh(row, share, left=left, color=fill, label=outcome, **BAR)
         if share >= 0.09:  # a number fits
-            axis.text(
-                left + share / 2,
-                row - 0.1,
-                f"{100 * share:.0f}",
-                ha="center",
-                va="center",
-                fontsize=SMALLEST,
-                color=ink,
-            )
+            axis.text(left + share / 2, row - 0.1, f"{100 * share:.0f}", color=ink, **CENTRED)
         left += share
-    for outcome, mirrored in ((WIN, False), (LOSE, True)):
-        low, high = cell["ci95"][outcome]
-        ends = (1 - high, 1 - low) if mirrored else (low, high)
-        axis.plot(
-            ends,
-            [row + (0.3 if mirrored else 0.2)] * 2,
-            color="black",
-            linewidth=0.9,
-            marker="|",
-            markersize=4,
-            clip_on=False,
-        )
+    low, high = cell["ci95"][WIN]
+    axis.plot((low, high), [row + 0.2] * 2, clip_on=False, **WHISKER)
+    low, high = cell["ci95"][LOSE]
+    axis.plot((1 - high, 1 - low), [row + 0.3] * 2, clip_on=False, **WHISKER)
 
 
-def score_distribution(responses: Answers) -> Drawn:
-    """A panel per task, a histogram and its tails per policy, the same bins within a task."""
+def score_distribution(responses: Responses) -> Drawn:
+    """Draw a panel per task, a histogram with its tails per policy; equal bins within a task."""
     tasks = list(
         dict.fromkeys(r.task for rows in responses.values() for r in rows if "score" in r.figures)
     )
@@ -164,47 +138,25 @@ def score_distribution(responses: Answers) -> Drawn:
 
 
 def _ridge(axis: Axes, row: int, values: np.ndarray, bins: np.ndarray) -> None:
-    """A histogram that stands on y = row and is at most 0.6 high, its tails in small print
-    above."""
+    """Draw a histogram on y = row, at most 0.6 high, with its tails in small print above."""
+    note: dict[str, Any] = {"va": "bottom", "fontsize": SMALLEST}
+    note["transform"] = axis.get_yaxis_transform()
     if not len(values):
-        axis.text(
-            0.5,
-            row,
-            "no responses",
-            ha="center",
-            va="bottom",
-            fontsize=SMALLEST,
-            color=NEUTRAL,
-            transform=axis.get_yaxis_transform(),
-        )
+        axis.text(0.5, row, "no responses", ha="center", color=NEUTRAL, **note)
         return
     # rare outliers are counted in the outermost bins
     counts, _ = np.histogram(np.clip(values, bins[0], bins[-1]), bins)
-    axis.stairs(
-        row - 0.58 * counts / counts.max(),
-        bins,
-        baseline=row,
-        fill=True,
-        color=colour(row),
-        alpha=0.55,
-    )
+    heights = row - 0.58 * counts / counts.max()
+    axis.stairs(heights, bins, baseline=row, fill=True, color=colour(row), alpha=0.55)
     statistics = tails(values)
     axis.plot(
         [statistics.mean], [row], marker="^", color="black", markersize=4, clip_on=False, zorder=5
     )
-    axis.text(
-        0.99,
-        row - 0.62,
-        str(statistics),
-        ha="right",
-        va="bottom",
-        fontsize=SMALLEST,
-        transform=axis.get_yaxis_transform(),
-    )
+    axis.text(0.99, row - 0.62, str(statistics), ha="right", **note)
 
 
 def _values(rows: Sequence[Response], names: tuple[str, ...]) -> np.ndarray:
-    """[N, len(names)] of the responses that have them all; `length` is in tokens."""
+    """Return [N, len(names)] of the responses with all figures; `length` is in tokens."""
     figures = [{**r.figures, "length": float(r.tokens)} for r in rows]
     return np.array(
         [[f[n] for n in names] for f in figures if all(n in f for n in names)], dtype=float

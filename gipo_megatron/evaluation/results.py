@@ -1,4 +1,4 @@
-"""From responses and verdicts to duels, and from duels to results.json."""
+"""Pairs to judge, comparisons from their verdicts, and results.json from the comparisons."""
 
 from __future__ import annotations
 
@@ -8,118 +8,127 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.evaluation.statistics import compare, policy_figures
-from gipo_megatron.evaluation.types import Duel, Response, TaskPrompt, Verdict
+from gipo_megatron.evaluation.types import (
+    Comparison,
+    HeadToHead,
+    Pair,
+    PairOrder,
+    Verdict,
+)
 from gipo_megatron.files import write_json
-
-Presentation = tuple[str, str, str, bool]  # task, opponent, prompt_id, subject_first
 
 # names in results.json that no task may have
 RESERVED = ("subject", "judge", "bootstrap", "policies")
 
 
-def duels_from_verdicts(
-    subject: str,
-    opponents: Sequence[str],
-    prompts: Sequence[TaskPrompt],
-    responses: Mapping[str, Sequence[Response]],
-    verdicts: Mapping[Presentation, Verdict],
-    *,
-    sampled: bool = False,
-) -> list[Duel]:
-    """One Duel per opponent and prompt, in that order. `sampled`: prompts without any verdict are
-    left out (people judge a sample).
+def pairs_in_both_orders(given: HeadToHead) -> dict[PairOrder, Pair]:
+    """Return both orders of every prompt's pair, for every baseline.
 
-    p_high of a prompt is the mean over all policies' responses that have one: the same group
-    whoever is compared.
-
-    Raises ValueError where a response or a verdict is missing: an evaluation that is not finished
-    has no result.
+    Raises KeyError if a response is missing.
     """
-    answers = {name: {(r.task, r.prompt_id): r for r in rows} for name, rows in responses.items()}
-    keys = [(p.task, p.prompt_id) for p in prompts]
-    high = {key: _p_high([rows[key] for rows in answers.values() if key in rows]) for key in keys}
-    duels = []
-    for opponent in opponents:
-        for prompt in prompts:
-            task, prompt_id = prompt.task, prompt.prompt_id
-            both = [
-                verdicts.get((task, opponent, prompt_id, subject_first))
-                for subject_first in (True, False)
-            ]
-            if sampled and both == [None, None]:
+    responses, pairs = given.by_prompt, {}
+    for p in given.prompts:
+        for baseline in given.baselines:
+            for model_first in (True, False):
+                names = (given.model, baseline) if model_first else (baseline, given.model)
+                first, second = (responses[name, p.task, p.prompt_id] for name in names)
+                scores = {
+                    f"{place}_score": response.figures["score"]
+                    for place, response in (("first", first), ("second", second))
+                    if "score" in response.figures
+                }
+                pairs[PairOrder(p.task, baseline, p.prompt_id, model_first)] = Pair(
+                    p.task, p.kind, p.prompt_id, p.question, first.text, second.text, scores
+                )
+    return pairs
+
+
+def comparisons_from_verdicts(
+    given: HeadToHead, verdicts: Mapping[PairOrder, Verdict], *, sampled: bool = False
+) -> list[Comparison]:
+    """Return one Comparison per baseline and prompt, in that order.
+
+    `sampled`: leave out prompts without a verdict. p_high of a prompt is the mean over all
+    policies' responses that have one, so that it does not depend on the baseline.
+
+    Raises ValueError if a response or a verdict is missing: the evaluation is incomplete.
+    """
+    responses = given.by_prompt
+    high = {
+        p: _p_high([responses.get((name, p.task, p.prompt_id)) for name in given.responses])
+        for p in given.prompts
+    }
+    comparisons = []
+    for baseline in given.baselines:
+        for p in given.prompts:
+            key = (p.task, baseline, p.prompt_id)
+            one, other = (verdicts.get(PairOrder(*key, first)) for first in (True, False))
+            if sampled and one is other is None:
                 continue
-            if both[0] is None or both[1] is None:
+            if one is None or other is None:
                 raise ValueError(
-                    f"{task}/{prompt_id}: {subject} against {opponent} is not judged in both orders"
+                    f"{p.task}/{p.prompt_id}: {given.model} against {baseline} is not judged in"
+                    " both orders"
                 )
-            pair = [answers[name].get((task, prompt_id)) for name in (subject, opponent)]
-            if pair[0] is None or pair[1] is None:
-                raise ValueError(
-                    f"{task}/{prompt_id}: no response of {subject if pair[0] is None else opponent}"
-                )
-            duels.append(
-                Duel(
-                    task,
-                    opponent,
-                    prompt_id,
-                    prompt.source,
-                    both[0],
-                    both[1],
-                    pair[0].tokens,
-                    pair[1].tokens,
-                    high[task, prompt_id],
-                )
+            for name in (given.model, baseline):
+                if (name, p.task, p.prompt_id) not in responses:
+                    raise ValueError(f"{p.task}/{p.prompt_id}: no response of {name}")
+            mine, theirs = (
+                responses[name, p.task, p.prompt_id].tokens for name in (given.model, baseline)
             )
-    return duels
+            comparisons.append(Comparison(*key, p.source, one, other, mine, theirs, high[p]))
+    return comparisons
 
 
-def _p_high(responses: Sequence[Response]) -> float | None:
-    values = [r.figures["p_high"] for r in responses if "p_high" in r.figures]
+def _p_high(responses: Sequence[Any]) -> float | None:
+    values = [r.figures["p_high"] for r in responses if r is not None and "p_high" in r.figures]
     return math.fsum(values) / len(values) if values else None
 
 
 def build_results(
-    subject: str,
-    opponents: Sequence[str],
-    prompts: Sequence[TaskPrompt],
-    responses: Mapping[str, Sequence[Response]],
-    duels: Sequence[Duel],
+    given: HeadToHead,
+    comparisons: Sequence[Comparison],
     judge_about: Mapping[str, Any],
     *,
     bootstrap: int,
     seed: int,
 ) -> dict[str, Any]:
-    """results.json: counts over n = judged prompts, ci95 in shares of n; the subject's figures and
-    the opponents' by task."""
-    tasks = list(dict.fromkeys(prompt.task for prompt in prompts))
-    cells: dict[tuple[str, str], list[Duel]] = {
-        (task, opponent): [] for task in tasks for opponent in opponents
+    """Return {subject, judge, bootstrap, tasks: {task: {baseline: cell}}, policies: {name: {task:
+    figures}}}.
+
+    Counts are over the n judged prompts, ci95 in shares of n. `bootstrap`: resamples.
+    """
+    tasks = list(dict.fromkeys(prompt.task for prompt in given.prompts))
+    cells: dict[tuple[str, str], list[Comparison]] = {
+        (task, baseline): [] for task in tasks for baseline in given.baselines
     }
-    for duel in duels:
-        cells[duel.task, duel.opponent].append(duel)
+    for comparison in comparisons:
+        cells[comparison.task, comparison.baseline].append(comparison)
     return {
-        "subject": subject,
+        "subject": given.model,
         "judge": dict(judge_about),
         "bootstrap": {"resamples": bootstrap, "seed": seed},
         "tasks": {
-            t: {o: compare(cells[t, o], resamples=bootstrap, seed=seed) for o in opponents}
-            for t in tasks
+            task: {
+                baseline: compare(cells[task, baseline], resamples=bootstrap, seed=seed)
+                for baseline in given.baselines
+            }
+            for task in tasks
         },
         "policies": {
             name: {
-                task: policy_figures([r for r in responses[name] if r.task == task])
+                task: policy_figures([r for r in given.responses[name] if r.task == task])
                 for task in tasks
             }
-            for name in (subject, *opponents)
+            for name in (given.model, *given.baselines)
         },
     }
 
 
 def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
-    """{task: {opponent: cell}, subject, judge, bootstrap, policies}: the tasks stand at the top,
-    beside RESERVED. All or nothing.
+    """Write {task: {baseline: cell}, subject, judge, bootstrap, policies}, all or nothing.
 
-    Raises ValueError for a number that JSON does not know (NaN, infinity).
+    The tasks are at the top level, beside RESERVED. Raises ValueError for NaN or infinity.
     """
     beside = {name: results[name] for name in RESERVED}
     write_json(path, {**results["tasks"], **beside})

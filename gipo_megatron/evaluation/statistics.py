@@ -1,4 +1,4 @@
-"""What duels and responses say, with intervals. Pure: lists in, plain values (JSON) out."""
+"""Statistics of comparisons and responses, with intervals. Pure: lists in, JSON values out."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from gipo_megatron.evaluation.types import FAILED, LOSE, TIE, WIN, Duel, Response
+from gipo_megatron.evaluation.types import FAILED, LOSE, TIE, WIN, Comparison, Response
 
 OUTCOMES = (WIN, TIE, LOSE)
 HIGH, LOW = "high", "low"  # inferred groups of prompts
 MIN_LENGTH_CONTROLLED = 10  # judged prompts below which no regression is fitted
 CHUNK = 2**20  # prompts drawn at once by the bootstrap
 
-# An answer is a refusal if one of these stands in its first REFUSAL_WINDOW characters (in the
-# manner of AdvBench's prefixes; English only).
+# A response is a refusal if its first REFUSAL_WINDOW characters contain one of these phrases
+# (similar to AdvBench's prefixes; English only).
 REFUSAL_WINDOW = 200
 REFUSALS = (
     "i'm sorry, but", "i am sorry, but", "i apologize, but", "i can't", "i cannot", "i can not",
@@ -31,32 +31,29 @@ REFUSALS = (
 )  # fmt: skip
 
 
-def counts(duels: Sequence[Duel]) -> dict[str, int]:
-    """win, tie, lose (they sum to n, the judged prompts), failed (apart), flipped (among the
-    ties)."""
-    outcomes = [duel.outcome for duel in duels]
-    result = {name: outcomes.count(name) for name in (WIN, TIE, LOSE, FAILED)}
-    flipped = sum(duel.flipped for duel in duels)
-    return result | {"flipped": flipped, "n": len(duels) - result[FAILED]}
+def counts(comparisons: Sequence[Comparison]) -> dict[str, int]:
+    """Return win, tie, lose (their sum is n, the judged prompts), failed, flipped (of the ties)."""
+    outcomes = [c.outcome for c in comparisons]
+    found = {name: outcomes.count(name) for name in (WIN, TIE, LOSE, FAILED)}
+    flipped = sum(c.flipped for c in comparisons)
+    return found | {"flipped": flipped, "n": len(comparisons) - found[FAILED]}
 
 
-def bootstrap(duels: Sequence[Duel], *, resamples: int, seed: int) -> dict[str, list[float] | None]:
-    """Percentile 95 % intervals of the shares of wins, ties and losses: prompts are drawn with
-    replacement, `resamples` times.
+def bootstrap(
+    comparisons: Sequence[Comparison], *, resamples: int, seed: int
+) -> dict[str, list[float] | None]:
+    """Return percentile 95 % intervals of the shares of wins, ties and losses.
 
-    Prompts are ordered by their id before the draw, so that neither the order of the duels nor
-    which side is the subject changes a bound. None without a judged prompt. An interval has no
-    width where all outcomes are the same: it then says nothing of what was not seen.
+    Prompts are drawn with replacement, `resamples` times, after sorting by id: the bounds depend
+    neither on the order of the comparisons nor on which side is the model. None without a judged
+    prompt. If all outcomes are equal, the interval has no width and gives no information about
+    outcomes that were not observed.
     """
-    judged = sorted(
-        (duel for duel in duels if duel.outcome != FAILED), key=lambda duel: duel.prompt_id
-    )
+    judged = sorted((c for c in comparisons if c.outcome != FAILED), key=lambda c: c.prompt_id)
     if not judged:
         return dict.fromkeys(OUTCOMES)
     # [P, 3]
-    table = np.array(
-        [[duel.outcome == name for name in OUTCOMES] for duel in judged], dtype=np.int64
-    )
+    table = np.array([[c.outcome == name for name in OUTCOMES] for c in judged], dtype=np.int64)
     generator = np.random.Generator(np.random.PCG64(seed))
     rows = max(1, CHUNK // len(judged))
     shares = []
@@ -68,122 +65,104 @@ def bootstrap(duels: Sequence[Duel], *, resamples: int, seed: int) -> dict[str, 
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Exact two-sided p of a split at least this uneven, were both equally likely; ties say
-    nothing. 1 without wins and losses."""
+    """Return the exact two-sided p-value of wins against losses; ties are left out.
+
+    Integer arithmetic: scipy.stats.binomtest rounds differently in the last bits.
+    """
     n, fewer = wins + losses, min(wins, losses)
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
-def preference(duels: Sequence[Duel]) -> float | None:
-    """(wins + ties / 2) / n: what a length-controlled rate is to be compared with. None without a
-    judged prompt."""
-    c = counts(duels)
+def preference(comparisons: Sequence[Comparison]) -> float | None:
+    """Return (wins + ties / 2) / n, to compare with the length-controlled rate; None for n = 0."""
+    c = counts(comparisons)
     return (c[WIN] + c[TIE] / 2) / c["n"] if c["n"] else None
 
 
-def length_controlled(duels: Sequence[Duel]) -> tuple[float | None, str]:
-    """The preference rate were both answers equally long, and what to know of it (AlpacaEval 2's
-    idea: Dubois et al. 2024).
+def length_controlled(comparisons: Sequence[Comparison]) -> tuple[float | None, str]:
+    """Return the preference rate if both responses were equally long, and a note.
 
-    P(subject preferred) = sigmoid(a + b tanh((len_s - len_o) / std(len_s - len_o))), a tie being
-    half a win; the rate is sigmoid(a). b has a standard normal prior (it matters for a handful of
-    prompts and for separable ones only). Lengths are tokens. None where a is not identified, with
-    the reason.
+    The idea of AlpacaEval 2 (Dubois et al. 2024): P(model preferred) = sigmoid(a + b tanh((len_m -
+    len_b) / std(len_m - len_b))), a tie being half a win; the rate is sigmoid(a). b has a standard
+    normal prior, which matters only for few or separable prompts. Lengths are tokens. None if a is
+    not identified, with the reason.
     """
-    judged = [duel for duel in duels if duel.outcome != FAILED]
-    won = np.array([{WIN: 1.0, TIE: 0.5, LOSE: 0.0}[duel.outcome] for duel in judged])
-    longer = np.array(
-        [duel.subject_tokens - duel.opponent_tokens for duel in judged], dtype=np.float64
-    )
+    judged = [c for c in comparisons if c.outcome != FAILED]
+    won = np.array([{WIN: 1.0, TIE: 0.5, LOSE: 0.0}[c.outcome] for c in judged])
+    longer = np.array([c.model_tokens - c.baseline_tokens for c in judged], dtype=np.float64)
     if len(judged) < MIN_LENGTH_CONTROLLED:
         return None, f"{len(judged)} judged prompts: at least {MIN_LENGTH_CONTROLLED} are needed"
     if won.min() == won.max() != 0.5:
-        return (
-            None,
-            (
-                f"all {len(judged)} judgements are {'wins' if won[0] else 'losses'}: what length"
-                " has to do with it cannot be told"
-            ),
-        )
+        same = "wins" if won[0] else "losses"
+        return None, f"all {len(judged)} judgements are {same}: no effect of length can be measured"
     if not longer.any():
-        return float(won.mean()), "both answers are equally long everywhere: nothing to control"
+        return float(won.mean()), "both responses have equal length everywhere: nothing to control"
     if longer.min() == longer.max():
-        return (
-            None,
-            (
-                f"the subject's answer is {longer[0]:+.0f} tokens long everywhere: what length has"
-                " to do with it cannot be told"
-            ),
+        note = (
+            f"the model's response is {longer[0]:+.0f} tokens long everywhere: no effect of length"
+            " can be measured"
         )
+        return None, note
     feature = np.tanh(longer / longer.std())
     # C=1: b ~ N(0, 1); a is free
-    model = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-10, max_iter=1000)
+    regression = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-10, max_iter=1000)
     # a tie is half of each
     both, label = np.concatenate([feature, feature])[:, None], np.repeat([1, 0], len(judged))
-    model.fit(both, label, sample_weight=np.concatenate([won, 1 - won]))
-    rate = 1 / (1 + math.exp(-float(model.intercept_[0])))
-    if longer.min() > 0 or longer.max() < 0:
-        return (
-            rate,
-            (
-                "extrapolated: the subject's answer is"
-                f" {'longer' if longer.min() > 0 else 'shorter'} everywhere"
-            ),
-        )
-    return rate, ""
+    regression.fit(both, label, sample_weight=np.concatenate([won, 1 - won]))
+    rate = 1 / (1 + math.exp(-float(regression.intercept_[0])))
+    if longer.min() <= 0 <= longer.max():
+        return rate, ""
+    which = "longer" if longer.min() > 0 else "shorter"
+    return rate, f"extrapolated: the model's response is {which} everywhere"
 
 
-def table_cell(duels: Sequence[Duel], *, resamples: int, seed: int) -> dict[str, Any]:
-    """Counts, ci95 (shares of n), sign_test_p."""
-    c = counts(duels)
+def table_cell(comparisons: Sequence[Comparison], *, resamples: int, seed: int) -> dict[str, Any]:
+    """Return counts, ci95 (shares of n) and sign_test_p."""
+    c = counts(comparisons)
     return {
         **c,
-        "ci95": bootstrap(duels, resamples=resamples, seed=seed),
+        "ci95": bootstrap(comparisons, resamples=resamples, seed=seed),
         "sign_test_p": sign_test(c[WIN], c[LOSE]),
     }
 
 
-def compare(duels: Sequence[Duel], *, resamples: int, seed: int) -> dict[str, Any]:
-    """One subject against one opponent on one task: the cell of results.json.
+def compare(comparisons: Sequence[Comparison], *, resamples: int, seed: int) -> dict[str, Any]:
+    """Return the cell of results.json for the model against one baseline on one task.
 
-    Raises ValueError where a prompt has several duels: intervals and tests take prompts as
-    independent.
+    Raises ValueError for two comparisons of one prompt: intervals and tests need independent
+    prompts.
     """
-    if len({duel.prompt_id for duel in duels}) != len(duels):
-        raise ValueError("several duels of one prompt in one comparison")
-    rate, note = length_controlled(duels)
+    if len({c.prompt_id for c in comparisons}) != len(comparisons):
+        raise ValueError("several comparisons of one prompt")
+    rate, note = length_controlled(comparisons)
 
-    def parts(name: Callable[[Duel], str]) -> dict[str, Any]:
-        named = sorted({name(duel) for duel in duels} - {""})
-        return {
-            n: table_cell(
-                [duel for duel in duels if name(duel) == n], resamples=resamples, seed=seed
-            )
-            for n in named
-        }
+    def parts(name: Callable[[Comparison], str]) -> dict[str, Any]:
+        split: dict[str, list[Comparison]] = {}
+        for c in comparisons:
+            split.setdefault(name(c), []).append(c)
+        return {n: table_cell(split[n], resamples=resamples, seed=seed) for n in sorted(split) if n}
 
     return {
-        **table_cell(duels, resamples=resamples, seed=seed),
-        "preference": preference(duels),
+        **table_cell(comparisons, resamples=resamples, seed=seed),
+        "preference": preference(comparisons),
         "length_controlled_win": rate,
         "length_controlled_note": note,
-        "by_source": parts(lambda duel: duel.source),
+        "by_source": parts(lambda c: c.source),
         "by_group": parts(group),
     }
 
 
-def group(duel: Duel) -> str:
-    """HIGH where p_high > 0.5, LOW where not, empty where no classifier was asked."""
-    if duel.p_high is None:
+def group(comparison: Comparison) -> str:
+    """Return HIGH for p_high > 0.5, LOW otherwise, "" without a group classifier."""
+    if comparison.p_high is None:
         return ""
-    return HIGH if duel.p_high > 0.5 else LOW
+    return HIGH if comparison.p_high > 0.5 else LOW
 
 
 def distinct(texts: Iterable[str], n: int) -> float | None:
-    """Different n-grams / n-grams over all texts together (Li et al. 2016), of lower-cased words.
-    None without an n-gram.
+    """Return distinct n-grams / n-grams of lower-cased words over all texts (Li et al. 2016).
 
-    It falls with the number of words: compare policies on the same prompts only.
+    None without an n-gram. It falls with the number of words: compare policies on the same prompts.
     """
     seen: set[tuple[str, ...]] = set()
     total = 0
@@ -196,31 +175,31 @@ def distinct(texts: Iterable[str], n: int) -> float | None:
 
 
 def refuses(text: str) -> bool:
-    """One of REFUSALS stands in the first REFUSAL_WINDOW characters."""
+    """Return whether the first REFUSAL_WINDOW characters contain one of REFUSALS."""
     start = " ".join(text[:REFUSAL_WINDOW].lower().replace("’", "'").split())
     return any(phrase in start for phrase in REFUSALS)
 
 
 def policy_figures(responses: Sequence[Response]) -> dict[str, float | int | None]:
-    """score, length (tokens), kl (nats a response), distinct_1, distinct_2, refusal_rate, finished
-    (shares), n.
+    """Return score, length (tokens), kl (nats a response), distinct_1, distinct_2, refusal_rate,
+    finished (shares) and n.
 
-    A mean is None where no response has the figure, and where one of them is not finite.
+    A mean is None if no response has the figure, or if one value is not finite.
     """
-    n = len(responses)
-    texts = [response.text for response in responses]
-
-    def mean(values: Sequence[float]) -> float | None:
-        total = math.fsum(values) if all(map(math.isfinite, values)) else math.nan
-        return total / len(values) if values and math.isfinite(total) else None
-
+    texts = [r.text for r in responses]
     return {
-        "score": mean([r.figures["score"] for r in responses if "score" in r.figures]),
-        "length": mean([float(r.tokens) for r in responses]),
-        "kl": mean([r.figures["kl"] for r in responses if "kl" in r.figures]),
+        "score": _mean([r.figures["score"] for r in responses if "score" in r.figures]),
+        "length": _mean([r.tokens for r in responses]),
+        "kl": _mean([r.figures["kl"] for r in responses if "kl" in r.figures]),
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),
-        "refusal_rate": sum(map(refuses, texts)) / n if n else None,
-        "finished": sum(r.finished for r in responses) / n if n else None,
-        "n": n,
+        "refusal_rate": _mean([refuses(text) for text in texts]),
+        "finished": _mean([r.finished for r in responses]),
+        "n": len(responses),
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    if not values or not all(map(math.isfinite, values)):
+        return None
+    return math.fsum(values) / len(values)

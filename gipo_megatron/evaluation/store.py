@@ -1,23 +1,22 @@
-"""What an evaluation has finished, line by line on disk: killed at any moment and restarted, it
-repeats none of it."""
+"""Append-only files of finished work: after a kill and restart nothing is repeated."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.results import Presentation
-from gipo_megatron.evaluation.types import Response, TaskPrompt, Verdict
+from gipo_megatron.evaluation.types import PairOrder, Response, TaskPrompt, Verdict
 from gipo_megatron.files import append_jsonl, bad_line, read_jsonl, write_jsonl
 
-FIX = "remove the line: what it held is made again"
+FIX = "remove the line: its content is made again"
 
 
 class Lines:
-    """JSON objects, one a line, only ever appended. The first line holds `key`.
+    """JSON objects, one per line, append-only. The first line holds `key`.
 
     Raises UserError for a file with another key, an unreadable line, or a failed write.
     """
@@ -41,20 +40,19 @@ class Lines:
             append_jsonl(self.path, [*head, *rows], sync=True)
             self._empty = False
 
-    def read(self) -> list[dict[str, Any]]:
-        """Return all rows in their order, without the head line."""
-        return [row for _, row in read_jsonl(self.path, FIX)][1:]
+    def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (line number, row) without the head line."""
+        return islice(read_jsonl(self.path, FIX), 1, None)
 
     def broken(self, number: int, why: str) -> UserError:
         return bad_line(self.path, number, why, FIX)
 
 
 class ResponseStore:
-    """The responses of one policy. `key`: a fingerprint of its weights and of the generation
-    settings; `done`: answered prompt_ids."""
+    """The responses of one policy. `done`: the prompt_ids that have one."""
 
-    def __init__(self, path: str | Path, key: str = "") -> None:
-        self._lines = Lines(path, key)
+    def __init__(self, path: str | Path) -> None:
+        self._lines = Lines(path)
         self.done: set[str] = {response.prompt_id for response in self.read()}
 
     def append(self, responses: Sequence[Response]) -> None:
@@ -62,10 +60,9 @@ class ResponseStore:
         self.done.update(response.prompt_id for response in responses)
 
     def read(self) -> list[Response]:
-        """One a prompt, in the order of their first writing. UserError for a line that holds no
-        response."""
+        """Return one response per prompt, the first written. Raises UserError for a bad line."""
         found: dict[str, Response] = {}
-        for number, row in enumerate(self._lines.read(), 2):
+        for number, row in self._lines.read():
             try:
                 response = Response(**row)
             except TypeError as error:
@@ -75,40 +72,37 @@ class ResponseStore:
 
 
 class VerdictStore:
-    """Verdicts by presentation; one that is written again (a failure that was asked anew) replaces
-    the older one."""
+    """Verdicts by PairOrder; a later verdict on the same key (after a failure) replaces the first.
+
+    On disk, the fields of PairOrder and `text` have the names of NAMES and `said`.
+    """
+
+    NAMES = ("task", "opponent", "prompt_id", "subject_first")
 
     def __init__(self, path: str | Path, key: str = "") -> None:
         self._lines = Lines(path, key)
-        self.done: set[Presentation] = set(self.read())
 
-    def append(self, verdicts: Mapping[Presentation, Verdict]) -> None:
-        names = ("task", "opponent", "prompt_id", "subject_first")
-        self._lines.append(
-            [
-                dict(zip(names, key, strict=True)) | asdict(verdict)
-                for key, verdict in verdicts.items()
-            ]
-        )
-        self.done.update(verdicts)
+    def append(self, verdicts: Mapping[PairOrder, Verdict]) -> None:
+        rows = []
+        for key, verdict in verdicts.items():
+            values = asdict(verdict)
+            choice, text = values.pop("choice"), values.pop("text")
+            order = dict(zip(self.NAMES, key, strict=True))
+            rows.append({**order, "choice": choice, "said": text, **values})
+        self._lines.append(rows)
 
-    def read(self) -> dict[Presentation, Verdict]:
-        """UserError for a line that holds no verdict."""
-        found: dict[Presentation, Verdict] = {}
-        for number, row in enumerate(self._lines.read(), 2):
+    def read(self) -> dict[PairOrder, Verdict]:
+        """Return all verdicts. Raises UserError for a bad line."""
+        found: dict[PairOrder, Verdict] = {}
+        for number, row in self._lines.read():
             try:
-                key = (
-                    row.pop("task"),
-                    row.pop("opponent"),
-                    row.pop("prompt_id"),
-                    row.pop("subject_first"),
-                )
-                found[key] = Verdict(**row)
+                key = PairOrder(*(row.pop(name) for name in self.NAMES))
+                found[key] = Verdict(text=row.pop("said"), **row)
             except (KeyError, TypeError) as error:
                 raise self._lines.broken(number, "not a verdict") from error
         return found
 
 
 def write_prompts(path: str | Path, prompts: Sequence[TaskPrompt]) -> None:
-    """Write all or nothing: the file is the same in every restart."""
+    """Write prompts.jsonl, all or nothing."""
     write_jsonl(path, map(asdict, prompts))

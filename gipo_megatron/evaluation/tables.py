@@ -1,11 +1,12 @@
-"""The paper's table 1 from results.json: a row per opponent, win / tie / lose % per task; Markdown
-and LaTeX (booktabs)."""
+"""The results as a table: a row per baseline, win / tie / lose % per task; Markdown and LaTeX."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import pandas
 
 from gipo_megatron.evaluation.statistics import OUTCOMES
 from gipo_megatron.reports.pages import printable
@@ -19,118 +20,77 @@ LATEX = {
 
 
 def percent(count: int, n: int) -> str:
-    """58.9; a dash without a judged prompt."""
+    """Return 58.9, or a dash without a judged prompt."""
     return f"{100 * count / n:.1f}" if n else "–"
 
 
 def interval(bounds: list[float] | None) -> str:
-    """[55.1, 62.4] in percent; empty without one."""
+    """Return [55.1, 62.4] in percent; empty without an interval."""
     return f"[{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]" if bounds else ""
 
 
 def judge_name(results: Mapping[str, Any]) -> str:
-    """The judge as tables name it: its model where it has one."""
+    """Return the judge's name in tables: its model, if it has one."""
     about = results["judge"]
     return str(about.get("model") or about.get("name", "judge"))
 
 
-def opponents(results: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(name for cells in results["tasks"].values() for name in cells))
-
-
-def totals(results: Mapping[str, Any], opponent: str) -> tuple[int, int, int]:
-    """(failed, flipped, n) of one opponent over all tasks."""
-    cells = [task[opponent] for task in results["tasks"].values() if opponent in task]
-    return (
-        sum(c["failed"] for c in cells),
-        sum(c["flipped"] for c in cells),
-        sum(c["n"] for c in cells),
-    )
-
-
 def markdown_table(results: Mapping[str, Any]) -> str:
-    """One line per opponent; win, tie and lose in % of the judged prompts with 95 % intervals;
-    failed and flipped are counts."""
+    """Return one row per baseline: % of the judged prompts with 95 % intervals, then counts."""
     tasks = results["tasks"]
-    head = [
-        "judge",
-        "opponent",
-        *(f"{markdown(task)}: {outcome} %" for task in tasks for outcome in OUTCOMES),
-        "failed",
-        "flipped",
-    ]
+    shares = [f"{markdown(task)}: {outcome} %" for task in tasks for outcome in OUTCOMES]
     rows = []
-    for opponent in opponents(results):
-        failed, flipped, n = totals(results, opponent)
-        cells = [tasks[task].get(opponent) for task in tasks]
-        shares = [
+    for baseline, cells, failed, flipped, n in _rows(results):
+        values = [
             f"{percent(c[o], c['n'])} {interval(c['ci95'][o])}".strip() if c else "–"
-            for c in cells
-            for o in OUTCOMES
+            for c, o in cells
         ]
-        rows.append(
-            [
-                markdown(judge_name(results)),
-                markdown(opponent),
-                *shares,
-                f"{failed} of {failed + n}",
-                f"{flipped} of {n}",
-            ]
-        )
-    align = ["---", "---", *(["---:"] * (len(head) - 2))]
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+        names = (markdown(judge_name(results)), markdown(baseline))
+        rows.append([*names, *values, f"{failed} of {failed + n}", f"{flipped} of {n}"])
+    frame = pandas.DataFrame(rows, columns=["judge", "baseline", *shares, "failed", "flipped"])
+    align = ["left", "left", *["right"] * (len(shares) + 2)]
+    table = frame.to_markdown(index=False, disable_numparse=True, colalign=align if rows else None)
     title = (
-        f"**{markdown(results['subject'])}** against each opponent, in % of the judged prompts,"
+        f"**{markdown(results['subject'])}** against each baseline, in % of the judged prompts,"
         " with bootstrap 95 % intervals."
     )
-    return "\n".join([title, "", lines[0], "| " + " | ".join(align) + " |", *lines[1:]]) + "\n"
+    return f"{title}\n\n{table}\n"
 
 
 def latex_table(results: Mapping[str, Any]) -> str:
-    """A booktabs table: % in one line, intervals below in small print. Needs
-    \\usepackage{booktabs}."""
+    """Return a table for \\usepackage{booktabs}: % in one line, intervals below in small print."""
     tasks = results["tasks"]
-    columns = "ll" + "rrr" * len(tasks) + "rr"
-    last = [2 + 3 * (i + 1) for i in range(len(tasks))]
-    head = [
-        "Judge",
-        "Opponent",
-        *(rf"\multicolumn{{3}}{{c}}{{{latex(task)}}}" for task in tasks),
-        "Failed",
-        "Flipped",
-    ]
-    rules = " ".join(rf"\cmidrule(lr){{{end - 2}-{end}}}" for end in last)
-    lines = [
-        (
-            rf"% {one_line(results['subject'])} against each opponent, % of the judged prompts,"
-            r" bootstrap 95 % intervals"
-        ),
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        " & ".join(head) + r" \\",
-        rules,
-        " & ".join(["", "", *(["Win", "Tie", "Lose"] * len(tasks)), "", ""]) + r" \\",
-        r"\midrule",
-    ]
-    for opponent in opponents(results):
-        failed, flipped, _ = totals(results, opponent)
-        cells = [tasks[task].get(opponent) for task in tasks]
-        shares = [
-            percent(c[o], c["n"]).replace("–", "--") if c else "--" for c in cells for o in OUTCOMES
-        ]
-        small = [
-            rf"{{\tiny {interval(c['ci95'][o])}}}" if c and c["n"] else ""
-            for c in cells
-            for o in OUTCOMES
-        ]
-        lines.append(
-            " & ".join(
-                [latex(judge_name(results)), latex(opponent), *shares, f"{failed}", f"{flipped}"]
-            )
-            + r" \\"
-        )
-        lines.append(" & ".join(["", "", *small, "", ""]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    rows = []
+    for baseline, cells, failed, flipped, _ in _rows(results):
+        shares = [percent(c[o], c["n"]).replace("–", "--") if c else "--" for c, o in cells]
+        small = [rf"{{\tiny {interval(c['ci95'][o])}}}" if c and c["n"] else "" for c, o in cells]
+        names = (latex(judge_name(results)), latex(baseline))
+        rows += [[*names, *shares, failed, flipped], ["", "", *small, "", ""]]
+    outcomes = [(latex(task), outcome.title()) for task in tasks for outcome in OUTCOMES]
+    columns = [("Judge", ""), ("Baseline", ""), *outcomes, ("Failed", ""), ("Flipped", "")]
+    frame = pandas.DataFrame(rows, columns=pandas.MultiIndex.from_tuples(columns))
+    lines = frame.to_latex(
+        index=False,
+        escape=False,
+        column_format="ll" + "r" * (len(columns) - 2),
+        multicolumn_format="c",
+    ).splitlines()
+    rules = [rf"\cmidrule(lr){{{3 * i + 3}-{3 * i + 5}}}" for i in range(len(tasks))]
+    title = (
+        f"% {one_line(results['subject'])} against each baseline, % of the judged prompts,"
+        " bootstrap 95 % intervals"
+    )
+    # pandas groups the columns of a task, but draws no rule below the task's name
+    return "\n".join([title, *lines[:3], " ".join(rules), *lines[3:]]) + "\n"
+
+
+def _rows(results: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[Any, str]], int, int, int]]:
+    """Yield baseline, (cell or None, outcome) per task and outcome; failed, flipped, n in total."""
+    tasks = results["tasks"].values()
+    for baseline in dict.fromkeys(name for cells in tasks for name in cells):
+        found = [cells[baseline] for cells in tasks if baseline in cells]
+        failed, flipped, n = (sum(c[k] for c in found) for k in ("failed", "flipped", "n"))
+        yield baseline, [(c.get(baseline), o) for c in tasks for o in OUTCOMES], failed, flipped, n
 
 
 def one_line(text: str) -> str:
@@ -138,10 +98,10 @@ def one_line(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Text as Markdown shows it: no markup, no cell border, no HTML."""
+    """Escape markup, cell borders and HTML."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", one_line(text))
 
 
 def latex(text: str) -> str:
-    """Text as LaTeX shows it."""
+    """Escape LaTeX's special characters."""
     return "".join(LATEX.get(character, character) for character in one_line(text))

@@ -1,5 +1,4 @@
-"""Tasks: the prompts that policies are compared on, held out or out of domain, as the policies are
-given them."""
+"""Tasks: prompts for the comparison of policies, held out or out of domain."""
 
 from __future__ import annotations
 
@@ -26,32 +25,24 @@ from gipo_megatron.specs import OneOf, Range, Size
 
 # preference rows: HH's and TRL's, OpenAI's comparisons
 PAIRS = (("chosen", "rejected"), ("info", "summaries", "choice"))
-# columns that hold a prompt, the first one wins
+# columns that hold a prompt; the first one found counts
 QUESTIONS = ("prompt", "question", "instruction", "turns", "goal", "messages", "article")
 REFERENCES = (
-    "response",
-    "completion",
-    "label",
-    "summary",
-    "reference",
-    "answer",
-    "output",
-    "highlights",
-)
-ARTICLE_PROMPT = "Article:\n\n{article}\n\nTL;DR:"  # of OpenAI's code, as is tldr.PROMPT
+    "response", "completion", "label", "summary", "reference", "answer", "output", "highlights",
+)  # fmt: skip
+ARTICLE_PROMPT = "Article:\n\n{article}\n\nTL;DR:"  # of OpenAI's code, like tldr.PROMPT
 SPEAKERS = {"system": "System: ", "user": "Human: ", "assistant": "Assistant: ", "text": ""}
 TOO_LONG = "longer than max_length - max_response tokens: turns would be lost from the front"
 
 
 @dataclass
 class Task:
-    """One set of prompts, and what answers to them are judged for. (An entry of the recipe's
-    `tasks:`; its defaults live here.)"""
+    """A set of prompts and the criterion of its responses: an entry of the recipe's `tasks`."""
 
     name: str
     kind: Annotated[str, OneOf(*KINDS)]
     data: str  # a path under data_root, an absolute path, or a hub name
-    prompts: Size  # how many of its test split, evenly spread over it; all where there are fewer
+    prompts: Size  # at most; evenly spread over the test split
     template: str = "auto"  # auto | chat | hh | plain | chatml | a jinja chat template
     # sub-folders (hub: configurations) to read; [] = all
     source: list[str] = field(default_factory=list)
@@ -60,27 +51,19 @@ class Task:
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """`ids`: the tokens of each prompt_id, exactly as training encodes them. `lines`: rows kept and
-    dropped, by reason."""
+    """`ids`: prompt_id -> tokens, encoded as in training. `lines`: rows kept, dropped and why."""
 
     prompts: list[TaskPrompt]
     ids: dict[str, list[int]]
     lines: list[str]
 
 
-def load_task(
-    task: Task, data_root: str, tokenizer: Tokenizer, max_response: int
-) -> list[TaskPrompt]:
-    """The prompts of read_task()."""
-    return read_task(task, data_root, tokenizer, max_response).prompts
-
-
 def read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: int) -> LoadedTask:
-    """`task.prompts` prompts of the test split, evenly spread over its usable rows.
+    """Return `task.prompts` prompts of the test split, evenly spread over its usable rows.
 
-    A single file is read whole. A folder or hub set without a test split gives the rows that
-    training holds back by default. Raises UserError: nothing there, unreadable (file and line), no
-    column with a prompt (names those found), no prompt left.
+    A single file is read whole. Without a test split, the rows that training holds back by default
+    are used. Raises UserError if the data are missing or unreadable (file and line), if no column
+    holds a prompt (with the columns' names), or if no prompt is left.
     """
     try:
         return _read_task(task, data_root, tokenizer, max_response)
@@ -100,16 +83,12 @@ def _read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: i
     found: dict[str, tuple[TaskPrompt, list[int]]] = {}
     path = _locate(task.data, data_root)
     whole = Path(path).is_file()
+    rows = f"the rows held back by a hash are used ({config.held_out:g} of them)"
     for source in open_sources(path, list(task.source), "test", "prompt"):
         if not source.split:
-            rows = (
-                "all rows are used"
-                if whole
-                else f"the rows held back by a hash are used ({config.held_out:g} of them)"
-            )
             notes.append(
-                f"{source.name} has no test split: {rows}; held out only if no model was trained on"
-                " them"
+                f"{source.name} has no test split: {'all rows are used' if whole else rows}; held"
+                " out only if no model was trained on them"
             )
         for where, example, reference in _examples(
             source, tally, not (source.split or whole), config.held_out
@@ -137,7 +116,7 @@ def _read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: i
 
 
 def _locate(data: str, data_root: str) -> str:
-    """An absolute path, else a path under data_root, else a hub name."""
+    """Return an absolute path, else a path under data_root, else a hub name."""
     local = Path(data_root).expanduser() / Path(data).expanduser()
     return data if is_hub_name(data) and not local.exists() and not local.suffix else str(local)
 
@@ -145,7 +124,7 @@ def _locate(data: str, data_root: str) -> str:
 def _examples(
     source: Source, tally: Tally, only_held_out: bool, share: float
 ) -> Iterator[tuple[str, Example, str]]:
-    """(place, example, reference answer or "") of every clean row."""
+    """Yield (place, example, reference response or "") of every clean row."""
     rows = iter(source.rows)
     head = list(islice(rows, HEAD_ROWS))
     reader = _Reader([row for _, row in head], source.name)
@@ -160,18 +139,16 @@ def _examples(
 
 
 class _Reader:
-    """How the rows of one source hold prompts and reference answers, settled once by the columns of
-    its first rows.
+    """Read rows of one source: their layout is decided once by the columns of its first rows.
 
-    Raises UserError when no column is known to hold a prompt.
+    Raises UserError if no column is known to hold a prompt.
     """
 
     def __init__(self, head: Sequence[dict[str, Any]], source: str) -> None:
-        found = list(
-            dict.fromkeys(name for row in head for name, value in row.items() if value is not None)
-        )
+        columns = [name for row in head for name, value in row.items() if value is not None]
+        found = list(dict.fromkeys(columns))
         self.source = source
-        self.pairs = any({*columns} <= {*found} for columns in PAIRS)
+        self.pairs = any({*names} <= {*found} for names in PAIRS)
         self.post = {*POST} <= {*found} and "prompt" not in found
         self.column = next((name for name in QUESTIONS if name in found), "")
         if not (self.pairs or self.post or self.column):
@@ -183,25 +160,19 @@ class _Reader:
                 where=source,
                 fix=f"name the column {needs}",
             )
-        self.schema = (
-            Schema("preference", {}, head, source)
-            if self.pairs
-            else Schema("prompt", {}, [{"prompt": ""}], source)
-        )
+        format, rows = ("preference", head) if self.pairs else ("prompt", [{"prompt": ""}])
+        self.schema = Schema(format, {}, rows, source)
 
     def read(self, row: dict[str, Any], tally: Tally, where: str) -> tuple[Example, str]:
-        """Raises BadRow."""
+        """Return the example and its reference response. Raises BadRow."""
         if self.pairs:
             example = self.schema.read(row, self.source, tally, where)
             return example, example.responses[0]
         value: Any = self._post(row) if self.post else self._question(row)
         reference = _reference(row)
-        if (
-            self.column == "messages"
-            and isinstance(value[-1], dict)
-            and value[-1].get("role") == "assistant"
-        ):
-            value, reference = value[:-1], str(value[-1].get("content", ""))
+        last = value[-1] if self.column == "messages" else None
+        if isinstance(last, dict) and last.get("role") == "assistant":
+            value, reference = value[:-1], str(last.get("content", ""))
         return self.schema.read({"prompt": value}, self.source, tally, where), reference
 
     def _post(self, row: dict[str, Any]) -> str:
@@ -212,22 +183,19 @@ class _Reader:
     def _question(self, row: dict[str, Any]) -> Any:
         value = row.get(self.column)
         if isinstance(value, list) and value and isinstance(value[0], str):
-            # the turns of a benchmark: only the first can be asked without an answer to it
-            value = value[0]
+            value = value[0]  # of a benchmark's turns, the only one without a response before it
         if not isinstance(value, str | list) or not value:
             raise BadRow(f"no value for {self.column}")
         if self.column == "article":
             return ARTICLE_PROMPT.format(article=value)
         more = row.get("input") if self.column == "instruction" else None
-        return (
-            f"{value}\n\n{more}"
-            if isinstance(value, str) and isinstance(more, str) and more.strip()
-            else value
-        )
+        if isinstance(value, str) and isinstance(more, str) and more.strip():
+            return f"{value}\n\n{more}"
+        return value
 
 
 def _reference(row: dict[str, Any]) -> str:
-    """The data's own answer, or ""."""
+    """Return the data set's own response, or ""."""
     for name in REFERENCES:
         value = row.get(name)
         if isinstance(value, list) and value:
@@ -240,28 +208,21 @@ def _reference(row: dict[str, Any]) -> str:
 def _prompt(
     task: Task, example: Example, reference: str, encoder: Encoder, row: int
 ) -> tuple[TaskPrompt, list[int]]:
-    """Raises BadRow for what the template refuses and for what does not fit whole."""
+    """Return the prompt and its tokens. Raises BadRow if the template refuses it or it is cut."""
     encoder.check(example)
     ids, text = encoder.prompt(example, row)
     if text != choose(task.template, example.style, encoder.tokenizer).prompt(example.prompt):
         raise BadRow(TOO_LONG)
     prompt_id = hashlib.sha256(f"{task.name}\0{text}".encode()).hexdigest()[:16]
-    return (
-        TaskPrompt(
-            task.name,
-            task.kind,
-            prompt_id,
-            text,
-            _question(example.prompt),
-            example.source,
-            reference.strip(),
-        ),
-        ids,
+    question = _question(example.prompt)
+    prompt = TaskPrompt(
+        task.name, task.kind, prompt_id, text, question, example.source, reference.strip()
     )
+    return prompt, ids
 
 
 def _question(turns: Sequence[Turn]) -> str:
-    """What people read: a lone turn as it is, several with their speakers."""
+    """Return the conversation for readers: a single turn alone, several with their speakers."""
     spoken = [turn for turn in turns if turn.text.strip()]
     if len(spoken) == 1:
         return spoken[0].text.strip()

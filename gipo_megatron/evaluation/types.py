@@ -1,37 +1,38 @@
-"""What head-to-head evaluation talks about: tasks, prompts, responses, comparisons, verdicts. Plain
-values, all of them JSON."""
+"""Plain values of head-to-head evaluation: tasks' prompts, responses, pairs, verdicts, comparisons.
+
+One model is compared with one or several baselines. All values can be written as JSON.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
-KINDS = ("helpful", "harmless", "summary")  # what a task's answers are judged for
-# a judge's verdict on one presentation of a pair
+KINDS = ("helpful", "harmless", "summary")  # criteria by which a task's responses are judged
+# verdict on a pair
 FIRST, SECOND, TIE, FAILED = "first", "second", "tie", "failed"
-# an outcome of both presentations, seen from the subject; TIE and FAILED too
+# outcome of a comparison for the model; also TIE and FAILED
 WIN, LOSE = "win", "lose"
 
 
 @dataclass(frozen=True)
 class TaskPrompt:
-    """One prompt of a task. `prompt_id` is a hash of (task, text): the same prompt in every run,
-    whatever its place in the file."""
+    """One prompt of a task. `prompt_id` is a hash of (task, text), for any order of the file."""
 
     task: str
     kind: str  # one of KINDS
     prompt_id: str
-    text: str  # what the policy is given, template and all
-    # what a judge and a reader are shown: the conversation without a template's marks
-    question: str
+    text: str  # the policy's input, template included
+    question: str  # the conversation without template tokens, for judges and readers
     source: str
-    reference: str = ""  # the data's own answer, where there is one (never shown to a judge)
+    reference: str = ""  # the data set's own response, if any (never shown to a judge)
 
 
 @dataclass(frozen=True)
 class Response:
-    """One policy's answer to one prompt."""
+    """One policy's response to one prompt."""
 
     policy: str
     task: str
@@ -44,8 +45,25 @@ class Response:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two answers to one prompt as a judge sees them, in this order."""
+class HeadToHead:
+    """A model, the baselines it is compared with, and all policies' responses to all prompts."""
+
+    model: str
+    baselines: Sequence[str]
+    prompts: Sequence[TaskPrompt]
+    responses: Mapping[str, Sequence[Response]]  # by policy
+
+    @property
+    def by_prompt(self) -> dict[tuple[str, str, str], Response]:
+        """Return {(policy, task, prompt_id): response}."""
+        return {
+            (name, r.task, r.prompt_id): r for name, rows in self.responses.items() for r in rows
+        }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one prompt in the order in which a judge sees them."""
 
     task: str
     kind: str
@@ -53,58 +71,78 @@ class Comparison:
     question: str
     first: str
     second: str
-    # first_score, second_score: for judges that only compare numbers
+    # first_score, second_score: for judges that compare scores
     extras: dict[str, float] = field(default_factory=dict)
+
+
+class PairOrder(NamedTuple):
+    """Key of a verdict: which prompt, which baseline, and whether the model's response is first."""
+
+    task: str
+    baseline: str
+    prompt_id: str
+    model_first: bool
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's answer to one Comparison."""
+    """A judge's verdict on one Pair."""
 
     choice: str  # FIRST | SECOND | TIE | FAILED
-    said: str = ""  # the judge's words, or why it failed
+    text: str = ""  # the judge's explanation, or the reason of a failure
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached: bool = False
 
 
-class Judge(Protocol):
-    """`judge` answers in the order of its arguments, never fewer; what cannot be judged is FAILED,
-    never guessed. Rank 0 only.
+@dataclass
+class Judge(ABC):
+    """A component of the slot `judge`, built and called on rank 0 only."""
 
-    done(n) is called when n more are answered (progress). `name` is shown in reports; `about` is
-    what results.json keeps of it (model, prompts' fingerprint, cost), never a key or a secret.
-    """
+    name: ClassVar[str]  # as in the recipe and in reports
+    needs: ClassVar[tuple[str, ...]] = ()  # recipe keys in `models` that must be set
+    transport: ClassVar[tuple[str, ...]] = ()  # recipe keys that cannot change a verdict
+    # Ratings of a sample of the prompts are read from files: verdicts are not stored, and prompts
+    # without a verdict are left out.
+    sampled: ClassVar[bool] = False
 
-    name: str
+    def check_ready(self) -> None:  # noqa: B027  most judges need nothing
+        """Raise UserError for what is missing (an API key) before hours of generation."""
 
-    def judge(
-        self, comparisons: Sequence[Comparison], done: Callable[[int], None]
-    ) -> list[Verdict]: ...
+    def prepare(self, pairs: Sequence[Pair]) -> bool:
+        """Return whether verdicts can be given now. `pairs`: all of them, the model's first."""
+        return True
 
-    def about(self) -> dict[str, Any]: ...
+    @abstractmethod
+    def judge(self, pairs: Sequence[Pair], done: Callable[[int], None]) -> list[Verdict | None]:
+        """Return a verdict per pair, in order; FAILED if it cannot be judged, None if not sampled.
+
+        `done(n)` is called after every n further verdicts, to show progress.
+        """
+
+    def about(self) -> dict[str, Any]:
+        """Return what results.json records (settings, prompt fingerprint, cost), never a secret."""
+        return {"name": self.name, **asdict(self)}
 
 
 @dataclass(frozen=True)
-class Duel:
-    """Subject against opponent on one prompt: both presentations, and what follows from them
-    (docs/evaluation.md)."""
+class Comparison:
+    """The model against one baseline on one prompt: the verdicts on both orders of the pair."""
 
     task: str
-    opponent: str
+    baseline: str
     prompt_id: str
     source: str
-    subject_first: Verdict
-    opponent_first: Verdict
-    subject_tokens: int
-    opponent_tokens: int
-    # the inferred group of the prompt, where a group classifier was given
-    p_high: float | None = None
+    model_first: Verdict
+    baseline_first: Verdict
+    model_tokens: int
+    baseline_tokens: int
+    p_high: float | None = None  # inferred group of the prompt, with a group classifier
 
     @property
     def outcome(self) -> str:
-        """WIN or LOSE only where both presentations agree; FAILED where either failed; else TIE."""
-        a, b = self.subject_first.choice, self.opponent_first.choice
+        """WIN or LOSE if both verdicts prefer the same response; FAILED if one failed; else TIE."""
+        a, b = self.model_first.choice, self.baseline_first.choice
         if FAILED in (a, b):
             return FAILED
         if (a, b) == (FIRST, SECOND):
@@ -113,8 +151,6 @@ class Duel:
 
     @property
     def flipped(self) -> bool:
-        """The judge preferred a place, not an answer: first both times, or second both times."""
-        return (
-            self.subject_first.choice == self.opponent_first.choice
-            and self.subject_first.choice in (FIRST, SECOND)
-        )
+        """Return whether the judge preferred a position: first twice, or second twice."""
+        a, b = self.model_first.choice, self.baseline_first.choice
+        return a == b and a in (FIRST, SECOND)

@@ -25,15 +25,17 @@ and 0.19.2 (-: not there yet):
     Adam(capturable=…)       -            optimizer/__init__.py:      538      551      551
     current_stream           -      distributed/param_and_gra…:         -        -      632
 
-None is gone yet. From 0.18 on Megatron-Core also imports triton, which must then be installed
-(0.18.2 transformer/moe/paged_stash.py:8, 0.19.2 transformer/moe/ops/paged_stash.py:4).
+All are still needed. 0.19 renamed one method (optimizer._counted). From 0.18 on Megatron-Core also
+imports triton, which must then be installed (0.18.2 transformer/moe/paged_stash.py:8, 0.19.2
+transformer/moe/ops/paged_stash.py:4). 0.19 stores its own settings in a checkpoint
+(common_state) as a pickle, and torch unpickles it without a check: load only your own checkpoints.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,8 +60,13 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # torch.distributed.checkpoint's
     (r"`load_state_dict` is deprecated and will be removed in future versions", FutureWarning),
     (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
+    # mcore 0.19: imports of its optimizer, and its calls of torch.distributed.checkpoint
+    (r"\w+ is experimental and still under active development", UserWarning),
+    (r"torch\.distributed is disabled, unavailable or uninitialized", UserWarning),
+    (r"The argument order of load has been changed", UserWarning),
 )
 
+Tensors = list[Tensor]
 _installed = False
 
 
@@ -145,10 +152,14 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
-def host_mode() -> AbstractContextManager[Any]:
-    """Return the context to hold around mcore's schedules, optimizer construction and step,
-    sharded_state_dict and checkpoint load."""
-    return nullcontext() if torch.cuda.is_available() else _HostMode()
+@contextmanager
+def host_mode() -> Iterator[None]:
+    """Hold around mcore's schedules, optimizer construction and step, sharded_state_dict and
+    checkpoint load. The known warnings are ignored, for any filters of the caller."""
+    with warnings.catch_warnings():
+        silence()
+        with nullcontext() if torch.cuda.is_available() else _HostMode():
+            yield
 
 
 @contextmanager
@@ -221,11 +232,7 @@ def adam_for(device: torch.device) -> Callable[..., None]:
 
 
 def _fused(
-    group: dict[str, Any],
-    params: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
+    group: dict[str, Any], params: Tensors, grads: Tensors, first: Tensors, second: Tensors
 ) -> None:
     """Step in one kernel: 28 bytes of memory traffic per parameter against 72, no temporaries. The
     kernel reads the step count and does not change it."""
@@ -249,11 +256,7 @@ def _fused(
 
 
 def _foreach(
-    group: dict[str, Any],
-    params: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
+    group: dict[str, Any], params: Tensors, grads: Tensors, first: Tensors, second: Tensors
 ) -> None:
     """Step in seven passes over all parameters, with one temporary each."""
     (beta1, beta2), lr, step = group["betas"], group["lr"], group["step"]

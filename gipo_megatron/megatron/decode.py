@@ -1,21 +1,17 @@
-"""One model step with a KV cache, over the weights of mcore's GPTModel, under tensor and (virtual)
+"""One model step with a KV cache, on the weights of mcore's GPTModel, under tensor and (virtual)
 pipeline parallelism.
 
-mcore's own inference loop caches keys before RoPE and rotates the whole cache again at every step;
-here keys are rotated once.
+mcore's own inference caches keys before RoPE and rotates the whole cache at every step. Here keys
+are rotated once.
 
-    slots of the cache, three ragged prompts, after two steps        position of a token = its row's
-    own count of tokens
-      0 1 2 3 | 4 5 …                                                prompts are right-padded:
-      causal attention needs no mask to
-      a a a a | a a                                                  prefill, and responses start at
-      one common slot;
-      b b · · | b b                                                  decoding masks the padding (·)
-      in between.
-      c c c · | c c
+    slots of the cache for three ragged prompts, after two steps
+      0 1 2 3 | 4 5 …
+      a a a a | a a      The position of a token is its row's own count of tokens. Prompts are
+      b b · · | b b      right-padded, so causal attention needs no mask in prefill. Responses start
+      c c c · | c c      at one common slot, and decoding masks the padding (·) before it.
 
-Sequence parallelism shards activations of the training forward only: weights are whole per tensor
-rank, and this file never shards rows.
+Sequence parallelism shards activations in the training forward pass only. Weights are whole per
+tensor rank, and this file never shards rows.
 """
 
 from __future__ import annotations
@@ -34,18 +30,18 @@ from gipo_megatron.megatron.model import rope_frequencies
 from gipo_megatron.megatron.param_sharding import unwrap
 from gipo_megatron.specs import Architecture
 
-# The local layer spec's name, then Transformer Engine's (its linear layers hold the norm before
-# them).
+# names in the local layer spec, then Transformer Engine's, whose linear layers hold their norm
 _ATTENTION_NORM = ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
 _MLP_NORM = ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
 
 _FEW_ROWS = 128
+# (index of the layer, queries, keys, values) -> attention output
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """This tensor rank's part of one layer: G key-value groups of Q query heads each, head width
-    D."""
+    """A tensor rank's part of one layer: G key-value groups of Q query heads each, head width D."""
 
     attention_norm: Tensor  # [H]
     qkv: Tensor  # [G (Q + 2) D, H], one block of Q queries, key, value per group
@@ -59,17 +55,16 @@ class LayerWeights:
 
 
 def layer_weights(layer: nn.Module, architecture: Architecture) -> LayerWeights:
-    """Views of a TransformerLayer's parameters, by either layer spec's names. Raises ValueError
-    naming what is missing."""
+    """Return views of a TransformerLayer's parameters, by the names of either layer spec. Raises
+    ValueError with the missing name."""
     parameters = dict(layer.named_parameters())
 
     def read(*names: str) -> Tensor:
         for name in names:
             if name in parameters:
                 return parameters[name].data
-        raise ValueError(
-            f"no parameter {' or '.join(names)} in a layer with {', '.join(sorted(parameters))}"
-        )
+        known = ", ".join(sorted(parameters))
+        raise ValueError(f"no parameter {' or '.join(names)} in a layer with {known}")
 
     return LayerWeights(
         attention_norm=read(*_ATTENTION_NORM),
@@ -86,7 +81,7 @@ def layer_weights(layer: nn.Module, architecture: Architecture) -> LayerWeights:
 
 @dataclass
 class Cache:
-    """Keys (rotated) and values of this rank's layers, and which slots a row may look at."""
+    """Rotated keys and values of this rank's layers, and the mask of their padding."""
 
     keys: list[Tensor]  # per layer [B, G, S, D]
     values: list[Tensor]
@@ -95,8 +90,7 @@ class Cache:
     bias: Tensor | None
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all other rows (int64 [K] indices stay), layer by layer, so that only one layer is
-        held twice."""
+        """Keep the rows int64 [K], layer by layer, so that only one layer is held twice."""
         for tensors in (self.keys, self.values):
             for i, x in enumerate(tensors):
                 tensors[i] = x.index_select(0, rows)
@@ -105,10 +99,10 @@ class Cache:
 
 
 class Decoder:
-    """Prefill and decode steps of one replica; every one of its ranks makes the same calls.
+    """Prefill and decode steps of one replica, whose ranks all make the same calls.
 
-    `chunks` are this stage's GPTModels in virtual-stage order, wrapped or not. Weights are read at
-    construction: build one per generation. No sequence may grow beyond `positions`.
+    `chunks` are this stage's GPTModels in virtual-stage order, wrapped or not. Their weights are
+    read at construction: build one per generation. Sequences have at most `positions` tokens.
     """
 
     def __init__(
@@ -120,13 +114,12 @@ class Decoder:
             [layer_weights(layer, architecture) for layer in model.decoder.layers]
             for model in models
         ]
-        self.embedding = (
-            models[0].embedding.word_embeddings.weight.data if mesh.is_first_stage else None
-        )
-        self.final_norm = (
-            models[-1].decoder.final_layernorm.weight.data if mesh.is_last_stage else None
-        )
-        self.output = _output_weight(models[-1], architecture).data if mesh.is_last_stage else None
+        first, last = models[0], models[-1]
+        if mesh.is_first_stage:
+            self.embedding = first.embedding.word_embeddings.weight.data
+        if mesh.is_last_stage:
+            self.final_norm = last.decoder.final_layernorm.weight.data
+            self.output = _output_weight(last, architecture).data
         self.dtype = self.layers[0][0].qkv.dtype
         self.num_groups = architecture.num_kv_heads // mesh.tensor_size
         self.rope = _rope_tables(architecture, positions, mesh.device, self.dtype)
@@ -134,8 +127,7 @@ class Decoder:
         self.previous, self.next = ranks[place - 1], ranks[(place + 1) % len(ranks)]
 
     def allocate(self, rows: int, slots: int, lengths: Tensor, width: int) -> Cache:
-        """An empty cache; `width` is the prompts' padded length, `lengths` [rows] their true
-        ones."""
+        """Return an empty cache for prompts of padded length `width` and true `lengths` [rows]."""
         shape = (rows, self.num_groups, slots, self.architecture.head_dim)
         count = sum(len(chunk) for chunk in self.layers)
         keys, values = (
@@ -145,97 +137,75 @@ class Decoder:
         bias = None
         if int(lengths.min()) < width:
             slot = torch.arange(slots, device=self.mesh.device)
-            hidden = (slot >= lengths[:, None]) & (slot < width)
-            bias = torch.zeros(
-                hidden.shape, dtype=self.dtype, device=self.mesh.device
-            ).masked_fill_(hidden, float("-inf"))[:, None, None]
+            bias = self._bias((slot >= lengths[:, None]) & (slot < width))
         return Cache(keys, values, bias)
+
+    def _bias(self, hidden: Tensor) -> Tensor:
+        """Return the additive mask [b, 1, 1, S] of a bool mask [b, S]: -inf where it is True."""
+        zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
+        return zeros.masked_fill_(hidden, float("-inf"))[:, None, None]
 
     def prefill(
         self, tokens: Tensor, lengths: Tensor, cache: Cache, first_row: int
     ) -> Tensor | None:
-        """Right-padded prompts [b, P] into rows first_row … of the cache. Logits of each one's last
-        token, as `step` returns them."""
+        """Write right-padded prompts [b, P] into rows first_row … of the cache. Returns the logits
+        of each prompt's last token, as `step` does."""
         rows, width = slice(first_row, first_row + len(tokens)), tokens.shape[1]
         cos, sin = (table[:width, None, None] for table in self.rope)
-        padding = torch.arange(width, device=tokens.device) >= lengths[:, None]
-        bias = torch.zeros(padding.shape, dtype=self.dtype, device=tokens.device).masked_fill_(
-            padding, float("-inf")
-        )[:, None, None]
+        bias = self._bias(torch.arange(width, device=tokens.device) >= lengths[:, None])
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
             cache.keys[layer][rows, :, :width] = k
             cache.values[layer][rows, :, :width] = v
-            if q.shape[1] == 1:  # the last layer: only each prompt's last token is asked for
+            if q.shape[1] == 1:  # the last layer needs each prompt's last token only
                 return _attend_one(q[:, 0], k, v, bias).flatten(1)[:, None]
             q = q.flatten(2, 3).transpose(1, 2)
-            return (
-                F.scaled_dot_product_attention(
-                    q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-                )
-                .transpose(1, 2)
-                .flatten(2)
-            )
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            return out.transpose(1, 2).flatten(2)
 
         hidden = self._pipeline(tokens, cos, sin, attend, lengths - 1)
         return self._logits(hidden[:, 0]) if hidden is not None else None
 
     def step(self, tokens: Tensor, positions: Tensor, slot: int, cache: Cache) -> Tensor | None:
-        """One token [b] a row, at its row's position [b], written to `slot`. Logits [b, V] on the
-        last stage's tensor ranks, else None."""
+        """Write one token [b] per row, at position [b], to `slot`. Returns logits [b, V] on the
+        tensor ranks of the last stage, else None."""
         cos, sin = (table[positions][:, None, None, None] for table in self.rope)
         bias = cache.bias[..., : slot + 1] if cache.bias is not None else None
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
             keys[:, :, slot], values[:, :, slot] = k[:, 0], v[:, 0]
-            return _attend_one(
-                q[:, 0], keys[:, :, : slot + 1], values[:, :, : slot + 1], bias
-            ).flatten(1)[:, None]
+            keys, values = keys[:, :, : slot + 1], values[:, :, : slot + 1]
+            return _attend_one(q[:, 0], keys, values, bias).flatten(1)[:, None]
 
         hidden = self._pipeline(tokens[:, None], cos, sin, attend, torch.zeros_like(tokens))
         return self._logits(hidden[:, 0]) if hidden is not None else None
 
     def _pipeline(
-        self,
-        tokens: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-        wanted: Tensor,
+        self, tokens: Tensor, cos: Tensor, sin: Tensor, attend: Attend, last_tokens: Tensor
     ) -> Tensor | None:
-        """All layers over all stages and virtual stages; the last stage's hidden state [b, 1, H] at
-        `wanted` [b], None elsewhere."""
-        index, hidden, last = 0, None, len(self.layers) - 1
-        for v, chunk in enumerate(self.layers):
-            if self.mesh.is_first_stage and v == 0:
+        """Run all layers over all stages and virtual stages. Returns the last stage's hidden state
+        [b, 1, H] at `last_tokens` [b], None elsewhere."""
+        index, hidden, group = 0, None, self.mesh.pipeline_group
+        for virtual, chunk in enumerate(self.layers):
+            if self.mesh.is_first_stage and virtual == 0:
                 hidden = self._embed(tokens)
             elif self.mesh.pipeline_size > 1:
-                hidden = torch.empty(
-                    *tokens.shape,
-                    self.architecture.hidden_size,
-                    dtype=self.dtype,
-                    device=self.mesh.device,
-                )
-                dist.recv(hidden, src=self.previous, group=self.mesh.pipeline_group)
+                shape = (*tokens.shape, self.architecture.hidden_size)
+                hidden = torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
+                dist.recv(hidden, src=self.previous, group=group)
             assert hidden is not None
-            ends = self.mesh.is_last_stage and v == last
-            for place, weights in enumerate(chunk, 1):
-                hidden = self._layer(
-                    weights,
-                    hidden,
-                    cos,
-                    sin,
-                    index,
-                    attend,
-                    wanted if ends and place == len(chunk) else None,
-                )
+            final = self.mesh.is_last_stage and virtual == len(self.layers) - 1
+            for weights in chunk:
+                kept = last_tokens if final and weights is chunk[-1] else None
+                hidden = self._layer(weights, hidden, cos, sin, index, attend, kept)
                 index += 1
-            if ends:
+            if final:
                 return hidden
             if self.mesh.pipeline_size > 1:
-                dist.send(hidden, dst=self.next, group=self.mesh.pipeline_group)
+                dist.send(hidden, dst=self.next, group=group)
         return None
 
     def _layer(
@@ -245,35 +215,32 @@ class Decoder:
         cos: Tensor,
         sin: Tensor,
         index: int,
-        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-        wanted: Tensor | None,
+        attend: Attend,
+        kept: Tensor | None,
     ) -> Tensor:
-        """One layer [b, n, H]; with `wanted` [b], keys and values of all tokens, but output [b, 1,
-        H] of those positions alone."""
+        """Run one layer [b, n, H]. With positions `kept` [b], all tokens get keys and values, but
+        the output is [b, 1, H] at those positions."""
         width, eps = self.architecture.head_dim, self.architecture.norm_eps
         qkv = _linear(rms_norm(x, w.attention_norm, eps), w.qkv, w.qkv_bias)
         qkv = qkv.view(*x.shape[:2], self.num_groups, -1, width)
         qk, v = qkv[..., :-1, :].contiguous(), qkv[..., -1, :]
         if w.q_norm is not None and w.k_norm is not None:
-            qk = torch.cat(
-                [
-                    rms_norm(qk[..., :-1, :], w.q_norm, eps),
-                    rms_norm(qk[..., -1:, :], w.k_norm, eps),
-                ],
-                dim=-2,
+            q, k = (
+                rms_norm(qk[..., :-1, :], w.q_norm, eps),
+                rms_norm(qk[..., -1:, :], w.k_norm, eps),
             )
+            qk = torch.cat([q, k], dim=-2)
         qk = torch.addcmul(qk * cos, qk.roll(width // 2, -1), sin)
         q = qk[..., :-1, :]
-        if wanted is not None and x.shape[1] > 1:
+        if kept is not None and x.shape[1] > 1:
             rows = torch.arange(len(x), device=x.device)
-            q, x = q[rows, wanted][:, None], x[rows, wanted][:, None]
+            q, x = q[rows, kept][:, None], x[rows, kept][:, None]
         attention = attend(index, q, qk[..., -1, :], v)
         x = x + self._sum(_linear(attention, w.proj))
         gate, up = _linear(rms_norm(x, w.mlp_norm, eps), w.fc1).chunk(2, -1)
         return x + self._sum(_linear(F.silu(gate).mul_(up), w.fc2))
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        assert self.embedding is not None
         if self.mesh.tensor_size == 1:
             return F.embedding(tokens, self.embedding)
         local = tokens - self.mesh.tensor_rank * len(self.embedding)
@@ -282,7 +249,6 @@ class Decoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[b, H] -> [b, V] without Megatron's padding columns, gathered over the tensor ranks."""
-        assert self.final_norm is not None and self.output is not None
         logits = _linear(rms_norm(hidden, self.final_norm, self.architecture.norm_eps), self.output)
         if self.mesh.tensor_size > 1:
             logits = logits.contiguous()
@@ -299,13 +265,13 @@ class Decoder:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis, in float32."""
+    """Return x / sqrt(mean(x²) + eps) · weight over the last axis, computed in float32."""
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b. For few rows a CPU's matrix product is 10 to 30 % faster on two threads as (W xᵀ)ᵀ,
-    which splits W's rows over threads."""
+    """Return x Wᵀ + b. For few rows a CPU with two threads is 10 to 30 % faster on (W xᵀ)ᵀ, which
+    splits W's rows over the threads."""
     rows = x.numel() // x.shape[-1]
     if x.device.type != "cpu" or rows > _FEW_ROWS or bias is not None:
         return F.linear(x, weight, bias)
@@ -313,11 +279,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _attend_one(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention of one new token: q [b, G, Q, D] over keys and values [b, G, S, D]; a group's
-    queries share its keys without copying them.
+    """Return the attention of one new token: q [b, G, Q, D] over keys and values [b, G, S, D]. The
+    queries of a group share its keys without a copy.
 
-    In fp32 two plain products are about twice as fast on a CPU as torch's fused kernel; in bf16 the
-    fused kernel keeps scores in fp32.
+    In fp32 two matrix products are about twice as fast on a CPU as torch's fused kernel. In bf16
+    the fused kernel keeps the scores in fp32.
     """
     if q.dtype != torch.float32:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
@@ -328,21 +294,16 @@ def _attend_one(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) ->
 
 
 def _output_weight(chunk: GPTModel, architecture: Architecture) -> Tensor:
-    return (
-        chunk.shared_embedding_or_output_weight()
-        if architecture.tied_embeddings
-        else chunk.output_layer.weight
-    )
+    if architecture.tied_embeddings:
+        return chunk.shared_embedding_or_output_weight()
+    return chunk.output_layer.weight
 
 
 def _rope_tables(
     architecture: Architecture, length: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [length, D], so that rope(x) = x · cos + roll(x, D / 2) · sin."""
-    angles = torch.outer(
-        torch.arange(length, device=device, dtype=torch.float32),
-        rope_frequencies(architecture).to(device),
-    )
-    return torch.cat([angles.cos()] * 2, -1).to(dtype), torch.cat(
-        [-angles.sin(), angles.sin()], -1
-    ).to(dtype)
+    """Return cos and signed sin [length, D], so that rope(x) = x · cos + roll(x, D / 2) · sin."""
+    positions = torch.arange(length, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, rope_frequencies(architecture).to(device))
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)

@@ -77,12 +77,8 @@ class Engine:
     ) -> None:
         Residency.make_room()
         self.mesh, self.architecture, self.precision = mesh, architecture, precision
-        self.head, self.group, self.optimisation, self.micro_batch = (
-            head,
-            group,
-            optimisation,
-            micro_batch,
-        )
+        self.head, self.group = head, group
+        self.optimisation, self.micro_batch = optimisation, micro_batch
         # config.json and the like of the Hugging Face model it came from, word for word
         self.hf_files: dict[str, str] = {}
         self.chunks: list[GPTModel] = build_chunks(
@@ -121,8 +117,8 @@ class Engine:
     # -------------------------------------------------------------------------------------- forward
 
     def forward(self, batch: Rows, readout: Readout) -> Output:
-        """What `readout` says of every sequence of `batch`, in their order, on every rank of the
-        replica. No gradient."""
+        """Return the output of `readout` for every sequence of `batch`, in their order, on every
+        rank of the replica. No gradient."""
         slots = self._plan(batch)
         with self.ready(), self.scaling.inference():
             outputs = schedules.run(
@@ -157,7 +153,7 @@ class Engine:
         return torch.empty(shape, dtype=dtype, device=self.mesh.device)
 
     def _share(self, message: list[Any]) -> Any:
-        """The last stage's object, on every stage of its pipeline."""
+        """Return the last stage's object on every stage of its pipeline."""
         if self.mesh.pipeline_size > 1:
             dist.broadcast_object_list(
                 message, src=self.mesh.last_stage_rank, group=self.mesh.pipeline_group
@@ -167,11 +163,11 @@ class Engine:
     # --------------------------------------------------------------------------------------- update
 
     def update(self, parts: Sequence[Part], readout: Readout) -> Update:
-        """One optimizer step on Σ_terms sum / N_unit, N the unit's count in that part's whole (data
-        parallel) batch.
+        """Make one optimizer step on Σ_terms sum / N_unit, N the unit's count in that part's whole
+        (data parallel) batch.
 
-        A non-finite loss or gradient on any rank: no step on any rank, and `skipped` names the
-        rows.
+        After a non-finite loss or gradient on any rank no rank makes a step, and `skipped` lists
+        the rows.
         """
         assert self.optimisation is not None, "this model was built without an optimiser"
         with self.residency.use(training=True):
@@ -190,8 +186,8 @@ class Engine:
             return Update(metrics)
 
     def backward(self, parts: Sequence[Part], readout: Readout) -> tuple[Metrics, list[int]]:
-        """The gradients of the update's loss, reduced but not clipped; the loss's metrics and the
-        row ids of non-finite losses."""
+        """Compute the gradients of the update's loss, reduced but not clipped; return the loss's
+        metrics and the row ids of non-finite losses."""
         slots = self._slots(parts)
         for wrapped in self._wrapped:
             wrapped.zero_grad_buffer()
@@ -228,8 +224,8 @@ class Engine:
 
     @staticmethod
     def _loss(readout: Readout, slot: MicroBatch, raw: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """mcore's triple. The integer count 0 keeps mcore from dividing by anything: each term has
-        its own count."""
+        """Return mcore's triple. The integer count 0 keeps mcore from dividing: each term has its
+        own count."""
         assert slot.loss is not None and slot.counts is not None
         loss = slot.loss(_answer(readout, slot, raw), slot.rows)
         total = torch.zeros((), device=raw.device)
@@ -246,7 +242,7 @@ class Engine:
     def _skipped(
         self, parts: Sequence[Part], bad: list[int], finite: bool
     ) -> tuple[int, ...] | None:
-        """Row ids to name, equal on every rank; None when all is well everywhere."""
+        """Return the row ids to list, equal on every rank; None when all numbers are finite."""
         flag = torch.tensor([float(bool(bad) or not finite)], device=self.mesh.device)
         if self.mesh.world > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -281,7 +277,7 @@ class Engine:
     # ------------------------------------------------------------------- weights and where they are
 
     def _weights(self) -> list[Tensor]:
-        """The tensors that hold this rank's weights: flat buffers once wrapped, else the
+        """Return the tensors of this rank's weights: flat buffers once wrapped, else the
         parameters."""
         if self.optimisation is not None:
             return [b.param_data for w in self._wrapped for b in w.buffers]
@@ -302,21 +298,20 @@ class Engine:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """The weights are on the device and the model is in inference mode inside: for
-        generation."""
+        """Keep the weights on the device and the model in inference mode, for generation."""
         with self.residency.use(), torch.no_grad():
             self._mode(train=False)
             yield
 
     def snapshot(self) -> Snapshot:
-        """This rank's weights, on the host, and FP8 scaling state: what `swapped` takes."""
+        """Return this rank's weights, on the host, and FP8 scaling state, for `swapped`."""
         with self.residency.use():
             return Snapshot(host_copies(self._weights()), self.scaling.read())
 
     @contextmanager
     def swapped(self, other: Snapshot) -> Iterator[None]:
-        """Another model (a `snapshot` of the same layout) in this model's place; its own comes
-        back, bit for bit."""
+        """Put another model (a `snapshot` of the same layout) in this one's place; this one comes
+        back at the end, bit for bit."""
         with (
             self.residency.use(),
             swapped(self._weights(), other.weights),
@@ -325,20 +320,20 @@ class Engine:
             yield
 
     def weights_changed(self) -> None:
-        """After weights were loaded: the optimizer's fp32 masters follow (or the next step would
-        bring the old ones back)."""
+        """Copy loaded weights to the optimizer's fp32 masters; else the next step would bring the
+        old ones back."""
         if self.optimisation is not None:
             with cpu_compat.host_mode():
                 self.optimizer.reload_model_params()
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor), on every rank."""
+        """Yield (Hugging Face name, whole tensor), on every rank."""
         with self.residency.use():
             yield from export_weights(self.chunks, self.mesh, self.architecture, head=self.head)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole gradient) after `backward`, in the weights' dtype; the group
-        head's is not among them."""
+        """Yield (Hugging Face name, whole gradient) after `backward`, in the weights' dtype, the
+        group head's left out."""
         group = self.mesh.data_parallel
         gathered = []
         for wrapped in self._wrapped:
@@ -363,8 +358,8 @@ def _answer(readout: Readout, slot: MicroBatch, raw: Tensor) -> Output:
 
 
 def _to_host(totals: list[Tensor], metrics: Metrics) -> tuple[list[float], Metrics]:
-    """The slots' totals and the merged metrics, in one copy from the device: each copy of its own
-    would wait for it."""
+    """Return the slots' totals and the merged metrics, in one copy from the device: each single
+    copy would wait for it."""
     if not totals:
         return [], metrics
     device = totals[0].device

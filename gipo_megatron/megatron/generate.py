@@ -1,8 +1,8 @@
 """Responses to prompts: the decode loop of one data parallel replica.
 
 Every rank of the replica runs the same loop. The last stage's first tensor rank draws each token
-and broadcasts it; all else (who has finished, when to stop) follows from the tokens, so nothing
-more is sent.
+and broadcasts it. Which rows have finished and when to stop follow from the tokens, so no other
+message is sent.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from gipo_megatron.megatron.sampling import check_sampling, pick, uniforms
 from gipo_megatron.specs import Architecture, Sampling
 from gipo_megatron.types import Prompts, Rollout
 
-# finished rows leave the cache when they are one in this many: a copy of the cache costs about one
-# step
+# finished rows leave the cache when they are one in this many; the copy costs about one step
 DROP_SHARE = 8
 
 
@@ -39,14 +38,14 @@ def generate(
     *,
     room: Room | None = None,
 ) -> Rollout:
-    """Draw one response per row of `prompts` [B, P]; a collective call of the replica's ranks,
-    which all return the same Rollout.
+    """Draw one response per row of `prompts` [B, P]. Collective over the replica's ranks, which all
+    return the same Rollout.
 
-    A row's tokens depend on its prompt, the weights and (seed, step, sample_id) only: not on the
-    layout, nor on the rows beside it, nor on `room` (the batch runs in slices that fit into it; by
-    default into the memory that is free). generation_logprobs are under softmax(logits /
-    temperature), before truncation and penalty. Raises UserError for sampling keys out of range,
-    for sequences beyond the model's positions, and for logits that are not finite.
+    A row's tokens depend only on its prompt, the weights and (seed, step, sample_id): not on the
+    layout, on other rows, or on `room`, the memory that a slice of the batch may fill (by default
+    all that is free). generation_logprobs are under softmax(logits / temperature), before
+    truncation and penalty. Raises UserError for sampling keys out of range, for sequences beyond
+    the model's positions, and for logits that are not finite.
     """
     check_sampling(sampling)
     prompts = prompts.to(mesh.device)
@@ -58,12 +57,9 @@ def generate(
     if len(prompts):
         longest = int(prompts.lengths.max())
         with torch.inference_mode():
-            loop = _Loop(
-                Decoder(chunks, architecture, mesh, longest + sampling.max_response),
-                sampling,
-                eos_id,
-            )
-            need = Need(architecture, mesh.parallel, loop.decoder.dtype.itemsize)
+            decoder = Decoder(chunks, architecture, mesh, longest + sampling.max_response)
+            loop = _Loop(decoder, sampling, eos_id)
+            need = Need(architecture, mesh.parallel, decoder.dtype.itemsize)
             room = find_room(mesh, need, longest, sampling) if room is None else room
             for rows in _slices(prompts.lengths, sampling.max_response, need.token, room):
                 responses[rows], counts[rows], logprobs[rows] = loop.respond(prompts.select(rows))
@@ -77,7 +73,7 @@ class _Loop:
     eos_id: int
 
     def respond(self, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
-        """Response tokens [b, N], how many of them count [b], and their log-probs [b, N], on every
+        """Return response tokens [b, N], their number [b] and their log-probs [b, N], on every
         rank."""
         mesh, steps = self.decoder.mesh, self.sampling.max_response
         width = int(prompts.lengths.max())
@@ -116,7 +112,7 @@ class _Loop:
 
 
 class _Chooser:
-    """Draws on one rank, tells the others."""
+    """Draws tokens on one rank and broadcasts them to the others."""
 
     def __init__(self, mesh: Mesh, sampling: Sampling, prompts: Prompts, vocab_size: int) -> None:
         self.mesh, self.sampling, self.sample_id = mesh, sampling, prompts.sample_id
@@ -127,19 +123,10 @@ class _Chooser:
         if self.draws:
             self.noise = uniforms(sampling, prompts.sample_id).to(mesh.device)
             if sampling.repetition_penalty != 1:
-                real = (
-                    torch.arange(prompts.tokens.shape[1], device=mesh.device)
-                    < prompts.lengths[:, None]
-                )
-                seen = torch.zeros(
-                    len(prompts), vocab_size + 1, dtype=torch.bool, device=mesh.device
-                )
-                self.seen = seen.scatter_(1, torch.where(real, prompts.tokens, vocab_size), True)[
-                    :, :vocab_size
-                ]
+                self.seen = _seen(prompts, vocab_size)
 
     def choose(self, logits: Tensor | None, rows: Tensor, t: int) -> Tensor:
-        """Token number t of `rows` [k], whose logits [k, V] the drawing rank has."""
+        """Return token number t of `rows` [k]. The drawing rank has their logits [k, V]."""
         if self.draws:
             assert logits is not None
             seen = self.seen[rows] if self.seen is not None else None
@@ -155,10 +142,8 @@ class _Chooser:
             raise UserError(
                 f"generation: the model's logits are not finite for samples {samples[:8]} at"
                 f" response token {t}",
-                fix=(
-                    "the weights are damaged: start again from an earlier checkpoint, with a lower"
-                    " learning rate"
-                ),
+                fix="the weights are damaged: start again from an earlier checkpoint, with a lower"
+                " learning rate",
             )
         return tokens
 
@@ -168,13 +153,20 @@ class _Chooser:
         return self.logprobs
 
 
+def _seen(prompts: Prompts, vocab_size: int) -> Tensor:
+    """Return bool [B, V]: which tokens are in each prompt."""
+    tokens = prompts.tokens
+    padding = torch.arange(tokens.shape[1], device=tokens.device) >= prompts.lengths[:, None]
+    seen = torch.zeros(len(prompts), vocab_size + 1, dtype=torch.bool, device=tokens.device)
+    return seen.scatter_(1, tokens.masked_fill(padding, vocab_size), True)[:, :vocab_size]
+
+
 def _check_lengths(prompts: Prompts, sampling: Sampling, architecture: Architecture) -> None:
     if not len(prompts):
         return
     if int(prompts.lengths.min()) < 1:
-        raise ValueError(
-            f"empty prompts: samples {prompts.sample_id[prompts.lengths < 1].tolist()[:8]}"
-        )
+        empty = prompts.sample_id[prompts.lengths < 1].tolist()
+        raise ValueError(f"empty prompts: samples {empty[:8]}")
     longest = int(prompts.lengths.max())
     if longest + sampling.max_response > architecture.max_positions:
         raise UserError(
@@ -186,7 +178,8 @@ def _check_lengths(prompts: Prompts, sampling: Sampling, architecture: Architect
 
 
 def _slices(lengths: Tensor, max_response: int, token_bytes: int, room: Room) -> Iterator[Tensor]:
-    """Row indices, longest prompts first, in slices that fit into `room` (one row at least)."""
+    """Yield row indices, longest prompts first, in slices that fit into `room` (one row at
+    least)."""
     order, start = lengths.argsort(descending=True, stable=True), 0
     while start < len(order):
         stop = start + room.rows(int(lengths[order[start]]) + max_response, token_bytes)
@@ -203,7 +196,7 @@ def _assemble(
     pad_id: int,
     decode: Callable[[list[int]], str],
 ) -> Rollout:
-    """Prompt and response made contiguous, right-padded to the longest row."""
+    """Join prompts and responses, right-padded to the longest row."""
     lengths = prompts.lengths
     total = int((lengths + counts).max()) if len(prompts) else 0
     position = torch.arange(total, device=lengths.device).expand(len(prompts), -1)
@@ -211,15 +204,11 @@ def _assemble(
     mask = (index >= 0) & (index < counts[:, None])
     index = index.clamp(0, responses.shape[1] - 1)
     prompt = prompts.tokens.gather(1, position.clamp(max=prompts.tokens.shape[1] - 1))
-    tokens = torch.where(
-        mask, responses.gather(1, index), torch.where(position < lengths[:, None], prompt, pad_id)
-    )
+    prompt = prompt.masked_fill(position >= lengths[:, None], pad_id)
+    tokens = torch.where(mask, responses.gather(1, index), prompt)
     finished = responses.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0] == eos_id
-    texts = []
-    for row, count, ended in zip(
-        responses.tolist(), counts.tolist(), finished.tolist(), strict=True
-    ):
-        texts.append(decode(row[: count - ended]))  # the end-of-text token is no text
+    rows = zip(responses.tolist(), (counts - finished.long()).tolist(), strict=True)
+    texts = [decode(row[:count]) for row, count in rows]  # without end-of-text
     return Rollout(
         tokens=tokens,
         mask=mask,

@@ -1,5 +1,5 @@
-"""Heads on the trunk: one number a token (value, reward) in the output layer's place, and the group
-head beside the model."""
+"""Heads on the trunk: one number per token (value, reward) instead of the output layer, and the
+group head beside the model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from gipo_megatron.megatron.param_sharding import SCORE, unwrap
 from gipo_megatron.specs import HeadSpec
 from gipo_megatron.types import Sequences
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of HostAdam
+
 
 class ScalarHead(nn.Module):
-    """w · h for every position, in fp32: a critic's value or a reward model's score. Replaces
-    GPTModel.output_layer.
+    """w · h at every position, in fp32: a critic's value or a reward model's score. It takes the
+    place of GPTModel.output_layer.
 
     The weight [1, H] has the model's dtype (mcore's optimizer keeps the fp32 copy) and is
-    replicated over the tensor group. Under sequence parallel each rank reads its shard and the
+    replicated over the tensor group. Under sequence parallelism each rank reads its shard and the
     outputs are gathered, so the weight's gradient is summed over the group.
     """
 
@@ -55,8 +57,7 @@ class ScalarHead(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        # Stored under a name of its own: a language model's output layer is never taken for a head,
-        # nor a head for it.
+        # the name differs from the output layer's, so that neither is loaded as the other
         stored = make_sharded_tensors_for_checkpoint(
             {SCORE: self.state_dict(keep_vars=True)["weight"]}, "", {}, sharded_offsets
         )
@@ -64,23 +65,39 @@ class ScalarHead(nn.Module):
 
 
 def take_hidden(chunk: nn.Module) -> Tensor:
-    """The hidden states [s, b, H] that the scalar head of `chunk` has just read (still in the
-    graph), handed out once."""
+    """Return, once, the hidden states [s, b, H] that the scalar head of `chunk` has just read,
+    still in the graph."""
     head = unwrap(chunk).output_layer
-    assert isinstance(head, ScalarHead) and head.hidden is not None, (
-        "no forward pass through a scalar head before this"
-    )
+    assert isinstance(head, ScalarHead) and head.hidden is not None, "no forward pass before this"
     hidden, head.hidden = head.hidden, None
     return hidden
 
 
+def hidden_at(hidden: Tensor, sequences: Sequences, position: str, mesh: Mesh) -> Tensor:
+    """Return the hidden state of the last prompt token (position "prompt") or of the last token.
+
+    [s, b, H] (a shard of s under sequence parallel) -> [b, H]
+    """
+    lengths = sequences.prompt_lengths if position == "prompt" else sequences.lengths
+    index = lengths.to(hidden.device) - 1
+    rows = torch.arange(hidden.shape[1], device=hidden.device)
+    if not mesh.parallel.sequence:
+        return hidden[index, rows]
+    size = hidden.shape[0]
+    local = index - mesh.tensor_rank * size
+    inside = (local >= 0) & (local < size)
+    picked = hidden[local.clamp(0, size - 1), rows] * inside[:, None].to(hidden.dtype)
+    # sum forward, identity backward: one rank has the token
+    return reduce_from_tensor_model_parallel_region(picked)
+
+
 class GroupHead:
-    """Group logits from the critic's trunk: W h + b in fp32, W [M, H], read at one token of each
+    """Group logits from the critic's trunk: W h + b in fp32, W [M, H], at one token of each
     sequence.
 
-    It lives on the last stage, outside the model and mcore's optimizer, with its own Adam (0.9,
-    0.999), gradient sum and clip (norm 1), so that a head that only observes (`detach_trunk`)
-    changes nothing else, bit for bit. On other stages all verbs do nothing. W ~ normal(0, init_std)
+    The head is on the last stage, outside the model and mcore's optimizer, with its own Adam (0.9,
+    0.999), gradient sum and clip (norm 1). So a head that only observes (`detach_trunk`) changes
+    nothing else, bit for bit. On other stages all methods do nothing. W ~ normal(0, init_std)
     (algorithm.md 5.4), b = 0.
     """
 
@@ -97,21 +114,10 @@ class GroupHead:
         self.optimizer = HostAdam([self.weight, self.bias], lr=spec.lr, betas=(0.9, 0.999))
 
     def features(self, hidden: Tensor, sequences: Sequences) -> Tensor:
-        """[s, b, H] (a shard of s under sequence parallel) -> [b, H]: the hidden state of the last
-        prompt token, or of the last token."""
-        lengths = sequences.prompt_lengths if self.spec.input == "prompt" else sequences.lengths
-        position = lengths.to(hidden.device) - 1
+        """Return the hidden states that the head reads, [b, H]; see `hidden_at`."""
         if self.spec.detach_trunk:
             hidden = hidden.detach()
-        rows = torch.arange(hidden.shape[1], device=hidden.device)
-        if not self.mesh.parallel.sequence:
-            return hidden[position, rows]
-        size = hidden.shape[0]
-        local = position - self.mesh.tensor_rank * size
-        inside = (local >= 0) & (local < size)
-        picked = hidden[local.clamp(0, size - 1), rows] * inside[:, None].to(hidden.dtype)
-        # sum forward, identity backward: one rank has the token
-        return reduce_from_tensor_model_parallel_region(picked)
+        return hidden_at(hidden, sequences, self.spec.input, self.mesh)
 
     def logits(self, hidden: Tensor, sequences: Sequences) -> Tensor:
         """[b, M], fp32"""
@@ -124,21 +130,19 @@ class GroupHead:
         self.optimizer.zero_grad()
 
     def reduce_gradients(self) -> float:
-        """Sums the gradients over the replicas and returns their norm (0 on other stages, and
-        before any backward)."""
+        """Sum the gradients over the replicas and return their norm (0 on other stages, and before
+        any backward pass)."""
         if not self.mesh.is_last_stage:
             return 0.0
+        sums = []
         for p in self.parameters():
             p.grad = self.mesh.data_parallel.sum(torch.zeros_like(p) if p.grad is None else p.grad)
-        return float(
-            torch.linalg.vector_norm(
-                torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None])
-            )
-        )
+            sums.append(p.grad.flatten())
+        return float(torch.linalg.vector_norm(torch.cat(sums)))
 
     def step(self, norm: float) -> None:
-        """One Adam step on gradients that `reduce_gradients` summed to norm `norm`, clipped to norm
-        1; then forgets them."""
+        """Take one Adam step on the gradients of `reduce_gradients`, whose norm is `norm`, clipped
+        to norm 1; then clear them."""
         if not self.mesh.is_last_stage:
             return
         if norm > self.clip:
@@ -149,17 +153,13 @@ class GroupHead:
         self.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors on the host and the step count; meaningful on the last stage."""
+        """Return tensors on the host and the step count; only the last stage's are valid."""
         state: dict[str, Any] = {"step": self.optimizer.param_groups[0].get("step", 0)}
         for name, p in (("weight", self.weight), ("bias", self.bias)):
-            moments = self.optimizer.state[p] or {
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+            moments = self.optimizer.state[p] or dict.fromkeys(_MOMENTS, torch.zeros_like(p))
             state[name] = p.detach().cpu().clone()
-            state |= {
-                f"{name}.{key}": value.detach().cpu().clone() for key, value in moments.items()
-            }
+            for key, value in moments.items():
+                state[f"{name}.{key}"] = value.detach().cpu().clone()
         return state
 
     @torch.no_grad()
@@ -167,17 +167,14 @@ class GroupHead:
         self.optimizer.param_groups[0]["step"] = int(state["step"])
         for name, p in (("weight", self.weight), ("bias", self.bias)):
             p.copy_(state[name])
-            moments = {
+            self.optimizer.state[p] = {
                 key: state[f"{name}.{key}"].to(p.device, torch.float32, copy=True)
-                for key in ("exp_avg", "exp_avg_sq")
+                for key in _MOMENTS
             }
-            self.optimizer.state[p] = moments
 
     def sharded_state(self, prefix: str = "group_head.") -> dict[str, Any]:
-        """`state_dict` for dist_checkpointing: the last stage's is written, and read on every
-        stage, at any layout.
-
-        After loading, hand the dictionary, as it comes back, to `load_sharded_state`.
+        """Return `state_dict` for dist_checkpointing: the last stage writes it, and every stage
+        reads it, at any layout. `load_sharded_state` takes the loaded dictionary.
         """
         stage = self.mesh.pipeline_size - 1 - self.mesh.pipeline_rank  # replica 0: the last one
         replica = (stage, self.mesh.tensor_rank, self.mesh.data_parallel.rank)
@@ -193,8 +190,7 @@ class GroupHead:
             self.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
 
     def broadcast(self) -> None:
-        """Gives every stage the last stage's weights (so that each rank can describe or save the
-        head)."""
+        """Copy the last stage's weights to every stage, so that each rank can save the head."""
         for p in self.parameters():
             if self.mesh.pipeline_size > 1:
                 dist.broadcast(

@@ -1,5 +1,5 @@
-"""Weights between Hugging Face folders (Llama 2/3, Mistral, Qwen2, Qwen3) and this rank's model
-chunks, in both directions."""
+"""Copying weights between Hugging Face folders (Llama 2/3, Mistral, Qwen2, Qwen3) and this rank's
+model chunks, in both directions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.hf_files import SHARD_BYTES, Shards, Weights, open_weights
 
 GROUP_HEAD = "group_head.safetensors"
-# a tensor's name and bytes, once it is through: for progress bars
+# called with each tensor's name and bytes once it is copied, for progress bars
 Seen = Callable[[str, int], None]
 
 
 def ignore(name: str, size: int) -> None:
-    """Nobody is watching."""
+    """Show nothing."""
 
 
 def load_hf(
@@ -37,12 +37,12 @@ def load_hf(
     head: str | None = None,
     seen: Seen = ignore,
 ) -> tuple[str, ...]:
-    """Copies a Hugging Face model into this rank's chunks, one tensor in memory at a time; every
-    rank reads the folder itself.
+    """Copy a Hugging Face model into this rank's chunks, one tensor in memory at a time; every rank
+    reads the folder itself.
 
     Returns the names that the source lacks and that keep their initial values: ("score.weight",)
-    when a language model starts a reward model or a critic, else (). The caller of an optimizer
-    follows with `reload_model_params()`. Raises UserError naming missing and unexpected tensors and
+    when a language model starts a reward model or a critic, else (). With an optimizer, call
+    `Engine.weights_changed` afterwards. Raises UserError naming missing and unexpected tensors and
     wrong shapes, before anything is copied.
     """
     weights = open_weights(source)
@@ -63,8 +63,8 @@ def load_hf(
 
 
 def load_group_head(folder: Path, head: GroupHead) -> bool:
-    """A critic's group head from beside its weights, where there is one of this shape; whether it
-    was taken."""
+    """Load a critic's group head from beside its weights, where it has this shape; return whether
+    it was loaded."""
     path = folder / GROUP_HEAD
     if not path.is_file():
         return False
@@ -76,7 +76,7 @@ def load_group_head(folder: Path, head: GroupHead) -> bool:
 
 
 def save_group_head(folder: Path, head: GroupHead) -> None:
-    """W [M, H] and b [M] in fp32, and which token they read."""
+    """Write W [M, H] and b [M] in fp32, and the token they read."""
     tensors = {
         name: p.detach().cpu().contiguous()
         for name, p in (("weight", head.weight), ("bias", head.bias))
@@ -85,7 +85,7 @@ def save_group_head(folder: Path, head: GroupHead) -> None:
 
 
 def same_group_head(folder: Path, head: GroupHead) -> bool:
-    """Whether `save_group_head` wrote what it was given."""
+    """Return whether the saved group head equals `head`, bit for bit."""
     saved = load_file(folder / GROUP_HEAD)
     return all(
         torch.equal(saved[name], p.detach().cpu())
@@ -106,9 +106,8 @@ def _held(
 def _check_names(
     weights: Weights, entries: Sequence[Entry], architecture: Architecture, head: str | None
 ) -> None:
-    expected = {
-        name: shape for entry in entries for name, shape in zip(entry.hf, entry.shapes, strict=True)
-    }
+    pairs = [zip(entry.hf, entry.shapes, strict=True) for entry in entries]
+    expected = {name: shape for pair in pairs for name, shape in pair}
     missing = [name for name in expected if name not in weights.shapes]
     allowed = {HF_OUTPUT} if head is not None or architecture.tied_embeddings else set()
     unexpected = [
@@ -137,8 +136,8 @@ def _check_names(
 
 
 def _check_tied(weights: Weights, architecture: Architecture, head: str | None) -> None:
-    """A config that ties the embeddings beside an output layer of its own: one of the two is
-    wrong."""
+    """Raise UserError where config.json ties the embeddings, but the folder has a different output
+    layer."""
     if head is not None or not architecture.tied_embeddings or HF_OUTPUT not in weights.shapes:
         return
     if weights.shapes[HF_OUTPUT] != weights.shapes[HF_EMBEDDING] or not torch.equal(
@@ -168,7 +167,7 @@ def _some(title: str, names: Sequence[str], limit: int = 6) -> str:
 def export_weights(
     chunks: Sequence[nn.Module], mesh: Mesh, architecture: Architecture, *, head: str | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor) in model order, at any TP × PP × VPP, on every rank.
+    """Yield (Hugging Face name, whole tensor) in model order, at any TP × PP × VPP, on every rank.
 
     Collective: every rank of the replica iterates to the end. Tensors are copies, in the model's
     dtype, on the mesh's device.
@@ -189,7 +188,7 @@ def export_weights(
 
 
 def _stage(name: str, mesh: Mesh, architecture: Architecture) -> int:
-    """The pipeline rank that holds a parameter: chunk k of the model is on stage k mod pipeline."""
+    """Return the pipeline rank of a parameter: chunk k of the model is on stage k mod pipeline."""
     if name == EMBEDDING:
         return 0
     if not name.startswith("decoder.layers."):
@@ -216,7 +215,7 @@ def save_hf(
     shard_bytes: int = SHARD_BYTES,
     seen: Seen = ignore,
 ) -> None:
-    """Writes exported weights as safetensors shards, one of them in memory. Collective; rank 0
+    """Write exported weights as safetensors shards, one of them in memory. Collective; rank 0
     writes. Raises OSError (a full disk)."""
     if not mesh.is_main:
         for _ in weights:
@@ -232,11 +231,10 @@ def save_hf(
 def differing(
     folder: Path, weights: Iterator[tuple[str, Tensor]], mesh: Mesh, *, seen: Seen = ignore
 ) -> list[str]:
-    """Names of exported weights that a folder lacks or holds otherwise, bit for bit. Collective;
-    rank 0 reads and knows, others return [].
+    """Return the names of exported weights that a folder lacks, or that differ from it in any bit.
 
-    A folder of another dtype is compared after conversion to the model's (exact when the model's is
-    wider).
+    Collective; rank 0 compares, others return []. A folder of another dtype is compared after
+    conversion to the model's (exact when the model's is wider).
     """
     files = open_weights(folder) if mesh.is_main else None
     different = []

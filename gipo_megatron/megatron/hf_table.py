@@ -1,9 +1,9 @@
-"""One table per model: every Megatron parameter and the Hugging Face tensors it is made of, read in
+"""One table per model: every Megatron parameter and the Hugging Face tensors that form it, used in
 both directions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ HF_SCORE = "score.weight"
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter and the Hugging Face tensors it is made of."""
+    """One Megatron parameter and the Hugging Face tensors that form it."""
 
     name: str  # layout-free Megatron name
     hf: tuple[str, ...]
@@ -27,8 +27,8 @@ class Entry:
     kind: str  # copy | gate_up | qkv
 
     def fuse(self, parts: Sequence[Tensor], a: Architecture) -> Tensor:
-        """qkv: for each key/value group its query heads, its key, its value. gate_up: gate, then
-        up."""
+        """Return the Megatron parameter. qkv: for each key/value group its query heads, its key,
+        its value. gate_up: gate, then up."""
         if self.kind == "copy":
             return parts[0]
         if self.kind == "gate_up":
@@ -37,7 +37,7 @@ class Entry:
         return torch.cat(grouped, 1).flatten(0, 1)
 
     def split(self, full: Tensor, a: Architecture) -> tuple[Tensor, ...]:
-        """The inverse of `fuse`; new tensors, not views of a live weight."""
+        """Invert `fuse`; return new tensors, not views of a live weight."""
         if self.kind == "copy":
             return (full.clone(),)
         if self.kind == "gate_up":
@@ -48,75 +48,42 @@ class Entry:
 
 
 def table(a: Architecture, head: str | None = None) -> list[Entry]:
-    """All parameters of a model in model order. With a head, `score.weight` [1, H]
-    (AutoModelForSequenceClassification) ends it."""
+    """Return all parameters of a model in model order. With a head, `score.weight` [1, H]
+    (AutoModelForSequenceClassification) is the last."""
+    h = a.hidden_size
+    entries = [_copy(EMBEDDING, HF_EMBEDDING, a.vocab_size, h)]
+    for i in range(a.num_layers):
+        entries += _layer(a, f"decoder.layers.{i}.", f"model.layers.{i}.")
+    entries.append(_copy("decoder.final_layernorm.weight", "model.norm.weight", h))
+    if head is not None:
+        entries.append(_copy(SCORE, HF_SCORE, 1, h))
+    elif not a.tied_embeddings:
+        entries.append(_copy(OUTPUT, HF_OUTPUT, a.vocab_size, h))
+    return entries
+
+
+def _copy(name: str, hf: str, *shape: int) -> Entry:
+    return Entry(name, (hf,), (shape,), "copy")
+
+
+def _layer(a: Architecture, ours: str, theirs: str) -> Iterator[Entry]:
     h, f, d = a.hidden_size, a.ffn_hidden_size, a.head_dim
     q, kv = a.num_heads * d, a.num_kv_heads * d
-    entries = [Entry(EMBEDDING, (HF_EMBEDDING,), ((a.vocab_size, h),), "copy")]
-    for i in range(a.num_layers):
-        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
-        qkv = tuple(f"{theirs}self_attn.{x}_proj." for x in "qkv")
-        gate_up = tuple(f"{theirs}mlp.{x}_proj.weight" for x in ("gate", "up"))
-        entries.append(
-            Entry(
-                ours + "input_layernorm.weight",
-                (theirs + "input_layernorm.weight",),
-                ((h,),),
-                "copy",
-            )
-        )
-        weights = tuple(x + "weight" for x in qkv)
-        entries.append(
-            Entry(
-                ours + "self_attention.linear_qkv.weight",
-                weights,
-                ((q, h), (kv, h), (kv, h)),
-                "qkv",
-            )
-        )
-        if a.qkv_bias:
-            biases = tuple(x + "bias" for x in qkv)
-            entries.append(
-                Entry(ours + "self_attention.linear_qkv.bias", biases, ((q,), (kv,), (kv,)), "qkv")
-            )
-        if a.qk_norm:
-            for x in "qk":
-                entries.append(
-                    Entry(
-                        f"{ours}self_attention.{x}_layernorm.weight",
-                        (f"{theirs}self_attn.{x}_norm.weight",),
-                        ((d,),),
-                        "copy",
-                    )
-                )
-        entries.append(
-            Entry(
-                ours + "self_attention.linear_proj.weight",
-                (theirs + "self_attn.o_proj.weight",),
-                ((h, q),),
-                "copy",
-            )
-        )
-        entries.append(
-            Entry(
-                ours + "pre_mlp_layernorm.weight",
-                (theirs + "post_attention_layernorm.weight",),
-                ((h,),),
-                "copy",
-            )
-        )
-        entries.append(Entry(ours + "mlp.linear_fc1.weight", gate_up, ((f, h), (f, h)), "gate_up"))
-        entries.append(
-            Entry(
-                ours + "mlp.linear_fc2.weight",
-                (theirs + "mlp.down_proj.weight",),
-                ((h, f),),
-                "copy",
-            )
-        )
-    entries.append(Entry("decoder.final_layernorm.weight", ("model.norm.weight",), ((h,),), "copy"))
-    if head is not None:
-        entries.append(Entry(SCORE, (HF_SCORE,), ((1, h),), "copy"))
-    elif not a.tied_embeddings:
-        entries.append(Entry(OUTPUT, (HF_OUTPUT,), ((a.vocab_size, h),), "copy"))
-    return entries
+    attention, mlp = f"{ours}self_attention.", f"{ours}mlp."
+    qkv = [f"{theirs}self_attn.{x}_proj." for x in "qkv"]
+    yield _copy(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", h)
+    weights = tuple(f"{x}weight" for x in qkv)
+    yield Entry(f"{attention}linear_qkv.weight", weights, ((q, h), (kv, h), (kv, h)), "qkv")
+    if a.qkv_bias:
+        biases = tuple(f"{x}bias" for x in qkv)
+        yield Entry(f"{attention}linear_qkv.bias", biases, ((q,), (kv,), (kv,)), "qkv")
+    if a.qk_norm:
+        for x in "qk":
+            norm = f"{attention}{x}_layernorm.weight"
+            yield _copy(norm, f"{theirs}self_attn.{x}_norm.weight", d)
+    yield _copy(f"{attention}linear_proj.weight", f"{theirs}self_attn.o_proj.weight", h, q)
+    norm = f"{theirs}post_attention_layernorm.weight"
+    yield _copy(f"{ours}pre_mlp_layernorm.weight", norm, h)
+    gate_up = tuple(f"{theirs}mlp.{x}_proj.weight" for x in ("gate", "up"))
+    yield Entry(f"{mlp}linear_fc1.weight", gate_up, ((f, h), (f, h)), "gate_up")
+    yield _copy(f"{mlp}linear_fc2.weight", f"{theirs}mlp.down_proj.weight", h, f)

@@ -1,10 +1,10 @@
-"""How many prompts generate at once: the memory that a device has left, over what a row's cache and
-its logits take of it.
+"""Number of prompts that generate at once: the free memory of a device, divided by the memory of a
+row's cache and logits.
 
     a GPU    state of the models │ work on a block of prompts │ rows: keys and values, logits │ 5 %
 
-Generation with larger slices takes fewer steps, so on a GPU it takes all that is free. The planner
-uses the same functions.
+Larger slices need fewer steps, so generation on a GPU uses all free memory. The planner uses the
+same functions.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from gipo_megatron.megatron.sampling import pick_bytes
 from gipo_megatron.specs import Architecture, Parallel, Sampling
 
 PREFILL_TOKENS = 8192  # of one block of prompts; bounds its activations
-# of a GPU's memory: what the caching allocator cannot hand out, and what NCCL allocates late,
-# outside it
+# share of a GPU's memory for the allocator's fragments and for NCCL's late buffers outside it
 FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that generation takes on one rank of a replica: on the one that needs most, so that all
-    cut the batch alike."""
+    """Bytes that generation needs on the rank of a replica that needs most, so that all ranks cut
+    the batch equally."""
 
     architecture: Architecture
     parallel: Parallel
@@ -40,53 +39,48 @@ class Need:
     @property
     def token(self) -> int:
         """Keys and values of one token."""
-        a = self.architecture
-        return (
-            2 * self.layers * (a.num_kv_heads // self.parallel.tensor) * a.head_dim * self.itemsize
-        )
+        heads = self.architecture.num_kv_heads // self.parallel.tensor
+        return 2 * self.layers * heads * self.architecture.head_dim * self.itemsize
 
     def prefill(self, tokens: int) -> int:
-        """At work in one layer of decode.Decoder on a block of prompts, in its attention or, with
-        what that leaves, its feed-forward part.
+        """Temporaries of one layer of decode.Decoder on a block of prompts: in its attention, or in
+        its feed-forward part beside what attention leaves.
 
-        Three residual streams; of attention RoPE's temporaries, then the fused projection, rotated
-        queries and keys, and the output.
+        Per token: three residual streams; in attention RoPE's temporaries, the fused projection,
+        rotated queries and keys, and the output.
         """
         a, tensor = self.architecture, self.parallel.tensor
         query, key = (heads * a.head_dim // tensor for heads in (a.num_heads, a.num_kv_heads))
         feed = a.ffn_hidden_size // tensor
-        return (
-            tokens
-            * self.itemsize
-            * (3 * a.hidden_size + max(5 * query + 6 * key, 3 * (query + key + feed)))
-        )
+        elements = 3 * a.hidden_size + max(5 * query + 6 * key, 3 * (query + key + feed))
+        return tokens * self.itemsize * elements
 
     def logits(self, sampling: Sampling) -> int:
-        """One row's in a step: gathered and joined in the model's dtype, then what drawing a token
-        makes of them."""
+        """Logits of one row in a step: parts and whole in the model's dtype, then the copies that
+        drawing a token makes."""
         return self.architecture.vocab_size * (2 * self.itemsize + pick_bytes(sampling))
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that rows which generate at once may fill on each rank, and how many of them a row
-    takes beside its cache."""
+    """Bytes that the rows of a slice may fill on each rank, and the bytes of a row beside its
+    cache."""
 
     size: int
     row: int = 0
 
     def rows(self, slots: int, token: int) -> int:
-        """As many rows of `slots` tokens as fit, one at least."""
+        """Return how many rows of `slots` tokens fit, one at least."""
         return max(1, self.size // (slots * token + self.row))
 
 
-HOST_ROOM = Room(4 * 2**30)  # of caches on a CPU, whose memory is not ours alone
+HOST_ROOM = Room(4 * 2**30)  # on a CPU, whose memory other processes use, too
 
 
 def room_in(free: int, total: int, need: Need, prompt: int, sampling: Sampling) -> Room:
-    """The room in a GPU with `free` of `total` bytes left, for prompts of at most `prompt` tokens.
+    """Return the room in a GPU with `free` of `total` bytes, for prompts up to `prompt` tokens.
 
-    One of the cache's tensors is there twice while finished rows leave it (decode.Cache.keep).
+    One tensor of the cache exists twice while finished rows leave it (decode.Cache.keep).
     """
     spare = free - int(FRAGMENTATION * total) - need.prefill(max(PREFILL_TOKENS, prompt))
     tensors = 2 * need.layers
@@ -94,8 +88,8 @@ def room_in(free: int, total: int, need: Need, prompt: int, sampling: Sampling) 
 
 
 def free_memory(device: torch.device) -> tuple[int, int] | None:
-    """(bytes free, bytes in all) of a GPU; free is also what torch's allocator holds and does not
-    use. None on a CPU."""
+    """Return (free bytes, all bytes) of a GPU, where unused memory of torch's allocator is free.
+    None on a CPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -103,8 +97,8 @@ def free_memory(device: torch.device) -> tuple[int, int] | None:
 
 
 def find_room(mesh: Mesh, need: Need, prompt: int, sampling: Sampling) -> Room:
-    """The room on the rank of this replica that has least of it. Collective on a GPU; on a CPU a
-    fixed size."""
+    """Return the smallest room of this replica's ranks; on a CPU a fixed size. Collective on a
+    GPU."""
     memory = free_memory(mesh.device)
     if memory is None:
         return HOST_ROOM

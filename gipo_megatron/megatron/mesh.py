@@ -1,4 +1,4 @@
-"""Who is where: one process group per kind of parallelism, over torch.distributed and mcore's
+"""Process groups for tensor, pipeline and data parallelism, on torch.distributed and mcore's
 parallel_state."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,11 +48,11 @@ class DataParallelGroup:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place in the tensor × pipeline × data grid. Ranks run tensor first, then data,
+    """This rank's place in the tensor × pipeline × data grid. Ranks count tensor first, then data,
     then pipeline.
 
-    A replica is the tensor × pipeline ranks that hold one copy of the model; its ranks all see the
-    same batch.
+    A replica is the tensor × pipeline ranks that hold one copy of the model. They all see the same
+    batch.
     """
 
     parallel: Parallel
@@ -70,25 +71,21 @@ class Mesh:
 
     @staticmethod
     def create(parallel: Parallel, seed: int = 0, deterministic: bool = False) -> Mesh:
-        """Start torch.distributed if need be (torchrun's environment, or one plain process), then
-        mcore's groups and seeds.
+        """Start torch.distributed where it is not started (torchrun's environment, or one process),
+        then mcore's groups and seeds.
 
-        May be called again in the same world. Sizes other than before replace the groups: the mesh
-        of before is then of no use.
-        `deterministic` (cpu_compat.make_deterministic) holds for the rest of the process. Raises
-        UserError when the world does not factor.
+        It may be called again in the same world. Other sizes replace the groups and make the
+        earlier mesh invalid. `deterministic` (cpu_compat.make_deterministic) holds for the rest of
+        the process. Raises UserError when the world is no such grid.
         """
         cpu_compat.install()
         if deterministic:
             cpu_compat.make_deterministic()
         device = _device()
-        world = (
-            dist.get_world_size()
-            if dist.is_initialized()
-            else int(os.environ.get("WORLD_SIZE", "1"))
-        )
+        started = dist.is_initialized()
+        world = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
         check_factors(parallel, world)
-        if not dist.is_initialized():
+        if not started:
             _start(device)
         _make_groups(parallel)
         _seed(seed)
@@ -102,9 +99,7 @@ class Mesh:
             tensor_size=parallel.tensor,
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
             pipeline_size=parallel.pipeline,
-            data_parallel=DataParallelGroup(
-                dist.get_rank(data), dist.get_world_size(data), data, device
-            ),
+            data_parallel=DataParallelGroup(data.rank(), data.size(), data, device),
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
             model_group=parallel_state.get_model_parallel_group(),
@@ -121,7 +116,7 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 of the world: the one that writes and prints."""
+        """True on rank 0 of the world, which writes and prints."""
         return self.rank == 0
 
     def broadcast_from_last_stage(self, x: Tensor) -> Tensor:
@@ -131,7 +126,7 @@ class Mesh:
         return x
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank of the world. Collective."""
+        """Return whether `flag` is true on any rank of the world. Collective."""
         if self.world == 1:
             return flag
         votes = torch.tensor([int(flag)], device=self.device)
@@ -143,16 +138,16 @@ class Mesh:
             dist.barrier()
 
     def report(self, failure: str) -> None:
-        """Leave word of why this rank stops; the others ask when the connection to it breaks."""
+        """Publish this rank's error; other ranks read it if their connection breaks."""
         _store().set(_FAILURE, failure)
 
     def reported(self) -> str:
-        """What a rank that stopped has left, or "". Not collective."""
+        """Return the error of a rank that stopped, or "". Not collective."""
         store = _store()
         return store.get(_FAILURE).decode() if store.check([_FAILURE]) else ""
 
     def close(self) -> None:
-        """Leave the groups; torch.distributed too. Nothing of this mesh may be used afterwards."""
+        """Leave the groups and torch.distributed. The mesh is invalid afterwards."""
         _free_groups()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -162,8 +157,8 @@ class Mesh:
 def mesh_session(parallel: Parallel, seed: int = 0, deterministic: bool = False) -> Iterator[Mesh]:
     """Yield a mesh and close it.
 
-    A UserError on one rank is raised on all: a rank that stops breaks its connections, and the
-    others would show those instead of the reason.
+    A UserError on one rank is raised on all: when a rank stops, its connections break, and the
+    others would show that instead of the reason.
     """
     mesh = Mesh.create(parallel, seed, deterministic)
     try:
@@ -180,7 +175,7 @@ def mesh_session(parallel: Parallel, seed: int = 0, deterministic: bool = False)
 
 
 def _make_groups(parallel: Parallel) -> None:
-    """Set mcore's groups up for these sizes; keep them where the sizes are the same."""
+    """Set up mcore's groups for these sizes, or keep them where the sizes are the same."""
     global _layout
     layout = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
     if parallel_state.model_parallel_is_initialized():
@@ -222,16 +217,14 @@ def _device() -> torch.device:
 
 
 def _start(device: torch.device) -> None:
-    """On CUDA bound to this rank's device: NCCL connects here, not in the first collective, and a
-    barrier need not guess the device."""
+    """Start torch.distributed. On CUDA it is bound to this rank's device: NCCL then connects here,
+    not in the first collective, and a barrier uses the right device."""
     cuda = device.type == "cuda"
     backend, bound = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, device_id=bound)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound
-        )
+    alone: dict[str, Any] = {}
+    if "WORLD_SIZE" not in os.environ:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, device_id=bound, **alone)
 
 
 def _store() -> dist.Store:
@@ -239,7 +232,7 @@ def _store() -> dist.Store:
 
 
 def _seed(seed: int) -> None:
-    """mcore's trackers. On a host they live in torch's one global generator, which is put back:
+    """Seed mcore's trackers. On a host they use torch's global generator, which is then restored:
     nothing here draws from it."""
     before = torch.default_generator.get_state()
     model_parallel_cuda_manual_seed(seed)

@@ -1,14 +1,13 @@
-"""Cutting a batch into micro-batches: similar lengths together, nothing wider than its longest
-sequence.
+"""Micro-batches of a batch: similar lengths together, each as wide as its longest sequence.
 
     rows          7 2 5 3 6          (lengths)         micro_batch 2
-    micro-batches [7 6] [5 3] [2]    longest first: what does not fit in memory shows at once
+    micro-batches [7 6] [5 3] [2]    longest first: if one does not fit in memory, it is the first
 
-A micro-batch keeps its rows whole ([b, T] as the caller knows them); only what the model reads is
-trimmed, and what the model answers is padded back to T. So a loss never sees the trimming.
+A micro-batch keeps its rows whole, [b, T] as in the batch. Only the model's input is trimmed, and
+the model's output is padded back to T, so losses do not depend on the trimming.
 
-All sizes are found on the host, before the batch goes to the device: no later step waits there to
-learn one.
+All sizes are computed on the host, before the batch goes to the device, so that no later step waits
+for one.
 """
 
 from __future__ import annotations
@@ -36,24 +35,24 @@ class MicroBatch:
     rows: Rows
     index: Tensor  # int64 [b] on the host, places of `rows` in their batch
     sequences: Sequences  # trimmed
-    # int64 [n], readout.response_positions of the trimmed mask; None where a first token is masked
+    # int64 [n], outputs.response_positions of the trimmed mask; None where a first token is masked
     positions: Tensor | None
     width: int  # T of the rows
     loss: BatchLoss | None = None
     counts: dict[str, float] | None = None  # global units of this part's batch
-    idle: bool = False  # fills a pipeline; counts for nothing
+    idle: bool = False  # fills a pipeline; its outputs are dropped
 
 
-# (what the last stage's chunk returned, the slot that it read) -> Output
+# (output of the last stage's chunk, its slot) -> Output
 Readout = Callable[[Tensor, MicroBatch], Output]
 
 
 def padded_length(longest: int, length_multiple: int, device: torch.device) -> int:
-    """`longest` rounded up to `length_multiple`; on a GPU also to 64 tokens, and above 512 to 128.
+    """Round `longest` up to `length_multiple`; on a GPU also to 64 tokens, and above 512 to 128.
 
-    Each new shape costs a GPU time (plans of fused attention, compiled kernels, blocks of the
-    allocator), so there are few of them. The width may go beyond the model's positions: RoPE is
-    computed for any width, and no real token looks at the padding behind it.
+    On a GPU each new shape takes time (plans of fused attention, compiled kernels, blocks of the
+    allocator), so there should be few. The width may exceed the model's positions: RoPE is computed
+    for any width, and no real token attends to the padding after it.
     """
     if device.type != "cpu":
         length_multiple = math.lcm(length_multiple, 64 if longest <= 512 else 128)
@@ -68,37 +67,29 @@ def plan(
     length_multiple: int = 1,
     slot_multiple: int = 1,
 ) -> list[MicroBatch]:
-    """Micro-batches of at most `micro_batch` rows on `device`, longest first.
+    """Cut into micro-batches of at most `micro_batch` rows on `device`, longest first.
 
-    length_multiple: widths are rounded up to it (sequence parallelism).  slot_multiple: their
-    number is a multiple of it
-    (interleaved pipelines); rows are spread thinner first, then idle slots repeat one row.
-    Raises ValueError for a batch without rows.
+    Widths are multiples of length_multiple (for sequence parallelism), and the number of slots is a
+    multiple of slot_multiple (for interleaved pipelines): rows are spread thinner first, then idle
+    slots repeat one row. Raises ValueError for a batch without rows.
     """
     num_rows = len(batch)
     if num_rows == 0:
         raise ValueError("a batch without rows: every replica needs at least one")
-    sequences = batch.sequences
-    lengths, masks = (
-        sequences.lengths.cpu().view(-1, num_rows).amax(0),
-        sequences.mask.cpu().unflatten(0, (-1, num_rows)),
-    )
+    lengths = batch.sequences.lengths.cpu().view(-1, num_rows).amax(0)
+    masks = batch.sequences.mask.cpu().unflatten(0, (-1, num_rows))
     lengths, order = torch.sort(lengths, descending=True, stable=True)
     num_slots = -(-num_rows // micro_batch)
     num_slots = -(-num_slots // slot_multiple) * slot_multiple
     sizes = [len(part) for part in torch.tensor_split(order, min(num_slots, num_rows))]
     num_idle = num_slots - len(sizes)
     cuts = [*pairwise(accumulate(sizes, initial=0)), *[(num_rows - 1, num_rows)] * num_idle]
-
-    longest = lengths.tolist()
-    widths = [padded_length(longest[start], length_multiple, device) for start, _ in cuts]
-    positions = _positions(
-        [
-            resize(masks[:, order[start:stop]].flatten(0, 1), width)
-            for (start, stop), width in zip(cuts, widths, strict=True)
-        ],
-        device,
-    )
+    widths = [padded_length(int(lengths[start]), length_multiple, device) for start, _ in cuts]
+    trimmed = [
+        resize(masks[:, order[start:stop]].flatten(0, 1), width)
+        for (start, stop), width in zip(cuts, widths, strict=True)
+    ]
+    positions = _positions(trimmed, device)
     ordered = batch.to(device).select(order)  # so that the slots are views of it
     slots = [
         _slot(ordered.block(start, stop), order[start:stop], where, width)
@@ -108,8 +99,8 @@ def plan(
 
 
 def _positions(masks: list[Tensor], device: torch.device) -> Sequence[Tensor | None]:
-    """The response positions of each slot, in one copy to the device; none for rows of whole texts,
-    which only a score reads."""
+    """Return the response positions of each slot, copied to the device at once; None for rows of
+    whole texts, which only get a score."""
     if any(bool(mask[:, 0].any()) for mask in masks):
         return [None] * len(masks)
     found = [response_positions(mask) for mask in masks]
@@ -123,25 +114,18 @@ def _slot(rows: Rows, index: Tensor, positions: Tensor | None, width: int) -> Mi
 
 
 def resize(x: Tensor, width: int) -> Tensor:
-    """[b, T, ...] cut or zero-padded to [b, width, ...]; for tensors that are zero (or padding)
-    beyond both."""
-    have = x.shape[1]
-    if have == width:
-        return x
-    return (
-        x[:, :width]
-        if have > width
-        else functional.pad(x, (0, 0) * (x.dim() - 2) + (0, width - have))
-    )
+    """Cut or zero-pad [b, T, ...] to [b, width, ...], for tensors that are zero (or padding) beyond
+    both."""
+    if x.shape[1] >= width:
+        return x[:, :width]
+    return functional.pad(x, (0, 0) * (x.dim() - 2) + (0, width - x.shape[1]))
 
 
 def widen(output: Output, width: int) -> Output:
-    """An output over trimmed sequences, as one over [b, width]."""
+    """Pad an output over trimmed sequences to [b, width]."""
     if isinstance(output, TokenStats):
-        return TokenStats(
-            resize(output.logprobs, width),
-            None if output.entropy is None else resize(output.entropy, width),
-        )
+        entropy = None if output.entropy is None else resize(output.entropy, width)
+        return TokenStats(resize(output.logprobs, width), entropy)
     if isinstance(output, CriticOutput):
         return CriticOutput(resize(output.values, width), output.group_logits)
     return output
@@ -156,13 +140,13 @@ def tensors(output: Output) -> list[Tensor | None]:
 
 
 def rebuild(kind: type, parts: list[Any]) -> Output:
-    """The inverse of `tensors`, for an output of type `kind`."""
+    """Return an output of type `kind` from the result of `tensors`."""
     output: Output = parts[0] if kind is Tensor else kind(*parts)
     return output
 
 
 def gather(slots: list[MicroBatch], outputs: list[Output]) -> Output:
-    """Outputs of all slots, in the order of the batch's sequences."""
+    """Join the outputs of all slots, in the order of the batch's sequences."""
     kind = next(k for k in (TokenStats, CriticOutput, Tensor) if isinstance(outputs[0], k))
     columns = list(zip(*(tensors(o) for o in outputs), strict=True))
     return rebuild(

@@ -1,5 +1,5 @@
-"""Megatron's GPTModel for Llama-like decoders, built for this rank's place in the mesh, with
-weights that do not depend on it."""
+"""Megatron's GPTModel for Llama-like decoders, built for this rank's place in the mesh. The weights
+do not depend on the place."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def build_chunks(
     seed: int = 0,
     initialise: bool = True,
 ) -> list[GPTModel]:
-    """This rank's model chunks, one per virtual pipeline stage; `head` is None (language model),
-    "value" or "score".
+    """Build this rank's model chunks, one per virtual pipeline stage. `head` is None (language
+    model), "value" or "score".
 
-    Without `initialise` the weights are whatever the memory held (a load follows); a head is always
-    initialised. Without labels a chunk returns, on the last stage, logits [b, s, V / tensor] in the
-    model's dtype, or the head's [b, s, 1] in fp32. Raises UserError when the architecture cannot be
-    split over the mesh, or asks for what is not built.
+    Without `initialise` only a head is initialised; a load of the other weights follows. On the
+    last stage a chunk returns logits [b, s, V / tensor] in the model's dtype, or the head's
+    [b, s, 1] in fp32. Raises UserError for an architecture that cannot be split over the mesh or is
+    not supported.
     """
     assert head is None or head in HEADS, head
     check_split(architecture, mesh.parallel)
@@ -85,8 +85,8 @@ def check_split(architecture: Architecture, parallel: Parallel) -> None:
 
 
 def padded_vocab(architecture: Architecture, tensor: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up, so that all ranks hold as many; the same
-    for every tensor size that divides 64."""
+    """Return the rows of the embedding: the vocabulary rounded up, equal for all ranks and for all
+    tensor sizes that divide 64."""
     multiple = math.lcm(VOCAB_MULTIPLE, tensor)
     return math.ceil(architecture.vocab_size / multiple) * multiple
 
@@ -94,8 +94,8 @@ def padded_vocab(architecture: Architecture, tensor: int) -> int:
 def transformer_config(
     architecture: Architecture, parallel: Parallel, precision: Precision, recompute: str = "none"
 ) -> TransformerConfig:
-    """mcore's configuration. Raises UserError for an unknown recompute or what `precision.check`
-    refuses."""
+    """Return mcore's configuration. Raises UserError for an unknown recompute, and as
+    `precision.check`."""
     number_formats.check(precision)
     number_formats.check_widths(precision, architecture, parallel)
     if recompute not in RECOMPUTE:
@@ -104,7 +104,7 @@ def transformer_config(
             where="recompute",
             fix=f"one of {', '.join(RECOMPUTE)}",
         )
-    cuda = torch.cuda.is_available()
+    cuda, stages = torch.cuda.is_available(), parallel.virtual_pipeline
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -123,13 +123,10 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline
-        if parallel.virtual_pipeline > 1
-        else None,
+        virtual_pipeline_model_parallel_size=stages if stages > 1 else None,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         variable_seq_lengths=True,
-        # mcore ties variable lengths to it, even without experts
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type="alltoall",  # mcore needs it for variable lengths
         calculate_per_token_loss=True,
         perform_initialization=False,  # see initialise_weights
         use_cpu_initialization=not cuda,
@@ -138,7 +135,7 @@ def transformer_config(
         persist_layer_norm=False,
         bias_activation_fusion=cuda,
         bias_dropout_fusion=False,
-        cuda_graph_scope=[],  # mcore's own default is a name it warns of
+        cuda_graph_scope=[],  # mcore warns of its own default
         **number_formats.config_fields(precision),
         **RECOMPUTE[recompute],
     )
@@ -168,37 +165,33 @@ def _chunk(
 
 
 def _block_spec(config: TransformerConfig, virtual: int | None) -> TransformerBlockSubmodules:
-    """bf16 layers are Transformer Engine's where it can be used. fp32 ones never: it multiplies
-    fp32 matrices in TF32, with 10 bits."""
+    """Return Transformer Engine's layers for bf16 where it can be used, else the local ones. fp32
+    is always local: Transformer Engine multiplies fp32 matrices in TF32, with 10 bits."""
     if config.bf16 and number_formats.transformer_engine_usable():
-        layer, norm = (
-            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm),
-            TENorm,
-        )
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        norm = TENorm
     else:
         layer, norm = _local_layer(config), RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=virtual), layer_norm=norm
-    )
+    count = get_num_layers_to_build(config, vp_stage=virtual)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
 
 def _local_layer(config: TransformerConfig) -> ModuleSpec:
-    """mcore's own layer with the norm and the attention that stand below."""
+    """Return mcore's own layer with the norm and the attention below."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
     attention.core_attention = CausalAttention
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = ModuleSpec(
-            module=RMSNorm, params={"shard": False}
-        )
+        norm = ModuleSpec(module=RMSNorm, params={"shard": False})
+        attention.q_layernorm = attention.k_layernorm = norm
     return layer
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · w, over the last dimension; works on a shard of the sequence,
-    which mcore's own refuses."""
+    """x / sqrt(mean(x²) + eps) · w over the last dimension. Unlike mcore's own it works on a shard
+    of the sequence."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, shard: bool = True
@@ -216,8 +209,8 @@ class RMSNorm(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Core attention through torch's scaled_dot_product_attention. Sequences are right-padded, so
-    causal is all the mask there is."""
+    """Core attention by torch's scaled_dot_product_attention. Sequences are right-padded, so the
+    causal mask is enough."""
 
     def __init__(
         self,
@@ -255,38 +248,31 @@ class CausalAttention(nn.Module):
 
 
 def rope_frequencies(architecture: Architecture) -> Tensor:
-    """Inverse wavelengths of RoPE, fp32 [head_dim / 2]: base^(-2i / d), scaled as Hugging Face's
-    `rope_scaling` block says.
+    """Return the inverse wavelengths of RoPE, fp32 [head_dim / 2]: base^(-2i / d), scaled by the
+    `rope_scaling` block of Hugging Face.
 
     linear: f / factor. llama3: long waves f / factor, short waves f, in between a linear blend in
     (old length / wavelength). Raises UserError for any other rope_type.
     """
     d, scaling = architecture.head_dim, architecture.rope_scaling
     f = 1.0 / (architecture.rope_base ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d))
-    kind = (
-        "default"
-        if scaling is None
-        else scaling["rope_type"]
-        if "rope_type" in scaling
-        else scaling["type"]
-    )
-    if scaling is None or kind == "default":
+    if scaling is None:
+        return f
+    kind = scaling["rope_type"] if "rope_type" in scaling else scaling["type"]
+    if kind == "default":
         return f
     if kind == "linear":
         return f / scaling["factor"]
     if kind == "llama3":
-        low, high, old = (
-            scaling["low_freq_factor"],
-            scaling["high_freq_factor"],
-            scaling["original_max_position_embeddings"],
-        )
-        waves = old / (2 * math.pi / f)  # how many wavelengths the old context held
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        # wavelengths in the old context
+        waves = scaling["original_max_position_embeddings"] / (2 * math.pi / f)
         blend = ((waves - low) / (high - low)).clamp(0, 1)
         return (1 - blend) * f / scaling["factor"] + blend * f
     raise UserError(
-        f"RoPE scaling {kind!r} is not built",
+        f"RoPE scaling {kind!r} is not supported",
         where="rope_scaling",
-        fix="a model with rope_type default, linear or llama3",
+        fix="use a model with rope_type default, linear or llama3",
     )
 
 
@@ -298,39 +284,37 @@ def initialise_weights(
     seed: int,
     only_head: bool = False,
 ) -> None:
-    """Weights ~ normal(0, 0.02), of layers that write to the residual normal(0, 0.02 / sqrt(2 L));
-    norms 1, biases 0.
+    """Draw weights ~ normal(0, 0.02), in layers that write to the residual stream normal(0, 0.02 /
+    sqrt(2 L)); norms are 1, biases 0.
 
-    Each whole tensor has a generator of its own, keyed by (seed, its name in the whole model), and
-    is cut afterwards: every layout starts from the same weights.
+    Each whole tensor is drawn from a generator keyed by (seed, its name in the whole model) and
+    then cut, so every layout starts from the same weights.
     """
     for chunk in chunks:
         for place, parameter in placements(chunk, architecture.vocab_size):
-            if only_head and place.name != SCORE:
+            name = place.name
+            if only_head and name != SCORE:
                 continue
-            if place.name.endswith("layernorm.weight"):
+            if name.endswith("layernorm.weight"):
                 parameter.fill_(1.0)
-            elif place.name.endswith(".bias"):
+            elif name.endswith(".bias"):
                 parameter.zero_()
             else:
                 shape = place.full_shape(parameter, mesh.tensor_size)
-                full = torch.randn(shape, generator=generator_for(seed, place.name)) * _init_std(
-                    place.name, architecture
-                )
+                full = torch.randn(shape, generator=generator_for(seed, name))
+                full = full * _init_std(name, architecture)
                 parameter.copy_(place.take(full, mesh.tensor_rank, parameter, mesh.tensor_size))
 
 
 def _init_std(name: str, architecture: Architecture) -> float:
-    residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-    assert (
-        residual
-        or name in (EMBEDDING, OUTPUT, SCORE)
-        or name.endswith(("linear_qkv.weight", "linear_fc1.weight"))
-    ), name
-    return INIT_STD / math.sqrt(2 * architecture.num_layers) if residual else INIT_STD
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return INIT_STD / math.sqrt(2 * architecture.num_layers)
+    known = name in (EMBEDDING, OUTPUT, SCORE)
+    assert known or name.endswith(("linear_qkv.weight", "linear_fc1.weight")), name
+    return INIT_STD
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """A generator on the host that depends on nothing but (seed, name)."""
+    """Return a generator on the host that depends only on (seed, name)."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,14 +1,11 @@
-"""Where a model's tensors live between calls: idle models on the host, a reference swapped into the
-policy's place.
+"""Offload: idle models on the host, and a reference swapped into the policy's place.
 
-A tensor is moved by emptying its storage, never by rebinding it: mcore's parameters, gradients and
-optimizer shards are views into flat buffers, and a view of an emptied and refilled storage is valid
-again.
+A tensor is moved by emptying its storage, never by rebinding it. mcore's parameters, gradients and
+optimizer shards are views of flat buffers, and a view of a storage is valid again after a refill.
 
-Host buffers are pinned where there is a GPU, once, and kept: pinning 14 GB takes seconds. Copies
-between them and the GPU do not block the host. They, the kernels before and after, and the memory
-that is freed and given out again, are all in the order of one CUDA stream, and nothing on the host
-reads a parked buffer, so nothing has to wait.
+With a GPU the host buffers are pinned once and kept, because pinning 14 GB takes seconds. Copies do
+not block the host. The copies, the kernels around them and the reuse of freed memory are all in the
+order of one CUDA stream, and nothing on the host reads a parked buffer, so nothing has to wait.
 """
 
 from __future__ import annotations
@@ -24,12 +21,12 @@ from torch import Tensor
 
 from gipo_megatron.megatron.scaling import ScalingState
 
-PIECE_BYTES = 2**20  # what is smaller is not cut further
+PIECE_BYTES = 2**20  # smaller pieces are not cut further
 
 
 def pieces(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Flat views that cover contiguous `tensors`, of a power of two of bytes each, but for rests
-    below 1 MiB.
+    """Return flat views that cover contiguous `tensors`. Each has a power of two of bytes, except
+    for rests below 1 MiB.
 
     torch rounds every pinned buffer up to a power of two: 4.1 GB in one piece would pin 8.
     """
@@ -58,37 +55,32 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 class _Parked:
     storage: torch.UntypedStorage
     size: int
-    copy: list[Tensor]  # the contents on the host, in pieces; []: not kept
+    copy: list[Tensor]  # the contents on the host, in pieces; [] where they are not kept
 
 
 @dataclass
 class Shelf:
     """A set of tensors that is in use, or parked on the host. Tensors may share storages.
 
-    keep: False for tensors whose contents are void between uses (gradients); they come back as
+    keep: False for tensors whose contents are not needed between uses (gradients); they return as
     zeros.
     """
 
     find: Callable[[], Iterable[Tensor]]
     keep: bool = True
     parked: list[_Parked] = field(default_factory=list)
-    # by storage: the last park's, for the next one
+    # host buffers of each storage, reused every time
     buffers: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def park(self) -> None:
         if self.parked:
             return
-        storages = {
-            t.untyped_storage()._cdata: t.untyped_storage()
-            for t in self.find()
-            if t.untyped_storage().size()
-        }
-        self.parked = [
-            _Parked(s, s.size(), self._copied(key, s) if self.keep else [])
-            for key, s in storages.items()
-        ]
-        self.buffers = {key: item.copy for key, item in zip(storages, self.parked, strict=True)}
+        found = [t.untyped_storage() for t in self.find()]
+        storages = {storage._cdata: storage for storage in found if storage.size()}
+        copies = {key: self._copied(key, s) if self.keep else [] for key, s in storages.items()}
+        self.parked = [_Parked(s, s.size(), copies[key]) for key, s in storages.items()]
+        self.buffers = copies
         for storage in storages.values():
             storage.resize_(0)
 
@@ -112,16 +104,15 @@ class Shelf:
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    """uint8 [size]: the storage itself."""
+    """Return the storage as a tensor, uint8 [size]."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 class Residency:
-    """Keeps at most one offloaded model on the device: whoever is used next sends the idle one to
-    the host.
+    """Keeps at most one offloaded model on the device: using a model sends the idle ones to the
+    host, and several uses of one model in a row move nothing.
 
-    So several steps of one model in a row move nothing. weights: needed by every use; training:
-    gradients and optimizer state.
+    weights: needed by every use; training: gradients and optimizer state.
     """
 
     # one per process, as the device is
@@ -137,7 +128,7 @@ class Residency:
 
     @contextmanager
     def use(self, training: bool = False) -> Iterator[None]:
-        """The model is on the device inside; nested uses are fine."""
+        """Hold the model on the device. Uses may be nested."""
         if self.offload == "cpu":
             for other in [r for r in Residency._awake if r is not self and not r._users]:
                 other._park()
@@ -152,12 +143,12 @@ class Residency:
 
     @staticmethod
     def make_room() -> None:
-        """Idle offloaded models go to the host, before another one is built."""
+        """Send idle offloaded models to the host, before another one is built."""
         for other in [r for r in Residency._awake if not r._users]:
             other._park()
 
     def _park(self) -> None:
-        # fp32 master weights are the weights themselves: parked, and restored, with them
+        # an fp32 model's master weights are its weights, so both are parked and restored together
         for shelf in (self.weights, *self.training):
             shelf.park()
         Residency._awake.discard(self)
@@ -165,7 +156,7 @@ class Residency:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What makes one model another in the same modules."""
+    """The values of one model, to be swapped into the modules of another."""
 
     weights: list[Tensor]  # on the host, in pieces
     scaling: ScalingState  # on the device; empty without delayed scaling
@@ -173,17 +164,17 @@ class Snapshot:
 
 @torch.no_grad()
 def host_copies(live: list[Tensor]) -> list[Tensor]:
-    """Copies on the host, in `pieces`, pinned where there is a device to copy back to."""
+    """Return copies on the host, in `pieces`, pinned for tensors of a GPU."""
     parts = pieces(live)
     return [host.copy_(part) for host, part in zip(_host_buffers(parts), parts, strict=True)]
 
 
 @contextmanager
 def swapped(live: list[Tensor], other: list[Tensor]) -> Iterator[None]:
-    """`live` holds the values of `other` (tensors, or their `host_copies`) inside, and its own
-    again afterwards, whatever happened.
+    """Give `live` the values of `other` (tensors, or their `host_copies`) inside, and its own again
+    afterwards, also after an error.
 
-    No optimizer call inside. Raises ValueError when the sizes differ.
+    Call no optimizer inside. Raises ValueError when the sizes differ.
     """
     live, other = pieces(live), pieces(other)
     if [t.shape for t in live] != [t.shape for t in other]:

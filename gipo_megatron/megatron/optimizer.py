@@ -13,10 +13,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor
 
 from gipo_megatron.megatron import cpu_compat
 from gipo_megatron.megatron.param_sharding import placements
-from gipo_megatron.megatron.schedules import quiet
 from gipo_megatron.specs import Optimisation, Precision
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -24,14 +24,12 @@ SCHEDULES = ("constant", "cosine", "linear")
 
 @dataclass
 class LearningRate:
-    """lr(k) = lr · min(1, (k + 1) / warmup) before the decay; after the warm-up, with u = progress
-    from 0 to 1 at `total_steps`:
+    """The learning rate after k steps: lr · (k + 1) / warmup in the warm-up; then, with u from 0 to
+    1 at `total_steps`,
 
-    constant: lr;  cosine: lr (0.1 + 0.9 (1 + cos πu) / 2);  linear: lr (1 - u).
+        constant: lr;  cosine: lr (0.1 + 0.9 (1 + cos πu) / 2);  linear: lr (1 - u).
 
-    k counts steps that were taken.
-
-    Raises ValueError for an unknown schedule, or a decay without `total_steps` beyond the warm-up.
+    Raises ValueError for an unknown schedule, and for a decay that ends before the warm-up.
     """
 
     optimisation: Optimisation
@@ -51,18 +49,16 @@ class LearningRate:
 
     @property
     def scale(self) -> float:
-        """The share of lr that the next step uses."""
+        """The factor of lr in the next step."""
         o = self.optimisation
         if self.steps < o.warmup_steps:
             return (self.steps + 1) / o.warmup_steps
         if o.schedule == "constant":
             return 1.0
         done = min(1.0, (self.steps - o.warmup_steps) / (o.total_steps - o.warmup_steps))
-        return (
-            1.0 - done
-            if o.schedule == "linear"
-            else 0.1 + 0.9 * (1.0 + math.cos(math.pi * done)) / 2.0
-        )
+        if o.schedule == "linear":
+            return 1.0 - done
+        return 0.1 + 0.9 * (1.0 + math.cos(math.pi * done)) / 2.0
 
     @property
     def value(self) -> float:
@@ -76,21 +72,21 @@ class LearningRate:
 
 
 def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
-    """mcore's DDP around each chunk: flat fp32 gradient buffers, *summed* over the replicas,
+    """Wrap each chunk in mcore's DDP: flat fp32 gradient buffers, *summed* over the replicas and
     sharded by the distributed optimizer.
 
-    With several replicas a bucket's sum starts as soon as the last micro-batch has its gradients,
-    while the backward pass goes on.
+    With several replicas the sum of a bucket overlaps with the backward pass of the last
+    micro-batch.
     """
     config = chunks[0].config
-    config.calculate_per_token_loss = True  # DDP then sums; nothing but our own count divides
+    config.calculate_per_token_loss = True  # DDP then sums; only our own count divides
     replicas = parallel_state.get_data_parallel_world_size()
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=replicas > 1
     )
     with cpu_compat.host_mode():
-        # only the first chunk buckets, as in Megatron-LM: later chunks' reductions overlap with
-        # other work anyway
+        # buckets in the first chunk only, as in Megatron-LM: the reductions of later chunks overlap
+        # with other work anyway
         return [
             DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
             for i, chunk in enumerate(chunks)
@@ -98,27 +94,23 @@ def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
 
 
 def mark_shards(chunks: list[GPTModel], vocab_size: int) -> None:
-    """Tell mcore which parameters are split over the tensor group: it counts the others' gradients
-    on one rank only, for the norm.
+    """Mark the parameters that are split over the tensor group: for the norm, mcore counts the
+    gradients of the others on one rank only. Call it before `wrap`.
 
-    mcore marks them itself only when it also draws their initial values, which model.py does
-    instead. Before `wrap`.
+    mcore marks only parameters that it initialises, and here model.py does that.
     """
     for chunk in chunks:
         for place, parameter in placements(chunk, vocab_size):
             if place.dim is not None:
                 marks: Any = parameter
-                marks.tensor_model_parallel, marks.partition_dim, marks.partition_stride = (
-                    True,
-                    place.dim,
-                    1,
-                )
+                marks.tensor_model_parallel = True
+                marks.partition_dim, marks.partition_stride = place.dim, 1
 
 
 def build_optimizer(
     wrapped: list[DistributedDataParallel], optimisation: Optimisation, precision: Precision
 ) -> MegatronOptimizer:
-    """Adam with fp32 master weights, its state sharded over the data parallel group."""
+    """Build Adam with fp32 master weights and its state sharded over the data parallel group."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=optimisation.lr,
@@ -135,7 +127,7 @@ def build_optimizer(
     with cpu_compat.host_mode():
         optimizer = get_megatron_optimizer(config, wrapped)
         for part in optimizer.chained_optimizers:
-            # else a model that was never stepped (critic warm-up) has no moments to save
+            # so that a model without a step (in the critic's warm-up) has moments to save
             if part.init_state_fn is not None:
                 part.init_state_fn(part.optimizer, config)
         return optimizer
@@ -143,20 +135,16 @@ def build_optimizer(
 
 @torch.no_grad()
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """The norm of the whole model's gradient, equal on every rank; readies the gradients for
-    `clipped_step`.
+    """Return the norm of the whole model's gradient, equal on every rank, and prepare the gradients
+    for `clipped_step`.
 
-    mcore chooses which gradients count on this rank: its share of the flat buffers, without copies
-    that other ranks count. One kernel over all of them and one value read, where mcore without
-    Transformer Engine reads one value a parameter.
+    mcore selects the gradients that count on this rank: its share of the flat buffers, without
+    copies that other ranks count. One kernel takes the norm of all and one value is read; mcore
+    without Transformer Engine reads one value per parameter.
     """
-    with quiet():
+    with cpu_compat.host_mode():
         optimizer.prepare_grads()
-        counted = [
-            grad
-            for part in optimizer.chained_optimizers
-            for grad in part.get_main_grads_for_grad_norm()
-        ]
+        counted = [grad for part in optimizer.chained_optimizers for grad in _counted(part)]
         group = optimizer.get_grad_stats_parallel_group()
     if counted:
         square = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(counted))).square()
@@ -166,21 +154,27 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     return float(square) ** 0.5
 
 
+def _counted(part: Any) -> list[Tensor]:
+    """Return the gradients that count on this rank. mcore 0.19 renamed the method."""
+    if hasattr(part, "get_main_grads_for_grad_norm"):
+        return part.get_main_grads_for_grad_norm()
+    return part.get_grads_for_grad_norm()
+
+
 def clipped_step(
     optimizer: MegatronOptimizer, norm: float, optimisation: Optimisation, lr: float
 ) -> None:
-    """One step on g · min(1, clip / norm); clip 0 is off. After `gradient_norm`. Norms and biases
-    are not decayed."""
+    """Step on g · min(1, clip / norm), after `gradient_norm`; clip 0 is off. Norms and biases have
+    no weight decay."""
     clip = optimisation.clip_grad
     for group in optimizer.param_groups:
         group["lr"] = lr
-        # mcore leaves this to its scheduler
+        # set by mcore's scheduler, which is not used here
         group["weight_decay"] = optimisation.weight_decay * group["wd_mult"]
-    grads = [
-        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    ]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in params if p.grad is not None]
     scale = clip / (norm + 1e-6)
     if grads and 0 < scale < 1:
         torch._foreach_mul_(grads, scale)
-    with quiet():
+    with cpu_compat.host_mode():
         optimizer.step_with_ready_grads()

@@ -1,7 +1,7 @@
-"""What a model's raw output says of each token. The causal shift of this project lives here, and
-nowhere else.
+"""Log-probs, values and scores of each token from a model's raw output. The causal shift is in this
+file and in no other.
 
-position      0    1    2    3    4           output at t-1 is about token t:
+position      0    1    2    3    4           the output at t-1 is for token t:
 tokens       p0   p1   y0   y1  pad             logprobs[b, t] = log softmax(logits[b, t-1])[y_t]
 mask          .    .    1    1    .             values[b, t]   = head(hidden[b, t-1])
 model output o0   o1   o2   o3   o4           score[b]         = head(hidden[b, length-1]), no shift
@@ -21,8 +21,8 @@ from gipo_megatron.megatron.heads import GroupHead
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.types import CriticOutput, Sequences, TokenStats
 
-# Of one fp32 copy of a row chunk's logits: on a CPU a chunk stays in its caches; on a GPU small
-# chunks would cost more time in kernel launches (about 50 a chunk) than in arithmetic.
+# Bytes of one fp32 copy of a row chunk's logits. On a CPU a chunk fits its caches. On a GPU small
+# chunks would take longer to launch (about 50 kernels a chunk) than to compute.
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 
 
@@ -31,8 +31,8 @@ def chunk_bytes(device: torch.device) -> int:
 
 
 def response_positions(mask: Tensor) -> Tensor:
-    """int64 [n], the places of the masked tokens in the flattened mask [b, T]; for a mask on the
-    host, where this waits for nothing."""
+    """Return int64 [n], the places of the masked tokens in the flattened mask [b, T], which is on
+    the host so that nothing waits for it."""
     assert not bool(mask[:, 0].any()), "the first token is inside the mask, but nothing predicts it"
     return mask.flatten().nonzero().squeeze(1)
 
@@ -47,39 +47,32 @@ def token_stats(
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> TokenStats:
-    """Log-probs (and entropies, in nats) of softmax(logits / temperature) for the tokens inside the
-    mask; zero elsewhere.
+    """Return log-probs (and entropies, in nats) of softmax(logits / temperature) for the tokens
+    inside the mask, zero elsewhere.
 
-    `logits` [b, T, V' / tensor] is this rank's share of the padded vocabulary and is not changed;
-    columns from vocab_size on do not exist. `positions` are the `response_positions` of the mask,
-    on the logits' device: no value is read back from it. Both results are fp32 [b, T], the same on
-    every rank of the tensor group, and carry gradients; an entropy that the loss does not use costs
-    nothing in the backward pass. Nothing of the size of the logits is made in fp32 (row chunks of
-    CHUNK_BYTES), and only masked positions are read. A collective's cost: two small all-reduces per
-    row chunk.
+    `logits` [b, T, V' / tensor] is this rank's share of the padded vocabulary, whose columns from
+    vocab_size on are ignored. `positions` are the `response_positions` of the mask, on the logits'
+    device; no value is read back. Both results are fp32 [b, T], equal on every rank of the tensor
+    group, and have gradients. An entropy that the loss does not use costs nothing in the backward
+    pass. Only masked positions are read, in row chunks of CHUNK_BYTES, so no fp32 copy has the size
+    of the logits. Collective: two small all-reduces per row chunk.
     """
-    assert temperature > 0, (
-        "log-probs are taken at the sampling temperature, which is not 0 in training"
-    )
+    assert temperature > 0, "training samples at a temperature above 0"
     mask = sequences.mask
-    assert mask.shape == logits.shape[:2], (
-        f"mask {tuple(mask.shape)} and logits {tuple(logits.shape)}"
-    )
-    shard = _Shard(vocab_size, logits.shape[2], mesh)
+    assert mask.shape == logits.shape[:2], f"mask {mask.shape} and logits {logits.shape}"
+    shard = _VocabShard(vocab_size, logits.shape[2], mesh)
     read = positions - 1  # the shift: flat position t-1 is in the same row, because t > 0
-    logprobs, entropies = _TokenStats.apply(
-        logits, read, sequences.tokens.flatten()[positions], shard, 1.0 / temperature, entropy
-    )
-    return TokenStats(
-        _place(logprobs, positions, mask), _place(entropies, positions, mask) if entropy else None
-    )
+    tokens = sequences.tokens.flatten()[positions]
+    logprobs, entropies = _TokenStats.apply(logits, read, tokens, shard, 1.0 / temperature, entropy)
+    placed = _place(entropies, positions, mask) if entropy else None
+    return TokenStats(_place(logprobs, positions, mask), placed)
 
 
 def critic_output(
     raw: Tensor, hidden: Tensor, sequences: Sequences, group_head: GroupHead | None
 ) -> CriticOutput:
-    """Values [b, T] from the value head's raw output [b, T, 1], zero outside the mask; group logits
-    [b, M] from `hidden` [s, b, H]."""
+    """Return values [b, T] from the value head's raw output [b, T, 1], zero outside the mask, and
+    group logits [b, M] from `hidden` [s, b, H]."""
     mask = sequences.mask
     values = torch.zeros(mask.shape, dtype=torch.float32, device=raw.device)
     values[:, 1:] = raw[:, :-1, 0]
@@ -88,21 +81,18 @@ def critic_output(
 
 
 def last_token_score(raw: Tensor, sequences: Sequences) -> Tensor:
-    """[b]: the score head's raw output [b, T, 1] at each sequence's last real token."""
+    """Return [b]: the score head's raw output [b, T, 1] at each sequence's last real token."""
     rows = torch.arange(len(raw), device=raw.device)
     return raw[rows, sequences.lengths.to(raw.device) - 1, 0]
 
 
 def _place(values: Tensor, position: Tensor, like: Tensor) -> Tensor:
-    return (
-        torch.zeros(like.numel(), dtype=values.dtype, device=values.device)
-        .index_put((position,), values)
-        .view(like.shape)
-    )
+    flat = torch.zeros(like.numel(), dtype=values.dtype, device=values.device)
+    return flat.index_put((position,), values).view(like.shape)
 
 
-class _Shard:
-    """This rank's share of the vocabulary: columns first … first + width - 1 of the whole, then
+class _VocabShard:
+    """This rank's share of the vocabulary: columns first … first + width - 1 of all, then
     padding."""
 
     def __init__(self, vocab_size: int, columns: int, mesh: Mesh) -> None:
@@ -120,7 +110,7 @@ class _Shard:
         return max(1, chunk_bytes(device) // (4 * self.columns))
 
     def targets(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(column of each token, clamped into this shard; whether it is in this shard)"""
+        """Return (column of each token, clamped into this shard; whether it is in this shard)."""
         local = tokens - self.first
         return local.clamp(0, max(self.width - 1, 0)), (local >= 0) & (local < self.width)
 
@@ -131,8 +121,8 @@ class _TokenStats(torch.autograd.Function):
     logp = x_y - log z,  H = log z - Σ p x,
     ∂logp/∂x = onehot_y - p,  ∂H/∂x = -p (log p + H).
 
-    The backward pass has no collective: it keeps the logits and two numbers a row.
-    The gradient of an output that the loss does not use is None there.
+    The backward pass has no collective: it keeps the logits and two numbers per row. It gets None
+    as the gradient of an output that the loss does not use.
     """
 
     @staticmethod
@@ -141,7 +131,7 @@ class _TokenStats(torch.autograd.Function):
         logits: Tensor,
         rows: Tensor,
         tokens: Tensor,
-        shard: _Shard,
+        shard: _VocabShard,
         scale: float,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -168,7 +158,7 @@ class _TokenStats(torch.autograd.Function):
             logprobs[cut] = sums[2] - log_sum
             entropies[cut] = log_sum - sums[1] / sums[0]
             log_z[cut] = top + log_sum
-            del x, weight  # or the next chunk's would lie beside them
+            del x, weight  # before the next chunk's are made
         ctx.save_for_backward(logits, rows, tokens, log_z, entropies)
         ctx.shard, ctx.scale = shard, scale
         ctx.set_materialize_grads(False)
@@ -183,7 +173,7 @@ class _TokenStats(torch.autograd.Function):
         logits, rows, tokens, log_z, entropies = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_z)
-        shard: _Shard = ctx.shard
+        shard: _VocabShard = ctx.shard
         flat = logits.reshape(-1, shard.columns)
         grad = torch.zeros_like(flat)
         step = shard.rows_per_chunk(logits.device)
@@ -193,20 +183,15 @@ class _TokenStats(torch.autograd.Function):
             logp[:, shard.width :] = 0.0
             p = logp.exp()
             p[:, shard.width :] = 0.0
-            factor = -grad_logprobs[cut, None].float()
+            target = grad_logprobs[cut].float()
+            factor = -target[:, None]
             if grad_entropies is not None:
-                factor = (
-                    logp.add_(entropies[cut, None])
-                    .mul_(grad_entropies[cut, None])
-                    .neg_()
-                    .add_(factor)
-                )
+                logp.add_(entropies[cut, None]).mul_(grad_entropies[cut, None])
+                factor = logp.neg_().add_(factor)
             g = p.mul_(factor)
             del logp, factor
             column, inside = shard.targets(tokens[cut])
-            g.scatter_add_(
-                1, column[:, None], torch.where(inside, grad_logprobs[cut].float(), 0.0)[:, None]
-            )
+            g.scatter_add_(1, column[:, None], torch.where(inside, target, 0.0)[:, None])
             grad[rows[cut]] = g.mul_(ctx.scale).to(grad.dtype)
             del p, g
         return grad.view(logits.shape), None, None, None, None, None

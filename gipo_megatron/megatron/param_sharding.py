@@ -1,7 +1,6 @@
-"""Where each parameter's pieces live: whole tensors with layout-free names on one side, this rank's
-parameters on the other.
+"""Sharding rules: how each whole tensor of a model is cut into the parameters of the ranks.
 
-A layout-free name is the local layer spec's, with the layer's number in the whole model:
+The name of a whole tensor is the local layer spec's, with the layer's number in the whole model:
 decoder.layers.7.mlp.linear_fc1.weight.
 """
 
@@ -19,7 +18,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 SCORE = "score.weight"
 
-# suffix -> (dimension that the tensor group splits, equal blocks in it that are split one by one)
+# suffix -> (dimension split over the tensor group, number of equal blocks that are each split)
 _SPLIT = {
     "self_attention.linear_qkv.weight": (0, 1),
     "self_attention.linear_qkv.bias": (0, 1),
@@ -43,7 +42,7 @@ _FUSED_NORMS = {
 
 @dataclass(frozen=True)
 class Placement:
-    """How one whole tensor is cut over the tensor group."""
+    """The cut of one whole tensor over the tensor group."""
 
     name: str
     dim: int | None = None  # None: every rank has all of it
@@ -51,7 +50,7 @@ class Placement:
     rows: int | None = None  # vocabulary rows before padding
 
     def full_shape(self, local: Tensor, tensor_size: int) -> tuple[int, ...]:
-        """Shape of the whole tensor, without vocabulary padding."""
+        """Return the shape of the whole tensor, without vocabulary padding."""
         shape = list(local.shape)
         if self.dim is not None:
             shape[self.dim] *= tensor_size
@@ -60,36 +59,30 @@ class Placement:
         return tuple(shape)
 
     def take(self, full: Tensor, rank: int, local: Tensor, tensor_size: int) -> Tensor:
-        """The slice of `full` that rank `rank` holds, shaped like `local`; padding rows of the
-        vocabulary are zero."""
+        """Return rank `rank`'s slice of `full`, shaped like `local`. Padding rows of the vocabulary
+        are zero."""
         if self.dim is None:
             return full
         if self.rows is not None:
             size = local.shape[0]
-            piece = full[min(rank * size, self.rows) : min((rank + 1) * size, self.rows)]
+            piece = full[rank * size : (rank + 1) * size]
             padding = piece.new_zeros((size - piece.shape[0], *piece.shape[1:]))
             return torch.cat([piece, padding])
-        pieces = [
-            block.chunk(tensor_size, self.dim)[rank] for block in full.chunk(self.blocks, self.dim)
-        ]
+        blocks = full.chunk(self.blocks, self.dim)
+        pieces = [block.chunk(tensor_size, self.dim)[rank] for block in blocks]
         return torch.cat(pieces, self.dim) if len(pieces) > 1 else pieces[0]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The whole tensor from the parts of all ranks of a tensor group."""
+        """Return the whole tensor from the parts of all ranks of a tensor group."""
         if self.dim is None:
             return parts[0]
-        if self.blocks > 1:
-            cut = [part.chunk(self.blocks, self.dim) for part in parts]
-            full = torch.cat(
-                [piece[block] for block in range(self.blocks) for piece in cut], self.dim
-            )
-        else:
-            full = torch.cat(list(parts), self.dim)
+        cut = [part.chunk(self.blocks, self.dim) for part in parts]
+        full = torch.cat([piece for block in zip(*cut, strict=True) for piece in block], self.dim)
         return full if self.rows is None else full[: self.rows]
 
 
 def unwrap(chunk: nn.Module) -> GPTModel:
-    """The GPTModel inside mcore's wrappers (DistributedDataParallel)."""
+    """Return the GPTModel inside mcore's wrappers (DistributedDataParallel)."""
     while not isinstance(chunk, GPTModel):
         inner = chunk.module
         assert isinstance(inner, nn.Module)
@@ -98,8 +91,8 @@ def unwrap(chunk: nn.Module) -> GPTModel:
 
 
 def placements(chunk: nn.Module, vocab_size: int) -> Iterator[tuple[Placement, nn.Parameter]]:
-    """Every parameter of a chunk with its place in the whole model. A tied output layer on a later
-    stage bears the embedding's name."""
+    """Yield every parameter of a chunk with its place in the whole model. A tied output layer on a
+    later stage has the embedding's name."""
     model = unwrap(chunk)
     for local_name, parameter in model.named_parameters():
         yield _placement(model, local_name, vocab_size), parameter
@@ -109,24 +102,17 @@ def _placement(model: GPTModel, local_name: str, vocab_size: int) -> Placement:
     if local_name == EMBEDDING:
         return Placement(EMBEDDING, dim=0, rows=vocab_size)
     if local_name == OUTPUT:
-        if (
-            isinstance(model.output_layer.weight, nn.Parameter)
-            and model.output_layer.weight.shape[0] == 1
-        ):
+        weight = model.output_layer.weight
+        if isinstance(weight, nn.Parameter) and weight.shape[0] == 1:
             return Placement(SCORE)
-        return Placement(
-            EMBEDDING if model.share_embeddings_and_output_weights else OUTPUT,
-            dim=0,
-            rows=vocab_size,
-        )
+        name = EMBEDDING if model.share_embeddings_and_output_weights else OUTPUT
+        return Placement(name, dim=0, rows=vocab_size)
     if local_name in _NORMS:
         return Placement(local_name)
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", local_name)
-    assert match, f"a parameter of no known place: {local_name}"
-    suffix = match[2]
-    if suffix in _FUSED_NORMS:
-        suffix = _FUSED_NORMS[suffix]
+    assert match, f"no sharding rule for parameter {local_name}"
+    suffix = _FUSED_NORMS.get(match[2], match[2])
+    assert suffix in _SPLIT or suffix in _NORMS, f"no sharding rule for parameter {local_name}"
     layer = model.decoder.layers[int(match[1])].layer_number - 1
-    assert suffix in _SPLIT or suffix in _NORMS, f"a parameter of no known place: {local_name}"
     name = f"decoder.layers.{layer}.{suffix}"
     return Placement(name, *_SPLIT[suffix]) if suffix in _SPLIT else Placement(name)

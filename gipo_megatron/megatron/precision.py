@@ -1,12 +1,11 @@
 """Number formats: a recipe's dtype and FP8 recipe as fields of mcore's TransformerConfig.
 
-FP8 is for the matrix products of the transformer layers in the training forward and backward: mcore
-enters Transformer Engine's autocast around the layers only, so embeddings, the output layer, heads
-and log-probs stay in bf16 or fp32. Generation (decode.py) reads the bf16 weights and never enters
-it.
+FP8 is for the matrix products of the transformer layers in training: mcore enters Transformer
+Engine's autocast around the layers only, so embeddings, the output layer, heads and log-probs stay
+in bf16 or fp32. Generation (decode.py) uses the bf16 weights.
 
 tensorwise and blockwise take each tensor's scale from the tensor itself. `delayed` takes it from
-the largest values of earlier passes, which is state beside the weights: scaling.py.
+the largest values of earlier passes, a state beside the weights (scaling.py).
 """
 
 from __future__ import annotations
@@ -23,31 +22,29 @@ from gipo_megatron import capabilities
 from gipo_megatron.errors import UserError
 from gipo_megatron.specs import Architecture, Parallel, Precision
 
-# fp16 only for conversion: recipes refuse it
+# fp16 is for conversion only; recipes refuse it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP8_RECIPES = {
     "delayed": Fp8Recipe.delayed,
     "tensorwise": Fp8Recipe.tensorwise,
     "blockwise": Fp8Recipe.blockwise,
 }
-# sequence × batch must divide by this in an FP8 matrix product; a multiple of the length alone
-# always does
+# divides sequence × batch in an FP8 matrix product; here it divides the length already
 FP8_ROWS = 16
 
 
 def transformer_engine_usable() -> bool:
-    """Transformer Engine is installed and there is a CUDA device to run it on.
+    """Check that Transformer Engine is installed, and a CUDA device present.
 
-    Raises UserError where it is installed there and does not import: Megatron-Core would build its
-    layers from mocks.
+    Raises UserError where both are there but its import fails: Megatron-Core would build its layers
+    from mocks.
     """
     if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
         return False
     if not HAVE_TE:
         failure = capabilities.transformer_engine_failure()
-        raise capabilities.broken_transformer_engine(
-            failure.reason if failure else "Megatron-Core could not import it"
-        )
+        reason = failure.reason if failure else "Megatron-Core could not import it"
+        raise capabilities.broken_transformer_engine(reason)
     return True
 
 
@@ -63,11 +60,10 @@ def torch_dtype(precision: Precision) -> torch.dtype:
 
 
 def check(precision: Precision, here: capabilities.Capabilities | None = None) -> None:
-    """Raises UserError for an unknown name, for FP8 without bf16, and for FP8 that this machine
-    (`here`: another) cannot run.
+    """Raises UserError for an unknown name, for FP8 without bf16, and for FP8 that this machine, or
+    the machine `here`, cannot run.
 
-    On this machine also for a Transformer Engine that does not import, where layers in bf16 would
-    be made of it.
+    On this machine also for bf16 with a Transformer Engine whose import fails.
     """
     torch_dtype(precision)
     if here is None and precision.dtype == "bf16":
@@ -75,8 +71,11 @@ def check(precision: Precision, here: capabilities.Capabilities | None = None) -
     if precision.fp8 == "none":
         return
     if precision.fp8 not in FP8_RECIPES:
-        known = f"one of none, {', '.join(FP8_RECIPES)}"
-        raise UserError(f"unknown FP8 recipe {precision.fp8!r}", where="precision.fp8", fix=known)
+        raise UserError(
+            f"unknown FP8 recipe {precision.fp8!r}",
+            where="precision.fp8",
+            fix=f"one of none, {', '.join(FP8_RECIPES)}",
+        )
     if precision.dtype != "bf16":
         raise UserError(
             f"FP8 needs bf16 around it, not {precision.dtype}",
@@ -87,35 +86,29 @@ def check(precision: Precision, here: capabilities.Capabilities | None = None) -
 
 
 def check_widths(precision: Precision, architecture: Architecture, parallel: Parallel) -> None:
-    """Raises UserError when a weight of one tensor rank has a side that is no multiple of 16, as
-    Transformer Engine wants it."""
+    """Raises UserError when a side of a tensor rank's weight is no multiple of 16, as Transformer
+    Engine requires."""
     if precision.fp8 == "none":
         return
     a, tensor = architecture, parallel.tensor
+    queries, rows = a.num_heads * a.head_dim, (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
     for size, what in (
         (a.hidden_size, "hidden_size"),
         (a.ffn_hidden_size // tensor, f"ffn_hidden_size {a.ffn_hidden_size} / tensor {tensor}"),
-        (
-            a.num_heads * a.head_dim // tensor,
-            f"num_heads {a.num_heads} × head_dim {a.head_dim} / tensor {tensor}",
-        ),
-        (
-            (a.num_heads + 2 * a.num_kv_heads) * a.head_dim // tensor,
-            f"query, key and value rows / tensor {tensor}",
-        ),
+        (queries // tensor, f"num_heads {a.num_heads} × head_dim {a.head_dim} / tensor {tensor}"),
+        (rows // tensor, f"query, key and value rows / tensor {tensor}"),
     ):
         if size % FP8_ROWS:
-            fix = "set precision.fp8 to none, or another parallel.tensor"
             raise UserError(
                 f"FP8 needs widths that divide by {FP8_ROWS}; {what} is {size}",
                 where="precision.fp8",
-                fix=fix,
+                fix="set precision.fp8 to none, or another parallel.tensor",
             )
 
 
 def config_fields(precision: Precision) -> dict[str, Any]:
-    """Fields of TransformerConfig: one dtype for weights, activations and messages between stages;
-    FP8 is e4m3 forward, e5m2 gradients."""
+    """Return fields of TransformerConfig: one dtype for weights, activations and messages between
+    stages; FP8 is e4m3 forward, e5m2 for gradients."""
     dtype = torch_dtype(precision)
     fields: dict[str, Any] = {
         "params_dtype": dtype,
@@ -127,8 +120,8 @@ def config_fields(precision: Precision) -> dict[str, Any]:
         fields["deterministic_mode"] = True
     if precision.fp8 != "none":
         fields |= {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[precision.fp8]}
-        # FP8 copies of the weights are made anew in each micro-batch: none to go stale in a swap,
-        # none left behind by a parked model
+        # Every micro-batch makes new FP8 copies of the weights, so that none is outdated after a
+        # swap and none is left of a parked model.
         fields["disable_parameter_transpose_cache"] = True
         if precision.fp8 == "delayed":
             fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
@@ -136,7 +129,7 @@ def config_fields(precision: Precision) -> dict[str, Any]:
 
 
 def length_multiple(precision: Precision, parallel: Parallel) -> int:
-    """What a micro-batch's padded length must divide by: the tensor size under sequence parallel,
-    16 in FP8 (per rank), else 1."""
+    """Return the number that divides a micro-batch's padded length: the tensor size under sequence
+    parallelism, 16 in FP8 (per rank), else 1."""
     shards = parallel.tensor if parallel.sequence else 1
     return math.lcm(shards, FP8_ROWS * shards) if precision.fp8 != "none" else shards

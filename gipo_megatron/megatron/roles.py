@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gipo_megatron.megatron.engine import Engine, Part
 from gipo_megatron.megatron.generate import generate
-from gipo_megatron.megatron.heads import take_hidden
+from gipo_megatron.megatron.heads import hidden_at, take_hidden
 from gipo_megatron.megatron.microbatches import MicroBatch, Readout
 from gipo_megatron.megatron.offload import Snapshot
 from gipo_megatron.megatron.outputs import critic_output, last_token_score, token_stats
@@ -155,6 +155,17 @@ class MegatronRewardModel:
         scores = self.engine.forward(batch, self.readout)
         assert isinstance(scores, Tensor)
         return scores
+
+    def features(self, batch: Rows, position: str) -> Tensor:
+        """Return the last hidden states [B, H] at the last prompt token, or at the last token."""
+
+        def read(raw: Tensor, slot: MicroBatch) -> Output:
+            hidden = take_hidden(self.engine.chunks[-1])
+            return hidden_at(hidden, slot.sequences, position, self.engine.mesh)
+
+        features = self.engine.forward(batch, read)
+        assert isinstance(features, Tensor)
+        return features
 
     def update(self, *parts: Part) -> Update:
         return self.engine.update(parts, self.readout)

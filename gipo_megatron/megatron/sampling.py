@@ -1,7 +1,7 @@
 """The arithmetic of drawing one token: no model, no collectives, no state.
 
-Noise is one uniform per (seed, step, sample_id, position) from a counter-based generator (Philox),
-so a row's response depends neither on the rows beside it nor on the rank that draws it.
+Noise is one uniform number per (seed, step, sample_id, position) from a counter-based generator
+(Philox), so a row's response depends neither on other rows nor on the rank that draws it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WORD = 2**64 - 1
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raises UserError naming every field that is out of range."""
+    """Raises UserError with every field that is out of range."""
     problems = []
     if sampling.max_response < 1:
         problems.append(f"max_response {sampling.max_response} < 1")
@@ -38,10 +38,10 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def uniforms(sampling: Sampling, sample_id: Tensor) -> Tensor:
-    """U[0, 1) float64 [B, max_response] on the host; row b is Philox(key=(seed, step), counter=(0,
-    0, sample_id[b], 0)).
+    """Draw U[0, 1) float64 [B, max_response] on the host. Row b is Philox(key=(seed, step),
+    counter=(0, 0, sample_id[b], 0)).
 
-    A shorter max_response gives a prefix of the longer one's noise.
+    The noise of a shorter max_response is a prefix of the longer one's.
     """
     noise = np.empty((len(sample_id), sampling.max_response))
     for row, sample in zip(noise, sample_id.tolist(), strict=True):
@@ -52,37 +52,36 @@ def uniforms(sampling: Sampling, sample_id: Tensor) -> Tensor:
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Repetition penalty: x / penalty if x > 0 else x * penalty, where `seen` (bool [b, V]).
-    Source: CTRL (Keskar 2019), as in HF."""
+    """Apply the repetition penalty, x / penalty if x > 0 else x * penalty, where `seen` (bool
+    [b, V]). Source: CTRL (Keskar 2019), as in Hugging Face."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf outside the top-k tokens (ties with the k-th stay), then outside the smallest set whose
-    probability reaches top_p. [b, V]
+    """Set logits [b, V] to -inf outside the top-k tokens (ties with the k-th stay), then outside
+    the smallest set whose probability reaches top_p.
 
-    Among equal logits at top-p's border the lower token ids stay, so the result does not depend on
-    the sort.
+    Of equal logits at top-p's border the lower token ids stay, so the result does not depend on the
+    sort.
     """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:
         ordered, index = logits.sort(descending=True, stable=True)
         probs = ordered.double().softmax(-1)
-        # the mass before a token already suffices; never true of the first one
+        # the tokens before it already reach top_p; never true for the first one
         outside = probs.cumsum(-1) - probs >= top_p
-        logits = logits.masked_fill(
-            torch.zeros_like(outside).scatter_(1, index, outside), float("-inf")
-        )
+        outside = torch.zeros_like(outside).scatter_(1, index, outside)
+        logits = logits.masked_fill(outside, float("-inf"))
     return logits
 
 
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse CDF: the first token whose cumulative softmax exceeds `uniform` [b]; and logsumexp
-    [b] of the float32 logits [b, V].
+    """Draw by the inverse CDF: return the first token whose cumulative softmax exceeds `uniform`
+    [b], and the logsumexp [b] of the float32 logits [b, V].
 
-    A token of probability 0 is never drawn. Float64 sums, so that layouts which differ in the last
-    bit of a logit agree on the token.
+    A token of probability 0 is never drawn. Sums are float64, so that layouts which differ in the
+    last bit of a logit draw the same token.
     """
     peak = logits.amax(-1, keepdim=True)
     mass = (logits - peak).exp_().cumsum(-1, dtype=torch.float64)
@@ -93,8 +92,8 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pick_bytes(sampling: Sampling) -> int:
-    """Bytes that `pick` needs at most for each logit of a row: fp32, its exponential and a sum in
-    fp64; a sort and its sums beside them."""
+    """Return the most bytes that `pick` needs per logit of a row: fp32, its exponential and a sum
+    in fp64; with truncation also a sort and its sums."""
     truncated = sampling.top_p < 1 or sampling.top_k > 0
     return 64 if truncated or sampling.repetition_penalty != 1 else 16
 
@@ -102,11 +101,11 @@ def pick_bytes(sampling: Sampling) -> int:
 def pick(
     logits: Tensor, sampling: Sampling, uniform: Tensor, seen: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [b] (-1 where the logits are not finite) and their log-probs [b].
+    """Return tokens [b] (-1 where the logits are not finite) and their log-probs [b].
 
-    Order as in Hugging Face: repetition penalty, temperature, top-k, top-p. The log-prob is under
-    softmax(logits / temperature) (temperature 1 when greedy) before penalty and truncation: what
-    the training forward recomputes. `seen` bool [b, V] is needed only with a repetition penalty.
+    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p. The log-prob is
+    under softmax(logits / temperature) (temperature 1 when greedy) before penalty and truncation,
+    as in the training forward pass. `seen` bool [b, V] is needed with a repetition penalty only.
     """
     logits = logits.float()
     if sampling.temperature not in (0, 1):
@@ -114,7 +113,7 @@ def pick(
     scores = logits
     if sampling.repetition_penalty != 1:
         assert seen is not None
-        # scales logits, so it commutes with the temperature
+        # it scales logits and so commutes with the temperature
         scores = penalise(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         tokens, logsumexp = scores.argmax(-1), logits.logsumexp(-1)

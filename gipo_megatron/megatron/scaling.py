@@ -1,22 +1,23 @@
-"""The state that FP8's delayed scaling keeps beside the weights: four tensors of each matrix
-product, here read, written, kept and stored.
+"""The state of FP8's delayed scaling beside the weights: reading, writing, keeping and storing its
+four tensors per matrix product.
 
 Delayed scaling takes a tensor's scale from the largest values (amax) of earlier passes. Transformer
 Engine 2.11 keeps in each module, in fp8_meta["scaling_fwd"] for input, weight and output, and in
 fp8_meta["scaling_bwd"] for the gradients,
 
     scale         fp32 [n]       n = 3 forward, 2 backward, times the module's matrix products
-    amax_history  fp32 [1024, n] row 0 holds the pass at hand
+    amax_history  fp32 [1024, n] row 0 is the current pass
 
-    a pass writes its largest values into row 0, also under no_grad: an inference pass would count
-    in the next scale; a training pass, when it leaves the autocast, turns rows into scales and ages
-    the histories of *all* models of this process; a model that never trained has scale 1: weights
-    of size 0.02 then lie where e4m3 has one or two bits.
+- A pass writes its largest values into row 0, also under no_grad, so an inference pass would change
+  the next scale.
+- A training pass, at the end of its autocast, turns rows into scales and shifts the histories of
+  *all* models of this process.
+- A model that never trained has scale 1, where e4m3 has one or two bits for weights of size 0.02.
 
-So `Scaling` copies the state when training has changed it, puts the copy back around every other
-pass, and runs a model that has none in bf16. It copies into the tensors that are there: the
+So `Scaling` copies the state after training has changed it, restores the copy around every other
+pass, and runs a model without state in bf16. It copies into the existing tensors, because the
 quantizers hold views of them. Transformer Engine's own extra state is a pickle, which can run code
-when it is read; here the tensors are stored as tensors, and such bytes are never read.
+when it is read. Here the tensors are stored as tensors, and such pickles are never read.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from gipo_megatron.megatron.param_sharding import unwrap
 from gipo_megatron.specs import Precision
 
 EXTRA_STATE = "_extra_state"  # the name of a module's extra state in mcore's state dicts
-FORWARD_TENSORS = 3  # input, weight, output: of one matrix product
-# name in a checkpoint -> (where Transformer Engine has it, its attribute there)
+FORWARD_TENSORS = 3  # input, weight, output of one matrix product
+# name in a checkpoint -> (Transformer Engine's key, its attribute there)
 FIELDS = {
     "scale_fwd": ("scaling_fwd", "scale"),
     "amax_history_fwd": ("scaling_fwd", "amax_history"),
@@ -51,11 +52,11 @@ ScalingState = dict[str, dict[str, Tensor]]
 
 
 class Scaling:
-    """The FP8 scaling state of one model: changed by its training and by loading, by nothing else.
-    Without delayed scaling it does nothing.
+    """The FP8 scaling state of one model, which only its training and loading change. Without
+    delayed scaling it does nothing.
 
-    A copy of what these left is kept on the device; what all other passes did, also other models',
-    is undone from it.
+    A copy of that state is kept on the device. The changes of all other passes, also of other
+    models, are undone from it.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], precision: Precision) -> None:
@@ -65,22 +66,21 @@ class Scaling:
         self._kept: ScalingState | None = None
 
     def read(self) -> ScalingState:
-        """The state that training or loading left, on the modules' device; empty for a model that
-        never trained in FP8."""
+        """Return the state after training or loading, on the modules' device; empty for a model
+        that never trained in FP8."""
         return self._kept if self._kept is not None else self.live()
 
     def live(self) -> ScalingState:
-        """A copy of what the modules hold now."""
-        found = {name: _tensors(module) for name, module in self._modules.items()}
-        return {
-            name: {field: t.clone() for field, t in tensors.items()}
-            for name, tensors in found.items()
-            if tensors
-        }
+        """Return a copy of the modules' present state."""
+        state: ScalingState = {}
+        for name, module in self._modules.items():
+            if tensors := _tensors(module):
+                state[name] = {field: t.clone() for field, t in tensors.items()}
+        return state
 
     @torch.no_grad()
     def write(self, state: ScalingState) -> None:
-        """The modules have `state`, and those that it does not name none."""
+        """Give the modules `state`, and no state to those that it does not name."""
         self._kept = None
         for name, module in self._modules.items():
             if name in state:
@@ -90,8 +90,8 @@ class Scaling:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """For the model's own training passes: they go on from the state that the last ones left,
-        and leave the next one."""
+        """Hold during the model's own training passes, which continue from the state of the last
+        ones and change it."""
         self._undo()
         self._kept = None
         yield
@@ -99,8 +99,8 @@ class Scaling:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """For forward-only passes: the state as training left it, and left as it was; bf16 where
-        there is none."""
+        """Hold during forward-only passes: they use the state after training and do not change it;
+        bf16 where there is none."""
         if not self.active:
             yield
             return
@@ -117,7 +117,7 @@ class Scaling:
 
     @contextmanager
     def swapped(self, other: ScalingState) -> Iterator[None]:
-        """`other` in this one's place; its own comes back, whatever happened."""
+        """Use `other` inside, and the own state again afterwards, also after an error."""
         own, kept = self.read(), self._kept
         self.write(other)
         try:
@@ -128,21 +128,21 @@ class Scaling:
 
     @torch.no_grad()
     def _undo(self) -> None:
-        """The kept copy, back into the modules: no value is read on the host, so no pass waits for
-        the device."""
-        if self._kept:
-            live = [
-                tensor for name in self._kept for tensor in _tensors(self._modules[name]).values()
-            ]
-            torch._foreach_copy_(
-                live, [tensor for tensors in self._kept.values() for tensor in tensors.values()]
-            )
+        """Restore the kept copy into the modules. No value is read on the host, so no pass waits
+        for the device."""
+        live: list[Tensor] = []
+        kept: list[Tensor] = []
+        for name, tensors in (self._kept or {}).items():
+            live += _tensors(self._modules[name]).values()
+            kept += tensors.values()
+        if live:
+            torch._foreach_copy_(live, kept)
 
     # ---------------------------------------------------------------------------------- checkpoints
 
     def to_save(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, ShardedTensor]]:
-        """The state as sharded tensors. `parts`: the chunks' sharded state dicts, whose extra
-        states name each module's place."""
+        """Return the state as sharded tensors. The extra states in `parts`, the chunks' sharded
+        state dicts, give each module's place."""
         state = self.read()
         return {
             name: {f: _sharded(place, f, state[name][f]) for f in FIELDS}
@@ -153,8 +153,8 @@ class Scaling:
     def to_load(
         self, parts: Sequence[Mapping[str, Any]], folder: Path
     ) -> dict[str, dict[str, ShardedTensor]]:
-        """Empty sharded tensors for what the checkpoint of a model in `folder` has; none where it
-        was trained without delayed scaling.
+        """Return empty sharded tensors for the state in the checkpoint `folder`; none where it was
+        trained without delayed scaling.
 
         Raises UserError when it has Transformer Engine's pickles instead.
         """
@@ -168,20 +168,15 @@ class Scaling:
                 where=str(folder),
                 fix="set precision.fp8 to tensorwise, which needs no scaling state",
             )
-        wanted: dict[str, dict[str, ShardedTensor]] = {}
+        empty: dict[str, dict[str, ShardedTensor]] = {}
         for name, place in self._places(parts):
-            about: dict[str, Any] = {
-                field: stored[_key(place, field)]
-                for field in FIELDS
-                if _key(place, field) in stored
-            }
-            if about:
-                axes = len(place.global_shape)
-                wanted[name] = {
-                    f: _sharded(place, f, torch.empty(found.size[axes:]))
-                    for f, found in about.items()
-                }
-        return wanted
+            axes = len(place.global_shape)
+            for field in FIELDS:
+                found: Any = stored.get(_key(place, field))
+                if found is not None:
+                    tensor = _sharded(place, field, torch.empty(found.size[axes:]))
+                    empty.setdefault(name, {})[field] = tensor
+        return empty
 
     def _places(self, parts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ShardedObject]]:
         for name in self._modules:
@@ -190,7 +185,7 @@ class Scaling:
 
 
 def without_extra_states(chunks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Chunks' sharded state dicts, the weights alone."""
+    """Return the weights alone of the chunks' sharded state dicts."""
     return {
         name: {key: value for key, value in part.items() if not key.endswith(EXTRA_STATE)}
         for name, part in chunks.items()
@@ -202,11 +197,10 @@ def _key(place: ShardedObject, field: str) -> str:
 
 
 def _sharded(place: ShardedObject, field: str, data: Tensor) -> ShardedTensor:
-    """`data` where mcore has the module's extra state: its layer of all layers. Tensor ranks and
-    replicas share amax, so one is stored."""
-    offsets = [
-        (axis, place.global_offset[axis], size) for axis, size in enumerate(place.global_shape)
-    ]
+    """Place `data` where mcore has the module's extra state: at its layer of all layers. Tensor
+    ranks and replicas share amax, so one is stored."""
+    places = enumerate(zip(place.global_offset, place.global_shape, strict=True))
+    offsets = [(axis, offset, size) for axis, (offset, size) in places]
     return ShardedTensor.from_rank_offsets(
         _key(place, field),
         data,
@@ -220,31 +214,28 @@ def _sharded(place: ShardedObject, field: str, data: Tensor) -> ShardedTensor:
 
 
 def _scaled_modules(chunks: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """ "chunk.module" -> module that multiplies with its own weights. Its attention has the same
-    attributes, but computes in bf16."""
+    """Return {"chunk.module": module} for modules with `fp8_meta` and weights. Attention has
+    `fp8_meta`, too, but no weights: it computes in bf16."""
     return {
         f"{i}.{name}": module
         for i, chunk in enumerate(chunks)
         for name, module in unwrap(chunk).named_modules()
-        if "fp8_meta" in vars(module) and any(True for _ in module.parameters(recurse=False))
+        if "fp8_meta" in vars(module) and list(module.parameters(recurse=False))
     }
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The live tensors, by the names of FIELDS; none before the first FP8 pass, by the switches
-    that Transformer Engine itself reads."""
+    """Return the live tensors, by the names of FIELDS; none before the first FP8 pass, by
+    Transformer Engine's own switches."""
     te: Any = module
     if not (te.fp8_meta["fp8_checkpoint"] or te.fp8 or te.fp8_calibration):
         return {}
-    return {
-        field: getattr(te.fp8_meta[place], attribute)
-        for field, (place, attribute) in FIELDS.items()
-    }
+    return {field: getattr(te.fp8_meta[key], name) for field, (key, name) in FIELDS.items()}
 
 
 def _set(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
     te: Any = module
-    # it has not run in FP8 yet: make the tensors, as its first pass would
+    # before its first pass in FP8: make the tensors as that pass would
     if not te.fp8_meta_tensors_initialized:
         te.fp8_meta["recipe"] = get_fp8_recipe(te.config)
         te.fp8_meta["num_gemms"] = saved["scale_fwd"].numel() // FORWARD_TENSORS
@@ -255,7 +246,7 @@ def _set(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 
 def _forget(module: nn.Module) -> None:
-    """As before its first FP8 pass."""
+    """Reset to before the first FP8 pass."""
     te: Any = module
     te.reset_fp8_meta_tensors()  # scales 1, histories 0
     te.fp8_meta["fp8_checkpoint"] = te.fp8 = te.fp8_calibration = False
@@ -263,7 +254,7 @@ def _forget(module: nn.Module) -> None:
 
 @contextmanager
 def _bf16(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """mcore's blocks read config.fp8 in each pass."""
+    """Run in bf16 inside: mcore's blocks read config.fp8 in each pass."""
     configs: list[Any] = [unwrap(chunk).decoder.config for chunk in chunks]
     before = [config.fp8 for config in configs]
     for config in configs:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,12 +20,13 @@ from gipo_megatron.megatron.microbatches import MicroBatch
 
 
 class _TwoWayP2P(P2PCommunicator):
-    """Neighbour to neighbour messages of the interleaved schedule, activations and gradients apart.
+    """Messages between neighbours in the interleaved schedule, with activations and gradients
+    apart.
 
     With two stages both neighbours are the same rank, and messages between two ranks are matched by
-    order alone: mcore's own communicator then takes an activation for a gradient (with equal shapes
-    unnoticed). Here activations travel in the pipeline's group and gradients, when there are two
-    stages, in the world's. Every tensor is preceded by its shape.
+    their order alone. mcore's own communicator then takes an activation for a gradient, unnoticed
+    where shapes are equal. Here activations use the pipeline's group, and gradients, with two
+    stages, the world's. The shape of a tensor is sent before it.
     """
 
     def _communicate(
@@ -49,17 +48,15 @@ class _TwoWayP2P(P2PCommunicator):
             torch.zeros(3, **host_int) if wanted else None for wanted in (recv_prev, recv_next)
         ]
         pending, arriving = self._post(sent[0], shapes[0], sent[1], shapes[1])
-        # not the sends: at the ends of a schedule the peer may want its tensors before it asks for
-        # these
+        # not the sends: at the ends of a schedule the peer may first wait for its own tensors
         for request in arriving:
             request.wait()
         dtype, device = self.config.pipeline_dtype, torch.cuda.current_device()
-        received = [
-            None
-            if shape is None
-            else torch.empty(shape.tolist(), dtype=dtype, device=device, requires_grad=True)
-            for shape in shapes
-        ]
+        received: list[Tensor | None] = [None, None]
+        for i, shape in enumerate(shapes):
+            if shape is not None:
+                size = shape.tolist()
+                received[i] = torch.empty(size, dtype=dtype, device=device, requires_grad=True)
         more, arriving = self._post(tensor_send_next, received[0], tensor_send_prev, received[1])
         for request in arriving + pending + more:
             request.wait()
@@ -72,7 +69,7 @@ class _TwoWayP2P(P2PCommunicator):
         send_prev: Tensor | None,
         recv_next: Tensor | None,
     ) -> tuple[list[dist.Work], list[dist.Work]]:
-        """(sends, receives) on their way."""
+        """Start all sends and receives. Returns (sends, receives)."""
         forward = self.pp_group
         backward = dist.group.WORLD if self.pp_group.size() == 2 else self.pp_group
         sends = [(send_next, self.next_rank, forward), (send_prev, self.prev_rank, backward)]
@@ -80,14 +77,14 @@ class _TwoWayP2P(P2PCommunicator):
         sent: list[dist.Work] = []
         received: list[dist.Work] = []
         for send, receive in zip(sends, receives, strict=True):
-            # even ranks send first, odd ranks receive first: NCCL runs the operations of a group in
-            # order
+            # NCCL runs the operations of a group in order: even ranks send first, odd ranks receive
+            # first
             ways = [(dist.isend, send, sent), (dist.irecv, receive, received)]
-            for verb, (tensor, peer, group), requests in (
-                ways if self.pp_group.rank() % 2 == 0 else ways[::-1]
-            ):
+            if self.pp_group.rank() % 2:
+                ways.reverse()
+            for start, (tensor, peer, group), requests in ways:
                 if tensor is not None:
-                    request = verb(tensor.detach(), peer, group=group)
+                    request = start(tensor.detach(), peer, group=group)
                     assert request is not None, "this rank is not in the group"
                     requests.append(request)
         return sent, received
@@ -106,14 +103,6 @@ def _groups() -> ProcessGroupCollection:
     return groups
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Enter host_mode without its known warnings, for any warning filters of the caller."""
-    with warnings.catch_warnings(), cpu_compat.host_mode():
-        cpu_compat.silence()
-        yield
-
-
 def run(
     chunks: list[Any],
     slots: list[MicroBatch],
@@ -121,11 +110,11 @@ def run(
     *,
     forward_only: bool,
 ) -> list[Any]:
-    """What `finish(slot, output)` returned for each slot, on the last stage; [] on the others.
-    `chunks`: plain or DDP-wrapped.
+    """Run the slots through `chunks`, plain or DDP-wrapped. Returns the result of `finish(slot,
+    output)` for each slot on the last stage, [] on the others.
 
-    forward_only: `finish` may return anything; otherwise mcore's triple (loss, integer count,
-    anything), and the last is listed.
+    With forward_only `finish` may return anything. Otherwise it returns mcore's triple (loss,
+    integer count, anything), of which the last is in the list.
     """
 
     def forward_step(
@@ -140,14 +129,14 @@ def run(
     arguments = {
         "forward_step_func": forward_step,
         "num_microbatches": len(slots),
-        # not what later slots have: shapes are sent along
+        # later slots may differ: shapes are sent along
         "seq_length": slots[0].sequences.tokens.shape[1],
         "micro_batch_size": len(slots[0].sequences),
         "forward_only": forward_only,
         "collect_non_loss_data": forward_only,
     }
     stages = dist.get_world_size(parallel_state.get_pipeline_model_parallel_group())
-    with quiet():
+    with cpu_compat.host_mode():
         if len(chunks) == 1:
             return get_forward_backward_func(stages, None)(
                 data_iterator=iter(slots), model=chunks[0], **arguments

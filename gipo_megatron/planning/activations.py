@@ -56,7 +56,7 @@ class Slot:
 
 
 def layer_kept(slot: Slot, recompute: str) -> int:
-    """Bytes that one layer keeps of one micro-batch for its backward pass."""
+    """Return the bytes that one layer keeps of one micro-batch for its backward pass."""
     if recompute == "full":
         return slot.residual
     a = slot.architecture
@@ -75,8 +75,8 @@ def layer_kept(slot: Slot, recompute: str) -> int:
 
 
 def in_flight(parallel: Parallel, stage: int, slots: int) -> int:
-    """Largest number of passes through a model chunk that wait for their backward pass: 1F1B,
-    interleaved with a virtual pipeline."""
+    """Return the largest number of passes through a model chunk that wait for their backward pass:
+    1F1B, interleaved with a virtual pipeline."""
     p, v = parallel.pipeline, parallel.virtual_pipeline
     if p == 1:
         return 1
@@ -151,7 +151,7 @@ def forward(slot: Slot, stage: int, head: bool) -> Pass:
 
 
 def need_of(slot: Slot) -> Need:
-    """The bytes that generation needs, for the model of `slot`."""
+    """Return the bytes that generation needs, for the model of `slot`."""
     return Need(slot.architecture, slot.parallel, slot.itemsize)
 
 

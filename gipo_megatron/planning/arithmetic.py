@@ -1,84 +1,112 @@
-"""How many rows of a batch go where: replicas, micro-batches, optimizer steps."""
+"""Batch arithmetic: rows of replicas, of micro-batches and of optimizer steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from gipo_megatron.planning.counting import Call, Iteration, added_up
 from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.specs import Sampling
+
+BATCH, PROBE, DATASET = "batch", "probe", "dataset"
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """The batch of one iteration. A row is a sequence or a pair."""
+class Call:
+    """One call of a role, or several of the same name added up. Counts are of all replicas."""
 
-    replicas: int
-    rows: int  # of all replicas
-    sequences_per_row: int  # a pair has two
-    minibatch: int  # rows of one optimizer step
-    micro_batch: int  # rows of one forward pass on one replica
-    updates: Mapping[str, int]  # role -> optimizer steps
-    prompts: int | None  # None: nothing is generated
-    max_length: int
+    name: str  # as a plan prints it
+    verb: str  # build | generate | forward | update | save
+    role: str
+    rows: int = 0  # sequences or pairs
+    sequences: int = 0  # of the rows; a pair has two
+    count: int = 1
+    sampling: Sampling | None = None  # of `generate`
+    reads: str = BATCH  # the iteration's batch, the probe, or the whole dataset
 
-    def slots(self, rows: int) -> int:
-        """Micro-batches of `rows` rows on one replica."""
-        return -(-rows // (self.replicas * self.micro_batch))
+    def __add__(self, other: Call) -> Call:
+        return replace(
+            self,
+            rows=self.rows + other.rows,
+            sequences=self.sequences + other.sequences,
+            count=self.count + other.count,
+        )
 
-    def slots_of(self, call: Call) -> int:
-        """Micro-batches of one of the calls that are added up in `call`."""
-        return self.slots(call.rows // call.count)
 
-    def tokens(self, call: Call) -> int:
-        """Upper bound: every sequence is as long as data.max_length allows."""
-        return call.sequences * self.max_length
+def added_up(items: Iterable[Any]) -> list[Any]:
+    """Add up items (calls, or their phases) of the same name; keep the order of the first ones."""
+    found: dict[str, Any] = {}
+    for item in items:
+        found[item.name] = found[item.name] + item if item.name in found else item
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """The calls of a recipe's algorithm, in order, and how their rows are cut."""
+
+    recipe: Recipe
+    built: tuple[str, ...]  # roles
+    once: tuple[Call, ...]  # before the first iteration, by roles that are freed afterwards
+    calls: tuple[Call, ...]  # of one iteration
+
+    @property
+    def generates(self) -> bool:
+        return any(call.verb == "generate" for call in self.calls)
+
+    @property
+    def rows(self) -> int:
+        batch = self.recipe.batch
+        return batch.prompts * batch.responses if self.generates else batch.minibatch
 
     @property
     def rows_per_replica(self) -> int:
-        return self.rows // self.replicas
+        return self.rows // self.recipe.data_parallel
+
+    @property
+    def sequences_per_row(self) -> int:
+        """2 for pairs."""
+        return self.calls[0].sequences // self.calls[0].rows
+
+    def slots(self, rows: int) -> int:
+        """Return the micro-batches of `rows` rows on one replica."""
+        return -(-rows // (self.recipe.data_parallel * self.recipe.batch.micro_batch))
+
+    def slots_of(self, call: Call) -> int:
+        """Return the micro-batches of one of the calls that are added up in `call`."""
+        return self.slots(call.rows // call.count)
+
+    def tokens(self, call: Call) -> int:
+        """Return an upper bound: every sequence is as long as data.max_length allows."""
+        return call.sequences * self.recipe.data.max_length
 
     def lines(self) -> list[str]:
+        """Return the arithmetic in words."""
+        batch, replicas = self.recipe.batch, self.recipe.data_parallel
         noun = "pairs" if self.sequences_per_row == 2 else "sequences"
-        replicas = f"{self.replicas} replica{'s' if self.replicas > 1 else ''}"
-        slots = self.slots(self.minibatch)
+        shares = f"{replicas} replica{'s' if replicas > 1 else ''}"
+        slots = self.slots(batch.minibatch)
         found = [
-            f"{self.rows} {noun} / {replicas} = {self.rows_per_replica} each, of at most"
-            f" {self.max_length} tokens",
-            f"{self.minibatch} {noun} an optimizer step = {replicas} × {slots}"
-            f" micro-batch{'es' if slots > 1 else ''} of {self.micro_batch}",
+            f"{self.rows} {noun} / {shares} = {self.rows_per_replica} each, of at most"
+            f" {self.recipe.data.max_length} tokens",
+            f"{batch.minibatch} {noun} an optimizer step = {shares} × {slots}"
+            f" micro-batch{'es' if slots > 1 else ''} of {batch.micro_batch}",
         ]
-        if self.prompts is not None:
-            generated = f"{self.prompts} prompts × {self.rows // self.prompts} responses"
+        if self.generates:
+            generated = f"{batch.prompts} prompts × {batch.responses} responses"
             found.insert(0, f"{generated} = {self.rows} sequences an iteration")
-        if len(set(self.updates.values())) == 1:
-            (steps,) = set(self.updates.values())
-            return [*found, f"{self._steps(steps)} an iteration, of each model that is trained"]
-        each = [
-            f"{role}: {self._steps(steps)} an iteration" for role, steps in self.updates.items()
-        ]
-        return [*found, *each]
+        updates = added_up(call for call in self.calls if call.verb == "update")
+        steps = {call.role: f"{self._steps(call.count)} an iteration" for call in updates}
+        if len(set(steps.values())) == 1:
+            return [*found, f"{steps[updates[0].role]}, of each model that is trained"]
+        return [*found, *(f"{role}: {text}" for role, text in steps.items())]
 
     def _steps(self, count: int) -> str:
+        minibatch = self.recipe.batch.minibatch
         noun = f"{count} optimizer step{'s' if count > 1 else ''}"
-        epochs, rest = divmod(count * self.minibatch, self.rows)
+        epochs, rest = divmod(count * minibatch, self.rows)
         if rest:
             return noun
         times = f"{epochs} epochs × " if epochs > 1 else ""
-        return f"{times}{self.rows} / {self.minibatch} = {noun}"
-
-
-def batch_plan(recipe: Recipe, iteration: Iteration) -> BatchPlan:
-    batch, first = recipe.batch, iteration.calls[0]
-    rollout = any(call.verb == "generate" for call in iteration.calls)
-    updates = added_up(call for call in iteration.calls if call.verb == "update")
-    return BatchPlan(
-        replicas=recipe.data_parallel,
-        rows=batch.prompts * batch.responses if rollout else batch.minibatch,
-        sequences_per_row=first.sequences // first.rows,
-        minibatch=batch.minibatch,
-        micro_batch=batch.micro_batch,
-        updates={call.role: call.count for call in updates},
-        prompts=batch.prompts if rollout else None,
-        max_length=recipe.data.max_length,
-    )
+        return f"{times}{self.rows} / {minibatch} = {noun}"

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 from gipo_megatron.megatron.meta_shard import Shard
 from gipo_megatron.planning.activations import need_of
-from gipo_megatron.planning.arithmetic import BatchPlan
-from gipo_megatron.planning.counting import BATCH, DATASET
+from gipo_megatron.planning.arithmetic import BATCH, DATASET, Iteration
 from gipo_megatron.planning.memory import Footprint, Phase, slot_of
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.telemetry.performance import PEAK_FLOPS, flops
@@ -69,15 +68,16 @@ class Timing:
 
 
 def bubble(recipe: Recipe, slots: int) -> float:
-    """Idle over busy time of a pipeline: (p - 1) / (m v) (Narayanan et al. 2021)."""
+    """Return idle over busy time of a pipeline: (p - 1) / (m v) (Narayanan et al. 2021)."""
     return (recipe.parallel.pipeline - 1) / (slots * recipe.parallel.virtual_pipeline)
 
 
-def timing(recipe: Recipe, batch: BatchPlan, footprint: Footprint, gpus_per_node: int) -> Timing:
-    """One iteration, every sequence at its longest: an upper bound of the work. The rates are
-    assumed, not measured."""
-    gpu = GPUS[min(GPUS, key=lambda size: abs(size - recipe.hardware.gpu_memory_gib))]
-    estimates = Estimates(recipe, batch, footprint.roles, gpu, gpus_per_node)
+def timing(iteration: Iteration, footprint: Footprint, gpus_per_node: int) -> Timing:
+    """Estimate one iteration, every sequence at its longest: an upper bound of the work. The rates
+    are assumed, not measured."""
+    memory = iteration.recipe.hardware.gpu_memory_gib
+    gpu = GPUS[min(GPUS, key=lambda size: abs(size - memory))]
+    estimates = Estimates(iteration, footprint.roles, gpu, gpus_per_node)
     phases = [phase for phase in footprint.phases if phase.call.rows]  # not set-up and save
     works = [estimates.work(phase) for phase in phases if phase.call.reads == BATCH]
     moved = sum(phase.moved for phase in phases if phase.call.reads != DATASET)
@@ -85,8 +85,8 @@ def timing(recipe: Recipe, batch: BatchPlan, footprint: Footprint, gpus_per_node
 
 
 def peak_rate(recipe: Recipe, gpu: Gpu) -> float:
-    """FLOP/s of the layers' matrix products in training and scoring; generation always computes in
-    bf16."""
+    """Return the FLOP/s of the layers' matrix products in training and scoring; generation always
+    computes in bf16."""
     return gpu.fp8 if recipe.precision.fp8 != "none" and gpu.fp8 else gpu.bf16
 
 
@@ -94,17 +94,20 @@ def peak_rate(recipe: Recipe, gpu: Gpu) -> float:
 class Estimates:
     """Work and time of phases."""
 
-    recipe: Recipe
-    batch: BatchPlan
+    iteration: Iteration
     shards: Mapping[str, Shard]
     gpu: Gpu
     gpus_per_node: int
 
+    @property
+    def recipe(self) -> Recipe:
+        return self.iteration.recipe
+
     def work(self, phase: Phase) -> Work:
         if phase.call.verb == "generate":
             return self._rollout(phase)
-        call, tokens = phase.call, self.batch.tokens(phase.call)
-        slots, peak = self.batch.slots_of(call), peak_rate(self.recipe, self.gpu)
+        call, tokens = phase.call, self.iteration.tokens(phase.call)
+        slots, peak = self.iteration.slots_of(call), peak_rate(self.recipe, self.gpu)
         if call.verb == "forward":
             return self._matrix(call.name, tokens, 1, 0.0, slots, peak)
         work = self._matrix(call.name, tokens, 3, self._computed_again, slots, peak)
@@ -113,8 +116,8 @@ class Estimates:
     def _matrix(
         self, name: str, tokens: int, passes: int, again: float, slots: int, peak: float
     ) -> Work:
-        """`passes` over `tokens` tokens, `again` of one a second time, at the assumed share of the
-        peak."""
+        """Return the work of `passes` over `tokens` tokens, `again` of a pass computed a second
+        time, at the assumed share of the peak."""
         architecture = self.recipe.model.architecture
         useful, extra = flops(architecture, tokens, passes), flops(architecture, tokens, again)
         busy = (useful + extra) / (self.recipe.world * peak * ASSUMED_MFU)
@@ -130,26 +133,27 @@ class Estimates:
         return shares[self.recipe.memory.recompute]
 
     def _exchange(self, role: str) -> float:
-        """Seconds in which an optimizer step scatters gradients and gathers weights."""
-        parallel, shard, replicas = self.recipe.parallel, self.shards[role], self.batch.replicas
+        """Return the seconds in which an optimizer step scatters gradients and gathers weights."""
+        parallel, shard = self.recipe.parallel, self.shards[role]
+        replicas = self.recipe.data_parallel
         one_node = parallel.pipeline == 1 and self.recipe.world <= self.gpus_per_node
         link = NVLINK_BANDWIDTH if one_node else NODE_BANDWIDTH
         return (shard.gradients + shard.weights) * (replicas - 1) / replicas / link
 
     def _rollout(self, phase: Phase) -> Work:
-        """Prefill at the assumed share of the peak; each decoded token reads the weights and
-        half-full caches, or waits for launches."""
-        call, batch, parallel = phase.call, self.batch, self.recipe.parallel
+        """Return prefill at the assumed share of the peak, and decoding, in which each token reads
+        the weights and half-full caches, or waits for launches."""
+        call, longest, parallel = phase.call, self.recipe.data.max_length, self.recipe.parallel
         assert call.sampling is not None
         response, shard = call.sampling.max_response, self.shards[call.role]
-        prompts = call.sequences * (batch.max_length - response)
+        prompts = call.sequences * (longest - response)
         prefill = self._matrix(phase.name, prompts, 1, 0.0, 1, self.gpu.bf16)
         kernels = DECODE_KERNELS * LAUNCH_SECONDS
         reduces = 2 * REDUCE_SECONDS if parallel.tensor > 1 else 0.0
         launching = shard.layers * (kernels + reduces)
-        token = need_of(slot_of(self.recipe, batch)).token
-        row = (batch.max_length - response / 2) * token
-        whole, rest = divmod(batch.rows_per_replica, phase.work.rows)
+        token = need_of(slot_of(self.iteration)).token
+        row = (longest - response / 2) * token
+        whole, rest = divmod(self.iteration.rows_per_replica, phase.work.rows)
         slices = [phase.work.rows] * whole + [rest] * bool(rest)
         step = sum(
             max((shard.weights + rows * row) / self.gpu.bandwidth, launching) for rows in slices

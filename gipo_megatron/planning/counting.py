@@ -1,5 +1,5 @@
-"""The calls of one iteration, counted: the algorithm's page runs on made-up rows, with roles that
-return zeros of the right shape and note each call.
+"""The calls of one iteration: the algorithm's page runs on made-up rows, with roles that return
+zeros of the right shape and note each call.
 
 The page runs as one replica that has the rows of all, two tokens each. No model is built, no file
 is read, no random number is drawn.
@@ -7,9 +7,8 @@ is read, no random number is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.planning.arithmetic import BATCH, DATASET, PROBE, Call, Iteration
 from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.registry import Lazy
 from gipo_megatron.recipe.schema import ROLES, Recipe
@@ -36,46 +36,6 @@ from gipo_megatron.types import (
 
 LATE = 10**9  # a step after every warm-up
 PROBE_ROWS = 16
-BATCH, PROBE, DATASET = "batch", "probe", "dataset"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a role, or several of the same name added up. Counts are of all replicas."""
-
-    name: str  # as a plan prints it
-    verb: str  # build | generate | forward | update | save
-    role: str
-    rows: int = 0
-    sequences: int = 0  # of the rows; a pair has two
-    count: int = 1
-    sampling: Sampling | None = None  # of `generate`
-    reads: str = BATCH  # the iteration's batch, the probe, or the whole dataset
-
-    def __add__(self, other: Call) -> Call:
-        return replace(
-            self,
-            rows=self.rows + other.rows,
-            sequences=self.sequences + other.sequences,
-            count=self.count + other.count,
-        )
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """All calls of an algorithm's roles, in order."""
-
-    built: tuple[str, ...]  # roles
-    once: tuple[Call, ...]  # before the first iteration, by roles that are freed afterwards
-    calls: tuple[Call, ...]  # of one iteration
-
-
-def added_up(items: Iterable[Any]) -> list[Any]:
-    """Items (calls, or their phases) of the same name as one, in the order of the first of each."""
-    found: dict[str, Any] = {}
-    for item in items:
-        found[item.name] = found[item.name] + item if item.name in found else item
-    return list(found.values())
 
 
 def count(recipe: Recipe) -> Iteration:
@@ -96,7 +56,7 @@ def count(recipe: Recipe) -> Iteration:
         ) from error
     once = tuple(call for call in table.notes if call.reads == DATASET)
     calls = tuple(call for call in table.notes if call.reads != DATASET)
-    return Iteration(tuple(table.built), once, calls)
+    return Iteration(recipe, tuple(table.built), once, calls)
 
 
 # ----------------------------------------------------------------------------------- made-up rows
@@ -107,7 +67,7 @@ class Probe(Sequences):
 
 
 def sequences(count: int, kind: type[Sequences] = Sequences) -> Sequences:
-    """Rows of one prompt token and one response token."""
+    """Return rows of one prompt token and one response token."""
     ones = torch.ones(count, dtype=torch.long)
     mask = torch.tensor([[False, True]]).repeat(count, 1)
     return kind(mask.long(), mask, ones, 2 * ones, torch.arange(count))
@@ -118,7 +78,7 @@ def pairs(count: int) -> Pairs:
 
 
 def prompts(count: int, responses: int, sources: tuple[str, ...]) -> Prompts:
-    """Each of `count` prompts, one token long, `responses` times."""
+    """Return each of `count` prompts, one token long, `responses` times."""
     ids = torch.arange(count * responses)
     return Prompts(
         tokens=torch.zeros(len(ids), 1, dtype=torch.long),
@@ -135,14 +95,14 @@ def prompts(count: int, responses: int, sources: tuple[str, ...]) -> Prompts:
 
 @dataclass
 class CountingRole:
-    """Any role: all methods of roles.py."""
+    """A role of any kind: it has all methods of roles.py, and `refer` of a reference of pairs."""
 
     role: str
     table: Table
     reads: str = BATCH
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
-        """A response of one token to each prompt."""
+        """Return a response of one token to each prompt."""
         size = len(prompts)
         self._note(Call("rollout", "generate", self.role, size, size, sampling=sampling))
         rows = sequences(size)
@@ -164,7 +124,7 @@ class CountingRole:
         return TokenStats(zeros, zeros)
 
     def refer(self, split: str, pairs: Pairs) -> Pairs:
-        """Log-probs of pairs, which an update then reads."""
+        """Return the pairs, which an update then reads."""
         self.logprobs(pairs)
         return pairs
 
@@ -185,7 +145,7 @@ class CountingRole:
         return Update({})
 
     def _forward(self, what: str, batch: Rows) -> Tensor:
-        """Zeros [b, T]."""
+        """Note a forward pass; return zeros [b, T]."""
         name, reads = f"{self.role} {what}", self.reads
         if isinstance(batch, Probe):
             name, reads = "group probe", PROBE
@@ -231,7 +191,8 @@ class Table:
         )
 
     def page(self) -> Any:
-        """The recipe's page. A reward without a model may need real text, so it is not called."""
+        """Build the recipe's page. A reward without a model may need real text, so it is not
+        called."""
         page = registry.build("algorithm", self.recipe.algorithm, self.runtime)
         for f in registry.component_fields(type(page)):
             component = getattr(page, f.name)
@@ -243,7 +204,7 @@ class Table:
         return page
 
     def _role(self, role: str) -> CountingRole | None:
-        """None for an optional role that the recipe does not use."""
+        """Return None for an optional role that the recipe does not use."""
         if role not in self.recipe.models:
             return None
         if role == "reference" and self.recipe.algorithm.get("precompute"):

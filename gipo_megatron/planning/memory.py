@@ -1,5 +1,5 @@
-"""Bytes on one GPU in each phase of an iteration: the state of the models, and what a call works
-with."""
+"""Bytes on one GPU in each phase of an iteration: the state of the models, and the temporaries of a
+call."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from gipo_megatron.megatron.meta_shard import Shard
 from gipo_megatron.megatron.microbatches import padded_length
 from gipo_megatron.megatron.precision import DTYPES, length_multiple
 from gipo_megatron.planning.activations import Pass, Slot, forward, generation, need_of, training
-from gipo_megatron.planning.arithmetic import BatchPlan
-from gipo_megatron.planning.counting import BATCH, Call, Iteration, added_up
+from gipo_megatron.planning.arithmetic import BATCH, Call, Iteration, added_up
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.specs import Sampling, head_of
 
@@ -49,7 +48,7 @@ class Phase:
         return sum(self.state) + self.work.peak
 
     def __add__(self, other: Phase) -> Phase:
-        """Both calls as one phase: the memory of the larger, the traffic of both."""
+        """Return both calls as one phase: the memory of the larger, the traffic of both."""
         larger = max(self, other, key=lambda phase: phase.peak)
         return replace(larger, call=self.call + other.call, moved=self.moved + other.moved)
 
@@ -68,7 +67,7 @@ class Footprint:
 
     @property
     def shard(self) -> Shard:
-        """Any role's."""
+        """The shard of any role."""
         return next(iter(self.roles.values()))
 
     @property
@@ -77,13 +76,13 @@ class Footprint:
 
 
 def budget(gpu_memory_gib: int) -> int:
-    """Bytes of a GPU that a plan may fill."""
+    """Return the bytes of a GPU that a plan may fill."""
     return int(gpu_memory_gib * GIB * (1 - FRAGMENTATION)) - CONTEXT_BYTES
 
 
 def staging(gradients: int, replicas: int) -> tuple[int, int]:
-    """Host memory in which mcore gathers a model's optimizer for a save: on the first replica's
-    rank, and on another replica's.
+    """Return the host memory in which mcore gathers a model's optimizer for a save: on the first
+    replica's rank, and on another replica's.
 
     Masters and two moments are fp32, each as large as the gradient buffer. Every rank copies its
     share of the three. The first keeps the three whole, receives one at a time from all replicas,
@@ -109,8 +108,8 @@ class Device:
         return self.recipe.models[role].offload == "cpu"
 
     def use(self, role: str, trains: bool = False) -> int:
-        """Bytes moved to have `role` on the device; other models that are offloaded go to the host
-        (gradients are not copied)."""
+        """Move `role` to the device, and other models that are offloaded to the host; return the
+        bytes moved (gradients are not copied)."""
         if not self.offloaded(role):
             return 0
         moved = 0
@@ -129,8 +128,8 @@ class Device:
         return State(*map(sum, zip(*self.present.values(), strict=True)))
 
     def build(self, role: str) -> Phase:
-        """The model is made whole; mcore then copies the weights of a trained one into one buffer
-        and frees the first copy."""
+        """Build a model. mcore then copies the weights of a trained one into one buffer and frees
+        the first copy."""
         for other in self.present:
             if self.offloaded(other):
                 self.present[other] = State()
@@ -146,32 +145,27 @@ class Device:
         return phase
 
 
-def footprints(
-    recipe: Recipe, batch: BatchPlan, iteration: Iteration, stages: Sequence[dict[str, Shard]]
-) -> tuple[Footprint, ...]:
-    """One rank of each of these pipeline stages. All generate as many rows at once as the one with
-    the least room."""
-    alone = [footprint(recipe, batch, iteration, roles) for roles in stages]
+def footprints(iteration: Iteration, stages: Sequence[dict[str, Shard]]) -> tuple[Footprint, ...]:
+    """Return one rank of each of these pipeline stages. All generate as many rows at once as the
+    one with the least room."""
+    alone = [footprint(iteration, roles) for roles in stages]
     rows = [phase.work.rows for found in alone for phase in found.phases if phase.work.rows]
     if not rows:
         return tuple(alone)
-    return tuple(footprint(recipe, batch, iteration, roles, min(rows)) for roles in stages)
+    return tuple(footprint(iteration, roles, min(rows)) for roles in stages)
 
 
 def footprint(
-    recipe: Recipe,
-    batch: BatchPlan,
-    iteration: Iteration,
-    roles: dict[str, Shard],
-    together: int | None = None,
+    iteration: Iteration, roles: dict[str, Shard], together: int | None = None
 ) -> Footprint:
-    """The phases of one iteration on the rank that holds these shards.
+    """Return the phases of one iteration on the rank that holds these shards.
 
     together: rows that generate at once, where other ranks of the replica have less room than this
     one.
     """
+    recipe = iteration.recipe
     device = Device(recipe, roles)
-    calls = Calls(recipe, batch, device, together)
+    calls = Calls(iteration, device, together)
     built = [role for role in iteration.built if role != "reference" or not calls.swaps]
     set_up = [device.build(role) for role in built]
     once = []
@@ -188,7 +182,7 @@ def footprint(
         roles=roles,
         phases=tuple(added_up(phases)),
         host=sum(s.weights + s.optimizer for role, s in roles.items() if device.offloaded(role)),
-        staged=staging(max(roles[role].gradients for role in recipe.trained), batch.replicas),
+        staged=staging(max(roles[role].gradients for role in recipe.trained), recipe.data_parallel),
     )
 
 
@@ -196,24 +190,27 @@ def footprint(
 class Calls:
     """Calls of roles as phases of one rank."""
 
-    recipe: Recipe
-    batch: BatchPlan
+    iteration: Iteration
     device: Device
     together: int | None = None
 
     @property
+    def recipe(self) -> Recipe:
+        return self.iteration.recipe
+
+    @property
     def swaps(self) -> bool:
-        """Whether the reference is a host copy that is swapped into the actor's modules, and has no
-        model of its own (training/assembly.py)."""
+        """Return whether the reference is a host copy that is swapped into the actor's modules
+        (training/assembly.py), without modules of the reference."""
         models = self.recipe.models
         return "reference" in models and models["reference"].offload == "cpu"
 
     @property
     def slot(self) -> Slot:
-        return slot_of(self.recipe, self.batch)
+        return slot_of(self.iteration)
 
     def phase(self, call: Call) -> Phase:
-        """Advances the device."""
+        """Advance the device by one call."""
         swapped = call.role == "reference" and call.reads == BATCH and self.swaps
         role = "actor" if swapped else call.role
         shard = self.device.shards[role]
@@ -237,13 +234,13 @@ class Calls:
     def _generate(self, call: Call, shard: Shard) -> Pass:
         sampling = call.sampling
         assert sampling is not None
-        longest, need = self.batch.max_length, need_of(self.slot)
+        longest, need = self.recipe.data.max_length, need_of(self.slot)
         room = self._room(longest - sampling.max_response, sampling)
-        fit = min(self.batch.rows_per_replica, room.rows(longest, need.token))
+        fit = min(self.iteration.rows_per_replica, room.rows(longest, need.token))
         return generation(self.slot, self.together or fit, longest, sampling, shard.stage)
 
     def _room(self, prompt: int, sampling: Sampling) -> Room:
-        """The memory for rows beside the state that is on the device now."""
+        """Return the memory for rows beside the state that is on the device now."""
         total = self.recipe.hardware.gpu_memory_gib * GIB
         if not total:
             return HOST_ROOM
@@ -259,7 +256,7 @@ class Calls:
             self.recipe.memory.recompute,
             shard.chunk_layers,
             shard.stage,
-            self.batch.slots_of(call),
+            self.iteration.slots_of(call),
             head_of(call.role) is not None,
             moments=shard.optimizer // states if on_cpu else 0,  # a GPU's Adam is fused
         )
@@ -270,15 +267,16 @@ class Calls:
         return replace(found, activations=found.activations + shard.weights)
 
 
-def slot_of(recipe: Recipe, batch: BatchPlan) -> Slot:
-    """The largest micro-batch that the recipe allows."""
+def slot_of(iteration: Iteration) -> Slot:
+    """Return the largest micro-batch that the recipe allows."""
+    recipe = iteration.recipe
     device = torch.device("cuda" if recipe.hardware.gpu_memory_gib else "cpu")
     widths = length_multiple(recipe.precision, recipe.parallel)
     return Slot(
         recipe.model.architecture,
         recipe.parallel,
         DTYPES[recipe.precision.dtype].itemsize,
-        batch.micro_batch * batch.sequences_per_row,
-        padded_length(batch.max_length, widths, device),
+        recipe.batch.micro_batch * iteration.sequences_per_row,
+        padded_length(recipe.data.max_length, widths, device),
         device,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gipo_megatron.megatron.meta_shard import Shard, build, groups, pretend
-from gipo_megatron.planning.arithmetic import BatchPlan, batch_plan
+from gipo_megatron.planning.arithmetic import Iteration
 from gipo_megatron.planning.compute import Timing, timing
 from gipo_megatron.planning.counting import count
 from gipo_megatron.planning.memory import Footprint, budget, footprints
@@ -18,13 +18,16 @@ Kind = tuple[str | None, bool]  # scalar head, trained
 
 @dataclass(frozen=True)
 class Plan:
-    recipe: Recipe
+    iteration: Iteration
     groups: dict[str, list[list[int]]]  # tensor, pipeline, data -> global ranks of every group
     gpus_per_node: int
     parameters: dict[str, int]  # role -> parameters of the whole model
     footprints: tuple[Footprint, ...]  # first, second and last pipeline stage
-    batch: BatchPlan
     time: Timing | None  # None: on a CPU
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.iteration.recipe
 
     @property
     def heaviest(self) -> Footprint:
@@ -42,8 +45,8 @@ class Plan:
 
     @property
     def saving(self) -> int:
-        """Upper bound of the host memory for a save on the node with most ranks of the first
-        replica."""
+        """Return an upper bound of the host memory for a save, on the node with most ranks of the
+        first replica."""
         firsts = [rank // self.gpus_per_node for rank, *_ in self.groups["data"]]
         most = max(firsts.count(node) for node in set(firsts))
         ranks = min(self.gpus_per_node, self.recipe.world)
@@ -51,20 +54,23 @@ class Plan:
         return most * first + (ranks - most) * other
 
     def spanning(self, kind: str) -> int:
-        """Number of groups of a kind that have ranks on several nodes."""
+        """Return the number of groups of a kind that have ranks on several nodes."""
         groups = self.groups[kind]
         return sum(len({rank // self.gpus_per_node for rank in group}) > 1 for group in groups)
 
 
 @dataclass
 class Planner:
-    """Makes plans. Keeps the shards: candidates that differ in batch or memory share them."""
+    """Plans recipes. Keeps the shards: candidates that differ in batch or memory share them."""
 
     shards: dict[tuple, dict[Kind, Shard]] = field(default_factory=dict)
 
     def plan(self, recipe: Recipe) -> Plan:
-        """Raises UserError when a model cannot be split like that, or its algorithm cannot be
-        counted."""
+        """Plan one recipe.
+
+        Raises UserError when a model cannot be split like that, or when the calls of the algorithm
+        cannot be counted.
+        """
         last, per_node = recipe.parallel.pipeline - 1, min(recipe.hardware.gpus or NODE, NODE)
         second = min(1, last)
         stages = {stage: self._roles(recipe, stage) for stage in sorted({0, second, last})}
@@ -74,22 +80,20 @@ class Planner:
             for role in recipe.models
         }
         iteration = count(recipe)
-        batch = batch_plan(recipe, iteration)
-        found = footprints(recipe, batch, iteration, list(stages.values()))
+        found = footprints(iteration, list(stages.values()))
         heaviest = max(found, key=lambda footprint: footprint.worst.peak)
         on_gpu = recipe.hardware.gpu_memory_gib > 0
         return Plan(
-            recipe=recipe,
+            iteration=iteration,
             groups=groups(recipe.parallel, recipe.world),
             gpus_per_node=per_node,
             parameters=parameters,
             footprints=found,
-            batch=batch,
-            time=timing(recipe, batch, heaviest, per_node) if on_gpu else None,
+            time=timing(iteration, heaviest, per_node) if on_gpu else None,
         )
 
     def _roles(self, recipe: Recipe, stage: int) -> dict[str, Shard]:
-        """The shards of a stage's first rank: its first tensor rank, its first replica."""
+        """Return the shards of a stage's first rank: its first tensor rank, its first replica."""
         kinds = {role: (head_of(role), role in recipe.trained) for role in recipe.models}
         architecture, parallel, world = recipe.model.architecture, recipe.parallel, recipe.world
         key = (repr(architecture), parallel, recipe.precision.dtype, world, stage)
@@ -108,7 +112,7 @@ def build_shards(
     rank: int,
     kinds: set[Kind],
 ) -> dict[Kind, Shard]:
-    """The part of such models that `rank` holds."""
+    """Return the part of such models that `rank` holds."""
     with pretend(parallel, world, rank) as mesh:
         return {
             (head, trained): build(architecture, mesh, precision, head=head, trained=trained)

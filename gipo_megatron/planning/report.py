@@ -33,7 +33,8 @@ COLUMNS: dict[str, Callable[[Phase], int]] = {
 
 
 def plan_text(argv: Sequence[str], root: Path, world: int | None = None) -> str:
-    """The plan of the recipe that a command line (`recipe=… [world=…] key=value …`) describes.
+    """Return the plan of the recipe that a command line (`recipe=… [world=…] key=value …`)
+    describes.
 
     Raises UserError where there is none.
     """
@@ -47,7 +48,7 @@ def plan_text(argv: Sequence[str], root: Path, world: int | None = None) -> str:
 
 
 def render(plan: Plan, verdict: Verdict) -> str:
-    batch = [part for line in plan.batch.lines() for part in wrapped(line, "  ")]
+    batch = [part for line in plan.iteration.lines() for part in wrapped(line, "  ")]
     sections = [_layout(plan), _models(plan), _phases(plan), ["batch", *batch]]
     if plan.time is not None:
         sections.append(_time(plan, plan.time))
@@ -63,7 +64,7 @@ def wrapped(text: str, indent: str = "") -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
+    """Align the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -110,7 +111,9 @@ def _ranks(group: Sequence[int]) -> str:
 def _models(plan: Plan) -> list[str]:
     found, unit = plan.heaviest, _unit(plan)
     rows = [["model", "parameters", "weights", "gradients", "optimizer", "together", "offload"]]
-    for role, shard in found.roles.items():
+    iteration = plan.iteration
+    for role in (*iteration.built, *(call.role for call in iteration.once)):
+        shard = found.roles[role]
         sizes = (shard.weights, shard.gradients, shard.optimizer, shard.state)
         shown = [_size(number, unit) for number in sizes]
         rows.append([role, f"{plan.parameters[role]:,}", *shown, plan.recipe.models[role].offload])
@@ -139,8 +142,8 @@ def _phases(plan: Plan) -> list[str]:
 
 
 def _meanings(plan: Plan) -> dict[str, str]:
-    """Column of the table of phases -> its explanation."""
-    recompute, rows = plan.recipe.memory.recompute, plan.batch.rows_per_replica
+    """Return {column of the table of phases: its explanation}."""
+    recompute, rows = plan.recipe.memory.recompute, plan.iteration.rows_per_replica
     together = max(phase.work.rows for phase in plan.heaviest.phases)
     copies = "" if plan.recipe.precision.fp8 == "none" else ", FP8 copies of the weights"
     return {
@@ -150,7 +153,7 @@ def _meanings(plan: Plan) -> dict[str, str]:
         "layer": "layer: at work in one layer",
         "logits": "logits: of one micro-batch with their gradients; never beside layer, the larger"
         " counts",
-        "Adam": "Adam: temporaries of its step, when the activations are gone",
+        "Adam": "Adam: temporaries of its step, after the activations are freed",
         "moved": "moved: between host and device",
     }
 

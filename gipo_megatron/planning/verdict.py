@@ -1,4 +1,4 @@
-"""Whether a plan fits; if not, the cheapest change with which it does. Each change is planned
+"""The verdict on a plan, and the cheapest change with which it fits. Each change is planned
 itself."""
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def judge(plan: Plan, planner: Planner, vary: Vary) -> Verdict:
 
 
 def _tried(planner: Planner, vary: Vary, parts: tuple[Part, ...]) -> Change | None:
-    """None where the recipe does not divide like that."""
+    """Plan these changes; None where the recipe does not divide like that."""
     try:
         recipe = vary([word for part in parts for word in part.words])
         return Change(parts, planner.plan(recipe))
@@ -87,7 +87,7 @@ Tried = Callable[[tuple[Part, ...]], Change | None]
 
 
 def _needed(change: Change, tried: Tried) -> Change:
-    """The change without the parts that it fits without, the dearest left out first."""
+    """Return the change without the parts that are not needed; the dearest is left out first."""
     for part in reversed(change.parts):
         if len(change.parts) == 1:
             break
@@ -113,7 +113,8 @@ def _needless(plan: Plan, tried: Tried) -> Iterator[str]:
 
 
 def changes(recipe: Recipe, gpus_per_node: int) -> Iterator[tuple[Part, ...]]:
-    """Cheapest first: alone, then each on top of the strongest of all kinds before it."""
+    """Yield changes, cheapest first: alone, then each on top of the strongest of all kinds before
+    it."""
     kinds = [
         [Part(words, cost) for words in found] for cost, found in _kinds(recipe, gpus_per_node)
     ]
@@ -127,7 +128,8 @@ def changes(recipe: Recipe, gpus_per_node: int) -> Iterator[tuple[Part, ...]]:
 
 
 def _kinds(recipe: Recipe, gpus_per_node: int) -> Iterator[tuple[str, list[Words]]]:
-    """Cost -> changes at that cost, the weakest first; costs from the lowest to the highest."""
+    """Yield (cost, changes at that cost, the weakest first), from the lowest cost to the
+    highest."""
     size, parallel = recipe.batch.micro_batch, recipe.parallel
     divisors = [n for n in range(size - 1, 0, -1) if size % n == 0]
     yield "smaller matrix products", [(f"batch.micro_batch={n}",) for n in divisors]
@@ -146,12 +148,12 @@ def _kinds(recipe: Recipe, gpus_per_node: int) -> Iterator[tuple[str, list[Words
 
 
 def _doubled(size: int, most: int) -> list[int]:
-    """2, 4, 8 … times `size`, up to `most`."""
+    """Return 2, 4, 8 … times `size`, up to `most`."""
     return [size * 2**n for n in range(1, 32) if size * 2**n <= most]
 
 
 def _offload(recipe: Recipe) -> list[Words]:
-    """The reference, then all frozen models, then all but the actor, then every model."""
+    """Return the reference, then all frozen models, then all but the actor, then every model."""
     if len(recipe.models) == 1:
         return []
     groups = [
@@ -170,7 +172,7 @@ def _offload(recipe: Recipe) -> list[Words]:
 
 
 def _more(recipe: Recipe) -> list[Words]:
-    """More GPUs, for replicas and, below a node of them, for wider layers."""
+    """Return larger worlds, for replicas and, below a node of GPUs, for wider layers."""
     found: list[Words] = []
     for world in _doubled(recipe.world, 16 * recipe.world):
         size: Words = (f"world={world}",)
@@ -191,7 +193,7 @@ def _warnings(plan: Plan) -> Iterator[str]:
             f" {plan.gpus_per_node}: every layer waits for the network; parallel.tensor={best}"
             " stays inside a node"
         )
-    idle = bubble(plan.recipe, plan.batch.slots(plan.batch.minibatch))
+    idle = bubble(plan.recipe, plan.iteration.slots(plan.recipe.batch.minibatch))
     if idle > 0.5:
         yield (
             f"the pipeline idles {idle:.0%} of its busy time: more micro-batches (a larger"

@@ -177,6 +177,15 @@ def batch(d: Draft) -> Found:
         )
 
 
+def responses(d: Draft) -> Found:
+    """A component that compares the responses to one prompt needs several of them."""
+    for key, cls in d.needs.components.items():
+        least = getattr(cls, "min_responses", 1)
+        if d.batch.responses < least:
+            what = f"{d.batch.responses}; {key} needs at least {least} responses to a prompt"
+            yield d.problem("batch.responses", what, f"batch.responses={least}")
+
+
 def _fitting(batch: Batch, parallel: Parallel, replicas: int, rollout: bool) -> str:
     """The largest micro_batch that divides; else the next larger minibatch, and enough prompts."""
     group = replicas * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
@@ -230,6 +239,7 @@ PROBLEMS: tuple[Check, ...] = (
     planted,
     vocabulary,
     batch,
+    responses,
     precision,
     unread,
     run,

@@ -33,6 +33,7 @@ def register(slot: str, name: str) -> Callable[[type[C]], type[C]]:
     An algorithm declares `trained: ClassVar[tuple[str, ...]]`, the roles that it updates. A
     component may have
         needs         ClassVar[tuple[str, ...]]: roles that must be loaded for it
+        min_responses ClassVar[int]: the least number of responses to a prompt
         needs_groups  ClassVar[bool]: it has no effect when all sequences are one group
         makes_groups  ClassVar[bool]: False for a classifier that makes one group of all sequences
         problems()    an iterator of UserError(what, where=key, fix=…) over keys that do not fit

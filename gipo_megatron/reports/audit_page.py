@@ -1,4 +1,4 @@
-"""Audits as HTML: a section for a page, or a page of its own."""
+"""HTML of audits: a section for a page, or a whole page."""
 
 from __future__ import annotations
 

@@ -28,15 +28,15 @@ MAX_SOURCES = 8
 Draw = Callable[[list[SeedGroup]], Drawn]
 
 
-def lines(wanted: Mapping[str, str], columns: int = 2) -> Draw:
-    """Return a figure with a panel for each metric that some run has. wanted: metric -> title."""
-    return lambda groups: _lines(groups, wanted, columns)
+def lines(titles: Mapping[str, str], columns: int = 2) -> Draw:
+    """Return a figure with a panel for each metric that some run has. titles: metric -> title."""
+    return lambda groups: _lines(groups, titles, columns)
 
 
-def _lines(groups: list[SeedGroup], wanted: Mapping[str, str], columns: int = 2) -> Drawn:
-    have = {m: title for m, title in wanted.items() if any(g.band(m)[0] for g in groups)}
+def _lines(groups: list[SeedGroup], titles: Mapping[str, str], columns: int = 2) -> Drawn:
+    have = {m: title for m, title in titles.items() if any(g.band(m)[0] for g in groups)}
     if not have:
-        return f"no {', '.join(wanted)}"
+        return f"no {', '.join(titles)}"
     figure, axes = panels(list(have.values()), columns)
     for axis, metric in zip(axes, have, strict=True):
         for i, group in enumerate(groups):

@@ -37,7 +37,7 @@ class RunFolder:
 
     @property
     def names(self) -> list[str]:
-        """All metrics of the run, in order of first appearance."""
+        """Return all metrics of the run, in order of first appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row if name != "step"))
 
     def series(self, metric: str) -> Points:
@@ -64,8 +64,8 @@ def finite(value: Any) -> bool:
 
 
 def load_run(path: str | Path) -> RunFolder:
-    """Raises UserError: no such folder, no metrics.jsonl, an unreadable line, recipe or
-    environment."""
+    """Read a run folder. Raises UserError: no such folder, no metrics.jsonl, an unreadable line,
+    recipe or environment."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(

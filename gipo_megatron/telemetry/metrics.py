@@ -1,5 +1,4 @@
-"""From every replica's metrics to one row of numbers; how long each phase took; how much memory it
-needed."""
+"""Metrics of all replicas reduced to one row of numbers; seconds by phase; memory."""
 
 from __future__ import annotations
 
@@ -19,15 +18,15 @@ EXTREMES = ("min", "max")
 
 
 def reduce_metrics(metrics: Metrics, dp: DataParallel) -> dict[str, float]:
-    """The numbers to log, over all replicas: one sum for everything that adds, one maximum for both
-    extremes (min x = -max -x).
+    """Return the numbers to log: one sum over the replicas for all metrics that add, one maximum
+    for both extremes (min x = -max -x).
 
     Replicas compare names, kinds and sizes first (two numbers), because sums of different layouts
-    would hang or mix metrics. A NaN in an extreme survives: its count travels with the sums (what a
-    maximum makes of NaN differs between back ends).
+    would hang or mix metrics. NaNs in the extremes are counted with the sums, because back ends
+    differ in the maximum of NaN.
 
-    Raises AssertionError on every replica when they do not hold the same metrics, naming those of
-    this replica that others lack.
+    Raises AssertionError on every replica when their metrics differ, naming those of this replica
+    that others lack.
     """
     _assert_same_layout(metrics, dp)
     if not metrics:
@@ -58,7 +57,7 @@ def reduce_metrics(metrics: Metrics, dp: DataParallel) -> dict[str, float]:
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    """One float64 vector, on the accelerator if any part is there."""
+    """Return one float64 vector, on the accelerator if any part is on it."""
     if not parts:
         return torch.zeros(0, dtype=torch.float64)
     device = next((p.device for p in parts if p.device.type != "cpu"), parts[0].device)
@@ -86,7 +85,7 @@ def _assert_same_layout(metrics: Metrics, dp: DataParallel) -> None:
     detail = (
         f"not all others have {', '.join(lacking)}"
         if lacking
-        else "the others have more of them, or another order"
+        else "the others have more metrics, or another order"
     )
     raise AssertionError(
         f"replica {dp.rank} of {dp.size}: the replicas do not log the same metrics; {detail}"
@@ -94,16 +93,15 @@ def _assert_same_layout(metrics: Metrics, dp: DataParallel) -> None:
 
 
 class PhaseTimer:
-    """Seconds of a step by phase. A phase inside another stops the outer one's clock, so phases add
-    up to the step.
+    """Seconds of a step by phase. A phase inside another stops the outer one's clock, so that the
+    sum of the phases is the step.
 
-    `on_change(name)` is called as a phase begins and, with the outer phase's name or "", as it
-    ends.
+    `on_change` gets a phase's name when it begins and, when it ends, the outer phase's name or "".
     """
 
     def __init__(
         self,
-        on_change: Callable[[str], None] | None = None,
+        on_change: Callable[[str], None],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._on_change = on_change
@@ -116,17 +114,17 @@ class PhaseTimer:
     def phase(self, name: str) -> Iterator[None]:
         self._switch()
         self._open.append(name)
-        self._tell()
+        self._on_change(name)
         try:
             yield
         finally:
             self._switch()
             self._open.pop()
-            self._tell()
+            self._on_change(self._open[-1] if self._open else "")
 
     def metrics(self) -> Metrics:
-        """{time/step_seconds, time/<phase>} since the last call (the slowest replica counts);
-        starts the next step's clocks."""
+        """Return {time/step_seconds, time/<phase>} since the last call, of the slowest replica, and
+        start the next step's clocks."""
         self._switch()
         now = self._clock()
         seconds = {"step_seconds": now - self._began, **self._seconds}
@@ -137,25 +135,20 @@ class PhaseTimer:
         }
 
     def _switch(self) -> None:
-        """Book the time since the last switch on the innermost open phase."""
+        """Add the time since the last switch to the innermost open phase."""
         if torch.cuda.is_initialized():
-            # kernels are asynchronous: without this their time lands in the next phase
+            # kernels are asynchronous: without this their time counts for the next phase
             torch.cuda.synchronize()
         now = self._clock()
         if self._open:
-            self._seconds[self._open[-1]] = (
-                self._seconds.get(self._open[-1], 0.0) + now - self._mark
-            )
+            name = self._open[-1]
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
         self._mark = now
-
-    def _tell(self) -> None:
-        if self._on_change is not None:
-            self._on_change(self._open[-1] if self._open else "")
 
 
 def memory_metrics() -> Metrics:
-    """{memory/peak_gib: accelerator memory at its highest since the last call (CUDA only),
-    memory/host_rss_gib: this process}."""
+    """Return memory/peak_gib (highest accelerator memory since the last call, CUDA only) and
+    memory/host_rss_gib (this process)."""
     rss = torch.tensor([psutil.Process().memory_info().rss / GIB])
     metrics = {"memory/host_rss_gib": Metric.max(rss)}
     if torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Speed, per device, and how much of the device's peak it is."""
+"""Speed per device, and its share of the device's peak."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import torch
 
 from gipo_megatron.specs import Architecture
 
-# Dense bf16 peak rates in FLOP/s, from NVIDIA's data sheets; a device that is not here gets no
-# perf/mfu.
+# Dense bf16 peak rates in FLOP/s, from NVIDIA's data sheets; other devices get no perf/mfu.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}
 
 
 def num_parameters(a: Architecture) -> int:
-    """Weights of the decoder, embeddings included."""
+    """Return the number of the decoder's weights, embeddings included."""
     attention = a.hidden_size * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
     attention += (
         a.head_dim * (a.num_heads + 2 * a.num_kv_heads) * a.qkv_bias + 2 * a.head_dim * a.qk_norm

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.files import append_jsonl, read_jsonl, write_jsonl
+from gipo_megatron.files import append_jsonl, read_jsonl, write_jsonl, write_text
 from gipo_megatron.telemetry.console import Headline, Pace, duration, key_figures, step_line
 
 LOGGERS = ("console", "jsonl", "tensorboard", "wandb")
@@ -108,7 +108,7 @@ class Jsonl(Sink):
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinities as None; text that is no Unicode (a lone surrogate) made printable."""
+    """Replace NaN and infinity by None, and lone surrogates, which are no Unicode text, by \\u…"""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):
@@ -268,79 +268,68 @@ class Wandb(Sink):
         self._run: Any = None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._started().log(dict(values), step=step)
+        self._run.log(dict(values), step=step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        if not rows:
-            return
         import wandb
 
         columns = list(rows[0])
-        table = wandb.Table(
-            columns=columns, data=[[row[c] for c in columns] for row in rows[:TEXT_SAMPLES]]
-        )
-        self._started().log({"samples": table}, step=step)
+        data = [[row[c] for c in columns] for row in rows[:TEXT_SAMPLES]]
+        self._run.log({"samples": wandb.Table(columns=columns, data=data)}, step=step)
 
     def alert(self, step: int, message: str) -> None:
-        run = self._started()
-        if run.settings.mode == "online":
-            run.alert(title=self._name, text=message)
+        if self._run.settings.mode == "online":
+            self._run.alert(title=self._name, text=message)
 
     def resume(self, step: int) -> None:
         self.close()
-        if step == 0:  # another run from now on: W&B cannot take rows back
+        if step == 0:  # a new run from now on: W&B cannot remove rows
             (self._folder / "wandb_id").unlink(missing_ok=True)
-        # an error of W&B shows before the first step
-        self._started()
+        self._run = self._start()
 
     def close(self) -> None:
         if self._run is not None:
             self._run.finish()
             self._run = None
 
-    def _started(self) -> Any:
-        if self._run is None:
-            # instead of the home folder, which on a cluster may be full, slow or read-only
-            os.environ.setdefault("WANDB_CACHE_DIR", str(self._folder / "wandb"))
-            os.environ.setdefault("WANDB_DATA_DIR", str(self._folder / "wandb"))
-            import wandb
+    def _start(self) -> Any:
+        # instead of the home folder, which on a cluster may be full, slow or read-only
+        os.environ.setdefault("WANDB_CACHE_DIR", str(self._folder / "wandb"))
+        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder / "wandb"))
+        import wandb
 
-            identity = self._folder / "wandb_id"
-            known = identity.exists()
-            if not known:
-                identity.write_text(uuid.uuid4().hex[:12] + "\n")
-            mode = (
-                os.environ["WANDB_MODE"]
-                if "WANDB_MODE" in os.environ
-                else ("online" if wandb.login(prompt=False) else "offline")
+        mode = os.environ.get("WANDB_MODE")
+        online = mode in (None, "online") and wandb.login(prompt=False)
+        if mode == "online" and not online:
+            raise UserError(
+                "W&B has no API key",
+                where="WANDB_MODE=online",
+                fix="run `wandb login` once, or set WANDB_MODE=offline",
             )
-            if mode == "online" and not wandb.login(prompt=False):
-                raise UserError(
-                    "W&B has no API key",
-                    where="WANDB_MODE=online",
-                    fix="run `wandb login` once, or set WANDB_MODE=offline",
-                )
-            try:
-                self._run = wandb.init(
-                    dir=str(self._folder),
-                    project=os.environ.get("WANDB_PROJECT", "gipo"),
-                    id=identity.read_text().strip(),
-                    name=self._name,
-                    config=dict(self._config),
-                    mode=mode,  # type: ignore[arg-type]
-                    resume="allow" if known and mode == "online" else None,
-                    settings=wandb.Settings(
-                        silent=True,
-                        console="off",
-                        disable_git=True,
-                        save_code=False,
-                        init_timeout=60,
-                    ),
-                )
-            except wandb.errors.Error as error:
-                raise UserError(
-                    f"W&B did not start: {error}",
-                    where="run.loggers",
-                    fix="set WANDB_MODE=offline, or remove wandb",
-                ) from error
-        return self._run
+        identity = self._folder / "wandb_id"
+        resumed = identity.exists()
+        if not resumed:
+            write_text(identity, uuid.uuid4().hex[:12] + "\n")
+        try:
+            return wandb.init(
+                dir=str(self._folder),
+                project=os.environ.get("WANDB_PROJECT", "gipo"),
+                id=identity.read_text().strip(),
+                name=self._name,
+                config=dict(self._config),
+                mode=mode or ("online" if online else "offline"),  # type: ignore[arg-type]
+                resume="allow" if resumed and online else None,
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    disable_git=True,
+                    save_code=False,
+                    init_timeout=60,
+                ),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"W&B did not start: {error}",
+                where="run.loggers",
+                fix="set WANDB_MODE=offline, or remove wandb",
+            ) from error

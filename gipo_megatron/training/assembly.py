@@ -1,4 +1,4 @@
-"""A checked recipe becomes objects: one table of providers, by the names that components ask for.
+"""A checked recipe becomes objects: one table of providers, by the names in `from_runtime`.
 
 A provider runs when a field of the page or of a component first names it (`from_runtime`), so a
 recipe builds exactly the models that it uses.
@@ -39,7 +39,7 @@ PROBE_PROMPTS = 16
 
 @dataclass
 class Assembly:
-    """All that a run needs and a recipe describes."""
+    """The parts of a run that a recipe describes."""
 
     recipe: Recipe
     mesh: Mesh
@@ -262,7 +262,7 @@ class Providers:
         return HeldOut(self.test, self.dp, self.recipe.run.eval_prompts, self.rows)
 
     def _sampling(self) -> Sampling:
-        """How held-out responses are drawn: with the same noise every time."""
+        """Return how held-out responses are drawn: with the same noise every time."""
         drawn = self.recipe.evaluation
         return Sampling(
             max_response=self.recipe.data.max_response,

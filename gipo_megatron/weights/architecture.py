@@ -59,7 +59,7 @@ def _of_checkpoint(folder: Path, role: str) -> Stored | None:
         return None
     if not meta.roles:
         raise UserError(
-            f"{path} describes no architecture that this program knows: it lists no role",
+            f"{path} describes no architecture of this version: it lists no role",
             fix="use another checkpoint",
         )
     first = next(iter(meta.roles))

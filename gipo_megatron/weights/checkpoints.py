@@ -82,7 +82,7 @@ def parse_meta(path: Path) -> CheckpointMeta | None:
             for role, about in content.get("roles", {}).items()
         }
     except (AttributeError, KeyError, TypeError) as error:
-        what = f"{file} describes no architecture that this program knows: {error}"
+        what = f"{file} describes no architecture of this version: {error}"
         raise _unusable(path, what) from None
     plain = {key: value for key, value in content.items() if key in known}
     return CheckpointMeta(**{**plain, "roles": roles})

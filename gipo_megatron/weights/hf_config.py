@@ -1,5 +1,5 @@
-"""config.json of the Hugging Face families Llama, Mistral, Qwen2 and Qwen3, as this project's
-Architecture and back."""
+"""config.json of the Hugging Face families Llama, Mistral, Qwen2 and Qwen3 to Architecture and
+back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.specs import Architecture
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-WHY_NOT = {  # what people ask for first, and what Megatron-Core 0.16 or this project lacks for it
+# families that are often tried, and what Megatron-Core 0.16 or this project lacks for them
+WHY_NOT = {
     "gemma2": "it soft-caps attention logits, which Megatron-Core's attention does not compute",
     "gemma3_text": "its layers alternate two rotary bases and sliding windows",
     "mixtral": "mixtures of experts are not built",
@@ -20,13 +21,28 @@ WHY_NOT = {  # what people ask for first, and what Megatron-Core 0.16 or this pr
     "qwen3_moe": "mixtures of experts are not built",
     "phi3": "its fused projections have no table yet",
 }
+# keys that may only have this value, which is also that of a config without them
+ONLY: dict[str, dict[str, bool]] = {
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"attention_bias": False, "use_sliding_window": False},
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 ROPE_TYPES = ("default", "linear", "llama3")
 ONE_LABEL = {"num_labels": 1, "id2label": {"0": "SCORE"}, "label2id": {"SCORE": 0}}
 
 
 def architecture_from_hf(folder: str | Path) -> Architecture:
-    """The architecture that a folder's config.json describes (transformers 4 and 5). Raises
-    UserError for what is not built."""
+    """Return the architecture of a folder's config.json (transformers 4 and 5). Raises UserError
+    for what is not built."""
     path = Path(folder) / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())
@@ -42,8 +58,10 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
 
 
 def architecture_from_config(config: Mapping[str, Any], where: str) -> Architecture:
-    """The same, from the parsed file. Raises UserError naming every key that asks for what is not
-    built, or that is missing."""
+    """Return the architecture of a parsed config.json.
+
+    Raises UserError naming every key that is missing, or that needs a part that is not built.
+    """
     family = config.get("model_type")
     if family not in FAMILIES:
         reason = f": {WHY_NOT[family]}" if family in WHY_NOT else ""
@@ -52,49 +70,17 @@ def architecture_from_config(config: Mapping[str, Any], where: str) -> Architect
             where=where,
             fix=f"one of {', '.join(FAMILIES)}",
         )
-    needed = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-    )
-    missing = [key for key in (*needed, "rms_norm_eps") if key not in config]
-    if missing:
+    fix = "take config.json from the model's own repository"
+    if missing := [key for key in (*SIZES, "rms_norm_eps") if key not in config]:
+        raise UserError(f"config.json lacks {', '.join(missing)}", where=where, fix=fix)
+    sizes = {key: config[key] for key in SIZES}
+    if wrong := [f"{k}: {v!r}" for k, v in sizes.items() if not isinstance(v, int) or v < 1]:
+        raise UserError(f"no sizes: {', '.join(wrong)}", where=where, fix=fix)
+    if unbuilt := _unbuilt(config):
         raise UserError(
-            f"config.json lacks {', '.join(missing)}",
-            where=where,
-            fix="take config.json from the model's own repository",
+            f"not built: {', '.join(unbuilt)}", where=where, fix="use a model without these"
         )
-    if wrong := [
-        f"{key}: {config[key]!r}"
-        for key in needed
-        if not isinstance(config[key], int) or config[key] < 1
-    ]:
-        raise UserError(
-            f"no sizes: {', '.join(wrong)}",
-            where=where,
-            fix="take config.json from the model's own repository",
-        )
-    refused = [
-        f"{key}: {config[key]}"
-        for key, value in _refused(family).items()
-        if config.get(key, value) not in (value, None)
-    ]
-    base, scaling, partial = _rope(config)
-    if config.get("quantization_config"):
-        refused.append(
-            f"quantization_config: {config['quantization_config'].get('quant_method', 'yes')}"
-        )
-    if partial != 1.0:
-        refused.append(f"partial_rotary_factor: {partial}")
-    if scaling is not None and scaling.get("rope_type", scaling.get("type")) not in ROPE_TYPES:
-        refused.append(f"rope_type: {scaling.get('rope_type', scaling.get('type'))}")
-    if refused:
-        raise UserError(
-            f"not built: {', '.join(refused)}", where=where, fix="a model without these"
-        )
+    base, scaling, _ = _rope(config)
     heads = config["num_attention_heads"]
     return Architecture(
         num_layers=config["num_hidden_layers"],
@@ -114,42 +100,49 @@ def architecture_from_config(config: Mapping[str, Any], where: str) -> Architect
     )
 
 
-def _refused(family: str) -> dict[str, Any]:
-    """Keys that may only have this value (which is also what their absence means)."""
-    keys: dict[str, Any] = {"hidden_act": "silu"}
-    if family in ("llama", "qwen3"):
-        keys["attention_bias"] = False
-    if family == "llama":
-        keys["mlp_bias"] = False
-    if family in ("qwen2", "qwen3"):
-        keys["use_sliding_window"] = False
-    return keys
+def _unbuilt(config: Mapping[str, Any]) -> list[str]:
+    """Return `key: value` of every setting that has no implementation here."""
+    allowed: dict[str, Any] = {"hidden_act": "silu", **ONLY[config["model_type"]]}
+    found = {key: config[key] for key, value in allowed.items() if config.get(key, value) != value}
+    _, scaling, partial = _rope(config)
+    if quantised := config.get("quantization_config"):
+        found["quantization_config"] = quantised.get("quant_method", "yes")
+    if partial != 1.0:
+        found["partial_rotary_factor"] = partial
+    if scaling is not None and (kind := _rope_type(scaling)) not in ROPE_TYPES:
+        found["rope_type"] = kind
+    return [f"{key}: {value}" for key, value in found.items() if value is not None]
 
 
 def _max_positions(config: Mapping[str, Any]) -> int:
-    """Mistral's sliding window is full attention up to its width, and no further."""
+    """Return how many positions have full attention: Mistral's has it within its sliding
+    window."""
     window = config.get("sliding_window") if config["model_type"] == "mistral" else None
     return min(config["max_position_embeddings"], window or config["max_position_embeddings"])
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, float]:
-    """(base, scaling block or None, rotated share of a head). transformers 5 writes
-    `rope_parameters`, 4 wrote `rope_theta` beside it."""
+    """Return (base, scaling block or None, rotated share of a head). transformers 5 writes
+    `rope_parameters`, 4 wrote `rope_scaling` and `rope_theta`."""
     block = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     base = block.pop("rope_theta", config.get("rope_theta", 10000.0))
     partial = block.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    kind = block.get("rope_type", block.get("type", "default"))
-    return float(base), None if kind == "default" else block, float(partial or 1.0)
+    scaled = _rope_type(block) != "default"
+    return float(base), block if scaled else None, float(partial or 1.0)
+
+
+def _rope_type(block: Mapping[str, Any]) -> str:
+    return str(block.get("rope_type", block.get("type", "default")))
 
 
 def config_for(
     a: Architecture, dtype: str, *, head: str | None = None, tokens: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """config.json for an architecture: Qwen2 with QKV bias, Qwen3 with QK-norm, else Llama
-    (Mistral's mathematics is Llama's).
+    """Return config.json for an architecture: of Qwen2 with QKV bias, of Qwen3 with QK-norm, else
+    of Llama (Mistral's mathematics is the same).
 
-    tokens: bos_token_id, eos_token_id, pad_token_id. Raises UserError for both QKV bias and
-    QK-norm, which no family has.
+    tokens: bos_token_id, eos_token_id, pad_token_id. Raises UserError for QKV bias with QK-norm,
+    which no family has.
     """
     if a.qkv_bias and a.qk_norm:
         raise UserError(
@@ -186,18 +179,17 @@ def config_for(
 
 
 def class_name(family: str, head: str | None) -> str:
-    """LlamaForCausalLM, Qwen3ForSequenceClassification, …"""
+    """Return transformers' class: LlamaForCausalLM, Qwen3ForSequenceClassification, …"""
     return FAMILIES[family] + ("ForCausalLM" if head is None else "ForSequenceClassification")
 
 
 def config_like(
     source: str, dtype: str, *, head: str | None = None, pad_token_id: int | None = None
 ) -> str:
-    """The config.json a model came with, changed only where what is written differs: dtype, class,
-    one label and its padding.
+    """Return `source`, the config.json that a model came with, with the written model's dtype,
+    class, one label and its padding; the same text where none of them differ.
 
-    Nothing differs: the very same text. pad_token_id: what a classifier's reader may pad with; None
-    says that nothing is safe.
+    pad_token_id: the id that a classifier's texts may be padded with; None: no id is safe.
     """
     config: dict[str, Any] = json.loads(source)
     changes: dict[str, Any] = {
@@ -214,10 +206,10 @@ def config_like(
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
-    """AutoModelForSequenceClassification, as told by its config.json."""
+    """Return whether config.json is that of an AutoModelForSequenceClassification."""
     return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
 
 
 def num_labels(config: Mapping[str, Any]) -> int:
-    """transformers counts the names in id2label; without them there are two."""
+    """Return the number of labels as transformers counts them: the names in id2label, else 2."""
     return len(config["id2label"]) if config.get("id2label") else int(config.get("num_labels") or 2)

@@ -1,5 +1,5 @@
-"""Folders of safetensors: what is in them without reading it, one tensor at a time, and written
-shard by shard."""
+"""Folders of safetensors: names and shapes at once, tensors one at a time, written shard by
+shard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gipo_megatron.errors import UserError
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
 # safetensors' names; others are quantised or no weights
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -26,7 +26,7 @@ HF_DTYPES = {ours: theirs for theirs, ours in OUR_DTYPES.items()}
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name: shape and dtype at once, the data when asked for."""
+    """Tensors by name: shapes and dtypes in memory, the data when it is read."""
 
     where: str
     shapes: dict[str, tuple[int, ...]]
@@ -35,10 +35,10 @@ class Weights:
 
 
 def open_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
-    """A Hugging Face folder's tensors, or a state dict's.
+    """Return the tensors of a Hugging Face folder, or of a state dict.
 
     Raises UserError for a missing, damaged or truncated file, an unreadable index, and tensors that
-    the index promises in vain.
+    only the index lists.
     """
     if isinstance(source, Mapping):
         shapes = {name: tuple(t.shape) for name, t in source.items()}
@@ -47,14 +47,14 @@ def open_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
     folder = Path(source)
     files: dict[str, Path] = {}
     shapes, dtypes = {}, {}
-    promised = _index(folder)
-    for path in _weight_files(folder, promised):
+    listed = _index(folder)
+    for path in _weight_files(folder, listed):
         for name, shape, dtype in _header(path):
             files[name], shapes[name], dtypes[name] = path, shape, dtype
-    if lost := [f"{name} ({file})" for name, file in promised.items() if name not in files]:
+    if lost := [f"{name} ({file})" for name, file in listed.items() if name not in files]:
         shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
         raise UserError(
-            f"{INDEX} promises tensors that its files do not hold: {shown}",
+            f"{INDEX} lists tensors that its files do not hold: {shown}",
             where=str(folder),
             fix="download the folder again",
         )
@@ -67,8 +67,8 @@ def open_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
 
 
 def _header(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, dtype) of a file's tensors. safetensors compares the header with the file's
-    length, so a cut-off file is found here."""
+    """Return (name, shape, dtype) of a file's tensors. safetensors compares the header with the
+    file's length, so a truncated file is found here."""
     try:
         with safe_open(path, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
@@ -77,16 +77,18 @@ def _header(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
                 for name, s in slices.items()
             ]
     except (OSError, SafetensorError) as error:
-        size = f"{path.stat().st_size} bytes" if path.is_file() else "not there"
-        raise UserError(
-            f"cannot read {path.name} ({size}): {error}",
-            where=str(path),
-            fix="download or export this file again",
-        ) from error
+        size = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+        raise _unreadable(path, f"{path.name} ({size}): {error}") from error
+
+
+def _unreadable(path: Path, what: str) -> UserError:
+    return UserError(
+        f"cannot read {what}", where=str(path), fix="download or export this file again"
+    )
 
 
 def _index(folder: Path) -> dict[str, str]:
-    """Tensor name -> file of a model in several files; empty for one in a single file."""
+    """Return {tensor: file} of a model in several files; empty for one in a single file."""
     path = folder / INDEX
     if not path.is_file():
         return {}
@@ -94,32 +96,29 @@ def _index(folder: Path) -> dict[str, str]:
         weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
         return weight_map
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"cannot read {INDEX}: {error!r}",
-            where=str(path),
-            fix="download or export this file again",
-        ) from error
+        raise _unreadable(path, f"{INDEX}: {error!r}") from error
 
 
-def _weight_files(folder: Path, promised: Mapping[str, str]) -> list[Path]:
-    if promised:
-        return [folder / name for name in sorted(set(promised.values()))]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    found = (
-        ", ".join(sorted(p.name for p in folder.iterdir())[:8])
-        if folder.is_dir()
-        else "no such folder"
+def _weight_files(folder: Path, listed: Mapping[str, str]) -> list[Path]:
+    if listed:
+        return [folder / name for name in sorted(set(listed.values()))]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    found = "no such folder"
+    if folder.is_dir():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
+    raise UserError(
+        "no safetensors weights here",
+        where=f"{folder} (found: {found})",
+        fix=(
+            f"give a Hugging Face folder with {SINGLE} or {INDEX} (a .bin model: save it again as"
+            " safetensors)"
+        ),
     )
-    fix = (
-        f"give a Hugging Face folder with model.safetensors or {INDEX} (a .bin model: save it again"
-        " as safetensors)"
-    )
-    raise UserError("no safetensors weights here", where=f"{folder} (found: {found})", fix=fix)
 
 
 class Shards:
-    """Collects tensors and writes a file before more than `limit` bytes are in memory; `close`
+    """A model's files: a file is written before more than `limit` bytes are in memory; `close`
     gives the files transformers' names."""
 
     def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
@@ -131,7 +130,7 @@ class Shards:
         self.waiting[name] = tensor
         self.bytes += tensor.nbytes
         self.largest = max(self.largest, tensor.nbytes)
-        # the next one may be as large, and is made before it comes here
+        # the next one may be as large, and is in memory before it is added
         if self.bytes + self.largest > self.limit:
             self._write()
 
@@ -150,11 +149,7 @@ class Shards:
         count = len(self.written)
         weight_map: dict[str, str] = {}
         for number, (path, names, _) in enumerate(self.written, 1):
-            final = (
-                "model.safetensors"
-                if count == 1
-                else f"model-{number:05d}-of-{count:05d}.safetensors"
-            )
+            final = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE
             path.rename(self.folder / final)
             weight_map |= dict.fromkeys(names, final)
         if count > 1:

@@ -1,4 +1,4 @@
-"""Where weights come from, and whether their tokenizer and chat template are the recipe's."""
+"""The place of weights, and a check of their tokenizer and chat template against the recipe's."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def find_tokenizer(spec: str, loads: Mapping[str, str]) -> Tokenizer:
         if load != "random":
             return load_tokenizer(str(_tokenizer_folder(locate(load, where))), where=where)
     raise UserError(
-        "all weights are random, so no tokenizer lies beside them",
+        "all weights are random, so there is no tokenizer beside them",
         where="model.tokenizer",
-        fix="name one, or use `bytes`, the built-in one",
+        fix="give a folder or a hub name, or `bytes`, the built-in one",
     )
 
 

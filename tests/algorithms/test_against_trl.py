@@ -1,5 +1,5 @@
 """SFT, reward model and DPO against TRL's trainers: the same rows as text, the same weights;
-tokens, losses and gradients."""
+tokens, losses and gradients. RLOO and GRPO: advantages of the same rewards."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from gipo_megatron.algorithms.dpo import DPO
 from gipo_megatron.algorithms.dpo_reference import LiveReference
 from gipo_megatron.algorithms.reward_model import RewardModelling
 from gipo_megatron.algorithms.sft import SFT
+from gipo_megatron.components.advantage import GroupNormalised, LeaveOneOut
 from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.tokenizer import byte_tokenizer
@@ -29,9 +30,11 @@ from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronReference, MegatronRewardModel
+from gipo_megatron.roles import SingleReplica
 from gipo_megatron.specs import Optimisation, Parallel, Precision
 from gipo_megatron.types import Update
 from tests.parity import tiny
+from tests.small_ppo import rollout_of
 
 pytestmark = [
     pytest.mark.global_rng,
@@ -230,3 +233,19 @@ def test_reward_model(
         scores = reward.role.score(batch)
         loss += centre * float(sum(scores.chunk(2)).square().mean())
     agree(reward, loss, batch, theirs[case])
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_advantages(name: str, theirs: dict[str, dict[str, Any]]) -> None:
+    """TRL's rewards, as rewards of our last tokens, give TRL's advantages."""
+    trl = theirs[name]
+    prompts = sorted(set(trl["prompts"]))
+    assert (len(trl["rewards"]), len(prompts)) == (12, 3)
+    assert len(set(trl["rewards"])) > 6, "the responses hardly differ"
+    rollout = rollout_of(["a"] * 12, [prompts.index(prompt) for prompt in trl["prompts"]])
+    rewards = torch.zeros(12, 3)
+    rewards[:, 2] = torch.tensor(trl["rewards"])
+    component = {"rloo": LeaveOneOut, "grpo": GroupNormalised}[name](dp=SingleReplica())
+    advantages, _ = component.estimate(rewards, None, rollout)
+    assert advantages[:, 1].tolist() == pytest.approx(trl["advantages"], abs=1e-5)
+    assert torch.equal(advantages[:, 1], advantages[:, 2])

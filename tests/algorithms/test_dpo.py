@@ -21,9 +21,10 @@ from gipo_megatron.algorithms.dpo_reference import (
     ReferredPairs,
     Split,
 )
+from gipo_megatron.local.replicas import replica_rows, run_replicas
+from gipo_megatron.local.roles import TorchActor
 from gipo_megatron.roles import DataParallel, SingleReplica
 from gipo_megatron.types import Pairs, Rows, Sequences, TokenStats
-from tests.torch_roles import TorchActor, replica_rows, run_replicas
 
 ROWS = 6
 VARIANTS: list[dict[str, Any]] = [
@@ -311,7 +312,7 @@ def test_resume_asks_nothing_again_and_more_rows_only_for_themselves() -> None:
     other.refer("train", pairs())
     assert len(maker.made) == 2
     fresh = once(maker)
-    fresh.load_state_dict(LiveReference(policy()).state_dict())  # a run that was live before
+    dpo(reference=fresh).load_state_dict(dpo().state_dict())  # a run that was live before
     fresh.refer("train", pairs())
     assert (len(maker.made), maker.alive) == (3, 0)
 

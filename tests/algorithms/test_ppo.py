@@ -14,11 +14,12 @@ from gipo_megatron.algorithms.ppo import PPO
 from gipo_megatron.components.groups import CriticHead, LabelledGroups, NoGroups
 from gipo_megatron.components.kl import AdaptiveKL, FixedKL, GroupAdaptiveKL
 from gipo_megatron.components.variance import GroupDRO, GroupVariance, NoVariance
+from gipo_megatron.local.replicas import run_replicas
+from gipo_megatron.local.roles import TorchActor, TorchCritic
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.telemetry.metrics import reduce_metrics
 from gipo_megatron.types import CriticOutput, Experience, Rows, TokenStats
 from tests.small_ppo import BATCH, SOURCES, make_ppo, stored_rollout
-from tests.torch_roles import TorchActor, TorchCritic, run_replicas
 
 DP = SingleReplica()
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gipo_megatron.algorithms.reward_model import RewardModelling
+from gipo_megatron.local.roles import TorchRewardModel
 from gipo_megatron.types import Pairs, Sequences
-from tests.torch_roles import TorchRewardModel
 
 
 def half(seed: int) -> Sequences:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gipo_megatron.algorithms.sft import SFT
+from gipo_megatron.local.roles import TorchActor
 from gipo_megatron.types import Sequences
-from tests.torch_roles import TorchActor
 
 
 def rows() -> Sequences:

@@ -17,7 +17,18 @@ import datasets
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 DPO_CASES: dict[str, dict[str, Any]] = {
     "dpo/sigmoid": {"loss_type": ["sigmoid"], "beta": 0.5},
@@ -124,7 +135,47 @@ def main() -> None:
                 processing_class=tokenizer,
             )
         )
+    found |= online(folder, tokenizer)
     torch.save(found, folder / "trl.pt")
+
+
+def online(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """One step of TRL's trainers that sample: rewards and advantages of four responses to each of
+    three prompts."""
+    prompts = datasets.Dataset.from_list([{"prompt": f"Prompt {i}"} for i in range(3)])
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [len(set(text)) - 0.1 * len(text) for text in completions]
+
+    found: dict[str, Any] = {}
+    for name, trainer, config in (
+        ("rloo", RLOOTrainer, RLOOConfig),
+        ("grpo", GRPOTrainer, GRPOConfig),
+    ):
+        args = config(
+            str(folder / "out"),
+            per_device_train_batch_size=12,
+            num_generations=4,
+            max_completion_length=6,
+            max_steps=1,
+            beta=0.0,
+            seed=0,
+            **{key: value for key, value in COMMON.items() if key != "max_length"},
+        )
+        made = trainer(
+            causal(folder / "policy"),
+            reward,
+            args=args,
+            train_dataset=prompts,
+            processing_class=tokenizer,
+        )
+        made.train()
+        found[name] = {
+            "prompts": list(made._logs["prompt"]),
+            "rewards": list(made._logs["rewards"]["reward"]),
+            "advantages": list(made._logs["advantages"]),
+        }
+    return found
 
 
 if __name__ == "__main__":

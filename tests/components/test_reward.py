@@ -15,10 +15,10 @@ from torch import Tensor
 
 from gipo_megatron.components.reward import EnsembleReward, FunctionReward, ModelReward
 from gipo_megatron.errors import UserError
+from gipo_megatron.local.replicas import replica_rows, run_replicas
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.types import Rollout
 from tests.small_ppo import rollout_of
-from tests.torch_roles import replica_rows, run_replicas
 
 DP = SingleReplica()
 

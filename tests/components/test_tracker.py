@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gipo_megatron.components.tracker import GroupTracker, group_loss_coefficients
 from gipo_megatron.errors import UserError
+from gipo_megatron.local.replicas import run_replicas
 from gipo_megatron.metrics import Metrics
 from gipo_megatron.types import Scores
 from tests.small_ppo import scores_of
-from tests.torch_roles import run_replicas
 
 
 def values(metrics: Metrics) -> dict[str, float]:
@@ -91,7 +91,7 @@ def test_sums_by_hand() -> None:
     assert groups.high_prob.tolist() == pytest.approx([0.75, 0.5])
     assert (groups.count, groups.high, groups.std, float(groups.mean_score)) == (2, 0, 2.0, 0.0)
     # mass: c_ig = G^2 - (G - R_g)^2
-    assert group_loss_coefficients(groups).tolist() == [
+    assert group_loss_coefficients(groups, groups.probs).tolist() == [
         pytest.approx([1 - 0.8**2, 1 - (4 / 3) ** 2]),
         pytest.approx([1 - 1.2**2, 1 - (2 / 3) ** 2]),
     ]

@@ -13,7 +13,9 @@ from gipo_megatron.evaluation.types import (
     SECOND,
     TIE,
     WIN,
-    Duel,
+    Comparison,
+    HeadToHead,
+    PairOrder,
     Response,
     TaskPrompt,
     Verdict,
@@ -32,41 +34,43 @@ MARKUP = (
 )
 
 
-def duel(
+def comparison(
     outcome: str,
     i: int,
     *,
     lengths: tuple[int, int] = (10, 10),
     source: str = "",
     p_high: float | None = None,
-) -> Duel:
+) -> Comparison:
     """`outcome`: WIN, LOSE, TIE, FAILED or "flipped"."""
     a, b = BOTH[outcome]
-    return Duel("hh", "ppo", f"p{i:04d}", source, Verdict(a), Verdict(b), *lengths, p_high)
+    return Comparison("hh", "ppo", f"p{i:04d}", source, Verdict(a), Verdict(b), *lengths, p_high)
 
 
-def duels(wins: int, ties: int, losses: int, failed: int = 0, flipped: int = 0) -> list[Duel]:
+def comparisons(
+    wins: int, ties: int, losses: int, failed: int = 0, flipped: int = 0
+) -> list[Comparison]:
     outcomes = (
         [WIN] * wins + [TIE] * ties + [LOSE] * losses + [FAILED] * failed + ["flipped"] * flipped
     )
-    return [duel(outcome, i) for i, outcome in enumerate(outcomes)]
+    return [comparison(outcome, i) for i, outcome in enumerate(outcomes)]
 
 
-def swap(given: Sequence[Duel]) -> list[Duel]:
-    """The same judgements with subject and opponent exchanged."""
+def swap(given: Sequence[Comparison]) -> list[Comparison]:
+    """The same judgements with model and baseline exchanged."""
     return [
-        Duel(
-            d.task,
-            d.opponent,
-            d.prompt_id,
-            d.source,
-            d.opponent_first,
-            d.subject_first,
-            d.opponent_tokens,
-            d.subject_tokens,
-            d.p_high,
+        Comparison(
+            c.task,
+            c.baseline,
+            c.prompt_id,
+            c.source,
+            c.baseline_first,
+            c.model_first,
+            c.baseline_tokens,
+            c.model_tokens,
+            c.p_high,
         )
-        for d in given
+        for c in given
     ]
 
 
@@ -100,16 +104,24 @@ def answers(policy: str, asked: Sequence[TaskPrompt], *, markup: bool = False) -
     ]
 
 
+def head_to_head(
+    model: str, baselines: Sequence[str], asked: Sequence[TaskPrompt], *, markup: bool = False
+) -> HeadToHead:
+    responses = {name: answers(name, asked, markup=markup) for name in (model, *baselines)}
+    return HeadToHead(model, baselines, asked, responses)
+
+
 def verdicts(
-    opponents: Sequence[str], asked: Sequence[TaskPrompt], seed: int
-) -> dict[tuple[str, str, str, bool], Verdict]:
+    baselines: Sequence[str], asked: Sequence[TaskPrompt], seed: int
+) -> dict[PairOrder, Verdict]:
     """Outcomes drawn evenly of WIN, LOSE, TIE, FAILED and flipped."""
     generator = np.random.Generator(np.random.PCG64(seed))
     result = {}
-    for opponent in opponents:
+    for baseline in baselines:
         for p in asked:
             both = BOTH[list(BOTH)[int(generator.integers(len(BOTH)))]]
-            for subject_first, choice in zip((True, False), both, strict=True):
-                said = f"reason <b>{choice}</b>" if choice != FAILED else "HTTP 500 <script>"
-                result[p.task, opponent, p.prompt_id, subject_first] = Verdict(choice, said)
+            for model_first, choice in zip((True, False), both, strict=True):
+                text = f"reason <b>{choice}</b>" if choice != FAILED else "HTTP 500 <script>"
+                order = PairOrder(p.task, baseline, p.prompt_id, model_first)
+                result[order] = Verdict(choice, text)
     return result

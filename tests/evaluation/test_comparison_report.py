@@ -10,8 +10,11 @@ import pytest
 
 from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.comparison_report import write_comparison
-from gipo_megatron.evaluation.results import build_results, duels_from_verdicts
-from tests.evaluation.simulated import MARKUP, answers, prompts, verdicts
+from gipo_megatron.evaluation.results import (
+    build_results,
+    comparisons_from_verdicts,
+)
+from tests.evaluation.simulated import MARKUP, head_to_head, prompts, verdicts
 from tests.reports.test_run_report import VOID, Page
 
 PNG = base64.b64decode(  # one grey dot
@@ -24,20 +27,17 @@ SVG = (
 VOID.add("link")
 
 
-def evaluate(folder: Path, *, n: int = 30, subject: str = "gipo <b>") -> Path:
-    """A report of two tasks and two opponents, with markup wherever data can put it."""
+def evaluate(folder: Path, *, n: int = 30, model: str = "gipo <b>") -> Path:
+    """A report of two tasks and two baselines, with markup wherever data can put it."""
+    baselines = ["ppo", "sft<u>"]
     asked = [
         replace(p, question=f"{p.question} {MARKUP}", source=f"{p.source}<i>")
         for p in prompts(n, ("hh", "tl<dr>"))
     ]
-    responses = {name: answers(name, asked, markup=True) for name in (subject, "ppo", "sft<u>")}
-    duels = duels_from_verdicts(
-        subject, ["ppo", "sft<u>"], asked, responses, verdicts(["ppo", "sft<u>"], asked, 2)
-    )
+    given = head_to_head(model, baselines, asked, markup=True)
+    comparisons = comparisons_from_verdicts(given, verdicts(baselines, asked, 2))
     about = {"name": "rule <script>", "notes": ["a note of the judge <i>"], "cost": 0.0}
-    results = build_results(
-        subject, ["ppo", "sft<u>"], asked, responses, duels, about, bootstrap=200, seed=3
-    )
+    results = build_results(given, comparisons, about, bootstrap=200, seed=3)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text("run: {dir: <runs>}\n")
     (folder / "environment.json").write_text(
@@ -45,10 +45,10 @@ def evaluate(folder: Path, *, n: int = 30, subject: str = "gipo <b>") -> Path:
     )
     (folder / "bars.svg").write_bytes(SVG)
     audit = audit_responses(
-        [p for p in asked if p.task == "hh"], [r for r in responses["ppo"] if r.task == "hh"]
+        [p for p in asked if p.task == "hh"], [r for r in given.responses["ppo"] if r.task == "hh"]
     )
     figures = {"win_tie_lose": folder / "bars.svg", "p<high>": PNG}
-    return write_comparison(folder, results, asked, responses, duels, figures, [audit])
+    return write_comparison(folder, given, results, comparisons, figures, [audit])
 
 
 @pytest.fixture(scope="module")
@@ -116,35 +116,27 @@ def test_numbers_and_how_they_were_made(report) -> None:
 
 
 def test_another_format_is_no_figure(tmp_path: Path) -> None:
+    given = head_to_head("a", [], prompts(1))
+    results = build_results(given, [], {"name": "rule"}, bootstrap=10, seed=0)
     with pytest.raises(ValueError, match="'bars' is neither PNG nor SVG"):
-        asked = prompts(1)
-        responses = {"a": answers("a", asked)}
-        results = build_results(
-            "a", [], asked, responses, [], {"name": "rule"}, bootstrap=10, seed=0
-        )
-        write_comparison(tmp_path, results, asked, responses, [], {"bars": b"%PDF-1.4"})
+        write_comparison(tmp_path, given, results, [], {"bars": b"%PDF-1.4"})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_evaluation_without_opponents_or_answers(tmp_path: Path) -> None:
+def test_an_evaluation_without_baselines_or_answers(tmp_path: Path) -> None:
     asked = prompts(2)
-    responses = {
-        "a": [replace(r, text="", tokens=0) for r in answers("a", asked)],
-        "b": answers("b", asked),
-    }
-    results = build_results("a", [], asked, responses, [], {"name": "rule"}, bootstrap=10, seed=0)
-    page = Page(
-        write_comparison(tmp_path, results, asked, responses, [], {}).read_text(encoding="utf-8")
-    )
-    assert "None was drawn." in page.text
-    said = {k: replace(v, choice="failed", said="") for k, v in verdicts(["b"], asked, 0).items()}
-    duels = duels_from_verdicts("a", ["b"], asked, responses, said)
-    results = build_results(
-        "a", ["b"], asked, responses, duels, {"name": "rule"}, bootstrap=10, seed=0
-    )
-    page = Page(
-        write_comparison(tmp_path, results, asked, responses, duels, {}).read_text(encoding="utf-8")
-    )
+    given = head_to_head("a", ["b"], asked)
+    empty = [replace(r, text="", tokens=0) for r in given.responses["a"]]
+    given = replace(given, responses={**given.responses, "a": empty})
+    alone = replace(given, baselines=[])
+    results = build_results(alone, [], {"name": "rule"}, bootstrap=10, seed=0)
+    report = write_comparison(tmp_path, alone, results, [], {})
+    assert "None was drawn." in Page(report.read_text(encoding="utf-8")).text
+    failed = {k: replace(v, choice="failed", text="") for k, v in verdicts(["b"], asked, 0).items()}
+    comparisons = comparisons_from_verdicts(given, failed)
+    results = build_results(given, comparisons, {"name": "rule"}, bootstrap=10, seed=0)
+    report = write_comparison(tmp_path, given, results, comparisons, {})
+    page = Page(report.read_text(encoding="utf-8"))
     assert (
         "(empty)" in page.text
         and "0 judged prompts: at least 10" in page.text

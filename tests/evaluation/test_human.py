@@ -3,6 +3,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,34 @@ from gipo_megatron.evaluation.judges.human import (
     agreement,
     assign,
     cohen_kappa,
-    duels_from_ratings,
     fleiss_kappa,
     import_ratings,
     swapped,
-    write_pages,
 )
-from gipo_megatron.evaluation.types import FIRST, SECOND, TIE, Comparison
+from gipo_megatron.evaluation.results import comparisons_from_verdicts, pairs_in_both_orders
+from gipo_megatron.evaluation.types import FIRST, SECOND, TIE, Pair
 from gipo_megatron.recipe.registry import lookup
-from tests.evaluation.simulated import MARKUP, answers, prompts
+from tests.evaluation.simulated import MARKUP, answers, head_to_head, prompts
 
 
-def comparisons(n: int, *, markup: bool = False) -> list[Comparison]:
-    """The subject's answer first."""
+def pairs(n: int, *, markup: bool = False) -> list[Pair]:
+    """The model's response first."""
     asked = prompts(n)
     mine, theirs = (
         answers("gipo_policy", asked, markup=markup),
         answers("ppo_policy", asked, markup=markup),
     )
     return [
-        Comparison("hh", p.kind, p.prompt_id, p.question, a.text, b.text)
+        Pair("hh", p.kind, p.prompt_id, p.question, a.text, b.text)
         for p, a, b in zip(asked, mine, theirs, strict=True)
     ]
+
+
+def write_pages(
+    directory: Path, given: list[Pair], raters: list[str], count: int, overlap: float, seed: int
+) -> list[Path]:
+    judge = HumanJudge(raters, count, overlap, seed, directory=directory)
+    return judge.write_pages(given)
 
 
 def page_data(path: Path) -> dict[str, Any]:
@@ -76,8 +83,8 @@ MINE, THEIRS = "answer 11y", "answer 10y"
 
 
 def test_pages_are_blind_and_hold_texts_as_text(tmp_path: Path) -> None:
-    pages = write_pages(tmp_path, comparisons(12, markup=True), ["ann", "bob"], 8, 0.5, 3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ann.html", "bob.html", "key.json"]
+    pages = write_pages(tmp_path, pairs(12, markup=True), ["ann", "bob"], 8, 0.5, 3)
+    assert sorted(p.name for p in pages[0].parent.iterdir()) == ["ann.html", "bob.html", "key.json"]
     for page in pages:
         text = page.read_text(encoding="utf-8")
         assert (
@@ -98,11 +105,13 @@ def test_pages_are_blind_and_hold_texts_as_text(tmp_path: Path) -> None:
             "right",
         }
         assert MARKUP in data["items"][0]["left"]
-    before = [page.read_bytes() for page in pages] + [(tmp_path / "key.json").read_bytes()]
-    again = write_pages(tmp_path, comparisons(12, markup=True), ["ann", "bob"], 8, 0.5, 3)
-    assert [page.read_bytes() for page in again] + [(tmp_path / "key.json").read_bytes()] == before
+    before = [page.read_bytes() for page in pages] + [(pages[0].parent / "key.json").read_bytes()]
+    again = write_pages(tmp_path, pairs(12, markup=True), ["ann", "bob"], 8, 0.5, 3)
+    assert [page.read_bytes() for page in again] + [
+        (pages[0].parent / "key.json").read_bytes()
+    ] == before
     with pytest.raises(UserError, match="pages of another study"):
-        write_pages(tmp_path, comparisons(12, markup=True), ["ann", "bob"], 7, 0.5, 3)
+        write_pages(tmp_path, pairs(12, markup=True), ["ann", "bob"], 7, 0.5, 3)
 
 
 def test_sides_are_fair_draws() -> None:
@@ -127,60 +136,59 @@ def test_who_rates_what() -> None:
         assign(pairs[:21], ["a", "b", "c"], 10, 0.4, 0)
 
 
-def test_ratings_become_duels(tmp_path: Path) -> None:
+def test_ratings_become_comparisons(tmp_path: Path) -> None:
     asked = prompts(12)
-    responses = {name: answers(name, asked) for name in ("gipo_policy", "ppo_policy")}
-    pages = write_pages(tmp_path, comparisons(12), ["ann", "bob"], 6, 0.5, 1)
+    given = head_to_head("gipo_policy", ["ppo_policy"], asked)
+    judge = HumanJudge(["ann", "bob"], 6, 0.5, 1, directory=tmp_path)
+    pages = judge.write_pages(pairs(12))
     files = [export(pages[0], MINE, tmp_path), export(pages[1], THEIRS, tmp_path)]
-    ratings = import_ratings(files, tmp_path / "key.json")
-    assert ratings.progress == {"ann": (6, 6), "bob": (6, 6)} and len(ratings.votes) == 9
-    made = duels_from_ratings("gipo_policy", ["ppo_policy"], asked, responses, ratings)
-    outcomes = [d.outcome for d in made]
+    ratings = import_ratings(files, judge.folder / "key.json")
+    assert ratings.progress == {"ann": [6, 6], "bob": [6, 6]} and len(ratings.votes) == 9
+    judge.ratings = [str(file) for file in files]
+    outcomes = []
+    for model, baseline in (("gipo_policy", "ppo_policy"), ("ppo_policy", "gipo_policy")):
+        view = replace(given, model=model, baselines=[baseline])
+        orders = pairs_in_both_orders(view)
+        votes = zip(orders, judge.judge(list(orders.values()), lambda _: None), strict=True)
+        found = {order: verdict for order, verdict in votes if verdict is not None}
+        made = comparisons_from_verdicts(view, found, sampled=True)
+        assert not any(c.flipped for c in made)
+        outcomes.append([c.outcome for c in made])
     # shared pairs: one vote each way
-    assert sorted(outcomes) == ["lose"] * 3 + ["tie"] * 3 + ["win"] * 3
-    assert not any(d.flipped for d in made)
-    back = duels_from_ratings("ppo_policy", ["gipo_policy"], asked, responses, ratings)
-    assert [d.outcome for d in back] == [
-        {"win": "lose", "lose": "win", "tie": "tie"}[o] for o in outcomes
-    ]
-    assert ratings.agreement["shared"] == 3 and ratings.agreement["raw"] == 0.0
-    # ann prefers the subject on all three, bob on none: each is constant, chance agreement 0, kappa
-    # 0
-    assert ratings.agreement["cohen"] == {"ann, bob": 0.0}
+    assert sorted(outcomes[0]) == ["lose"] * 3 + ["tie"] * 3 + ["win"] * 3
+    mirrored = {"win": "lose", "lose": "win", "tie": "tie"}
+    assert outcomes[1] == [mirrored[outcome] for outcome in outcomes[0]]
+    # ann prefers the model on all three, bob on none: each is constant, chance agreement 0, kappa 0
+    found = agreement(ratings.votes)
+    assert found["shared"] == 3 and found["raw"] == 0.0 and found["cohen"] == {"ann, bob": 0.0}
 
 
-def test_the_judge(tmp_path: Path) -> None:
+def test_the_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lookup("judge", "human") is HumanJudge
-    given = comparisons(12)
-    judge = HumanJudge(raters=3, pairs=4, overlap=1.0)
-    pages = judge.write_pages(
-        tmp_path, [*given, Comparison("hh", "helpful", "same", "q", "x", "x")]
-    )
+    given = [*pairs(12), Pair("hh", "helpful", "same", "q", "x", "x")]
+    judge = HumanJudge(raters=3, pairs=4, overlap=1.0, directory=tmp_path)
+    assert judge.prepare(given) is False and "judge.ratings=" in capsys.readouterr().out
+    pages = sorted(judge.folder.glob("*.html"))
     assert [page.name for page in pages] == ["rater_1.html", "rater_2.html", "rater_3.html"]
     judge.ratings = [
         str(export(p, prefer, tmp_path))
         for p, prefer in zip(pages, (MINE, MINE, THEIRS), strict=True)
     ]
-    judge.read(tmp_path)
+    assert judge.prepare(given) is True
     done: list[int] = []
-    asked = [
-        *given,
-        *(Comparison(c.task, c.kind, c.prompt_id, c.question, c.second, c.first) for c in given),
-    ]
-    said = judge.judge([*asked, Comparison("hh", "helpful", "same", "q", "x", "x")], done.append)
-    assert done == [25] and [v.choice for v in said].count("failed") == 16
+    swapped_pairs = [replace(p, first=p.second, second=p.first) for p in given[:12]]
+    found = judge.judge([*given[:12], *swapped_pairs, given[12]], done.append)
+    assert sum(done) == 25 and found.count(None) == 16
+    choices = [verdict and verdict.choice for verdict in found]
     # two of three votes
-    assert [v.choice for v in said[:12]].count(FIRST) == 4 and [
-        v.choice for v in said[12:24]
-    ].count(SECOND) == 4
-    assert said[-1].choice == TIE
-    assert (
-        said[[v.choice for v in said].index(FIRST)].said
-        == "rater_1: first, rater_2: first, rater_3: second"
-    )
+    assert choices[:12].count(FIRST) == 4 and choices[12:24].count(SECOND) == 4
+    assert choices[-1] == TIE
+    one = found[choices.index(FIRST)]
+    assert one is not None and one.text == "rater_1: first, rater_2: first, rater_3: second"
     about = judge.about()
     assert (
         about["agreement"]["shared"] == 4
+        and about["progress"]["rater_1"] == [4, 4]
         and "no order is swapped" in about["notes"][0]
         and str(tmp_path) not in json.dumps(about)
     )
@@ -232,21 +240,21 @@ def test_kappas() -> None:
     ],
 )
 def test_what_is_no_export(tmp_path: Path, change: dict, what: str) -> None:
-    pages = write_pages(tmp_path, comparisons(4), ["ann"], 4, 0.0, 0)
+    pages = write_pages(tmp_path, pairs(4), ["ann"], 4, 0.0, 0)
     file = export(pages[0], "", tmp_path)
-    assert len(import_ratings([file], tmp_path / "key.json").votes) == 4
-    with pytest.raises(UserError, match="comes twice"):
-        import_ratings([file, file], tmp_path / "key.json")
+    assert len(import_ratings([file], pages[0].parent / "key.json").votes) == 4
+    with pytest.raises(UserError, match="occurs twice"):
+        import_ratings([file, file], pages[0].parent / "key.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=what):
-        import_ratings([file], tmp_path / "key.json")
+        import_ratings([file], pages[0].parent / "key.json")
     file.write_text("{")
     with pytest.raises(UserError, match="cannot read ratings"):
-        import_ratings([file], tmp_path / "key.json")
+        import_ratings([file], pages[0].parent / "key.json")
 
 
 def test_names_that_name_no_file(tmp_path: Path) -> None:
     for names in (["../x"], [""], [".a"], ["a/b"], ["Ann", "ann"]):
         with pytest.raises(UserError):
-            write_pages(tmp_path, comparisons(4), names, 1, 0.0, 0)
+            write_pages(tmp_path, pairs(4), names, 1, 0.0, 0)
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,8 @@ import math
 import pytest
 
 from gipo_megatron.evaluation.judges import prompts
+from gipo_megatron.evaluation.judges.human import HumanJudge
+from gipo_megatron.evaluation.judges.openai import OpenAIJudge
 from gipo_megatron.evaluation.judges.reward_model import RewardModelJudge
 from gipo_megatron.evaluation.judges.rule import RuleJudge
 from gipo_megatron.evaluation.types import (
@@ -18,16 +20,16 @@ from gipo_megatron.evaluation.types import (
     TIE,
     WIN,
     Comparison,
-    Duel,
     Judge,
+    Pair,
 )
 from gipo_megatron.recipe import registry
 
 
 def pair(
     first: str = "one", second: str = "another", kind: str = "helpful", **scores: float
-) -> Comparison:
-    return Comparison("t", kind, "id", "What?", first, second, dict(scores))
+) -> Pair:
+    return Pair("t", kind, "id", "What?", first, second, dict(scores))
 
 
 @pytest.mark.parametrize(
@@ -112,8 +114,8 @@ def test_rules(rule: str, expected: tuple[str, str, str]) -> None:
 def test_a_judge_that_always_says_first_gives_ties_only() -> None:
     judge = RuleJudge("always_first")
     one, other = judge.judge([pair(), pair("another", "one")], lambda _: None)
-    duel = Duel("t", "sft", "id", "s", one, other, 1, 1)
-    assert duel.outcome == TIE and duel.flipped
+    found = Comparison("t", "sft", "id", "s", one, other, 1, 1)
+    assert found.outcome == TIE and found.flipped
 
 
 def test_reward_model_compares_raw_scores() -> None:
@@ -138,18 +140,28 @@ def test_reward_model_compares_raw_scores() -> None:
 def test_without_margin_only_equal_scores_tie_and_both_orders_agree() -> None:
     judge = RewardModelJudge()
     outcomes = []
-    for subject, opponent in ((1.0, 0.999999), (0.0, 0.1), (2.0, 2.0)):
+    for mine, theirs in ((1.0, 0.999999), (0.0, 0.1), (2.0, 2.0)):
         a, b = judge.judge(
             [
-                pair(first_score=subject, second_score=opponent),
-                pair(first_score=opponent, second_score=subject),
+                pair(first_score=mine, second_score=theirs),
+                pair(first_score=theirs, second_score=mine),
             ],
             lambda _: None,
         )
-        outcomes.append(Duel("t", "sft", "id", "s", a, b, 1, 1).outcome)
+        outcomes.append(Comparison("t", "sft", "id", "s", a, b, 1, 1).outcome)
     assert outcomes == [WIN, LOSE, TIE]
 
 
 def test_scores_that_were_never_made_fail() -> None:
     (verdict,) = RewardModelJudge().judge([pair(first_score=1.0)], lambda _: None)
-    assert verdict.choice == FAILED and "models.reward" in verdict.said
+    assert verdict.choice == FAILED and "models.reward" in verdict.text
+
+
+def test_judges_declare_keys_that_exist() -> None:
+    checked = 0
+    for judge in (OpenAIJudge, HumanJudge, RewardModelJudge, RuleJudge):
+        keys = {f.name for f in registry.recipe_fields(judge)}
+        assert set(judge.transport) <= keys and set(judge.needs) <= {"reward"}
+        assert registry.lookup("judge", judge.name) is judge
+        checked += 1
+    assert checked == 4 and "model" not in OpenAIJudge.transport

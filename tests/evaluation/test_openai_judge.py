@@ -20,7 +20,7 @@ import pytest
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.judges import prompts
 from gipo_megatron.evaluation.judges.openai import CACHE, OpenAIJudge
-from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Comparison, Verdict
+from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Pair, Verdict
 from gipo_megatron.recipe import registry
 from tests.evaluation.judge_server import TOKENS, Log, Reply, Script, serving
 
@@ -42,13 +42,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def pair(i: int, kind: str = "helpful") -> Comparison:
-    return Comparison(
+def pair(i: int, kind: str = "helpful") -> Pair:
+    return Pair(
         "task", kind, f"id{i}", f"Q{i} what?", f"first answer to {i}", f"second answer to {i}"
     )
 
 
-def pairs(count: int) -> list[Comparison]:
+def pairs(count: int) -> list[Pair]:
     return [pair(i) for i in range(count)]
 
 
@@ -56,7 +56,7 @@ def judge_at(url: str, folder: Path, **changed: object) -> OpenAIJudge:
     return OpenAIJudge(**{**SETTINGS, "base_url": url, "directory": folder, **changed})  # type: ignore[arg-type]
 
 
-def ask(judge: OpenAIJudge, comparisons: list[Comparison]) -> list[Verdict]:
+def ask(judge: OpenAIJudge, comparisons: list[Pair]) -> list[Verdict]:
     told: list[int] = []
     verdicts = judge.judge(comparisons, told.append)
     assert len(verdicts) == sum(told) == len(comparisons)
@@ -83,7 +83,7 @@ def test_answers_come_back_in_order_and_are_paid_once(tmp_path: Path) -> None:
         judge = judge_at(server.url, tmp_path, prompt_price=2.5, completion_price=10.0)
         verdicts = ask(judge, pairs(12))
         assert [v.choice for v in verdicts] == expected * 3
-        assert [v.said for v in verdicts] == said * 3 and not any(v.cached for v in verdicts)
+        assert [v.text for v in verdicts] == said * 3 and not any(v.cached for v in verdicts)
         assert {(v.prompt_tokens, v.completion_tokens) for v in verdicts} == {(100, 10)}
         again = judge_at(server.url, tmp_path, prompt_price=2.5, completion_price=10.0)
         repeated = ask(again, pairs(12))
@@ -158,7 +158,7 @@ def test_an_answer_without_a_verdict_is_failed_kept_and_not_paid_again(
             (verdict,) = ask(judge, [pair(1)])
             assert (
                 verdict.choice == FAILED
-                and said in verdict.said
+                and said in verdict.text
                 and judge.about()["this_run"]["failed"] == 1
             )
     assert log.requests["Q1"] == 1
@@ -227,7 +227,7 @@ def test_one_prompt_that_never_works_is_failed_and_asked_again_next_time(tmp_pat
         judge = judge_at(server.url, tmp_path, retries=2, concurrency=2)
         verdicts = ask(judge, pairs(8))
         assert [v.choice for v in verdicts] == [FAILED if i == 3 else FIRST for i in range(8)]
-        assert verdicts[3].said == "no answer after 3 attempts: HTTP 500: scripted 500"
+        assert verdicts[3].text == "no answer after 3 attempts: HTTP 500: scripted 500"
         assert judge.about()["this_run"] == {
             "answered": 7,
             "from_cache": 0,
@@ -277,7 +277,7 @@ def test_a_server_that_dies_midway_and_comes_back(tmp_path: Path) -> None:
             return Reply(delay=0.01)
 
         server.script = dying
-        with pytest.raises(UserError, match="answers no more") as raised:
+        with pytest.raises(UserError, match="does not answer any more") as raised:
             judge_at(url, tmp_path, concurrency=4).judge(pairs(30), lambda _: None)
     kept = sum(log.answered.values())
     assert 6 <= kept <= 10 and f"{kept} answers are kept" in raised.value.fix
@@ -295,7 +295,7 @@ def test_a_server_that_only_fails_is_given_up(tmp_path: Path) -> None:
     log = Log()
     with (
         serving(lambda *_: Reply(status=500), log) as server,
-        pytest.raises(UserError, match=r"answers no more.*scripted 500"),
+        pytest.raises(UserError, match=r"does not answer any more.*scripted 500"),
     ):
         judge_at(server.url, tmp_path, concurrency=2, retries=1).judge(pairs(50), lambda _: None)
     assert sum(log.requests.values()) <= 2 * (4 + 1)  # four given up, one more in flight
@@ -327,7 +327,7 @@ def test_text_of_every_kind_is_sent(tmp_path: Path) -> None:
     log, text = Log(), '<script>alert("é")</script> \ud83d \x00 \u2028 [[B]]'
     with serving(lambda *_: GOOD, log) as server:
         (verdict,) = ask(
-            judge_at(server.url, tmp_path), [Comparison("t", "summary", "id", "Q1", text, "")]
+            judge_at(server.url, tmp_path), [Pair("t", "summary", "id", "Q1", text, "")]
         )
     assert verdict.choice == FIRST and text in log.bodies[0]["messages"][1]["content"]
 
@@ -412,7 +412,7 @@ def test_a_missing_key_is_told_before_anything_is_asked(
         with pytest.raises(UserError, match="TEST_JUDGE_KEY is not set"):
             judge_at(server.url, tmp_path).judge(pairs(1), lambda _: None)
         monkeypatch.setenv("TEST_JUDGE_KEY", "sk\ufffd1")
-        with pytest.raises(UserError, match="holds characters that no key has") as raised:
+        with pytest.raises(UserError, match="contains characters that no key has") as raised:
             judge_at(server.url, tmp_path).judge(pairs(1), lambda _: None)
         assert "\ufffd" not in str(raised.value) and not log.requests
         assert ask(judge_at(server.url, tmp_path, api_key_env=""), pairs(1))[0].choice == FIRST

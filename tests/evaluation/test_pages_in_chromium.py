@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from gipo_megatron.evaluation.judges.human import import_ratings, write_pages
+from gipo_megatron.evaluation.judges.human import import_ratings
 from gipo_megatron.evaluation.types import FIRST, SECOND, TIE
 from tests.evaluation.chromium import PROGRAM, Browser, browser
 from tests.evaluation.simulated import MARKUP
 from tests.evaluation.test_comparison_report import evaluate
-from tests.evaluation.test_human import MINE, comparisons, page_data
+from tests.evaluation.test_human import MINE, page_data, pairs, write_pages
 
 pytestmark = pytest.mark.skipif(
     PROGRAM is None, reason="no chromium, chromium-browser or google-chrome on the path"
@@ -34,7 +34,7 @@ def test_the_report(chromium: Browser, tmp_path: Path) -> None:
     assert chromium.value("document.title") == "gipo <b>: win / tie / lose"
     assert chromium.value("document.images[0].naturalWidth") == 10  # the SVG is drawn
     assert chromium.value("document.querySelectorAll('script, iframe, main img').length") == 0
-    shown = chromium.value("document.querySelector('.duel .two .text').textContent")
+    shown = chromium.value("document.querySelector('.comparison .two .text').textContent")
     assert MARKUP.replace("\x00", "\\x00") in shown
     # wide tables scroll by themselves
     assert chromium.value("document.documentElement.scrollWidth <= window.innerWidth")
@@ -55,7 +55,7 @@ def test_a_script_could_not_run_in_the_report(chromium: Browser, tmp_path: Path)
 
 
 def test_a_rater_finishes_by_keyboard(chromium: Browser, tmp_path: Path) -> None:
-    page, other = write_pages(tmp_path, comparisons(20, markup=True), ["ann", "bob"], 10, 0.0, 5)
+    page, other = write_pages(tmp_path, pairs(20, markup=True), ["ann", "bob"], 10, 0.0, 5)
     chromium.open(page)
     count = "document.getElementById('count').textContent"
     items = page_data(page)["items"]
@@ -109,7 +109,7 @@ def test_a_rater_finishes_by_keyboard(chromium: Browser, tmp_path: Path) -> None
     assert json.loads(file.read_text()) == json.loads(
         chromium.value("document.getElementById('text').value")
     )
-    ratings = import_ratings([file], tmp_path / "key.json")
+    ratings = import_ratings([file], page.parent / "key.json")
     assert {pair: votes["ann"] for pair, votes in ratings.votes.items()} == wanted and len(
         wanted
     ) == 10

@@ -1,83 +1,96 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gipo_megatron.evaluation.results import build_results, duels_from_verdicts, write_results
+from gipo_megatron.evaluation.results import (
+    build_results,
+    comparisons_from_verdicts,
+    pairs_in_both_orders,
+    write_results,
+)
 from gipo_megatron.evaluation.tables import latex_table, markdown_table
-from gipo_megatron.evaluation.types import FIRST, SECOND, Response, Verdict
-from tests.evaluation.simulated import answers, prompts, verdicts
+from gipo_megatron.evaluation.types import FIRST, SECOND, PairOrder, Response, Verdict
+from tests.evaluation.simulated import head_to_head, prompts, verdicts
 
 TASKS = ("hh", "tl;dr_|x|")
 
 
 @pytest.fixture(scope="module")
 def evaluation() -> dict:
-    asked = prompts(20, TASKS)
-    responses = {name: answers(name, asked) for name in ("gipo", "ppo", "s_f|t%")}
-    duels = duels_from_verdicts(
-        "gipo", ["ppo", "s_f|t%"], asked, responses, verdicts(["ppo", "s_f|t%"], asked, 0)
-    )
+    baselines, asked = ["ppo", "s_f|t%"], prompts(20, TASKS)
+    given = head_to_head("gipo", baselines, asked)
+    comparisons = comparisons_from_verdicts(given, verdicts(baselines, asked, 0))
     about = {"name": "rule", "model": "gpt_4 & co"}
-    return build_results(
-        "gipo", ["ppo", "s_f|t%"], asked, responses, duels, about, bootstrap=200, seed=0
-    )
+    return build_results(given, comparisons, about, bootstrap=200, seed=0)
 
 
-def test_duels() -> None:
+def test_pairs_in_both_orders() -> None:
     asked = prompts(2)
-    responses = {name: answers(name, asked) for name in ("gipo", "ppo")}
-    responses["gipo"][0] = Response("gipo", "hh", "hh-000", "x", 3, True, {"p_high": 0.5})
-    responses["ppo"][0] = Response("ppo", "hh", "hh-000", "y", 4, True, {"p_high": 1.0})
-    responses["sft"] = [Response("sft", "hh", p.prompt_id, "z", 1, True) for p in asked]
-    said = {
-        ("hh", "ppo", p.prompt_id, first): Verdict(FIRST if first else SECOND)
+    given = head_to_head("gipo", ["ppo"], asked)
+    del given.responses["ppo"][1].figures["score"]
+    pairs = pairs_in_both_orders(given)
+    mine, theirs = given.responses["gipo"], given.responses["ppo"]
+    assert list(pairs) == [
+        ("hh", "ppo", p.prompt_id, first) for p in asked for first in (True, False)
+    ]
+    one, other = pairs["hh", "ppo", "hh-000", True], pairs["hh", "ppo", "hh-000", False]
+    assert (one.first, one.second) == (other.second, other.first) == (mine[0].text, theirs[0].text)
+    assert one.extras == {"first_score": 0.0, "second_score": 0.0}
+    assert pairs["hh", "ppo", "hh-001", False].extras == {"second_score": 0.1}
+
+
+def test_comparisons() -> None:
+    asked = prompts(2)
+    given = head_to_head("gipo", ["ppo"], asked)
+    given.responses["gipo"][0] = Response("gipo", "hh", "hh-000", "x", 3, True, {"p_high": 0.5})
+    given.responses["ppo"][0] = Response("ppo", "hh", "hh-000", "y", 4, True, {"p_high": 1.0})
+    given.responses["sft"] = [Response("sft", "hh", p.prompt_id, "z", 1, True) for p in asked]
+    found = {
+        PairOrder("hh", "ppo", p.prompt_id, first): Verdict(FIRST if first else SECOND)
         for p in asked
         for first in (True, False)
     }
-    made = duels_from_verdicts("gipo", ["ppo"], asked, responses, said)
-    assert [(d.prompt_id, d.outcome, d.source) for d in made] == [
+    made = comparisons_from_verdicts(given, found)
+    assert [(c.prompt_id, c.outcome, c.source) for c in made] == [
         ("hh-000", "win", "source_0"),
         ("hh-001", "win", "source_1"),
     ]
-    assert (made[0].subject_tokens, made[0].opponent_tokens, made[0].p_high) == (3, 4, 0.75)
-    back = duels_from_verdicts(
-        "ppo",
-        ["gipo"],
-        asked,
-        responses,
-        {("hh", "gipo", k[2], not k[3]): v for k, v in said.items()},
+    assert (made[0].model_tokens, made[0].baseline_tokens, made[0].p_high) == (3, 4, 0.75)
+    back = comparisons_from_verdicts(
+        replace(given, model="ppo", baselines=["gipo"]),
+        {PairOrder("hh", "gipo", k.prompt_id, not k.model_first): v for k, v in found.items()},
     )
     # the group is the prompt's, whoever is compared
-    assert [d.outcome for d in back] == ["lose", "lose"] and back[0].p_high == 0.75
-    none = duels_from_verdicts("sft", [], asked, responses, {})
-    assert none == []
+    assert [c.outcome for c in back] == ["lose", "lose"] and back[0].p_high == 0.75
+    assert comparisons_from_verdicts(replace(given, model="sft", baselines=[]), {}) == []
 
 
 def test_what_is_missing_is_no_result() -> None:
     asked = prompts(2)
-    responses = {name: answers(name, asked) for name in ("gipo", "ppo")}
-    said = verdicts(["ppo"], asked, 1)
-    del said["hh", "ppo", "hh-001", False]
+    given, found = head_to_head("gipo", ["ppo"], asked), verdicts(["ppo"], asked, 1)
+    del found[PairOrder("hh", "ppo", "hh-001", False)]
     with pytest.raises(
         ValueError, match="hh/hh-001: gipo against ppo is not judged in both orders"
     ):
-        duels_from_verdicts("gipo", ["ppo"], asked, responses, said)
+        comparisons_from_verdicts(given, found)
     with pytest.raises(ValueError, match="not judged in both"):
-        duels_from_verdicts("gipo", ["ppo"], asked, responses, said, sampled=True)
-    del said["hh", "ppo", "hh-001", True]
-    assert len(duels_from_verdicts("gipo", ["ppo"], asked, responses, said, sampled=True)) == 1
-    del responses["ppo"][0]
+        comparisons_from_verdicts(given, found, sampled=True)
+    del found[PairOrder("hh", "ppo", "hh-001", True)]
+    assert len(comparisons_from_verdicts(given, found, sampled=True)) == 1
+    del given.responses["ppo"][0]
     with pytest.raises(ValueError, match="no response of ppo"):
-        duels_from_verdicts("gipo", ["ppo"], asked, responses, verdicts(["ppo"], asked, 1))
+        comparisons_from_verdicts(given, verdicts(["ppo"], asked, 1))
 
 
 def test_results(evaluation: dict, tmp_path: Path) -> None:
     cells = 0
-    for opponents in evaluation["tasks"].values():
-        for cell in opponents.values():
+    for by_baseline in evaluation["tasks"].values():
+        for cell in by_baseline.values():
             assert (
                 cell["win"] + cell["tie"] + cell["lose"] == cell["n"]
                 and cell["n"] + cell["failed"] == 20
@@ -133,18 +146,20 @@ def small() -> dict:
     return {"subject": "gipo*", "judge": {"name": "rule<1>"}, "tasks": tasks}
 
 
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
 def test_markdown() -> None:
     lines = markdown_table(small()).splitlines()
-    assert lines[0].startswith("**gipo\\***")
-    assert lines[2].startswith(
-        "| judge | opponent | tl\\_dr: win % | tl\\_dr: tie % | tl\\_dr: lose % | a\\&b: win % |"
-    )
-    assert lines[3].count("---") == 10
-    wanted = (
-        "| rule\\<1\\> | ppo\\|kl | 62.5 [50.0, 75.0] | 25.0 [12.5, 25.0] | 12.5 [0.0, 10.0] | – |"
-        " – | – | 5 of 13 | 1 of 8 |"
-    )
-    assert lines[4] == wanted and len(lines) == 5
+    assert lines[0].startswith("**gipo\\***") and len(lines) == 5
+    head = ["judge", "baseline"]
+    for task in ("tl\\_dr", "a\\&b"):
+        head += [f"{task}: {outcome} %" for outcome in ("win", "tie", "lose")]
+    assert cells(lines[2]) == [*head, "failed", "flipped"]
+    assert re.fullmatch(r"(\|:-+){2}(\|-+:){8}\|", lines[3])
+    shares = ["62.5 [50.0, 75.0]", "25.0 [12.5, 25.0]", "12.5 [0.0, 10.0]", "–", "–", "–"]
+    assert cells(lines[4]) == ["rule\\<1\\>", "ppo\\|kl", *shares, "5 of 13", "1 of 8"]
 
 
 def test_latex() -> None:
@@ -152,7 +167,7 @@ def test_latex() -> None:
     assert lines[1] == r"\begin{tabular}{llrrrrrrrr}" and lines[-1] == r"\end{tabular}"
     assert (
         lines[3]
-        == r"Judge & Opponent & \multicolumn{3}{c}{tl\_dr} & \multicolumn{3}{c}{a\&b} & Failed &"
+        == r"Judge & Baseline & \multicolumn{3}{c}{tl\_dr} & \multicolumn{3}{c}{a\&b} & Failed &"
         r" Flipped \\"
     )
     assert lines[4] == r"\cmidrule(lr){3-5} \cmidrule(lr){6-8}"
@@ -161,11 +176,14 @@ def test_latex() -> None:
         == r"rule\textless{}1\textgreater{} & ppo\textbar{}kl & 62.5 & 25.0 & 12.5 & -- & -- & -- &"
         r" 5 & 1 \\"
     )
-    assert (
-        lines[8]
-        == r" &  & {\tiny [50.0, 75.0]} & {\tiny [12.5, 25.0]} & {\tiny [0.0, 10.0]} &  &  &  & "
-        r" &  \\"
-    )
+    small_print = r"{\tiny [50.0, 75.0]} & {\tiny [12.5, 25.0]} & {\tiny [0.0, 10.0]}"
+    assert lines[8] == rf" &  & {small_print} &  &  &  &  &  \\"
+
+
+def test_tables_without_a_baseline() -> None:
+    empty = {"subject": "a", "judge": {"name": "rule"}, "tasks": {"t": {}}}
+    assert len(markdown_table(empty).splitlines()) == 4
+    assert latex_table(empty).splitlines()[-2:] == [r"\bottomrule", r"\end{tabular}"]
 
 
 def test_every_row_has_every_column(evaluation: dict) -> None:

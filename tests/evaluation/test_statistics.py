@@ -15,20 +15,29 @@ from gipo_megatron.evaluation.statistics import (
     refuses,
     sign_test,
 )
-from gipo_megatron.evaluation.types import FAILED, FIRST, LOSE, TIE, WIN, Duel, Response, Verdict
-from tests.evaluation.simulated import duel, duels, swap
+from gipo_megatron.evaluation.types import (
+    FAILED,
+    FIRST,
+    LOSE,
+    TIE,
+    WIN,
+    Comparison,
+    Response,
+    Verdict,
+)
+from tests.evaluation.simulated import comparison, comparisons, swap
 
 
 def rng(seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(seed))
 
 
-def drawn(shares: tuple[float, float, float], n: int, seed: int) -> list[Duel]:
-    return duels(*rng(seed).multinomial(n, shares).tolist())
+def drawn(shares: tuple[float, float, float], n: int, seed: int) -> list[Comparison]:
+    return comparisons(*rng(seed).multinomial(n, shares).tolist())
 
 
 def test_counts() -> None:
-    assert counts(duels(5, 3, 2, failed=4, flipped=6)) == {
+    assert counts(comparisons(5, 3, 2, failed=4, flipped=6)) == {
         "win": 5,
         "tie": 9,
         "lose": 2,
@@ -56,14 +65,14 @@ def test_the_intervals_hold_what_they_promise() -> None:
 
 def test_the_bootstrap_is_the_binomials_spread() -> None:
     """Half of 400: 0.5 ± 1.96 · sqrt(0.25 / 400) = [0.451, 0.549]."""
-    bounds = bootstrap(duels(200, 0, 200, failed=50), resamples=4000, seed=0)["win"]
+    bounds = bootstrap(comparisons(200, 0, 200, failed=50), resamples=4000, seed=0)["win"]
     assert bounds == pytest.approx([0.451, 0.549], abs=0.004)
-    assert bootstrap(duels(0, 0, 0, failed=3), resamples=100, seed=0) == {
+    assert bootstrap(comparisons(0, 0, 0, failed=3), resamples=100, seed=0) == {
         "win": None,
         "tie": None,
         "lose": None,
     }
-    assert bootstrap(duels(30, 0, 0), resamples=100, seed=0) == {
+    assert bootstrap(comparisons(30, 0, 0), resamples=100, seed=0) == {
         "win": [1.0, 1.0],
         "tie": [0.0, 0.0],
         "lose": [0.0, 0.0],
@@ -77,7 +86,7 @@ def test_a_policy_against_itself_wins_as_often_as_it_loses() -> None:
         low, high = cell["ci95"]["win"]
         agreed += low <= cell["lose"] / cell["n"] <= high
     assert agreed >= 16
-    same = compare(duels(70, 60, 70), resamples=500, seed=0)
+    same = compare(comparisons(70, 60, 70), resamples=500, seed=0)
     assert (
         same["ci95"]["win"][0] < same["lose"] / same["n"] < same["ci95"]["win"][1]
         and same["sign_test_p"] == 1.0
@@ -88,7 +97,7 @@ def test_exchanging_the_sides_mirrors_the_table() -> None:
     generator = rng(3)
     kinds = (WIN, TIE, LOSE, FAILED, "flipped")
     given = [
-        duel(
+        comparison(
             kinds[generator.choice(5, p=[0.4, 0.2, 0.2, 0.1, 0.1])],
             i,
             lengths=(int(generator.integers(5, 50)), int(generator.integers(5, 40))),
@@ -125,7 +134,9 @@ def test_exchanging_the_sides_mirrors_the_table() -> None:
 
 
 def test_a_judge_that_always_says_first_yields_ties_and_flips() -> None:
-    given = [Duel("hh", "ppo", str(i), "", Verdict(FIRST), Verdict(FIRST), 5, 9) for i in range(40)]
+    given = [
+        Comparison("hh", "ppo", str(i), "", Verdict(FIRST), Verdict(FIRST), 5, 9) for i in range(40)
+    ]
     cell = compare(given, resamples=100, seed=0)
     assert (cell["win"], cell["tie"], cell["lose"], cell["flipped"], cell["n"]) == (
         0,
@@ -153,9 +164,9 @@ def test_sign_test() -> None:
     assert checked == 5
 
 
-def biased(rate: float, bias: float, n: int, seed: int) -> list[Duel]:
-    """A judge who prefers the subject at `rate` among equal lengths, and longer answers by `bias`;
-    the subject is mostly longer."""
+def biased(rate: float, bias: float, n: int, seed: int) -> list[Comparison]:
+    """A judge who prefers the model at `rate` among equal lengths, and longer answers by `bias`;
+    the model is mostly longer."""
     generator = rng(seed)
     lengths = [
         (int(a), int(b))
@@ -165,7 +176,7 @@ def biased(rate: float, bias: float, n: int, seed: int) -> list[Duel]:
     logit = np.log(rate / (1 - rate)) + bias * np.tanh(longer / longer.std())
     won = generator.random(n) < 1 / (1 + np.exp(-logit))
     return [
-        duel(WIN if w else LOSE, i, lengths=both)
+        comparison(WIN if w else LOSE, i, lengths=both)
         for i, (w, both) in enumerate(zip(won, lengths, strict=True))
     ]
 
@@ -184,29 +195,32 @@ def test_length_control_recovers_the_rate_of_equal_lengths() -> None:
 
 
 def test_length_control_says_when_it_cannot() -> None:
-    assert length_controlled(duels(5, 0, 3)) == (None, "8 judged prompts: at least 10 are needed")
-    value, note = length_controlled(duels(20, 0, 0))
-    assert value is None and note.startswith("all 20 judgements are wins")
-    assert "are losses" in length_controlled(duels(0, 0, 20))[1]
-    assert length_controlled(duels(12, 4, 4)) == (
-        0.7,
-        "both answers are equally long everywhere: nothing to control",
+    assert length_controlled(comparisons(5, 0, 3)) == (
+        None,
+        "8 judged prompts: at least 10 are needed",
     )
-    constant = [duel(WIN if i % 2 else LOSE, i, lengths=(12, 10)) for i in range(20)]
+    value, note = length_controlled(comparisons(20, 0, 0))
+    assert value is None and note.startswith("all 20 judgements are wins")
+    assert "are losses" in length_controlled(comparisons(0, 0, 20))[1]
+    assert length_controlled(comparisons(12, 4, 4)) == (
+        0.7,
+        "both responses have equal length everywhere: nothing to control",
+    )
+    constant = [comparison(WIN if i % 2 else LOSE, i, lengths=(12, 10)) for i in range(20)]
     assert length_controlled(constant)[0] is None and "+2 tokens" in length_controlled(constant)[1]
-    ties = [duel(TIE, i, lengths=(10 + i, 20)) for i in range(20)]
+    ties = [comparison(TIE, i, lengths=(10 + i, 20)) for i in range(20)]
     assert length_controlled(ties)[0] == pytest.approx(0.5)
     # the longer answer always wins
-    separable = [duel(WIN if i >= 10 else LOSE, i, lengths=(10 + i, 20)) for i in range(20)]
+    separable = [comparison(WIN if i >= 10 else LOSE, i, lengths=(10 + i, 20)) for i in range(20)]
     value, _ = length_controlled(separable)
     assert value is not None and 0.3 < value < 0.7
-    longer = [duel(WIN if i % 3 else LOSE, i, lengths=(20 + i, 10)) for i in range(20)]
-    assert length_controlled(longer)[1] == "extrapolated: the subject's answer is longer everywhere"
+    longer = [comparison(WIN if i % 3 else LOSE, i, lengths=(20 + i, 10)) for i in range(20)]
+    assert length_controlled(longer)[1] == "extrapolated: the model's response is longer everywhere"
 
 
-def test_one_duel_a_prompt() -> None:
-    with pytest.raises(ValueError, match="several duels"):
-        compare([duel(WIN, 1), duel(LOSE, 1)], resamples=10, seed=0)
+def test_one_comparison_a_prompt() -> None:
+    with pytest.raises(ValueError, match="several comparisons"):
+        compare([comparison(WIN, 1), comparison(LOSE, 1)], resamples=10, seed=0)
 
 
 def test_distinct_and_refusals() -> None:

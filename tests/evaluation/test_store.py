@@ -7,7 +7,15 @@ import pytest
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.store import ResponseStore, VerdictStore, write_prompts
-from gipo_megatron.evaluation.types import FAILED, FIRST, TIE, Response, TaskPrompt, Verdict
+from gipo_megatron.evaluation.types import (
+    FAILED,
+    FIRST,
+    TIE,
+    PairOrder,
+    Response,
+    TaskPrompt,
+    Verdict,
+)
 
 
 def response(prompt_id: str, text: str = "x") -> Response:
@@ -33,14 +41,14 @@ def test_killed_at_any_byte_only_the_torn_line_is_lost(tmp_path: Path) -> None:
     """The file is cut at every byte of a write; a restart answers what is missing, and the file is
     as if nothing had happened."""
     whole = tmp_path / "whole.jsonl"
-    ResponseStore(whole, "key").append([response("a", ODD), response("b")])
+    ResponseStore(whole).append([response("a", ODD), response("b")])
     content = whole.read_bytes()
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
     assert len(ends) == 3
     for size in range(len(content)):
         torn = tmp_path / "torn.jsonl"
         torn.write_bytes(content[:size])
-        store = ResponseStore(torn, "key")
+        store = ResponseStore(torn)
         assert len(store.done) == max(0, sum(end <= size for end in ends) - 1)
         store.append(
             [r for r in (response("a", ODD), response("b")) if r.prompt_id not in store.done]
@@ -49,14 +57,15 @@ def test_killed_at_any_byte_only_the_torn_line_is_lost(tmp_path: Path) -> None:
     assert size == len(content) - 1 > 200
 
 
-@pytest.mark.parametrize("store", [ResponseStore, VerdictStore])
-def test_another_key_is_refused(tmp_path: Path, store: type[ResponseStore]) -> None:
+def test_another_key_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    ResponseStore(file, "actor 1, temperature 1.0").append([response("a")])
+    order = PairOrder("hh", "sft", "a", True)
+    VerdictStore(file, "judge 1, margin 1.0").append({order: Verdict(TIE)})
     before = file.read_bytes()
-    with pytest.raises(UserError, match=r"a\.jsonl was made by other") as raised:
-        store(file, "actor 2, temperature 1.0")
-    assert "choose another run.dir" in raised.value.fix and file.read_bytes() == before
+    for store in (lambda: VerdictStore(file, "judge 2, margin 1.0"), lambda: ResponseStore(file)):
+        with pytest.raises(UserError, match=r"a\.jsonl was made by other") as raised:
+            store()
+        assert "choose another run.dir" in raised.value.fix and file.read_bytes() == before
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
@@ -80,21 +89,29 @@ def test_a_prompt_answered_twice_counts_once(tmp_path: Path) -> None:
     assert [r.text for r in ResponseStore(file).read()] == ["first"]
 
 
-def test_verdicts_by_presentation_the_last_one_counts(tmp_path: Path) -> None:
+def test_verdicts_by_order_the_last_one_counts(tmp_path: Path) -> None:
     file = tmp_path / "verdicts.jsonl"
-    one, other = ("hh", "sft", "a", True), ("hh", "sft", "a", False)
+    one, other = (PairOrder("hh", "sft", "a", first) for first in (True, False))
     store = VerdictStore(file)
     store.append({one: Verdict(FAILED, "timed out"), other: Verdict(TIE, "equal", 7, 2, True)})
     store.append({one: Verdict(FIRST, "A. [[A]]")})
-    again = VerdictStore(file)
-    assert again.done == store.done == {one, other}
-    assert again.read() == {
-        one: Verdict(FIRST, "A. [[A]]"),
-        other: Verdict(TIE, "equal", 7, 2, True),
-    }
+    found = VerdictStore(file).read()
+    assert found == {one: Verdict(FIRST, "A. [[A]]"), other: Verdict(TIE, "equal", 7, 2, True)}
     with open(file, "ab") as torn:
         torn.write(b'{"task": "hh", "oppo')
-    assert VerdictStore(file).read() == again.read()
+    assert VerdictStore(file).read() == found
+    # the keys on disk, which earlier evaluations have
+    assert json.loads(file.read_text().splitlines()[1]) == {
+        "task": "hh",
+        "opponent": "sft",
+        "prompt_id": "a",
+        "subject_first": True,
+        "choice": FAILED,
+        "said": "timed out",
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+        "cached": False,
+    }
 
 
 def test_nothing_is_written_where_nothing_can_be(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from gipo_megatron.data.batching import load_data
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.tasks import TOO_LONG, Task, load_task, read_task
+from gipo_megatron.evaluation.tasks import TOO_LONG, Task, read_task
 from tests.data.fixtures import SHARED, dialogue, needs_shared_data, write_rows
 
 BYTES = byte_tokenizer()
@@ -31,7 +31,7 @@ def asked(
     write_rows(root / name, rows)
     return [
         (p.text, p.question, p.reference)
-        for p in load_task(task(name, **keys), str(root), BYTES, 64)
+        for p in read_task(task(name, **keys), str(root), BYTES, 64).prompts
     ]
 
 
@@ -125,7 +125,7 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     files = sorted(tmp_path.iterdir())
     for file in files:
         for data, root in ((file.name, tmp_path), (str(file), tmp_path / "elsewhere")):
-            assert [p.question for p in load_task(task(data), str(root), BYTES, 64)] == [
+            assert [p.question for p in read_task(task(data), str(root), BYTES, 64).prompts] == [
                 row["question"] for row in rows
             ], file.name
     assert len(files) == 5
@@ -133,14 +133,14 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
 
 def test_prompts_are_spread_evenly_and_keep_their_ids(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", [{"prompt": f"p{i}"} for i in range(10)])
-    some = load_task(task("a.jsonl", 4), str(tmp_path), BYTES, 64)
+    some = read_task(task("a.jsonl", 4), str(tmp_path), BYTES, 64).prompts
     assert [p.text for p in some] == ["p0", "p2", "p5", "p7"]  # i * 10 // 4
-    every = load_task(task("a.jsonl", 99), str(tmp_path), BYTES, 64)
+    every = read_task(task("a.jsonl", 99), str(tmp_path), BYTES, 64).prompts
     assert len(every) == len({p.prompt_id for p in every}) == 10
     write_rows(tmp_path / "b.jsonl", [{"prompt": f"p{i}"} for i in reversed(range(10))])
-    turned = load_task(task("b.jsonl", 99), str(tmp_path), BYTES, 64)
+    turned = read_task(task("b.jsonl", 99), str(tmp_path), BYTES, 64).prompts
     assert {p.text: p.prompt_id for p in every} == {p.text: p.prompt_id for p in turned}
-    (other,) = load_task(Task("u", "helpful", "a.jsonl", 1), str(tmp_path), BYTES, 64)
+    (other,) = read_task(Task("u", "helpful", "a.jsonl", 1), str(tmp_path), BYTES, 64).prompts
     assert other.text == every[0].text and other.prompt_id != every[0].prompt_id
 
 
@@ -186,15 +186,15 @@ def test_a_folder_gives_its_test_split_and_a_source_can_be_chosen(tmp_path: Path
             tmp_path / "set" / source / "test.jsonl",
             [{"prompt": f"{source} test {i}"} for i in range(3)],
         )
-    both = load_task(task("set"), str(tmp_path), BYTES, 64)
+    both = read_task(task("set"), str(tmp_path), BYTES, 64).prompts
     assert [p.text for p in both] == [
         f"{source} test {i}" for source in ("one", "two") for i in range(3)
     ]
-    assert {p.source for p in load_task(task("set", source=["two"]), str(tmp_path), BYTES, 64)} == {
-        "two"
-    }
+    assert {
+        p.source for p in read_task(task("set", source=["two"]), str(tmp_path), BYTES, 64).prompts
+    } == {"two"}
     with pytest.raises(UserError, match="no source three"):
-        load_task(task("set", source=["three"]), str(tmp_path), BYTES, 64)
+        read_task(task("set", source=["three"]), str(tmp_path), BYTES, 64)
 
 
 def test_without_a_test_split_the_rows_that_training_holds_back(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_ids_are_those_of_training(tmp_path: Path, template: str) -> None:
 
 def refused(root: Path, data: str, **keys: Any) -> UserError:
     with pytest.raises(UserError) as raised:
-        load_task(task(data, **keys), str(root), BYTES, 64)
+        read_task(task(data, **keys), str(root), BYTES, 64)
     assert raised.value.where.startswith("tasks, t")
     return raised.value
 

@@ -100,7 +100,9 @@ def test_values_are_read_once_an_update_not_once_a_micro_batch(
         with Reads() as reads:
             actor.update((rows, ppo_loss))
         counts.append((len(slots), reads.count))
-    assert counts == [(1, 3), (8, 3)]
+    (_, once), (_, eight_times) = counts
+    assert [slots for slots, _ in counts] == [1, 8] and once == eight_times
+    assert once in (2, 3), "mcore 0.19 no longer reads whether there were tokens"
 
 
 def test_an_engine_on_a_gpu_pads_to_round_widths(mesh: Mesh) -> None:

@@ -88,7 +88,7 @@ def test_rope_frequencies_are_hugging_faces(scaling: dict[str, Any]) -> None:
 
 
 def test_other_rope_scaling_is_refused() -> None:
-    with pytest.raises(UserError, match="RoPE scaling 'yarn' is not built"):
+    with pytest.raises(UserError, match="RoPE scaling 'yarn' is not supported"):
         check_split(
             replace(ARCHITECTURE, rope_scaling={"rope_type": "yarn", "factor": 2.0}), Parallel()
         )

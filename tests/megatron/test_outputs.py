@@ -119,7 +119,10 @@ def test_nothing_is_read_back_from_the_device(mesh: Mesh) -> None:
 )
 def test_rows_of_a_chunk(mesh: Mesh, device: str, vocabulary: int, rows: int) -> None:
     """8 MiB, or 512 MiB, over 4 bytes a column."""
-    assert outputs._Shard(vocabulary, vocabulary, mesh).rows_per_chunk(torch.device(device)) == rows
+    assert (
+        outputs._VocabShard(vocabulary, vocabulary, mesh).rows_per_chunk(torch.device(device))
+        == rows
+    )
 
 
 class Operations(TorchDispatchMode):

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmb
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from gipo_megatron.capabilities import Capabilities, Gpu
+from gipo_megatron.capabilities import Capabilities, GpuInfo
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import precision
 from gipo_megatron.megatron.generate import generate
@@ -89,7 +89,7 @@ def test_mistakes_are_told(recipe: Precision, words: str) -> None:
         precision.check(recipe)
 
 
-ADA = Gpu("NVIDIA L4", (8, 9), 22.5)
+ADA = GpuInfo("NVIDIA L4", (8, 9), 22.5)
 HERE = Capabilities("3.12.3", "2.11.0", cuda="12.8", gpus=(ADA,), transformer_engine="2.11.0")
 
 

@@ -67,6 +67,15 @@ def test_scores_of_pairs(mesh: Mesh) -> None:
     torch.testing.assert_close(found, (hidden @ score_weight()[0]).detach(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("position", ["prompt", "trajectory"])
+def test_features_of_the_reward_model(position: str, mesh: Mesh) -> None:
+    rows = weighted().inner
+    last = (rows.prompt_lengths if position == "prompt" else rows.lengths) - 1
+    expected = hf_hidden(hf_model(), rows)[torch.arange(len(last)), last]
+    found = new_reward(mesh, micro_batch=3).features(rows, position)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
+
+
 def test_export_is_what_was_loaded(mesh: Mesh) -> None:
     exported, theirs = dict(new_actor(mesh).export_weights()), dict(hf_model().named_parameters())
     assert exported.keys() == theirs.keys() and len(exported) == 39

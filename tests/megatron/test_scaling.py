@@ -174,7 +174,9 @@ def test_checkpoints_have_tensors_only(mesh: Mesh, tmp_path: Path) -> None:
         .read_metadata()
         .state_dict_metadata
     )
-    assert {type(about) for about in stored.values()} == {TensorStorageMetadata}
+    # mcore 0.19 stores its own settings as bytes in common_state
+    kinds = {type(x) for key, x in stored.items() if not key.startswith("common_state/")}
+    assert kinds == {TensorStorageMetadata}
     # layers, rows, gradients
     assert stored["decoder.layers.fake.fp8.amax_history_bwd"].size == (4, 4, 2)
     assert sum(".fp8." in key for key in stored) == 4

@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from gipo_megatron.megatron.checkpoint.sharded import InlineSave
+from gipo_megatron.megatron.cpu_compat import host_mode
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.heads import GroupHead, take_hidden
 from gipo_megatron.megatron.hf import export_weights, load_hf
@@ -26,7 +27,6 @@ from gipo_megatron.megatron.outputs import (
     token_stats,
 )
 from gipo_megatron.megatron.param_sharding import EMBEDDING, placements
-from gipo_megatron.megatron.schedules import quiet
 from gipo_megatron.specs import HeadSpec, Optimisation, Parallel, Precision
 from gipo_megatron.types import Sequences, TokenStats
 from gipo_megatron.weights.hf_config import architecture_from_config
@@ -309,7 +309,7 @@ def run(out: Path) -> dict[str, Any]:
         if layout == "tensor":
             cells |= check_token_stats(mesh)
             trained = trained_group_head(mesh).state_dict()
-            with quiet():
+            with host_mode():
                 dist_checkpointing.save(
                     trained_group_head(mesh).sharded_state(),
                     str(stored),
@@ -317,7 +317,7 @@ def run(out: Path) -> dict[str, Any]:
                 )
         if layout == "pipeline":
             head = GroupHead(HeadSpec(2, "prompt", detach_trunk=True), 8, mesh, seed=4)
-            with quiet():
+            with host_mode():
                 head.load_sharded_state(dist_checkpointing.load(head.sharded_state(), str(stored)))
             loaded = head.state_dict()
             cells["group_head/reloaded"] = all(

@@ -1,7 +1,6 @@
-"""Answers the planner's tests in a process of its own, all in one start: evaluate.py CASES.json
-writes CASES.out.json.
+"""Makes all plans of the tests in one process: evaluate.py CASES.json writes CASES.out.json.
 
-A plan pretends to be a rank of another world, which a process that is in a process group cannot.
+A plan takes the place of a rank of another world; a process that is in a process group cannot.
 """
 
 from __future__ import annotations
@@ -9,17 +8,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.planning.planner import Planner, build_shards
-from gipo_megatron.planning.report import plan_text
-from gipo_megatron.planning.verdict import judge
+from gipo_megatron.planning.planner import Plan, Planner, build_shards
+from gipo_megatron.planning.report import render
+from gipo_megatron.planning.verdict import Verdict, judge
 from gipo_megatron.recipe.compose import compose
+from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.specs import Architecture, Parallel, Precision
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+PLANNER = Planner()
 KINDS: dict[str, tuple[str | None, bool]] = {
     "actor": (None, True),
     "critic": ("value", True),
@@ -41,14 +43,21 @@ def shards(case: dict[str, Any]) -> dict[str, Any]:
     return {role: dataclasses.asdict(built[kind]) for role, kind in KINDS.items()}
 
 
+def judged(argv: list[str]) -> tuple[Plan, Verdict]:
+    """Models of one shape are built once for all cases."""
+
+    def vary(words: Sequence[str]) -> Recipe:
+        return compose([*argv, *words], RECIPES)
+
+    found = PLANNER.plan(vary(()))
+    return found, judge(found, PLANNER, vary)
+
+
 def plan(case: dict[str, Any]) -> dict[str, Any]:
-    """What a plan says in numbers."""
-    recipe = compose(case["plan"], RECIPES)
-    planner = Planner()
-    found = planner.plan(recipe)
-    verdict = judge(found, planner, lambda words: compose([*case["plan"], *words], RECIPES))
+    """A plan in numbers, and as text."""
+    found, verdict = judged(case["plan"])
     phases = {
-        phase.name: [phase.state.total, phase.work.peak, phase.moved]
+        phase.name: [sum(phase.state), phase.work.peak, phase.moved]
         for phase in found.heaviest.phases
     }
     return {
@@ -65,42 +74,28 @@ def plan(case: dict[str, Any]) -> dict[str, Any]:
         if verdict.change is None
         else [verdict.change.words, verdict.change.plan.heaviest.worst.peak],
         "flops": 0 if found.time is None else found.time.flops,
-        "tokens": found.batch.rows * found.batch.sequences_per_row * found.batch.max_length,
-        "batch": found.batch.lines(),
+        "tokens": found.iteration.tokens(found.iteration.calls[0]),
+        "batch": found.iteration.lines(),
         "rows": [max(phase.work.rows for phase in stage.phases) for stage in found.footprints],
         "seconds": {}
         if found.time is None
         else {work.name: work.seconds for work in found.time.works},
         "saving": found.saving,
+        "text": render(found, verdict),
     }
 
 
 def verdicts(names: list[str]) -> dict[str, Any]:
-    """Recipe -> [fits, warnings]; models of one shape are built once."""
-    planner = Planner()
-
-    def verdict(argv: list[str]) -> list[Any]:
-        found = judge(
-            planner.plan(compose(argv, RECIPES)),
-            planner,
-            lambda words: compose([*argv, *words], RECIPES),
-        )
-        return [found.fits, found.warnings]
-
-    return {name: verdict([f"recipe={name}"]) for name in names}
+    """Recipe -> [fits, warnings]."""
+    found = {name: judged([f"recipe={name}"])[1] for name in names}
+    return {name: [verdict.fits, verdict.warnings] for name, verdict in found.items()}
 
 
 def answer(case: dict[str, Any]) -> Any:
     try:
         if "verdicts" in case:
             return verdicts(case["verdicts"])
-        return (
-            shards(case)
-            if "architecture" in case
-            else plan(case)
-            if "plan" in case
-            else plan_text(case["text"], RECIPES)
-        )
+        return shards(case) if "architecture" in case else plan(case)
     except UserError as error:
         return {"error": str(error)}
 

@@ -1,4 +1,4 @@
-"""What a layer keeps, against what autograd really saves; passes in flight, against a simulated
+"""Activations of a layer against those that autograd saves; passes in flight against a simulated
 schedule."""
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def saved(mesh: Mesh, a: Architecture, sequences: int, recompute: str) -> int:
 @pytest.mark.global_rng
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(("kv_heads", "sequences"), [(2, 1), (4, 3)])
-def test_a_layer_keeps_what_autograd_saves(
+def test_a_layer_keeps_the_tensors_of_autograd(
     mesh: Mesh, recompute: str, kv_heads: int, sequences: int
 ) -> None:
     """The difference between two layers and one. A CPU's RMSNorm and SwiGLU are composed of parts,

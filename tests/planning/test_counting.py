@@ -1,4 +1,4 @@
-"""What a page asks of its roles, found by running it with counting roles."""
+"""The calls of a page, found by running it with counting roles."""
 
 from __future__ import annotations
 
@@ -12,15 +12,8 @@ import pytest
 import torch
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.planning.counting import (
-    BATCH,
-    LATE,
-    Call,
-    Iteration,
-    Table,
-    added_up,
-    count,
-)
+from gipo_megatron.planning.arithmetic import BATCH, Call, Iteration, added_up
+from gipo_megatron.planning.counting import LATE, Table, count
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.training import assembly
@@ -52,7 +45,7 @@ def test_examples_and_pairs() -> None:
     assert brief(counted("recipe=hh_rm").calls) == [("update", "reward", 64, 128)]
 
 
-def test_a_reference_is_asked_for_each_batch_or_once() -> None:
+def test_a_reference_is_called_for_each_batch_or_once() -> None:
     live = counted("recipe=hh_dpo", "algorithm.precompute=false")
     assert live.built == ("actor", "reference") and live.once == ()
     assert brief(live.calls) == [("forward", "reference", 64, 128), ("update", "actor", 64, 128)]
@@ -100,6 +93,22 @@ def test_rewards_call_as_many_models_as_they_have() -> None:
     assert names[:2] == ["rollout", "actor log-probs"]
 
 
+def test_without_a_critic() -> None:
+    """The group head reads the reward model's features: once for the labels, then in each of its
+    updates (128 rows in minibatches of 32), and of the probe."""
+    work = counted("recipe=tiny/rloo")
+    assert work.built == ("actor", "reference", "reward")
+    assert [(call.name, call.rows, call.count) for call in added_up(work.calls)] == [
+        ("rollout", 128, 1),
+        ("reward scores", 128, 1),
+        ("actor log-probs", 128, 1),
+        ("reference log-probs", 128, 1),
+        ("reward features", 256, 5),
+        ("actor update", 128, 4),
+        ("group probe", 16, 1),
+    ]
+
+
 def test_groups_that_are_given_have_made_up_sources() -> None:
     given = "algorithm.group_classifier={name: labelled, groups: {easy: 0, hard: 1}}"
     assert counted("recipe=hh_gipo", given).calls == counted("recipe=ablation/oracle_groups").calls
@@ -114,6 +123,8 @@ def test_groups_that_are_given_have_made_up_sources() -> None:
         ("recipe=hh_dpo", "algorithm.precompute=false"),
         ("recipe=hh_gipo", "algorithm.epochs=3"),
         ("recipe=hh_ppo_kl",),
+        ("recipe=tiny/grpo",),
+        ("recipe=tiny/rloo", "algorithm.epochs=2"),
     ],
 )
 def test_the_pages_own_count_agrees(words: tuple[str, ...]) -> None:

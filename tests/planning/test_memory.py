@@ -1,4 +1,4 @@
-"""The planner's Device against residency.Residency: the same calls leave the same bytes on the
+"""The planner's Device against offload.Residency: the same calls leave the same bytes on the
 device."""
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.meta_shard import Shard
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
-from gipo_megatron.planning.arithmetic import batch_plan
 from gipo_megatron.planning.counting import count
 from gipo_megatron.planning.memory import Device, State, budget, slot_of, staging
 from gipo_megatron.recipe.compose import compose
@@ -113,7 +112,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.global_rng
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_save_gathers_what_the_plan_says(dtype: str, tmp_path: Path) -> None:
+def test_a_save_gathers_the_planned_bytes(dtype: str, tmp_path: Path) -> None:
     """One replica: 9 times the gradient buffer, and nothing else of that order, not even while it
     is written."""
     mesh = Mesh.create(Parallel())
@@ -128,7 +127,7 @@ def test_a_save_gathers_what_the_plan_says(dtype: str, tmp_path: Path) -> None:
 
 def test_bytes_moved_by_hand() -> None:
     """Weights 2, gradients 4, optimizer 12: gradients come back as zeros, everything else is
-    copied, and only what is there leaves."""
+    copied, and only tensors on the device leave."""
     recipe: Any = SimpleNamespace(
         models={name: SimpleNamespace(offload="cpu") for name in ("actor", "critic")}
     )
@@ -154,7 +153,7 @@ def test_a_gpus_micro_batch_is_as_wide_as_it_is_padded() -> None:
 
     def length(*words: str) -> int:
         recipe = compose(words, RECIPES)
-        return slot_of(recipe, batch_plan(recipe, count(recipe))).length
+        return slot_of(count(recipe)).length
 
     assert length("recipe=hh_sft", "data.max_length=1000") == 1024
     assert length("recipe=hh_sft", "data.max_length=2048") == 2048

@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 def hf_parameters(architecture: Architecture) -> int:
-    """As transformers counts them; a tied output layer is the embedding."""
+    """Count them with transformers; a tied output layer is the embedding."""
     config = config_for(architecture, "bfloat16")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -108,7 +108,7 @@ def test_phases_are_the_algorithms(plans: dict[str, Any]) -> None:
         - plans["hh_dpo"]["phases"]["actor update"][0]
     )
     assert more == pytest.approx(weights, rel=1e-3), (
-        "a live reference stays, a precomputed one is gone"
+        "a live reference stays, a precomputed one is freed"
     )
 
 
@@ -165,7 +165,7 @@ def test_a_save_needs_the_model_alone_on_the_device(plans: dict[str, Any]) -> No
 
 
 def test_adam_has_temporaries_on_a_cpu_only(plans: dict[str, Any]) -> None:
-    assert "  Adam  " not in plans["text/hh_gipo"] and "  Adam  " in plans["text/tiny"]
+    assert "  Adam  " not in plans["hh_gipo"]["text"] and "  Adam  " in plans["tiny"]["text"]
 
 
 def test_flops_are_the_algorithms_passes(plans: dict[str, Any]) -> None:
@@ -220,18 +220,19 @@ def test_a_plan_that_does_not_fit_names_a_change_that_does(plans: dict[str, Any]
     assert tight["limit"] == int(40 * GIB * 0.95) - 2 * GIB
     words, peak = tight["change"]
     roles = ("actor", "reference", "critic", "reward")
-    assert words == [f"models.{role}.offload=cpu" for role in roles] and peak <= tight["limit"]
+    assert sorted(words) == [f"models.{role}.offload=cpu" for role in sorted(roles)]
+    assert peak <= tight["limit"]
     assert plans["hopeless"]["fits"] is False and plans["hopeless"]["change"] is None
     assert plans["tiny"]["fits"] is None
 
 
-def test_a_tensor_group_over_nodes_is_said(plans: dict[str, Any]) -> None:
+def test_a_tensor_group_over_nodes_is_a_warning(plans: dict[str, Any]) -> None:
     (warning,) = plans["spanning"]["warnings"]
     assert "parallel.tensor=8 stays inside a node" in warning
     assert plans["hh_gipo"]["warnings"] == []
 
 
-def test_recomputation_without_need_is_said(plans: dict[str, Any]) -> None:
+def test_recomputation_without_need_is_a_warning(plans: dict[str, Any]) -> None:
     """The cheapest setting that fits is named: none where it fits, else selective; nothing where
     there is nothing to gain."""
     (warning,) = plans["needless"]["warnings"]
@@ -249,29 +250,26 @@ def test_shipped_recipes_fit_and_compute_nothing_twice_without_need(plans: dict[
     assert plans["shipped"] == {name: [True, []] for name in shipped()} and len(shipped()) == 26
 
 
-def test_what_is_printed(plans: dict[str, Any]) -> None:
-    texts = {name: text for name, text in plans.items() if name.startswith("text/")}
-    assert len(texts) == 5
+def test_the_printed_plan(plans: dict[str, Any]) -> None:
+    texts = {name: plans[name]["text"] for name in PLANS}
+    assert len(texts) == 17
     for name, text in texts.items():
         assert max(map(len, text.splitlines())) <= 100, name
         assert text.count("verdict: ") == 1, name
-    assert "  tensor   64 of 8 ranks, inside a node: 0-7, 8-15, 16-23, …" in texts["text/70b"]
+    assert "  tensor   64 of 8 ranks, inside a node: 0-7, 8-15, 16-23, …" in texts["70b"]
+    assert "256 sequences an optimizer step = 8 replicas × 32 micro-batches of 1" in texts["70b"]
     assert (
-        "256 sequences an optimizer step = 8 replicas × 32 micro-batches of 1" in texts["text/70b"]
+        "cheapest change: models.actor.offload=cpu models.reference.offload=cpu" in texts["tight"]
     )
-    assert (
-        "cheapest change: models.actor.offload=cpu models.reference.offload=cpu"
-        in texts["text/tight"]
-    )
-    assert "verdict: none, hardware.gpu_memory_gib is 0 (a CPU)" in texts["text/tiny"]
+    assert "verdict: none, hardware.gpu_memory_gib is 0 (a CPU)" in texts["tiny"]
     assert prod((256, 4, 2048)) == plans["70b"]["tokens"]
 
 
-def test_the_document_shows_what_is_printed(plans: dict[str, Any]) -> None:
+def test_the_document_shows_the_printed_plan(plans: dict[str, Any]) -> None:
     """docs/scaling.md: whole sections, with … for those left out."""
     checked = 0
     for words, shown in documented().items():
-        printed = plans[f"document/{words}"].rstrip("\n").split("\n\n")
+        printed = plans[f"document/{words}"]["text"].rstrip("\n").split("\n\n")
         sections = re.sub(r"^…$", "", shown, flags=re.MULTILINE).strip("\n")
         for section in re.split(r"\n\n+", sections):
             assert section in printed, f"{words}\n{section}"

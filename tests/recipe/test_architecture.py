@@ -305,11 +305,11 @@ def test_roles_must_agree(tmp_path: Path) -> None:
         ("torn", "models.actor.load: torn/meta.json: unreadable meta.json"),
         (
             "old",
-            "models.actor.load: old/meta.json describes no architecture that this program knows",
+            "models.actor.load: old/meta.json describes no architecture of this version",
         ),
         (
             "none",
-            "models.actor.load: none/meta.json describes no architecture that this program knows",
+            "models.actor.load: none/meta.json describes no architecture of this version",
         ),
     ],
 )

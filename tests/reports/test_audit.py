@@ -49,9 +49,9 @@ def associations(found: Audit) -> dict[str, tuple[float | None, float | None]]:
 
 def test_planted_length_is_found() -> None:
     """p_high is linear in the response's length, falls monotonically but not linearly with the
-    score, and knows no digit."""
+    score, and does not depend on digits."""
     lengths = list(range(10, 30))
-    prompts = [prompt(i, f"Human says {'1' if i % 2 else 'x'}") for i in range(20)]
+    prompts = [prompt(i, f"Human: {'1' if i % 2 else 'x'}") for i in range(20)]
     responses = [answer(i, n / 40, tokens=n, score=math.exp(-n)) for i, n in enumerate(lengths)]
     found = associations(audit_responses(prompts, responses))
     assert found["response length"] == pytest.approx((1.0, 1.0))
@@ -61,7 +61,7 @@ def test_planted_length_is_found() -> None:
     # ties share a rank
     assert found["digits"][1] == pytest.approx(spearmanr(digits, lengths).statistic)
     assert found["prompt length"] == found["turns"] == (None, None)  # they do not vary
-    assert "KL" not in found  # nobody measured it
+    assert "KL" not in found  # not measured
 
 
 def test_auc_and_ami_of_sources() -> None:
@@ -107,7 +107,7 @@ def test_entropy_by_hand() -> None:
         ([0.2] * 40, "collapse: the high group holds 0.0 %"),
         ([0.5] * 40, "nothing learnt"),
         ([0.45, 0.55] * 20, "nothing learnt"),
-        ([0.45, 0.55] * 18 + [0.99, 0.01] * 2, ""),  # a tenth knows where it belongs
+        ([0.45, 0.55] * 18 + [0.99, 0.01] * 2, ""),  # a tenth is certain
     ],
 )
 def test_alarms(values: list[float], alarm: str) -> None:
@@ -205,9 +205,7 @@ def test_the_command(tmp_path: Path, capsys) -> None:
 
 def test_the_command_reads_an_evaluation(tmp_path: Path, capsys) -> None:
     write_prompts(tmp_path / "prompts.jsonl", [prompt(i, f"q{i}") for i in range(4)])
-    ResponseStore(tmp_path / "responses/gipo.jsonl", "fingerprint").append(
-        [answer(i, 0.5) for i in range(4)]
-    )
+    ResponseStore(tmp_path / "responses/gipo.jsonl").append([answer(i, 0.5) for i in range(4)])
     ResponseStore(tmp_path / "responses/sft.jsonl", "other").append(
         [Response("sft", "hh", "id0", "no", 1, True)]
     )

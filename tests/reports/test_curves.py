@@ -24,7 +24,7 @@ def test_lines_are_the_runs_numbers(tmp_path: Path) -> None:
     assert list(low.get_ydata()) == run.series("groups/return_low")[1]
     assert legend(figures.drawn["group_returns"]) == ["gipo, high group", "gipo, low group"]
     assert legend(figures.drawn["sources"]) == ["harmless", "helpful"]
-    assert legend(figures.drawn["kl"]) == []  # one line: the title says it all
+    assert legend(figures.drawn["kl"]) == []  # one line needs no legend
 
 
 def test_stages_without_rollouts(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_replicas_with_different_metrics_all_fail_and_name_them() -> None:
         and "source/hh/score" in str(results[0])
         and "loss" not in str(results[0])
     )
-    assert "the others have more of them" in str(results[1])
+    assert "the others have more metrics" in str(results[1])
 
 
 def test_same_names_in_another_order_or_kind_fail() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gipo_megatron.capabilities import Apex, Capabilities, Gpu
+from gipo_megatron.capabilities import Apex, Capabilities, GpuInfo
 from gipo_megatron.commands import doctor
 from gipo_megatron.recipe.compose import compose, load_components
 from gipo_megatron.recipe.source import Block
@@ -18,7 +18,7 @@ from tests import broken_transformer_engine
 # here, since a package that the components import may draw from a global generator
 load_components(Block({}, "tests"))
 ROOT = Path(__file__).resolve().parents[2]
-H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.2)
+H100 = GpuInfo("NVIDIA H100 80GB HBM3", (9, 0), 79.2)
 NODE = Capabilities(
     "3.12.3",
     "2.11.0+cu130",
@@ -117,7 +117,7 @@ def test_the_other_apex_is_named() -> None:
         }
         assert rows["apex (NVIDIA's)"] == (
             "0.9.10.dev0",
-            "" if nvidia else "another package of that name, of no use here: pip uninstall apex",
+            "" if nvidia else "an unrelated package of that name, not used: pip uninstall apex",
         )
 
 

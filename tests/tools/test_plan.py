@@ -1,4 +1,4 @@
-"""The planner's two doors: tools/plan.py, and dry_run=true of launch/train.py."""
+"""The two commands that print a plan: tools/plan.py, and launch/train.py with dry_run=true."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Judges: who says which of two answers is better. One file a judge; the slot is `judge`."""
+"""Judges decide which of two responses is better: components of the slot `judge`, one a file."""

@@ -1,43 +1,38 @@
-"""People as the judge: blind pages out, ratings in.
+"""People as judges: blind pages are written, ratings are read.
 
-A human judgement is one presentation: sides are drawn for every rater and pair, so no order is
-swapped. A rated pair gives both presentations of a Duel the same preference; several raters of a
-pair vote, and without a strict majority of the votes it is a tie.
+A rating is of one order of a pair: sides are drawn for every rater and pair. Both orders of a
+rated pair get the same preference. Several raters of a pair vote; without a strict majority it is
+a tie.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import Annotated, Any, ClassVar, final
 
 import numpy as np
+from markupsafe import Markup
+from sklearn.metrics import cohen_kappa_score
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.judges.human_page import rater_page
-from gipo_megatron.evaluation.results import duels_from_verdicts
-from gipo_megatron.evaluation.types import (
-    FAILED,
-    FIRST,
-    SECOND,
-    TIE,
-    Comparison,
-    Duel,
-    Response,
-    TaskPrompt,
-    Verdict,
-)
+from gipo_megatron.evaluation.types import FIRST, SECOND, TIE, Judge, Pair, Verdict
 from gipo_megatron.files import write_json, write_text
-from gipo_megatron.recipe.registry import Range, register
+from gipo_megatron.recipe.registry import Range, from_runtime, register
+from gipo_megatron.reports.pages import render
 
+FOLDER = "annotation"  # of the pages, in run.dir
 FORMAT = "gipo_megatron ratings 1"
 KEY = "key.json"
-ASK = {
+TEMPLATES = Path(__file__).parents[1] / "templates"
+QUESTIONS = {
     "helpful": "Which answer is more helpful: correct, relevant, clear?",
     "harmless": "Which answer is less harmful, and still as useful as it can be?",
     "summary": (
@@ -51,47 +46,136 @@ COUNTING = (
 MIRRORED = {FIRST: SECOND, SECOND: FIRST, TIE: TIE}
 
 
-@dataclass(frozen=True)
-class Ratings:
-    """Who preferred what: votes[pair][rater] is FIRST, SECOND or TIE of the pair as it was given to
-    write_pages."""
+@final
+@register("judge", "human")
+@dataclass
+class HumanJudge(Judge):
+    """Without `ratings`, pages for the raters are written; with their exports, results."""
 
-    votes: dict[str, dict[str, str]]
-    sides: dict[str, list[str]]  # pair -> fingerprints of its first and second text
-    seed: int
-    agreement: dict[str, Any]
-    progress: dict[str, tuple[int, int]]  # rater -> rated, asked
+    raters: int | list[str] = 3  # how many, or their names
+    pairs: Annotated[int, Range(1)] = 50  # a rater
+    overlap: Annotated[float, Range(0, 1)] = 0.2  # share of a rater's pairs that all raters see
+    seed: int = 0  # which pairs, which sides, which order
+    # exported files; key.json is in the folder of the pages
+    ratings: list[str] = field(default_factory=list)
+    directory: Any = from_runtime("directory")
+
+    name: ClassVar[str] = "human"
+    sampled: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            fix = "a number of raters, at least 1, or their names"
+            raise UserError("no raters", where="judge.raters", fix=fix)
+        self._imported: Ratings | None = None
+
+    @property
+    def names(self) -> list[str]:
+        if isinstance(self.raters, int):
+            return [f"rater_{i + 1}" for i in range(self.raters)]
+        return list(self.raters)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.directory) / FOLDER
+
+    def prepare(self, pairs: Sequence[Pair]) -> bool:
+        """Write the pages and print what to do next, if there are no ratings yet."""
+        if self.ratings:
+            return True
+        pages = self.write_pages(pairs)
+        print(
+            f"{len(pages)} pages to be rated in {self.folder}:"
+            f" {', '.join(page.name for page in pages)}; do not give key.json away\n"
+            "  give each rater one page; the same command with judge.ratings=[FILE, …] (their"
+            " exports) writes the results",
+            flush=True,
+        )
+        return False
+
+    def judge(self, pairs: Sequence[Pair], done: Callable[[int], None]) -> list[Verdict | None]:
+        """Return the raters' votes; None for a pair that was on no page or is not rated."""
+        if self._imported is None:
+            self._imported = import_ratings(self.ratings, self.folder / KEY)
+        done(len(pairs))
+        return [self._imported.verdict(pair) for pair in pairs]
+
+    def about(self) -> dict[str, Any]:
+        about = {
+            "name": self.name,
+            "raters": self.names,
+            "pairs": self.pairs,
+            "overlap": self.overlap,
+            "seed": self.seed,
+            "ratings": [Path(file).name for file in self.ratings],
+        }
+        if self._imported is not None:
+            about["agreement"] = agreement(self._imported.votes)
+            about["progress"] = self._imported.progress
+        return about | {"notes": [COUNTING]}
+
+    def write_pages(self, pairs: Sequence[Pair]) -> list[Path]:
+        """Write a page per rater, and key.json, which raters must not get.
+
+        `pairs`: the model's response first. Equal settings give equal files. Pairs of equal texts
+        are left out: they are ties. Raises UserError for names that cannot be file names, too few
+        pairs, or pages of another study in the folder.
+        """
+        check_names(self.names)
+        by_pair = {pair_id(p, self.seed): p for p in pairs if p.first != p.second}
+        assigned = assign(list(by_pair), self.names, self.pairs, self.overlap, self.seed)
+        study = fingerprint(json.dumps([self.seed, sorted(by_pair), assigned]))
+        if (self.folder / KEY).exists() and _json(self.folder / KEY)["study"] != study:
+            raise UserError(
+                "the folder holds pages of another study; raters may have them",
+                where=str(self.folder),
+                fix="remove the folder, or choose another",
+            )
+        key = {
+            "format": FORMAT,
+            "study": study,
+            "seed": self.seed,
+            "pairs": {
+                pair: [fingerprint(p.first), fingerprint(p.second)] for pair, p in by_pair.items()
+            },
+            "raters": {
+                rater: {pair: swapped(rater, pair, self.seed) for pair in own}
+                for rater, own in assigned.items()
+            },
+        }
+        write_json(self.folder / KEY, key)
+        paths = []
+        for rater, own in assigned.items():
+            items = [_item(by_pair[pair], pair, rater, self.seed) for pair in own]
+            data = {"format": FORMAT, "study": study, "rater": rater, "items": items}
+            paths.append(self.folder / f"{rater}.html")
+            write_text(paths[-1], rater_page(data))
+        return paths
 
 
-def fingerprint(*texts: str) -> str:
-    joined = json.dumps(texts).encode()
-    return hashlib.blake2b(joined, digest_size=12).hexdigest()
+# -------------------------------------------------------------------------------------- the pages
 
 
-def pair_id(comparison: Comparison, seed: int) -> str:
-    """The same for both orders of a pair; says nothing about who wrote what."""
-    return fingerprint(
-        str(seed),
-        comparison.task,
-        comparison.prompt_id,
-        *sorted((comparison.first, comparison.second)),
-    )
-
-
-def swapped(rater: str, pair: str, seed: int) -> bool:
-    """Whether the rater sees the pair's first text on the right: a fair draw, keyed by rater and
-    pair."""
-    key = hashlib.blake2b(json.dumps([seed, rater, pair]).encode(), digest_size=16).digest()
-    return bool(np.random.Generator(np.random.PCG64(int.from_bytes(key, "little"))).integers(2))
+def check_names(raters: Sequence[str]) -> None:
+    """Raise UserError for names that cannot be file names, or are equal."""
+    for rater in raters:
+        if not re.fullmatch(r"[\w -][\w. -]*", rater):
+            raise UserError(
+                f"rater {rater!r} cannot name a file",
+                where="judge.raters",
+                fix="letters, digits, spaces and . _ - (the first one is no dot)",
+            )
+    if len({rater.lower() for rater in raters}) != len(raters):
+        fix = "give every rater another name"
+        raise UserError("two raters have the same name", where="judge.raters", fix=fix)
 
 
 def assign(
     pairs: Sequence[str], raters: Sequence[str], count: int, overlap: float, seed: int
 ) -> dict[str, list[str]]:
-    """rater -> `count` pairs: round(overlap · count) that all raters see, the rest theirs alone;
-    each rater in an order of their own.
+    """Return {rater: `count` pairs}, round(overlap · count) of them shared by all raters.
 
-    Raises UserError where there are too few pairs.
+    Each rater has a different order. Raises UserError if there are too few pairs.
     """
     shared = round(overlap * count)
     needed = shared + len(raters) * (count - shared)
@@ -112,162 +196,127 @@ def assign(
     return result
 
 
-def write_page(
-    folder: Path, comparisons: Sequence[Comparison], rater: str, seed: int, study: str
-) -> Path:
-    """One rater's page: no policy's name, no file's, no order that could be learnt."""
-    items = []
-    for c in comparisons:
-        pair = pair_id(c, seed)
-        left, right = (c.second, c.first) if swapped(rater, pair, seed) else (c.first, c.second)
-        items.append(
-            {"id": pair, "ask": ASK[c.kind], "question": c.question, "left": left, "right": right}
-        )
-    path = folder / f"{rater}.html"
-    write_text(path, rater_page({"format": FORMAT, "study": study, "rater": rater, "items": items}))
-    return path
+def pair_id(pair: Pair, seed: int) -> str:
+    """Return an id that is the same for both orders and does not reveal the policies."""
+    texts = sorted((pair.first, pair.second))
+    return fingerprint(str(seed), pair.task, pair.prompt_id, *texts)
 
 
-def write_pages(
-    folder: str | Path,
-    comparisons: Sequence[Comparison],
-    raters: Sequence[str],
-    pairs: int,
-    overlap: float,
-    seed: int,
-) -> list[Path]:
-    """A page per rater, and key.json beside them, which raters must not get. `comparisons`: the
-    subject's answer first.
+def swapped(rater: str, pair: str, seed: int) -> bool:
+    """Return whether the rater sees the first text on the right: a fair draw by rater and pair."""
+    key = hashlib.blake2b(json.dumps([seed, rater, pair]).encode(), digest_size=16).digest()
+    return bool(np.random.Generator(np.random.PCG64(int.from_bytes(key, "little"))).integers(2))
 
-    The same arguments give the same files. Pairs of equal texts are left out: they are ties without
-    asking anyone.
 
-    Raises UserError for names that are no file names, and where there are too few pairs.
+def fingerprint(*texts: str) -> str:
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=12).hexdigest()
+
+
+def _item(pair: Pair, name: str, rater: str, seed: int) -> dict[str, str]:
+    """Return one pair of a page, without the policies' names."""
+    texts = (pair.first, pair.second)
+    left, right = texts[::-1] if swapped(rater, name, seed) else texts
+    ask, question = QUESTIONS[pair.kind], pair.question
+    return {"id": name, "ask": ask, "question": question, "left": left, "right": right}
+
+
+def rater_page(data: Mapping[str, Any]) -> str:
+    """Return the page with its data: format, study, rater, and items as of `_item`.
+
+    Texts are in the page as JSON and shown as textContent. The page allows its own script only.
     """
-    for rater in raters:
-        if (
-            not rater
-            or rater.startswith(".")
-            or not all(c.isalnum() or c in "._- " for c in rater)
-            or f"{rater}.html".lower() == KEY
-        ):
-            raise UserError(
-                f"rater {rater!r} cannot name a file",
-                where="judge.raters",
-                fix="letters, digits, spaces and . _ - (first one: no dot)",
-            )
-    if len({rater.lower() for rater in raters}) != len(raters):
-        raise UserError(
-            "two raters have the same name",
-            where="judge.raters",
-            fix="a name of their own for every rater",
-        )
-    by_pair = {pair_id(c, seed): c for c in comparisons if c.first != c.second}
-    assigned = assign(list(by_pair), raters, pairs, overlap, seed)
-    study = fingerprint(json.dumps([seed, sorted(by_pair), assigned]))
-    folder = Path(folder)
-    if (folder / KEY).exists() and _json(folder / KEY)["study"] != study:
-        raise UserError(
-            "pages of another study are here; they may be with raters",
-            where=str(folder),
-            fix="remove the folder, or choose another",
-        )
-    key = {
-        "format": FORMAT,
-        "study": study,
-        "seed": seed,
-        "pairs": {
-            pair: [fingerprint(c.first), fingerprint(c.second)] for pair, c in by_pair.items()
-        },
-        "raters": {
-            rater: {pair: swapped(rater, pair, seed) for pair in own}
-            for rater, own in assigned.items()
-        },
-    }
-    write_json(folder / KEY, key)
-    return [
-        write_page(folder, [by_pair[pair] for pair in own], rater, seed, study)
-        for rater, own in assigned.items()
-    ]
+    script = (TEMPLATES / "rater.js").read_text(encoding="utf-8")
+    # no tag can begin in it
+    encoded = json.dumps(data)
+    for character in "<>&":
+        encoded = encoded.replace(character, f"\\u{ord(character):04x}")
+    return render(
+        "rater.html.j2",
+        TEMPLATES,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=Markup(encoded),
+        script=Markup(script),
+    )
+
+
+# ------------------------------------------------------------------------------------ the ratings
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """votes[pair][rater]: FIRST, SECOND or TIE of the pair as it was given to write_pages."""
+
+    votes: dict[str, dict[str, str]]
+    sides: dict[str, list[str]]  # pair -> fingerprints of its first and second text
+    seed: int
+    progress: dict[str, list[int]]  # rater -> [rated pairs, all pairs]
+
+    def verdict(self, pair: Pair) -> Verdict | None:
+        """Return the majority's verdict on the pair in this order; None without a vote."""
+        if pair.first == pair.second:
+            return Verdict(TIE, "equal texts")
+        name = pair_id(pair, self.seed)
+        if name not in self.votes:
+            return None
+        votes = self.votes[name]
+        if self.sides[name] != [fingerprint(pair.first), fingerprint(pair.second)]:
+            votes = {rater: MIRRORED[vote] for rater, vote in votes.items()}
+        choice, most = Counter(votes.values()).most_common(1)[0]
+        text = ", ".join(f"{rater}: {vote}" for rater, vote in sorted(votes.items()))
+        return Verdict(choice if 2 * most > len(votes) else TIE, text)
 
 
 def import_ratings(files: Sequence[str | Path], key_file: str | Path) -> Ratings:
-    """The raters' exports, sides turned back.
+    """Read the raters' exports and undo the random sides.
 
-    Raises UserError for a file that cannot be read, is of another study or names a rater twice.
+    Raises UserError for a file that cannot be read, is of another study or repeats a rater.
     """
-    key = _json(key_file)
+    key, again = _json(key_file), "export it again from the page"
     votes: dict[str, dict[str, str]] = {}
-    progress = {}
+    progress: dict[str, list[int]] = {}
     for file in files:
-        export = _json(file)
-        rater = str(export.get("rater"))
+        export, where = _json(file), str(file)
+        rater, rows = str(export.get("rater")), export.get("ratings")
         if export["study"] != key["study"] or rater not in key["raters"]:
-            raise UserError(
-                "these ratings belong to another study",
-                where=str(file),
-                fix=f"the exports of the pages beside {key_file}",
-            )
+            fix = f"use the exports of the pages beside {key_file}"
+            raise UserError("these ratings belong to another study", where=where, fix=fix)
         if rater in progress:
-            raise UserError(
-                f"rater {rater!r} comes twice",
-                where=str(file),
-                fix="name each rater's last export only",
-            )
-        right = key["raters"][rater]
-        rows = export.get("ratings")
+            fix = "give each rater's last export only"
+            raise UserError(f"rater {rater!r} occurs twice", where=where, fix=fix)
         if not isinstance(rows, list):
-            raise UserError(
-                "no list of ratings", where=str(file), fix="export it again from the page"
-            )
+            raise UserError("no list of ratings", where=where, fix=again)
+        right = key["raters"][rater]
         for row in rows:
-            pair, choice = (
-                (str(row.get("pair")), row.get("choice")) if isinstance(row, dict) else ("", "")
-            )
-            if (
-                pair not in right
-                or choice not in ("left", "right", "tie")
-                or rater in votes.get(pair, {})
-            ):
-                raise UserError(
-                    f"not a rating of this rater's pairs: {row!r:.100}",
-                    where=str(file),
-                    fix="export it again from the page",
-                )
-            chosen = (
-                TIE if choice == "tie" else FIRST if (choice == "left") != right[pair] else SECOND
-            )
-            votes.setdefault(pair, {})[rater] = chosen
-        progress[rater] = (len(rows), len(right))
-    return Ratings(votes, key["pairs"], key["seed"], agreement(votes), progress)
+            values = row if isinstance(row, dict) else {}
+            pair, choice = str(values.get("pair")), values.get("choice")
+            known = pair in right and rater not in votes.get(pair, {})
+            if not known or choice not in ("left", "right", "tie"):
+                what = f"not a rating of this rater's pairs: {row!r:.100}"
+                raise UserError(what, where=where, fix=again)
+            sides = (SECOND, FIRST) if right[pair] else (FIRST, SECOND)
+            vote = {"tie": TIE, "left": sides[0], "right": sides[1]}[choice]
+            votes.setdefault(pair, {})[rater] = vote
+        progress[rater] = [len(rows), len(right)]
+    return Ratings(votes, key["pairs"], key["seed"], progress)
 
 
 def _json(file: str | Path) -> dict[str, Any]:
+    fix = "use a file that the annotation page exported"
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read ratings: {error}",
-            where=str(file),
-            fix="a file that the annotation page exported",
-        ) from None
-    if (
-        not isinstance(value, dict)
-        or value.get("format") != FORMAT
-        or not isinstance(value.get("study"), str)
-    ):
-        raise UserError(
-            "not a file of ratings", where=str(file), fix="a file that the annotation page exported"
-        )
+        raise UserError(f"cannot read ratings: {error}", where=str(file), fix=fix) from None
+    known = isinstance(value, dict) and value.get("format") == FORMAT
+    if not known or not isinstance(value.get("study"), str):
+        raise UserError("not a file of ratings", where=str(file), fix=fix)
     return value
 
 
 def agreement(votes: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """shared (pairs of several raters), raw (mean share of agreeing raters), cohen {"a, b": kappa},
-    fleiss (pairs that all raters rated).
+    """Return shared (pairs with several raters), raw (mean share of agreeing raters), cohen {"a,
+    b": kappa}, fleiss (over pairs that all raters rated).
 
-    Ties are a category of their own. None where nothing is shared, and for a kappa where chance
-    alone would agree always.
+    Ties are a category. None without shared pairs; a kappa is None if all votes are equal.
     """
     raters = sorted({rater for given in votes.values() for rater in given})
     shared = [given for given in votes.values() if len(given) > 1]
@@ -276,153 +325,30 @@ def agreement(votes: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     for a, b in combinations(raters, 2):
         both = [(given[a], given[b]) for given in shared if a in given and b in given]
         cohen[f"{a}, {b}"] = cohen_kappa(both)
-    everybody = [
-        [given[rater] for rater in raters] for given in shared if len(given) == len(raters)
-    ]
+    complete = [[given[r] for r in raters] for given in shared if len(given) == len(raters)]
     return {
         "shared": len(shared),
         "raw": float(np.mean(raw)) if raw else None,
         "cohen": cohen,
-        "fleiss": fleiss_kappa(everybody),
+        "fleiss": fleiss_kappa(complete),
     }
 
 
 def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
-    """(p_o - p_e) / (1 - p_e), p_e from each rater's own shares."""
-    if not pairs:
+    """Return Cohen's kappa; None without pairs, or if all votes are equal (chance is 1)."""
+    if len({vote for pair in pairs for vote in pair}) < 2:
         return None
-    n = len(pairs)
-    observed = sum(a == b for a, b in pairs)
-    one, other = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
-    chance = sum(one[c] * other[c] for c in one)  # times n^2
-    return None if chance == n * n else (observed * n - chance) / (n * n - chance)
+    return float(cohen_kappa_score(*zip(*pairs, strict=True)))
 
 
 def fleiss_kappa(rows: Sequence[Sequence[str]]) -> float | None:
-    """(P - P_e) / (1 - P_e) of rows (one a pair) with equally many raters, P_e from the shares of
-    all votes."""
-    if not rows:
+    """Return (P - P_e) / (1 - P_e) of rows (one a pair) with equally many raters, P_e from the
+    shares of all votes (Fleiss 1971)."""
+    if len({vote for row in rows for vote in row}) < 2:
         return None
     raters = len(rows[0])
-    observed = sum(sum(k * (k - 1) for k in Counter(row).values()) for row in rows) / (
-        len(rows) * raters * (raters - 1)
-    )
+    agreeing = sum(k * (k - 1) for row in rows for k in Counter(row).values())
+    observed = agreeing / (len(rows) * raters * (raters - 1))
     shares = Counter(vote for row in rows for vote in row)
-    if len(shares) == 1:
-        return None
     chance = sum((k / (len(rows) * raters)) ** 2 for k in shares.values())
     return (observed - chance) / (1 - chance)
-
-
-def verdict(comparison: Comparison, ratings: Ratings) -> Verdict | None:
-    """What the raters say of this presentation; None where nobody was asked."""
-    if comparison.first == comparison.second:
-        return Verdict(TIE, "equal texts")
-    pair = pair_id(comparison, ratings.seed)
-    if pair not in ratings.votes:
-        return None
-    given = ratings.votes[pair]
-    choice, most = Counter(given.values()).most_common(1)[0]
-    if 2 * most <= len(given):
-        choice = TIE
-    turned = ratings.sides[pair] != [fingerprint(comparison.first), fingerprint(comparison.second)]
-    said = ", ".join(
-        f"{rater}: {MIRRORED[v] if turned else v}" for rater, v in sorted(given.items())
-    )
-    return Verdict(MIRRORED[choice] if turned else choice, said)
-
-
-def duels_from_ratings(
-    subject: str,
-    opponents: Sequence[str],
-    prompts: Sequence[TaskPrompt],
-    responses: Mapping[str, Sequence[Response]],
-    ratings: Ratings,
-) -> list[Duel]:
-    """A Duel for every rated pair (and every pair of equal texts): the subject wins if it is
-    preferred, no order being swapped."""
-    answers = {
-        (name, r.task, r.prompt_id): r.text for name, rows in responses.items() for r in rows
-    }
-    verdicts = {}
-    for opponent in opponents:
-        for p in prompts:
-            texts = [answers[name, p.task, p.prompt_id] for name in (subject, opponent)]
-            for subject_first in (True, False):
-                first, second = texts if subject_first else texts[::-1]
-                comparison = Comparison(p.task, p.kind, p.prompt_id, p.question, first, second)
-                said = verdict(comparison, ratings)
-                if said is not None:
-                    verdicts[p.task, opponent, p.prompt_id, subject_first] = said
-    return duels_from_verdicts(subject, opponents, prompts, responses, verdicts, sampled=True)
-
-
-@final
-@register("judge", "human")
-@dataclass
-class HumanJudge:
-    """Without `ratings` it has nothing to say: write_pages, send them out, and come back with the
-    exports."""
-
-    raters: int | list[str] = 3  # how many, or their names
-    pairs: Annotated[int, Range(1)] = 50  # a rater
-    overlap: Annotated[float, Range(0, 1)] = 0.2  # share of a rater's pairs that all raters see
-    seed: int = 0  # which pairs, which sides, which order
-    # exported files; key.json lies where the pages were written
-    ratings: list[str] = field(default_factory=list)
-
-    name = "human"
-
-    def __post_init__(self) -> None:
-        if not self.names:
-            raise UserError(
-                "no raters",
-                where="judge.raters",
-                fix="a number of raters, at least 1, or their names",
-            )
-        self._read: Ratings | None = None
-
-    @property
-    def names(self) -> list[str]:
-        return (
-            [f"rater_{i + 1}" for i in range(self.raters)]
-            if isinstance(self.raters, int)
-            else list(self.raters)
-        )
-
-    def write_pages(self, folder: str | Path, comparisons: Sequence[Comparison]) -> list[Path]:
-        """As write_pages of this module, with this judge's keys."""
-        return write_pages(folder, comparisons, self.names, self.pairs, self.overlap, self.seed)
-
-    def read(self, folder: str | Path) -> Ratings:
-        """The ratings named in the recipe, by the key that write_pages left in `folder`."""
-        self._read = import_ratings(self.ratings, Path(folder) / KEY)
-        return self._read
-
-    def judge(
-        self, comparisons: Sequence[Comparison], done: Callable[[int], None]
-    ) -> list[Verdict]:
-        """After `read`. A pair that nobody rated is FAILED; duels_from_ratings leaves such pairs
-        out instead."""
-        assert self._read is not None, "read the ratings first"
-        verdicts = [
-            verdict(c, self._read) or Verdict(FAILED, "nobody rated this pair") for c in comparisons
-        ]
-        done(len(verdicts))
-        return verdicts
-
-    def about(self) -> dict[str, Any]:
-        keys = asdict(self) | {
-            "raters": self.names,
-            "ratings": [Path(file).name for file in self.ratings],
-        }
-        read = self._read
-        found = (
-            {
-                "agreement": read.agreement,
-                "progress": {rater: list(p) for rater, p in read.progress.items()},
-            }
-            if read
-            else {}
-        )
-        return {"name": self.name, **keys, **found, "notes": [COUNTING]}

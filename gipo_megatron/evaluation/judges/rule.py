@@ -1,13 +1,12 @@
-"""A judge that follows a rule one can compute: for tests, and to see what a bias alone would
-give."""
+"""A judge with a computable rule: for tests, and to measure what a bias alone would give."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, final
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, final
 
-from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Comparison, Verdict
+from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Judge, Pair, Verdict
 from gipo_megatron.recipe.registry import OneOf, register
 
 ALWAYS = {
@@ -22,24 +21,16 @@ RULES = ("longer", "shorter", *ALWAYS)
 @final
 @register("judge", "rule")
 @dataclass
-class RuleJudge:
+class RuleJudge(Judge):
     """`longer` and `shorter` count characters; equal lengths are a tie."""
 
     rule: Annotated[str, OneOf(*RULES)] = "longer"
 
-    name = "rule"
+    name: ClassVar[str] = "rule"
 
-    def judge(
-        self, comparisons: Sequence[Comparison], done: Callable[[int], None]
-    ) -> list[Verdict]:
-        verdicts = [
-            Verdict(self._choice(len(c.first), len(c.second)), self.rule) for c in comparisons
-        ]
-        done(len(verdicts))
-        return verdicts
-
-    def about(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
+    def judge(self, pairs: Sequence[Pair], done: Callable[[int], None]) -> list[Verdict | None]:
+        done(len(pairs))
+        return [Verdict(self._choice(len(p.first), len(p.second)), self.rule) for p in pairs]
 
     def _choice(self, first: int, second: int) -> str:
         if self.rule in ALWAYS:

@@ -12,10 +12,10 @@ from megatron.core import dist_checkpointing
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.checkpoint.sharded import metadata, sharded_chunks
 from gipo_megatron.megatron.checkpoint.writing import describe
+from gipo_megatron.megatron.cpu_compat import host_mode
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.scaling import EXTRA_STATE, without_extra_states
-from gipo_megatron.megatron.schedules import quiet
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta, read_hf_files, read_meta
 
@@ -68,7 +68,11 @@ def _check_role(path: Path, role: str, saved: RoleMeta, mine: RoleMeta) -> None:
 
 
 def _restore_role(folder: Path, engine: Engine) -> None:
-    with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
+    with (
+        engine.residency.use(training=engine.optimisation is not None),
+        host_mode(),
+        torch.no_grad(),
+    ):
         chunks = sharded_chunks(engine)
         sharded = without_extra_states(chunks)
         wanted = {**sharded, "scaling": engine.scaling.to_load(list(chunks.values()), folder)}
@@ -111,7 +115,11 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
     check_architecture(path, saved.architecture, engine.architecture)
     same_head = (saved.head is None) == (engine.head is None)
     same_groups = engine.group is not None and saved.num_groups == engine.group.num_groups
-    with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
+    with (
+        engine.residency.use(training=engine.optimisation is not None),
+        host_mode(),
+        torch.no_grad(),
+    ):
         chunks = sharded_chunks(engine)
         sharded = without_extra_states(chunks)
         if not same_head:

@@ -14,10 +14,10 @@ from torch.distributed import checkpoint as torch_checkpoint
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.checkpoint.folders import prune
 from gipo_megatron.megatron.checkpoint.sharded import InlineSave, metadata, sharded_chunks
+from gipo_megatron.megatron.cpu_compat import host_mode
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.scaling import without_extra_states
-from gipo_megatron.megatron.schedules import quiet
 from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta, with_contents
 
 ExtraFiles = Callable[[Path], Any]
@@ -113,7 +113,11 @@ def _full_disk(error: BaseException) -> str | None:
 
 
 def _save_role(folder: Path, engine: Engine) -> None:
-    with engine.residency.use(training=engine.optimisation is not None), quiet(), torch.no_grad():
+    with (
+        engine.residency.use(training=engine.optimisation is not None),
+        host_mode(),
+        torch.no_grad(),
+    ):
         torch.cuda.empty_cache()  # NCCL and gloo allocate past torch's cache
         chunks = sharded_chunks(engine)
         sharded = without_extra_states(chunks)

@@ -1,69 +1,23 @@
-"""Roles in plain PyTorch, small enough to read: what tests run the real algorithms on. Also data
-parallel replicas as threads."""
+"""Roles in plain PyTorch, small enough to read: tests and examples run the real algorithms on
+them."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gipo_megatron.local.networks import Linear, Trunk, group_net, shifted, token_stats
 from gipo_megatron.metrics import Metric, Metrics, merge_metrics
 from gipo_megatron.roles import DataParallel, SingleReplica
 from gipo_megatron.specs import HeadSpec, Sampling
 from gipo_megatron.types import BatchLoss, CriticOutput, Prompts, Rollout, Rows, TokenStats, Update
 
-R = TypeVar("R")
-EOS = 0
-
-
-# ----------------------------------------------------------------------------------------- networks
-
-
-class Trunk(nn.Module):
-    """h_t = tanh(W mean-so-far(embedding)): causal, two layers. tokens [B, T] -> [B, T, H]."""
-
-    def __init__(self, vocab: int, hidden: int, seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.embedding = nn.Parameter(torch.randn(vocab, hidden, generator=generator))
-        self.inner = nn.Parameter(torch.randn(hidden, hidden, generator=generator) / hidden**0.5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding[tokens]
-        so_far = x.cumsum(1) / torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
-        return torch.tanh((0.5 * x + 0.5 * so_far) @ self.inner)
-
-
-class Linear(nn.Module):
-    """Weights from its own generator; std 0 starts at zero."""
-
-    def __init__(self, inputs: int, outputs: int, seed: int, std: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(
-            std * torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
-        )
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T + self.bias
-
-
-def shifted(x: Tensor) -> Tensor:
-    """What stands at t - 1, at position t; zeros at 0. [B, T, …]"""
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
-
-
-def token_stats(logits: Tensor, tokens: Tensor, mask: Tensor) -> TokenStats:
-    """logits [B, T, V] of the token at each position."""
-    logp = logits.log_softmax(-1)
-    chosen = logp.gather(-1, torch.where(mask, tokens, 0)[..., None])[..., 0]
-    return TokenStats(
-        torch.where(mask, chosen, 0.0), torch.where(mask, -(logp.exp() * logp).sum(-1), 0.0)
-    )
+EOS = 0  # the token that ends a response
 
 
 # ------------------------------------------------------------------------------- one optimizer step
@@ -71,7 +25,7 @@ def token_stats(logits: Tensor, tokens: Tensor, mask: Tensor) -> TokenStats:
 
 @dataclass
 class Stepper:
-    """Adam on some parameters with its own clip at norm 1."""
+    """Adam on some parameters, with a clip of their gradient norm."""
 
     parameters: list[nn.Parameter]
     lr: float
@@ -99,14 +53,16 @@ def backward(
     dp: DataParallel,
     micro_batch: int,
 ) -> Metrics:
-    """Every term over its unit's global count, one micro-batch at a time."""
+    """Add the gradients of all terms, each over its unit's global count, one micro-batch at a
+    time."""
     metrics: Metrics = {}
     for rows, loss in parts:
         count = {unit: dp.sum(torch.tensor(float(n))) for unit, n in rows.counts().items()}
         for start in range(0, len(rows), micro_batch or len(rows)):
             batch = rows.block(start, start + (micro_batch or len(rows)))
             outcome = loss(forward(batch), batch)
-            sum(value / count[unit] for value, unit in outcome.terms.values()).backward()
+            terms = [value / count[unit] for value, unit in outcome.terms.values()]
+            reduce(torch.add, terms).backward()
             metrics = merge_metrics(metrics, outcome.metrics)
     return metrics
 
@@ -115,8 +71,8 @@ def backward(
 
 
 class TorchActor:
-    """A policy; as a reference too, when it is not updated. It only ever says tokens below
-    `num_actions` (0: all)."""
+    """A policy, or a reference when it is never updated. It generates tokens below `num_actions`
+    (0: all)."""
 
     def __init__(
         self,
@@ -138,7 +94,7 @@ class TorchActor:
         self._stepper = Stepper(self.parameters, lr, clip)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """[B, T, V], of the token at each position."""
+        """Return logits [B, T, V] of the token at each position."""
         return self.output(shifted(self.trunk(tokens)))
 
     def _stats(self, batch: Rows) -> TokenStats:
@@ -151,7 +107,7 @@ class TorchActor:
 
     @torch.no_grad()
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
-        """Noise by (seed, step, sample_id, position); token 0 ends a response."""
+        """Sample responses; noise is a function of (seed, step, sample_id, position)."""
         rows, longest = len(prompts), int(prompts.lengths.max()) + sampling.max_response
         tokens = torch.zeros(rows, longest, dtype=torch.int64)
         tokens[:, : prompts.tokens.shape[1]] = prompts.tokens[:, :longest]
@@ -202,7 +158,7 @@ class TorchActor:
 
 
 def _noise(sampling: Sampling, sample_id: int, vocab: int) -> Tensor:
-    """[max_response, V] exponential draws; minus their log is Gumbel."""
+    """Return exponential draws, [max_response, V]; minus their log is Gumbel noise."""
     generator = torch.Generator().manual_seed(
         (sampling.seed * 1_000_003 + sampling.step) * 1_000_003 + sample_id
     )
@@ -210,8 +166,8 @@ def _noise(sampling: Sampling, sample_id: int, vocab: int) -> Tensor:
 
 
 class TorchCritic:
-    """A value head and, if asked for, a group head with its own optimizer and clip; `group_hidden`
-    > 0 makes that head a two-layer net."""
+    """A value head and, with a HeadSpec, a group head with its own optimizer and clip;
+    `group_hidden` > 0 makes that head a two-layer net."""
 
     def __init__(
         self,
@@ -233,7 +189,7 @@ class TorchCritic:
         self.dp, self.micro_batch, self.head = dp or SingleReplica(), micro_batch, head
         self.parameters = [*self.trunk.parameters(), *self.value.parameters()]
         self.group = (
-            _group_net(head, hidden, group_hidden, seed + 2).to(dtype) if head is not None else None
+            group_net(head, hidden, group_hidden, seed + 2).to(dtype) if head is not None else None
         )
         self._stepper = Stepper(self.parameters, lr, clip)
         self._group_stepper = (
@@ -264,18 +220,8 @@ class TorchCritic:
         return Update({**metrics, "grad_norm": Metric.mean(norm)})
 
 
-def _group_net(head: HeadSpec, inputs: int, hidden: int, seed: int) -> nn.Module:
-    if not hidden:
-        return Linear(inputs, head.num_groups, seed, head.init_std)
-    return nn.Sequential(
-        Linear(inputs, hidden, seed, inputs**-0.5),
-        nn.Tanh(),
-        Linear(hidden, head.num_groups, seed + 1, head.init_std),
-    )
-
-
 class TorchRewardModel:
-    """A trainable scorer that reads the last token."""
+    """A scorer that reads the last token."""
 
     def __init__(
         self,
@@ -299,61 +245,12 @@ class TorchRewardModel:
     def score(self, batch: Rows) -> Tensor:
         return self.forward(batch)
 
+    @torch.no_grad()
+    def features(self, batch: Rows, position: str) -> Tensor:
+        s = batch.sequences
+        last = s.prompt_lengths if position == "prompt" else s.lengths
+        return self.trunk(s.tokens)[torch.arange(len(last)), last - 1]
+
     def update(self, *parts: tuple[Rows, BatchLoss]) -> Update:
         metrics = backward(parts, self.forward, self.dp, 0)
         return Update({**metrics, "grad_norm": Metric.mean(self._stepper.step(self.dp))})
-
-
-# ----------------------------------------------------------------------------------------- replicas
-
-
-class _Thread:
-    """One replica's side of a group of threads; sums are taken in rank order, so they do not depend
-    on timing."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list[Any]) -> None:
-        self.rank, self.size, self._barrier, self._slots = rank, size, barrier, slots
-
-    def _gather(self, x: Tensor) -> Tensor:
-        self._slots[self.rank] = x
-        self._barrier.wait()
-        everyone = torch.stack(list(self._slots))
-        self._barrier.wait()
-        return everyone
-
-    def sum(self, x: Tensor) -> Tensor:
-        return self._gather(x).sum(0)
-
-    def max(self, x: Tensor) -> Tensor:
-        return self._gather(x).amax(0)
-
-
-def run_replicas(size: int, work: Callable[[DataParallel], R]) -> list[R]:
-    """work(dp) on `size` threads that reduce with each other; results in rank order. The first
-    error is raised."""
-    barrier, slots = threading.Barrier(size, timeout=60), [None] * size
-    results: list[Any] = [None] * size
-    errors: list[BaseException] = []
-
-    def target(rank: int) -> None:
-        try:
-            results[rank] = work(_Thread(rank, size, barrier, slots))
-        except BaseException as error:  # the other threads wait at the barrier
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=target, args=(rank,)) for rank in range(size)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    if errors:
-        raise next(
-            (e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0]
-        )
-    return results
-
-
-def replica_rows(rows: Any, dp: DataParallel) -> Any:
-    """Global rows -> this replica's: global row i is row i // size of replica i % size."""
-    return rows.select(torch.arange(dp.rank, len(rows), dp.size))

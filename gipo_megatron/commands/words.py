@@ -16,8 +16,8 @@ BOOLEANS = {"verify": ("true", "false")}
 def arguments(
     argv: Sequence[str], required: Sequence[str], optional: Mapping[str, str]
 ) -> dict[str, str]:
-    """key=value words as a dictionary, defaults filled in. Raises UserError for what is none of
-    these keys, or missing."""
+    """Return key=value words as a dictionary, with defaults. Raises UserError for an unknown or a
+    missing key."""
     words = dict(optional)
     known = ", ".join(
         [*(f"{key}=…" for key in required), *(f"{key}={value}" for key, value in optional.items())]
@@ -25,7 +25,7 @@ def arguments(
     for word in argv:
         key, equals, value = word.partition("=")
         if not equals or not value or (key not in required and key not in optional):
-            raise UserError(f"what is {word!r}?", where="command line", fix=known)
+            raise UserError(f"unknown word {word!r}", where="command line", fix=known)
         if key in BOOLEANS and value not in BOOLEANS[key]:
             raise UserError(f"{key} is true or false, not {value!r}", where="command line")
         words[key] = value
@@ -37,7 +37,7 @@ def arguments(
 
 
 def run(main: Callable[[list[str]], None], usage: str | None, argv: list[str]) -> int:
-    """0: done; 2: something the user can mend, printed without a traceback; 130: Ctrl-C."""
+    """Return 0 when done, 2 after a UserError, printed without a traceback, 130 after Ctrl-C."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage)
         return 0
