@@ -13,8 +13,8 @@
 # PYTHON          python           of the environment that this project is installed in
 #
 # When a worker dies, torchrun starts the workers of all nodes anew, and `run.resume: auto`, the default, continues at the newest checkpoint
-# (run.save_every says how much is lost). A node that fails has to start this script again. run.dir must be on a file system that all nodes
-# share. A restart cannot mend a mistake in the recipe, so that is checked first, once a node, in a second.
+# (at most run.save_every steps are lost). A node that fails has to start this script again. run.dir must be on a file
+# system that all nodes share. The recipe is checked first, on each node: a restart would not correct a mistake in it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,14 +22,14 @@ cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python}"
 NPROC_PER_NODE="${NPROC_PER_NODE:-gpu}"
 
-# Sequence parallelism relies on kernels being launched in order: Megatron-Core asks for one hardware queue on Hopper and before.
+# Sequence parallelism relies on kernels being launched in order: Megatron-Core requires one hardware queue on Hopper and before.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# Warnings and errors of NCCL, not its chatter; INFO when a job does not start.
+# NCCL's warnings and errors only; use INFO when a job does not start.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# A collective that fails or times out ends the process (torch's default, said here because restarts depend on it): a hang would go on for ever.
+# A collective that fails or times out ends the process: torch's default, set here because restarts depend on it.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-# The workers of each start meet in a store of their own. By default they share the rendezvous', where after a restart they find the addresses
-# of the dead and try to connect to them (pytorch issues 135712 and 167288).
+# Each start gets a store of its own. By default workers share the rendezvous' store, and after a restart they find
+# the addresses of dead workers there and try to connect to them (pytorch issues 135712 and 167288).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Where the wrong network card is taken: export NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME (the name of the right one) before this script.
@@ -38,7 +38,7 @@ processes="$NPROC_PER_NODE"
 if [ "$processes" = gpu ]; then
     processes="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
     if [ "$processes" = 0 ]; then
-        echo "$(hostname): torch sees no GPU; \"$PYTHON tools/doctor.py\" says why, NPROC_PER_NODE=2 starts two processes on the CPU" >&2
+        echo "$(hostname): torch sees no GPU; \"$PYTHON tools/doctor.py\" shows why; NPROC_PER_NODE=2 starts two processes on the CPU" >&2
         exit 2
     fi
 fi

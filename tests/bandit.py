@@ -1,4 +1,5 @@
-"""A planted contextual bandit, run through the real PPO page and the real components.
+"""The planted contextual bandit of algorithm.md section 9, run through the real PPO page and the
+real components.
 
 A prompt is one token, a response one of 50 tokens. Half the prompts are easy (15 rewarded actions),
 half hard (2).

@@ -1,4 +1,5 @@
-"""The hacking check: does adaptive KL beat fixed KL where the reward model can be fooled?
+"""The hacking check of algorithm.md section 9: does adaptive KL beat fixed KL where the reward
+model can be fooled?
 
     python -m tests.bandit_hacking [SEEDS] [STEPS]
 

@@ -1,5 +1,5 @@
-"""The planted bandit through the real PPO page and components: groups must help, in the order that
-theory gives."""
+"""The planted bandit (algorithm.md section 9) through the real PPO page and components: groups must
+help, in the order that theory gives."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 gipo convert to-hf checkpoint=DIR out=DIR [role=critic] [verify=false]
 gipo convert from-hf hf=DIR_OR_HUB_NAME out=DIR [verify=false]
 
-to-hf: whatever layout the checkpoint was trained in. Converts the policy unless a role is named;
+to-hf: for a checkpoint of any layout. Converts the policy unless a role is named;
 reward models and critics become AutoModelForSequenceClassification with one label. Writes
 safetensors, config, generation config, tokenizer and a model card.
 

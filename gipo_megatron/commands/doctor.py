@@ -27,14 +27,13 @@ from gipo_megatron.recipe.compose import compose
 from gipo_megatron.recipe.schema import Recipe
 
 NODE = 8  # GPUs of one machine; a recipe for more is for several machines
-# of the class a card is sold as: an "80 GB" one reports 79.1 to 79.6 GiB, or 74.5 where GB are
-# meant
+# share of a card's nominal memory: an "80 GB" card reports 79.1 to 79.6 GiB, or 74.5
 MEMORY_SHARE = 0.9
 NOTHING = "-"
 
 
 def rows(here: Capabilities) -> list[tuple[str, str, str]]:
-    """(part, what was found, what is missing and what that costs)"""
+    """Return (part, version found, consequence of its absence) for each part."""
     gpus = {
         f"{gpu.name} ({gpu.compute[0]}.{gpu.compute[1]}, {gpu.memory_gib:.0f} GiB)"
         for gpu in here.gpus
@@ -48,7 +47,7 @@ def rows(here: Capabilities) -> list[tuple[str, str, str]]:
         (
             "GPU",
             f"{len(here.gpus)} × {', '.join(sorted(gpus))}" if gpus else None,
-            "models of millions of parameters only; no FP8",
+            "only models of millions of parameters; no FP8",
         ),
         ("NCCL", here.nccl, "no communication between GPUs"),
         ("megatron-core", here.megatron, "nothing runs; pip install -e . -c constraints.txt"),
@@ -60,14 +59,14 @@ def rows(here: Capabilities) -> list[tuple[str, str, str]]:
         (
             "apex (NVIDIA's)",
             apex,
-            optional + "Transformer Engine or this project's Adam takes its place",
+            optional + "Transformer Engine or this project's Adam is used instead",
         ),
         ("wandb", here.wandb, optional + "no run.loggers=[wandb]"),
         ("vllm", here.vllm, optional + "responses come from this project's own decoder"),
     ]
     result = [(part, found or NOTHING, "" if found else costs) for part, found, costs in table]
     if here.apex is not None and not here.apex.nvidia:
-        note = "another package of that name, of no use here: pip uninstall apex"
+        note = "an unrelated package of that name, not used: pip uninstall apex"
         result = [
             (part, found, note if part.startswith("apex") else costs)
             for part, found, costs in result
@@ -90,7 +89,7 @@ def show(table: Sequence[tuple[str, str, str]]) -> None:
 
 
 def obstacles(recipe: Recipe, here: Capabilities) -> list[str]:
-    """Why `recipe` cannot run on this machine, or on several like it; empty: it can."""
+    """Return the reasons why `recipe` cannot run on this machine, or on several like it."""
     found = [] if here.megatron is not None else ["megatron-core is not installed"]
     wanted = recipe.hardware.gpus
     if wanted:
@@ -123,7 +122,7 @@ def _gpus(recipe: Recipe, here: Capabilities) -> list[str]:
             " is older"
         )
     if recipe.world > 1 and here.nccl is None:
-        found.append("torch has no NCCL: several GPUs cannot talk to each other")
+        found.append("torch has no NCCL: GPUs cannot communicate")
     return found
 
 

@@ -52,7 +52,7 @@ def print_table(rows: list[dict[str, str]]) -> None:
     for row in rows:
         table.add_row(*(escape(cell) for cell in row.values()))
     console = Console()
-    console.width = max(console.width, 120)  # a redirected output has no width of its own
+    console.width = max(console.width, 120)  # redirected output has no width
     console.print(table)
 
 

@@ -34,7 +34,7 @@ SAMPLE = 2000  # rows whose lengths are measured
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[DataConfig, str, Path | None]:
-    """(data block, tokenizer, out). Raises UserError for a key that is none."""
+    """Return the data section, tokenizer and out. Raises UserError for an unknown key."""
     keys = {"tokenizer": BYTES, "out": ""}
     block = []
     for argument in arguments:
@@ -47,7 +47,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[DataConfig, str, Path | No
             keys[key] = value
         else:
             raise UserError(
-                f"what is {argument!r}?",
+                f"unknown argument {argument!r}",
                 where="command line",
                 fix="give data.KEY=VALUE, tokenizer=…, out=DIR, or planted",
             )
@@ -68,7 +68,8 @@ def read_arguments(arguments: Sequence[str]) -> tuple[DataConfig, str, Path | No
 
 
 def lengths(data: Dataset, encoder: Encoder, tokenizer: Tokenizer) -> list[str]:
-    """Quantiles of prompt and response lengths in tokens, of up to SAMPLE rows spread evenly."""
+    """Return quantiles of prompt and response lengths in tokens, as lines of text, measured on up
+    to SAMPLE rows spread evenly."""
     rows = list(range(0, len(data), -(-len(data) // SAMPLE)))
     prompts = [len(encoder.prompt(data.rows[row], row)[0]) for row in rows]
     responses = [
@@ -97,7 +98,7 @@ def lengths(data: Dataset, encoder: Encoder, tokenizer: Tokenizer) -> list[str]:
 
 
 def show(example: Example, encoder: Encoder) -> list[str]:
-    """One row as the model sees it, cut to a few hundred characters."""
+    """Return one row as the model reads it, cut to a few hundred characters."""
     _, prompt = encoder.prompt(example, 0)
     names = {0: (), 1: ("response",), 2: ("chosen", "rejected")}[len(example.responses)]
     parts = [("prompt", prompt), *zip(names, example.responses, strict=True)]
@@ -108,7 +109,7 @@ def show(example: Example, encoder: Encoder) -> list[str]:
 
 
 def row_of(example: Example, kind: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The example in columns that the loader reads back as the same example."""
+    """Return the example as columns that the loader reads back as the same example."""
     names = NAMES[kind]
     if example.style == "messages":
         prompt: Any = [{"role": turn.role, "content": turn.text} for turn in example.prompt]
@@ -123,7 +124,7 @@ def row_of(example: Example, kind: str, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write(data: Dataset, kind: str, split: str, tokenizer: Tokenizer, out: Path) -> list[Path]:
-    """One file a source; each appears whole or not at all."""
+    """Write one file a source; each is complete or absent."""
     written = []
     for source in data.sources:
         file = out / source / f"{split}.jsonl"

@@ -27,7 +27,8 @@ and 0.19.2 (-: not there yet):
 
 All are still needed. 0.19 renamed one method (optimizer._counted). From 0.18 on Megatron-Core also
 imports triton, which must then be installed (0.18.2 transformer/moe/paged_stash.py:8, 0.19.2
-transformer/moe/ops/paged_stash.py:4).
+transformer/moe/ops/paged_stash.py:4). 0.19 stores its own settings in a checkpoint
+(common_state) as a pickle, and torch unpickles it without a check: load only your own checkpoints.
 """
 
 from __future__ import annotations
@@ -59,11 +60,13 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # torch.distributed.checkpoint's
     (r"`load_state_dict` is deprecated and will be removed in future versions", FutureWarning),
     (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
-    # mcore 0.19: imports of its optimizer, and reading a checkpoint's common state
+    # mcore 0.19: imports of its optimizer, and its calls of torch.distributed.checkpoint
     (r"\w+ is experimental and still under active development", UserWarning),
     (r"torch\.distributed is disabled, unavailable or uninitialized", UserWarning),
+    (r"The argument order of load has been changed", UserWarning),
 )
 
+Tensors = list[Tensor]
 _installed = False
 
 
@@ -229,11 +232,7 @@ def adam_for(device: torch.device) -> Callable[..., None]:
 
 
 def _fused(
-    group: dict[str, Any],
-    params: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
+    group: dict[str, Any], params: Tensors, grads: Tensors, first: Tensors, second: Tensors
 ) -> None:
     """Step in one kernel: 28 bytes of memory traffic per parameter against 72, no temporaries. The
     kernel reads the step count and does not change it."""
@@ -257,11 +256,7 @@ def _fused(
 
 
 def _foreach(
-    group: dict[str, Any],
-    params: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
+    group: dict[str, Any], params: Tensors, grads: Tensors, first: Tensors, second: Tensors
 ) -> None:
     """Step in seven passes over all parameters, with one temporary each."""
     (beta1, beta2), lr, step = group["betas"], group["lr"], group["step"]

@@ -81,8 +81,10 @@ def test_a_wheel_has_the_recipes_and_finds_them(tmp_path: Path) -> None:
     written = {path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml")}
     packed = {p.relative_to(site / "gipo_megatron") for p in (site).rglob("*.yaml")}
     assert packed == written and len(written) > 50
-    modules = {path.relative_to(ROOT) for path in (ROOT / "gipo_megatron").rglob("*.py")}
-    assert {path.relative_to(site) for path in site.rglob("*.py")} == modules
+    files = {path.relative_to(source) for path in (source / "gipo_megatron").rglob("*.*")}
+    packed = {path.relative_to(site) for path in (site / "gipo_megatron").rglob("*.*")}
+    recipes = {Path("gipo_megatron") / path for path in written}
+    assert packed - recipes == files and len(files) > 100
     entry = (next(site.glob("*.dist-info")) / "entry_points.txt").read_text()
     assert "gipo = gipo_megatron.cli:main" in entry
     code = f"import sys; sys.path.insert(0, {str(site)!r}); from gipo_megatron.cli import main; "

@@ -33,7 +33,7 @@ def cell(win: int, tie: int, lose: int) -> dict[str, Any]:
 
 
 def results(tasks: tuple[str, ...] = TASKS) -> dict[str, Any]:
-    cells = {"sft": cell(12, 5, 3), "<a long name> of an $opponent$": cell(1, 9, 10)}
+    cells = {"sft": cell(12, 5, 3), "<a long name> of an $baseline$": cell(1, 9, 10)}
     return {"subject": "gipo", "tasks": dict.fromkeys(tasks, cells)}
 
 
@@ -73,7 +73,7 @@ def test_bars_are_the_shares() -> None:
         "<a long name> of an $… (20)",
     ]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["win", "tie", "lose"]
-    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the first opponent on top
+    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the first baseline on top
 
 
 def test_nothing_judged() -> None:

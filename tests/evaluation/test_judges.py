@@ -114,8 +114,8 @@ def test_rules(rule: str, expected: tuple[str, str, str]) -> None:
 def test_a_judge_that_always_says_first_gives_ties_only() -> None:
     judge = RuleJudge("always_first")
     one, other = judge.judge([pair(), pair("another", "one")], lambda _: None)
-    duel = Comparison("t", "sft", "id", "s", one, other, 1, 1)
-    assert duel.outcome == TIE and duel.flipped
+    found = Comparison("t", "sft", "id", "s", one, other, 1, 1)
+    assert found.outcome == TIE and found.flipped
 
 
 def test_reward_model_compares_raw_scores() -> None:
@@ -140,11 +140,11 @@ def test_reward_model_compares_raw_scores() -> None:
 def test_without_margin_only_equal_scores_tie_and_both_orders_agree() -> None:
     judge = RewardModelJudge()
     outcomes = []
-    for subject, opponent in ((1.0, 0.999999), (0.0, 0.1), (2.0, 2.0)):
+    for mine, theirs in ((1.0, 0.999999), (0.0, 0.1), (2.0, 2.0)):
         a, b = judge.judge(
             [
-                pair(first_score=subject, second_score=opponent),
-                pair(first_score=opponent, second_score=subject),
+                pair(first_score=mine, second_score=theirs),
+                pair(first_score=theirs, second_score=mine),
             ],
             lambda _: None,
         )

@@ -34,7 +34,7 @@ def test_the_report(chromium: Browser, tmp_path: Path) -> None:
     assert chromium.value("document.title") == "gipo <b>: win / tie / lose"
     assert chromium.value("document.images[0].naturalWidth") == 10  # the SVG is drawn
     assert chromium.value("document.querySelectorAll('script, iframe, main img').length") == 0
-    shown = chromium.value("document.querySelector('.duel .two .text').textContent")
+    shown = chromium.value("document.querySelector('.comparison .two .text').textContent")
     assert MARKUP.replace("\x00", "\\x00") in shown
     # wide tables scroll by themselves
     assert chromium.value("document.documentElement.scrollWidth <= window.innerWidth")

@@ -218,7 +218,7 @@ def test_length_control_says_when_it_cannot() -> None:
     assert length_controlled(longer)[1] == "extrapolated: the model's response is longer everywhere"
 
 
-def test_one_duel_a_prompt() -> None:
+def test_one_comparison_a_prompt() -> None:
     with pytest.raises(ValueError, match="several comparisons"):
         compare([comparison(WIN, 1), comparison(LOSE, 1)], resamples=10, seed=0)
 

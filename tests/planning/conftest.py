@@ -1,4 +1,4 @@
-"""Every plan that these tests look at, made by one process."""
+"""The plans of these tests, made by one process."""
 
 from __future__ import annotations
 
@@ -120,6 +120,13 @@ def evaluate(cases: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """world/layout/dtype/rank -> role -> bytes. Apart from `plans`, because tests on another worker
+    of pytest-xdist use them."""
+    return evaluate(layout_cases(), tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture(scope="session")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tied = {
         "architecture": dataclasses.asdict(TIED),
@@ -128,7 +135,6 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "dtype": "bf16",
     }
     cases: dict[str, Any] = {
-        **layout_cases(),
         **{f"tied/{stage}": {**tied, "rank": 4 * stage} for stage in range(4)},
         **{name: {"plan": argv} for name, argv in PLANS.items()},
         "shipped": {"verdicts": shipped()},

@@ -93,6 +93,22 @@ def test_rewards_call_as_many_models_as_they_have() -> None:
     assert names[:2] == ["rollout", "actor log-probs"]
 
 
+def test_without_a_critic() -> None:
+    """The group head reads the reward model's features: once for the labels, then in each of its
+    updates (128 rows in minibatches of 32), and of the probe."""
+    work = counted("recipe=tiny/rloo")
+    assert work.built == ("actor", "reference", "reward")
+    assert [(call.name, call.rows, call.count) for call in added_up(work.calls)] == [
+        ("rollout", 128, 1),
+        ("reward scores", 128, 1),
+        ("actor log-probs", 128, 1),
+        ("reference log-probs", 128, 1),
+        ("reward features", 256, 5),
+        ("actor update", 128, 4),
+        ("group probe", 16, 1),
+    ]
+
+
 def test_groups_that_are_given_have_made_up_sources() -> None:
     given = "algorithm.group_classifier={name: labelled, groups: {easy: 0, hard: 1}}"
     assert counted("recipe=hh_gipo", given).calls == counted("recipe=ablation/oracle_groups").calls
@@ -107,6 +123,8 @@ def test_groups_that_are_given_have_made_up_sources() -> None:
         ("recipe=hh_dpo", "algorithm.precompute=false"),
         ("recipe=hh_gipo", "algorithm.epochs=3"),
         ("recipe=hh_ppo_kl",),
+        ("recipe=tiny/grpo",),
+        ("recipe=tiny/rloo", "algorithm.epochs=2"),
     ],
 )
 def test_the_pages_own_count_agrees(words: tuple[str, ...]) -> None:

@@ -1,5 +1,4 @@
-"""The plan against what is allocated: exactly the same bytes of weights, gradients and optimizer
-state, rank by rank."""
+"""Planned and allocated bytes of weights, gradients and optimizer state are equal, rank by rank."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ CELLS = {1: 8, 2: 80, 4: 96}  # layouts × number formats × ranks × roles
 
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_predicted_bytes_are_the_allocated_ones(
-    plans: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, world: int
+    layouts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, world: int
 ) -> None:
     found = (
         [planning_cases.run(1)]
@@ -27,7 +26,7 @@ def test_predicted_bytes_are_the_allocated_ones(
     checked = 0
     for rank, cells in enumerate(found):
         for cell, roles in cells.items():
-            predicted = plans[f"{world}/{cell}/{rank}"]
+            predicted = layouts[f"{world}/{cell}/{rank}"]
             for role, sizes in roles.items():
                 shard = predicted[role]
                 assert [shard["weights"], shard["gradients"], shard["optimizer"]] == sizes, (

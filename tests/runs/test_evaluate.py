@@ -3,13 +3,11 @@ kill; what a user gets wrong."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from gipo_megatron import cli
 from gipo_megatron.data.tokenizer import byte_tokenizer
 from tests.runs import chain
 
@@ -293,28 +292,15 @@ def test_people_get_pages(done: tuple[Path, Any, list[chain.Outcome]]) -> None:
 Refuse = Callable[..., str]
 
 
-@pytest.fixture(scope="module")
-def launcher() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "launch_evaluate", chain.ROOT / "launch" / "evaluate.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def refused(
-    launcher: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Refuse:
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refuse:
     """Start with these arguments; returns the message of exit code 2."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
     def start(arguments: list[str]) -> str:
         with pytest.raises(SystemExit) as left:
-            launcher.main(arguments)
+            cli.main(["evaluate", *arguments])
         err = capsys.readouterr().err
         assert left.value.code == 2 and "Traceback" not in err and len(err.splitlines()) <= 25
         return err

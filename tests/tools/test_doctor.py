@@ -117,7 +117,7 @@ def test_the_other_apex_is_named() -> None:
         }
         assert rows["apex (NVIDIA's)"] == (
             "0.9.10.dev0",
-            "" if nvidia else "another package of that name, of no use here: pip uninstall apex",
+            "" if nvidia else "an unrelated package of that name, not used: pip uninstall apex",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,9 @@ class AnswerCache:
         return self._answers.get(request, ("", None))[1]
 
     def put(self, request: str, model: str, answer: Answer) -> None:
-        values = {
-            "said": answer.text,
-            "finish": answer.finish,
-            "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": answer.completion_tokens,
-        }
-        self._lines.append([{"request": request, "model": model, "answer": values}])
+        values = asdict(answer)
+        on_disk = {"said": values.pop("text"), **values}
+        self._lines.append([{"request": request, "model": model, "answer": on_disk}])
         self._answers[request] = model, answer
 
     def of(self, model: str) -> Iterator[Answer]:
