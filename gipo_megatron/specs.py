@@ -3,7 +3,6 @@ optimiser, group head, sampling."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -141,39 +140,3 @@ def base_role(role: str) -> str:
 def head_of(role: str) -> str | None:
     """Return what stands in place of the output layer: None, "score" or "value"."""
     return HEADS[base_role(role)]
-
-
-def grid_problems(p: Parallel, world: int) -> Iterator[tuple[str, str, str]]:
-    """Yield (recipe key, what is wrong, fix) of sizes that make no grid of `world` ranks."""
-    sizes = f"tensor {p.tensor} × pipeline {p.pipeline} × data ?"
-    if min(p.tensor, p.pipeline, p.virtual_pipeline) < 1:
-        what = f"a parallel size is below 1: {sizes}, virtual_pipeline {p.virtual_pipeline}"
-        yield "parallel", what, "use 1"
-        return
-    if world % p.model:
-        yield (
-            "parallel",
-            f"{sizes} ≠ world {world}: {world} is no multiple of {p.model}",
-            f"start a multiple of {p.model} processes, or change parallel.tensor or"
-            " parallel.pipeline",
-        )
-    if p.virtual_pipeline > 1 and p.pipeline == 1:
-        what = f"virtual_pipeline {p.virtual_pipeline} needs parallel.pipeline above 1"
-        yield "parallel.virtual_pipeline", what, "parallel.virtual_pipeline=1"
-
-
-def indivisible(a: Architecture, p: Parallel) -> Iterator[tuple[str, str]]:
-    """Yield (field of the architecture, what is wrong) of sizes that this layout cannot divide."""
-    chunks = p.pipeline * p.virtual_pipeline
-    cut = f"pipeline {p.pipeline} × virtual_pipeline {p.virtual_pipeline} = {chunks}"
-    divisors = [
-        ("num_heads", a.num_kv_heads, f"num_kv_heads {a.num_kv_heads}"),
-        *(
-            (name, p.tensor, f"tensor {p.tensor}")
-            for name in ("num_heads", "num_kv_heads", "ffn_hidden_size")
-        ),
-        ("num_layers", chunks, cut),
-    ]
-    for name, divisor, words in divisors:
-        if getattr(a, name) % divisor:
-            yield name, f"{getattr(a, name)} does not divide by {words}"

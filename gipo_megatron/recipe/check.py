@@ -24,7 +24,7 @@ from gipo_megatron.recipe.schema import (
 )
 from gipo_megatron.recipe.source import Block
 from gipo_megatron.recipe.validate import is_wrong
-from gipo_megatron.specs import Parallel, Precision, grid_problems, indivisible
+from gipo_megatron.specs import Parallel, Precision
 
 BYTE_VOCABULARY = 259  # the built-in tokenizer: 256 bytes and three marks
 
@@ -111,18 +111,40 @@ def roles(d: Draft) -> Found:
 def layout(d: Draft) -> Found:
     """tensor × pipeline × data = world"""
     p = d.parallel
-    for key, what, fix in grid_problems(p, d.world):
-        yield d.problem(key, what, fix)
+    if d.world % p.model:
+        yield d.problem(
+            "parallel",
+            f"tensor {p.tensor} × pipeline {p.pipeline} × data ? ≠ world {d.world}: {d.world} is no"
+            f" multiple of {p.model}",
+            f"start a multiple of {p.model} processes, or change parallel.tensor or"
+            " parallel.pipeline",
+        )
     if p.sequence and p.tensor == 1:
         what = "needs parallel.tensor above 1"
         yield d.problem("parallel.sequence", what, "parallel.sequence=false")
+    if p.virtual_pipeline > 1 and p.pipeline == 1:
+        what = "needs parallel.pipeline above 1"
+        yield d.problem("parallel.virtual_pipeline", what, "parallel.virtual_pipeline=1")
 
 
 def architecture(d: Draft) -> Found:
     """Heads and the feed-forward width divide by the tensor ranks, layers by pipeline chunks."""
-    shape = d.model.architecture
-    for name, what in indivisible(shape, d.parallel):
-        yield d.problem(f"model.architecture.{name}", what, _divisors(getattr(shape, name)))
+    shape, p = d.model.architecture, d.parallel
+    chunks = p.pipeline * p.virtual_pipeline
+    cut = f"pipeline {p.pipeline} × virtual_pipeline {p.virtual_pipeline} = {chunks}"
+    rows = [
+        ("num_heads", shape.num_kv_heads, f"num_kv_heads {shape.num_kv_heads}"),
+        *(
+            (key, p.tensor, f"tensor {p.tensor}")
+            for key in ("num_heads", "num_kv_heads", "ffn_hidden_size")
+        ),
+        ("num_layers", chunks, cut),
+    ]
+    for name, divisor, words in rows:
+        value = getattr(shape, name)
+        if value % divisor:
+            key = f"model.architecture.{name}"
+            yield d.problem(key, f"{value} does not divide by {words}", _divisors(value))
     if shape.head_dim % 2:
         yield d.problem("model.architecture.head_dim", "must be even (rotary positions)")
 
