@@ -3,8 +3,11 @@ optimiser, group head, sampling."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
+
+from gipo_megatron.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,57 @@ class Parallel:
     @property
     def model(self) -> int:
         return self.tensor * self.pipeline
+
+    def problems(self, world: int) -> Iterator[UserError]:
+        """Reasons why tensor × pipeline × data is not `world`, or a schedule does not exist."""
+        sizes = f"tensor {self.tensor} × pipeline {self.pipeline} × data ?"
+        if min(self.tensor, self.pipeline, self.virtual_pipeline) < 1:
+            what = f"a size is below 1: {sizes}, virtual_pipeline {self.virtual_pipeline}"
+            yield UserError(what, where="parallel", fix="use 1")
+            return
+        if world % self.model:
+            yield UserError(
+                f"{sizes} ≠ world {world}: {world} is no multiple of {self.model}",
+                where="parallel",
+                fix=f"start a multiple of {self.model} processes, or change parallel.tensor or"
+                " parallel.pipeline",
+            )
+        for key, wrong, needs, fix in (
+            ("sequence", self.sequence and self.tensor == 1, "tensor", "false"),
+            ("virtual_pipeline", self.virtual_pipeline > 1 and self.pipeline == 1, "pipeline", "1"),
+        ):
+            if wrong:
+                what, key = f"needs parallel.{needs} above 1", f"parallel.{key}"
+                yield UserError(what, where=key, fix=f"{key}={fix}")
+
+
+def split_problems(architecture: Architecture, parallel: Parallel) -> Iterator[UserError]:
+    """Sizes of the architecture that do not divide: heads and the feed-forward width by the tensor
+    ranks, layers by the pipeline's chunks."""
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    cut = f"pipeline {parallel.pipeline} × virtual_pipeline {parallel.virtual_pipeline} = {chunks}"
+    tensor = parallel.tensor, f"tensor {parallel.tensor}"
+    kv_heads = architecture.num_kv_heads
+    for key, (divisor, words) in (
+        ("num_heads", (kv_heads, f"num_kv_heads {kv_heads}")),
+        ("num_heads", tensor),
+        ("num_kv_heads", tensor),
+        ("ffn_hidden_size", tensor),
+        ("num_layers", (chunks, cut)),
+    ):
+        value = getattr(architecture, key)
+        if value % divisor:
+            what = f"{value} does not divide by {words}"
+            yield UserError(what, where=f"model.architecture.{key}", fix=divisors(value))
+    if architecture.head_dim % 2:
+        what = f"{architecture.head_dim} must be even (rotary positions)"
+        yield UserError(what, where="model.architecture.head_dim")
+
+
+def divisors(value: int) -> str:
+    """Return the divisors of `value` up to 64, in words."""
+    found = [str(n) for n in range(1, min(value, 64) + 1) if value % n == 0]
+    return f"divisors of {value}: {', '.join(found)}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ LOW |= {"ops", "roles"}
 MAY_IMPORT = {
     "metrics": set(),
     "types": {"metrics"},
-    "specs": set(),
+    "specs": {"errors"},
     "errors": set(),
     "files": {"errors"},
     "environment": set(),

@@ -203,26 +203,9 @@ def _free_groups() -> None:
 
 
 def check_factors(parallel: Parallel, world: int) -> None:
-    """Raises UserError that names every factor when the sizes make no grid of `world` ranks."""
-    sizes = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × data ?"
-    virtual = f"virtual_pipeline {parallel.virtual_pipeline}"
-    if min(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline) < 1:
-        raise UserError(
-            f"a parallel size is below 1: {sizes}, {virtual}", where="parallel", fix="use 1"
-        )
-    if world % parallel.model:
-        raise UserError(
-            f"{sizes} ≠ world {world}",
-            where="parallel",
-            fix=f"start a multiple of {parallel.model} processes, or change parallel.tensor or"
-            " parallel.pipeline",
-        )
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        raise UserError(
-            f"{virtual} splits pipeline stages, but pipeline is 1",
-            where="parallel.virtual_pipeline",
-            fix="set parallel.pipeline above 1, or parallel.virtual_pipeline to 1",
-        )
+    """Raises UserError when the sizes do not fit `world` ranks."""
+    for error in parallel.problems(world):
+        raise error
 
 
 def _device() -> torch.device:

@@ -31,7 +31,7 @@ from gipo_megatron.megatron import precision as number_formats
 from gipo_megatron.megatron.heads import ScalarHead
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import EMBEDDING, OUTPUT, SCORE, placements
-from gipo_megatron.specs import Architecture, Parallel, Precision
+from gipo_megatron.specs import Architecture, Parallel, Precision, split_problems
 
 INIT_STD = 0.02
 VOCAB_MULTIPLE = 64
@@ -78,26 +78,9 @@ def build_chunks(
 
 
 def check_split(architecture: Architecture, parallel: Parallel) -> None:
-    """Raises UserError that names the size that does not divide."""
-    tensor, stages = parallel.tensor, parallel.pipeline * parallel.virtual_pipeline
-    for size, what in (
-        (architecture.num_heads, "attention heads"),
-        (architecture.num_kv_heads, "key/value heads"),
-        (architecture.ffn_hidden_size, "feed-forward units"),
-    ):
-        if size % tensor:
-            raise UserError(
-                f"{size} {what} do not divide over tensor {tensor}",
-                where="parallel.tensor",
-                fix=f"choose a tensor size that divides {size}",
-            )
-    if architecture.num_layers % stages:
-        cut = f"pipeline {parallel.pipeline} × virtual_pipeline {parallel.virtual_pipeline}"
-        raise UserError(
-            f"{architecture.num_layers} layers do not divide over {cut}",
-            where="parallel.pipeline",
-            fix=f"choose sizes whose product divides {architecture.num_layers}",
-        )
+    """Raises UserError for a size that does not divide, or a RoPE scaling that is not built."""
+    for error in split_problems(architecture, parallel):
+        raise error
     rope_frequencies(architecture)
 
 

@@ -24,7 +24,7 @@ from gipo_megatron.recipe.schema import (
 )
 from gipo_megatron.recipe.source import Block
 from gipo_megatron.recipe.validate import is_wrong
-from gipo_megatron.specs import Parallel, Precision
+from gipo_megatron.specs import Parallel, Precision, divisors, split_problems
 
 BYTE_VOCABULARY = 259  # the built-in tokenizer: 256 bytes and three marks
 
@@ -110,48 +110,14 @@ def roles(d: Draft) -> Found:
 
 def layout(d: Draft) -> Found:
     """tensor × pipeline × data = world"""
-    p = d.parallel
-    if d.world % p.model:
-        yield d.problem(
-            "parallel",
-            f"tensor {p.tensor} × pipeline {p.pipeline} × data ? ≠ world {d.world}: {d.world} is no"
-            f" multiple of {p.model}",
-            f"start a multiple of {p.model} processes, or change parallel.tensor or"
-            " parallel.pipeline",
-        )
-    if p.sequence and p.tensor == 1:
-        what = "needs parallel.tensor above 1"
-        yield d.problem("parallel.sequence", what, "parallel.sequence=false")
-    if p.virtual_pipeline > 1 and p.pipeline == 1:
-        what = "needs parallel.pipeline above 1"
-        yield d.problem("parallel.virtual_pipeline", what, "parallel.virtual_pipeline=1")
+    for error in d.parallel.problems(d.world):
+        yield d.problem(error.where, error.what, error.fix)
 
 
 def architecture(d: Draft) -> Found:
     """Heads and the feed-forward width divide by the tensor ranks, layers by pipeline chunks."""
-    shape, p = d.model.architecture, d.parallel
-    chunks = p.pipeline * p.virtual_pipeline
-    cut = f"pipeline {p.pipeline} × virtual_pipeline {p.virtual_pipeline} = {chunks}"
-    rows = [
-        ("num_heads", shape.num_kv_heads, f"num_kv_heads {shape.num_kv_heads}"),
-        *(
-            (key, p.tensor, f"tensor {p.tensor}")
-            for key in ("num_heads", "num_kv_heads", "ffn_hidden_size")
-        ),
-        ("num_layers", chunks, cut),
-    ]
-    for name, divisor, words in rows:
-        value = getattr(shape, name)
-        if value % divisor:
-            key = f"model.architecture.{name}"
-            yield d.problem(key, f"{value} does not divide by {words}", _divisors(value))
-    if shape.head_dim % 2:
-        yield d.problem("model.architecture.head_dim", "must be even (rotary positions)")
-
-
-def _divisors(value: int) -> str:
-    found = [str(n) for n in range(1, min(value, 64) + 1) if value % n == 0]
-    return f"divisors of {value}: {', '.join(found)}"
+    for error in split_problems(d.model.architecture, d.parallel):
+        yield d.problem(error.where, error.what, error.fix)
 
 
 def lengths(d: Draft) -> Found:
@@ -187,7 +153,7 @@ def batch(d: Draft) -> Found:
     if d.needs.rollout and rows % b.minibatch:
         product = f"prompts {b.prompts} × responses {b.responses} = {rows}"
         what = f"{product} sequences do not divide by minibatch {b.minibatch}"
-        yield d.problem("batch.minibatch", what, _divisors(rows))
+        yield d.problem("batch.minibatch", what, divisors(rows))
     if d.world % p.model:
         return
     replicas = d.world // p.model

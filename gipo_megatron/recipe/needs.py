@@ -84,6 +84,7 @@ def pruned(tree: Block, needs: Needs) -> Block:
     frozen = [role for role in needs.roles if role not in needs.trained]
     drop = {f"models.{role}.{key}" for role in frozen for key in TRAINING_KEYS}
     drop |= set() if needs.rollout else {"evaluation", *ROLLOUT_KEYS}
+    drop |= set() if tree.value("data.format") == "planted" else {"data.planted"}
 
     def keep(block: Block, path: str) -> Block:
         children: dict[str, Node] = {}

@@ -26,7 +26,7 @@ class ModelConfig:
     lr: Positive | None = None
     # after the warm-up
     schedule: Annotated[str, OneOf("constant", "cosine", "linear")] = "constant"
-    warmup_steps: NotNegative = 0  # optimizer steps from 0 to lr
+    warmup_steps: NotNegative = 50  # optimizer steps from 0 to lr
     weight_decay: Annotated[float, Range(0)] = 0.0
     clip_grad: Positive = 1.0  # largest global gradient norm
     offload: Annotated[str, OneOf("none", "cpu")] = "none"  # cpu: kept in host memory while idle

@@ -17,10 +17,8 @@ from gipo_megatron.evaluation.recipe import (
     missing_weights,
 )
 from gipo_megatron.evaluation.tasks import Task
-from gipo_megatron.recipe.files import Files
 from gipo_megatron.recipe.problems import Problem, RecipeErrors
-from gipo_megatron.recipe.source import DEFAULT, MISSING, Block, leaves, plain
-from gipo_megatron.recipe.validate import Validation
+from gipo_megatron.recipe.source import plain
 from gipo_megatron.specs import Architecture
 from tests.recipe.helpers import RECIPES, write
 
@@ -223,25 +221,3 @@ def test_a_recipe_with_policies_is_an_evaluation(tmp_path: Path) -> None:
         assert is_evaluation([f"recipe={name}"], RECIPES)
     for name in ("tiny/gipo", str(tmp_path / "other.yaml")):
         assert not is_evaluation([f"recipe={name}"], RECIPES)
-
-
-def test_the_base_lists_every_key_once_with_a_comment_and_says_the_defaults() -> None:
-    file = RECIPES / "base" / "evaluate.yaml"
-    own = Files(RECIPES).own(file)
-    validation = Validation()
-    complete, _ = validation.block(own, EvaluationRecipe)
-    assert {p.what for p in validation.problems} == {"missing"}, [
-        str(p) for p in validation.problems
-    ]
-    assert [key for key, leaf in leaves(complete) if leaf.origin == DEFAULT] == []
-    written = dict(leaves(own))
-    lines = file.read_text().splitlines()
-    assert (
-        all("  # " in lines[int(leaf.origin.rsplit(":", 1)[1]) - 1] for leaf in written.values())
-        and len(written) > 35
-    )
-    keep = {"judge": own.children["judge"]}
-    defaults = dict(leaves(Validation().block(Block(keep, ""), EvaluationRecipe)[0]))
-    assert {
-        key for key, leaf in written.items() if leaf.value not in (MISSING, defaults[key].value)
-    } == set()

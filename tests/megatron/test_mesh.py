@@ -23,7 +23,7 @@ def test_a_world_that_does_not_factor_names_every_factor() -> None:
 def test_sizes_that_make_no_grid() -> None:
     with pytest.raises(UserError, match="below 1"):
         check_factors(Parallel(tensor=0), 1)
-    with pytest.raises(UserError, match="virtual_pipeline 2 splits pipeline stages"):
+    with pytest.raises(UserError, match=r"parallel\.pipeline above 1"):
         check_factors(Parallel(virtual_pipeline=2), 1)
     check_factors(Parallel(tensor=2, pipeline=2, virtual_pipeline=3), 8)
 

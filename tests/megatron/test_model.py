@@ -38,12 +38,12 @@ FP32 = Precision("fp32")
 @pytest.mark.parametrize(
     ("parallel", "words"),
     [
-        (Parallel(tensor=3), "4 attention heads do not divide over tensor 3"),
-        (Parallel(tensor=4), "2 key/value heads do not divide over tensor 4"),
-        (Parallel(pipeline=3), "4 layers do not divide over pipeline 3 × virtual_pipeline 1"),
+        (Parallel(tensor=3), "4 does not divide by tensor 3"),
+        (Parallel(tensor=4), "2 does not divide by tensor 4"),
+        (Parallel(pipeline=3), "4 does not divide by pipeline 3 × virtual_pipeline 1"),
         (
             Parallel(pipeline=2, virtual_pipeline=4),
-            "4 layers do not divide over pipeline 2 × virtual_pipeline 4",
+            "4 does not divide by pipeline 2 × virtual_pipeline 4",
         ),
     ],
 )

@@ -127,7 +127,7 @@ def test_origins_of_file_fragment_override_and_default(tmp_path: Path) -> None:
         for line in text.splitlines()
     )
     assert any(
-        line.strip().startswith("keep: 2 ") and "# recipes/base/gipo.yaml:" in line
+        line.strip().startswith("keep: 2 ") and "# recipes/base/ppo.yaml:" in line
         for line in text.splitlines()
     )
 

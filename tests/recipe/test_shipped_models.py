@@ -143,7 +143,7 @@ def test_every_shipped_model_is_compared() -> None:
 def test_base_recipes_write_no_architecture() -> None:
     names = sorted(path.stem for path in (RECIPES / "base").glob("*.yaml"))
     for name in names:
-        block = plain(Files(RECIPES).own(RECIPES / "base" / f"{name}.yaml"))["model"][
+        block = plain(Files(RECIPES).load(RECIPES / "base" / f"{name}.yaml"))["model"][
             "architecture"
         ]
         assert block == {f.name: MISSING for f in fields(Architecture)}
