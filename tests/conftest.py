@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group: tests that share a worker of pytest-xdist")
     config.addinivalue_line(
         "markers",
         "global_rng: may consume the global random generators (Hugging Face models, mcore's"
