@@ -23,11 +23,11 @@ _ENVIRONMENT = "oc.env:"
 
 
 class _Unresolvable(Exception):
-    """No value, for a reason of its own."""
+    """The text cannot be resolved."""
 
 
 class _Unset(Exception):
-    """No value, because the key it points at has none: that key has the problem."""
+    """The key it points at has no value: that key has the problem."""
 
 
 def resolve(

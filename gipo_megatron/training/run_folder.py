@@ -29,7 +29,6 @@ PACKAGES = (
     "megatron-core",
     "transformer-engine",
     "transformers",
-    "omegaconf",
     "datasets",
     "numpy",
 )
