@@ -46,32 +46,23 @@ def model_card(
 
 def _front_matter(head: str | None, hub: str) -> str:
     task = "text-generation" if head is None else "text-classification"
-    base = [f"base_model: {hub}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", hub) else []
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            f"pipeline_tag: {task}",
-            *base,
-            "tags:",
-            "- gipo-megatron",
-            "- rlhf",
-            "---",
-        ]
-    )
+    base = f"base_model: {hub}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", hub) else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: {task}
+{base}tags:
+- gipo-megatron
+- rlhf
+---"""
 
 
 def _usage(head: str | None) -> str:
     name = "AutoModelForCausalLM" if head is None else "AutoModelForSequenceClassification"
-    lines = [
-        f"from transformers import {name}, AutoTokenizer",
-        f'model = {name}.from_pretrained("PATH", dtype="auto")',
-    ]
-    return (
-        "```python\n"
-        + "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("PATH")'])
-        + "\n```"
-    )
+    return f"""```python
+from transformers import {name}, AutoTokenizer
+model = {name}.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```"""
 
 
 def _head(head: str | None, padding: str | None) -> str:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import safe_open
 
 from gipo_megatron.conversion.card import model_card
 from gipo_megatron.conversion.export import NOT_COMPARED, check_folder, total_bytes, write_folder
@@ -18,41 +15,37 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.build import build_engine, load_into
 from gipo_megatron.megatron.engine import Engine
-from gipo_megatron.megatron.hf import GROUP_HEAD, Seen, differing, ignore
+from gipo_megatron.megatron.hf import GROUP_HEAD, Seen, differing, ignore, saved_group_head
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.specs import Architecture, HeadSpec, Precision
+from gipo_megatron.specs import Precision
 from gipo_megatron.telemetry.console import Display
-from gipo_megatron.weights.checkpoints import CheckpointMeta, read_meta, weights_kind
+from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta, read_meta, weights_kind
 from gipo_megatron.weights.hf_config import architecture_from_hf, is_classifier, num_labels
 from gipo_megatron.weights.hf_files import OUR_DTYPES, SHARD_BYTES, open_weights
 from gipo_megatron.weights.sources import locate
 
 
-@dataclass(frozen=True)
-class Model:
-    """The model that is converted."""
+def _engine(
+    role: str, model: RoleMeta, mesh: Mesh, load: Path, dtype: str | None, seen: Seen = ignore
+) -> Engine:
+    assert dtype is not None
+    return build_engine(
+        role,
+        mesh,
+        model.architecture,
+        Precision(dtype),
+        load=str(load),
+        group=model.group,
+        seen=seen,
+    )
 
-    role: str
-    architecture: Architecture
-    dtype: str  # fp32 | bf16 | fp16
-    group: HeadSpec | None = None
 
-    def engine(self, mesh: Mesh, dtype: str, load: Path, seen: Seen = ignore) -> Engine:
-        return build_engine(
-            self.role,
-            mesh,
-            self.architecture,
-            Precision(dtype),
-            load=str(load),
-            group=self.group,
-            seen=seen,
-        )
-
-    def compared(self, mesh: Mesh, weights: Path, folder: Path, progress: Display) -> str:
-        """Return one line on the outputs of `weights`, in fp32, against transformers' of
-        `folder`."""
-        with progress.waiting("comparing outputs with transformers, in fp32"):
-            return check_outputs(folder, self.engine(mesh, "fp32", weights))
+def _compared(
+    role: str, model: RoleMeta, mesh: Mesh, load: Path, folder: Path, progress: Display
+) -> str:
+    """Return one line on the outputs of `load`, in fp32, against transformers' of `folder`."""
+    with progress.waiting("comparing outputs with transformers, in fp32"):
+        return check_outputs(folder, _engine(role, model, mesh, load, "fp32"))
 
 
 # ----------------------------------------------------------------------- Hugging Face -> checkpoint
@@ -71,31 +64,34 @@ def to_megatron(hf: str, out: Path, mesh: Mesh, *, verify: bool, progress: Displ
             where="hf",
             fix="load it as it is: models.<role>.load takes both kinds",
         )
-    model = _model_of(folder)
+    role, model = _model_of(folder)
     has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES)
     tokenizer = load_tokenizer(str(folder), where="hf") if has_tokenizer else None
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with progress.tensors(f"reading {folder}", size) as seen:
-        engine = model.engine(mesh, model.dtype, folder, seen)
+        engine = _engine(role, model, mesh, folder, model.dtype, seen)
     with staged(out) as work:
         with progress.waiting("writing the checkpoint"):
             hub = "" if Path(hf).exists() else hf
-            _write_checkpoint(work, model.role, engine, hub, tokenizer)
-        load_into(engine, str(work), model.role)
+            _write_checkpoint(work, role, engine, hub, tokenizer)
+        load_into(engine, str(work), role)
         with progress.tensors("comparing tensors", total_bytes(engine)) as seen:
             different = differing(folder, engine.export(), mesh, seen=seen)
         refuse(folder, [("not what was read", different)])
         progress.line("all tensors of the checkpoint equal the folder's, bit for bit")
         release(engine)
-        progress.line(model.compared(mesh, work, folder, progress) if verify else NOT_COMPARED)
+        compared = NOT_COMPARED
+        if verify:
+            compared = _compared(role, model, mesh, work, folder, progress)
+        progress.line(compared)
 
 
-def _model_of(folder: Path) -> Model:
-    """Judge role and dtype by content: a language model, one label, or one label beside a group
-    head."""
+def _model_of(folder: Path) -> tuple[str, RoleMeta]:
+    """Return role and description, judged by content: a language model, one label, or one label
+    beside a group head."""
     architecture = architecture_from_hf(folder)
     config = json.loads((folder / "config.json").read_text())
-    role, group = "actor", None
+    role, groups, token = "actor", None, None
     if is_classifier(config):
         if num_labels(config) != 1:
             raise UserError(
@@ -106,14 +102,10 @@ def _model_of(folder: Path) -> Model:
             )
         role = "reward"
         if (folder / GROUP_HEAD).is_file():
-            role, group = "critic", _saved_group(folder)
-    return Model(role, architecture, OUR_DTYPES[stored_dtype(open_weights(folder))], group)
-
-
-def _saved_group(folder: Path) -> HeadSpec:
-    with safe_open(folder / GROUP_HEAD, framework="pt") as saved:
-        groups = saved.get_slice("weight").get_shape()[0]
-        return HeadSpec(groups, saved.metadata()["input"], detach_trunk=True)
+            role = "critic"
+            groups, token = saved_group_head(folder)
+    dtype = OUR_DTYPES[stored_dtype(open_weights(folder))]
+    return role, RoleMeta(architecture, dtype=dtype, num_groups=groups, group_input=token)
 
 
 def _write_checkpoint(
@@ -167,16 +159,18 @@ def to_hf(
                 " the new checkpoint"
             ),
         )
-    model = Model(role, about.architecture, about.dtype, about.group)
     home = path / "tokenizer"
     tokenizer = load_tokenizer(str(home), where=str(path)) if home.is_dir() else None
     with progress.waiting(f"reading {path}"):
-        engine = model.engine(mesh, model.dtype, path)
+        engine = _engine(role, about, mesh, path, about.dtype)
     with staged(out) as work:
         padding = write_folder(work, engine, tokenizer, meta, progress, shard_bytes)
         checks = check_folder(work, engine, progress)
         release(engine)
-        checks.append(model.compared(mesh, path, work, progress) if verify else NOT_COMPARED)
+        compared = NOT_COMPARED
+        if verify:
+            compared = _compared(role, about, mesh, path, work, progress)
+        checks.append(compared)
         for line in checks:
             progress.line(line)
         card = model_card(role, about, meta, padding=padding, checks=checks)

@@ -49,7 +49,7 @@ def export_run(
         padding = write_folder(work, engine, tokenizer, meta, progress)
         checks = [
             *check_folder(work, engine, progress),
-            "NOT checked: outputs against transformers (tools/megatron_to_hf.py does it)",
+            "NOT checked: outputs against transformers (`gipo convert to-hf` compares them)",
         ]
         card = model_card(role, describe(engine), meta, padding=padding, checks=checks)
         (work / "README.md").write_text(card, encoding="utf-8")

@@ -15,17 +15,17 @@ has at most 19 tokens (bos included) and a response drawn here at most 8 (end-of
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 from gipo_megatron.data.config import PlantedConfig
 from gipo_megatron.data.examples import Example, Turn
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import write_jsonl
 
 _WORDS = (
     "aloe ant bean bell corn cup dill drum ear egg fern fox gem goat hat hill ink iris jam jet kelp"
@@ -178,20 +178,14 @@ class World:
 
 
 def _check(config: PlantedConfig) -> None:
-    """Raises UserError for a number out of its range."""
-    for key in ("easy_share", "held_out", "label_noise", "hack_share"):
-        share = getattr(config, key)
-        if not 0 <= share <= 1:
-            raise UserError(
-                f"{key} is a share, not {share}",
-                where=f"data.planted.{key}",
-                fix="give a number from 0 to 1",
-            )
-    if not 0 < config.prompts <= MAX_PROMPTS or config.pairs_per_prompt < 1:
-        raise UserError(
-            f"planted prompts: 1 to {MAX_PROMPTS}, pairs_per_prompt: at least 1",
-            where="data.planted",
-        )
+    """Raises UserError for a number out of its range, and for more prompts than there are names."""
+    for key, hint in get_type_hints(PlantedConfig, include_extras=True).items():
+        for mark in getattr(hint, "__metadata__", ()):
+            if why := mark.refuse(getattr(config, key)):
+                raise UserError(f"{key}: {why}", where=f"data.planted.{key}")
+    if config.prompts > MAX_PROMPTS:
+        what = f"{config.prompts} planted prompts; there are names for {MAX_PROMPTS}"
+        raise UserError(what, where="data.planted.prompts", fix="use fewer prompts")
 
 
 def planted_examples(config: PlantedConfig, split: str, kind: str) -> list[Example]:
@@ -225,8 +219,7 @@ def write_planted(config: PlantedConfig, folder: Path) -> list[Path]:
             for source in GROUPS:
                 rows = [_row(example, kind) for example in examples if example.source == source]
                 file = folder / kind / source / f"{split}.jsonl"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                write_jsonl(file, rows)
                 written.append(file)
     return written
 

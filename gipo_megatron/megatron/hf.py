@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -82,6 +83,12 @@ def save_group_head(folder: Path, head: GroupHead) -> None:
         for name, p in (("weight", head.weight), ("bias", head.bias))
     }
     save_file(tensors, folder / GROUP_HEAD, metadata={"format": "pt", "input": head.spec.input})
+
+
+def saved_group_head(folder: Path) -> tuple[int, str]:
+    """Return the number of groups and the token that a saved group head reads."""
+    with safe_open(folder / GROUP_HEAD, framework="pt") as saved:
+        return saved.get_slice("weight").get_shape()[0], saved.metadata()["input"]
 
 
 def same_group_head(folder: Path, head: GroupHead) -> bool:

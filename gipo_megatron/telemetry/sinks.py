@@ -1,13 +1,10 @@
-"""Sinks of a run's numbers: files, TensorBoard, Weights & Biases, the terminal. Rank 0 only."""
+"""Sinks of a run's numbers: files and the terminal. Only rank 0 has sinks."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import os
 import sys
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,12 +14,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from gipo_megatron.errors import UserError
-from gipo_megatron.files import append_jsonl, read_jsonl, write_jsonl, write_text
+from gipo_megatron.files import append_jsonl, read_jsonl, write_jsonl
 from gipo_megatron.telemetry.console import Headline, Pace, duration, key_figures, step_line
-
-LOGGERS = ("console", "jsonl", "tensorboard", "wandb")
-TEXT_SAMPLES = 4  # samples a step shown in TensorBoard and W&B; samples.jsonl has all
 
 
 class Sink:
@@ -41,42 +34,6 @@ class Sink:
         """Continue after `step`, the checkpoint's, and remove later rows; 0: remove all."""
 
     def close(self) -> None: ...
-
-
-def make_sinks(
-    loggers: Sequence[str],
-    run_dir: str | Path,
-    total_steps: int,
-    *,
-    name: str,
-    headline: Headline,
-    config: Mapping[str, Any],
-) -> list[Sink]:
-    """Return the sinks of `run.loggers`. metrics.jsonl, samples.jsonl and log.txt are always
-    written: reports read them.
-
-    `name` and `config` (the expanded recipe) are for W&B; `headline` is the algorithm's. Raises
-    UserError for an unknown logger.
-    """
-    for logger in loggers:
-        if logger not in LOGGERS:
-            close = difflib.get_close_matches(logger, LOGGERS, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UserError(
-                f"unknown logger {logger!r}",
-                where="run.loggers",
-                fix=f"{hint}loggers are {', '.join(LOGGERS)}",
-            )
-    folder = Path(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    sinks: list[Sink] = [Jsonl(folder), LogFile(folder / "log.txt", total_steps, headline)]
-    if "tensorboard" in loggers:
-        sinks.append(TensorBoard(folder / "tensorboard"))
-    if "wandb" in loggers:
-        sinks.append(Wandb(folder, name, config))
-    if "console" in loggers:
-        sinks.append(Console(total_steps, name, headline))
-    return sinks
 
 
 class Jsonl(Sink):
@@ -211,125 +168,3 @@ class Console(Sink):
         figures = "  " + key_figures(self._known, self._headline)
         line = Text(figures, overflow="ellipsis", no_wrap=True)
         return rich.console.Group(self._bar.get_renderable(), line)
-
-
-class TensorBoard(Sink):
-    """Event files; after a resume TensorBoard hides the later steps."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._purge: int | None = None
-        self._writer: Any = None
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._events().add_scalar(name, value, step)
-        self._events().flush()
-
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        for i, row in enumerate(rows[:TEXT_SAMPLES]):
-            text = "\n\n".join(f"{key}: {value}" for key, value in row.items())
-            # indented, so that Markdown shows it unchanged
-            self._events().add_text(
-                f"samples/{i}", "\n".join("    " + line for line in text.splitlines()), step
-            )
-
-    def alert(self, step: int, message: str) -> None:
-        self._events().add_text("alerts", message, step)
-
-    def resume(self, step: int) -> None:
-        self.close()
-        self._purge = step + 1
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def _events(self) -> Any:
-        if self._writer is None:
-            # slow to import, so only when it is used
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
-        return self._writer
-
-
-class Wandb(Sink):
-    """Weights & Biases, all files inside the run folder. Never prompts: without a login (or with
-    WANDB_MODE=offline) it runs offline; upload later with `wandb sync --append`.
-
-    The folder keeps the run's id and every row has its step, so a resumed run continues its curves;
-    W&B drops rows that were logged before.
-    """
-
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
-        self._folder, self._name, self._config = folder, name, config
-        self._run: Any = None
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        import wandb
-
-        columns = list(rows[0])
-        data = [[row[c] for c in columns] for row in rows[:TEXT_SAMPLES]]
-        self._run.log({"samples": wandb.Table(columns=columns, data=data)}, step=step)
-
-    def alert(self, step: int, message: str) -> None:
-        if self._run.settings.mode == "online":
-            self._run.alert(title=self._name, text=message)
-
-    def resume(self, step: int) -> None:
-        self.close()
-        if step == 0:  # a new run from now on: W&B cannot remove rows
-            (self._folder / "wandb_id").unlink(missing_ok=True)
-        self._run = self._start()
-
-    def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
-
-    def _start(self) -> Any:
-        # instead of the home folder, which on a cluster may be full, slow or read-only
-        os.environ.setdefault("WANDB_CACHE_DIR", str(self._folder / "wandb"))
-        os.environ.setdefault("WANDB_DATA_DIR", str(self._folder / "wandb"))
-        import wandb
-
-        mode = os.environ.get("WANDB_MODE")
-        online = mode in (None, "online") and wandb.login(prompt=False)
-        if mode == "online" and not online:
-            raise UserError(
-                "W&B has no API key",
-                where="WANDB_MODE=online",
-                fix="run `wandb login` once, or set WANDB_MODE=offline",
-            )
-        identity = self._folder / "wandb_id"
-        resumed = identity.exists()
-        if not resumed:
-            write_text(identity, uuid.uuid4().hex[:12] + "\n")
-        try:
-            return wandb.init(
-                dir=str(self._folder),
-                project=os.environ.get("WANDB_PROJECT", "gipo"),
-                id=identity.read_text().strip(),
-                name=self._name,
-                config=dict(self._config),
-                mode=mode or ("online" if online else "offline"),  # type: ignore[arg-type]
-                resume="allow" if resumed and online else None,
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    disable_git=True,
-                    save_code=False,
-                    init_timeout=60,
-                ),
-            )
-        except wandb.errors.Error as error:
-            raise UserError(
-                f"W&B did not start: {error}",
-                where="run.loggers",
-                fix="set WANDB_MODE=offline, or remove wandb",
-            ) from error

@@ -119,7 +119,7 @@ def announce_complete(recipe: Recipe, checkpoint: Path) -> None:
     print(f"{recipe.name}: complete already, {checkpoint}; a larger run.steps continues it")
     if recipe.run.export_hf and not Path(folder, "hf").exists():
         print(
-            "  its Hugging Face folder: tools/megatron_to_hf.py"
+            "  its Hugging Face folder: gipo convert to-hf"
             f" checkpoint={folder}/final out={folder}/hf"
         )
     sys.stdout.flush()

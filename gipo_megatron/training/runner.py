@@ -21,9 +21,10 @@ from gipo_megatron.metrics import Metric, Metrics
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.roles import Stateful
 from gipo_megatron.telemetry.console import Display
+from gipo_megatron.telemetry.loggers import make_sinks
 from gipo_megatron.telemetry.metrics import PhaseTimer, memory_metrics, reduce_metrics
 from gipo_megatron.telemetry.performance import performance
-from gipo_megatron.telemetry.sinks import Sink, make_sinks
+from gipo_megatron.telemetry.sinks import Sink
 from gipo_megatron.training import run_folder
 from gipo_megatron.training.assembly import Assembly, assemble
 from gipo_megatron.types import StepResult

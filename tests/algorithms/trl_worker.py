@@ -145,7 +145,7 @@ def online(folder: Path, tokenizer: Any) -> dict[str, Any]:
     prompts = datasets.Dataset.from_list([{"prompt": f"Prompt {i}"} for i in range(3)])
 
     def reward(completions: list[str], **_: Any) -> list[float]:
-        return [len(set(text)) - 0.1 * len(text) for text in completions]
+        return [sum(map(ord, text)) % 101 / 101 for text in completions]
 
     found: dict[str, Any] = {}
     for name, trainer, config in (

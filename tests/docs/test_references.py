@@ -74,3 +74,8 @@ def test_every_document_that_is_named_exists() -> None:
 def test_links_of_a_page_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_the_readme_is_a_hundred_lines_of_a_hundred_columns() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 100 and max(map(len, lines)) <= 100

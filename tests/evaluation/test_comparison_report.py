@@ -15,7 +15,7 @@ from gipo_megatron.evaluation.results import (
     comparisons_from_verdicts,
 )
 from tests.evaluation.simulated import MARKUP, head_to_head, prompts, verdicts
-from tests.reports.test_run_report import VOID, Page
+from tests.reports.test_run_report import Page
 
 PNG = base64.b64decode(  # one grey dot
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
@@ -24,7 +24,6 @@ SVG = (
     b'<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><rect width="10"'
     b' height="10"/></svg>'
 )
-VOID.add("link")
 
 
 def evaluate(folder: Path, *, n: int = 30, model: str = "gipo <b>") -> Path:

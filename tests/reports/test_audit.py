@@ -206,7 +206,7 @@ def test_the_command(tmp_path: Path, capsys) -> None:
 def test_the_command_reads_an_evaluation(tmp_path: Path, capsys) -> None:
     write_prompts(tmp_path / "prompts.jsonl", [prompt(i, f"q{i}") for i in range(4)])
     ResponseStore(tmp_path / "responses/gipo.jsonl").append([answer(i, 0.5) for i in range(4)])
-    ResponseStore(tmp_path / "responses/sft.jsonl", "other").append(
+    ResponseStore(tmp_path / "responses/sft.jsonl").append(
         [Response("sft", "hh", "id0", "no", 1, True)]
     )
     with (tmp_path / "responses/gipo.jsonl").open("a") as file:

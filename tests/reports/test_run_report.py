@@ -15,7 +15,7 @@ from gipo_megatron.reports.run_report import summary, write_report
 from gipo_megatron.reports.runs import load_run
 from tests.reports.synthetic import MARKUP, ppo_run, sft_run, write_rows
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "link"}
 
 
 class Page(HTMLParser):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.telemetry.sinks import Jsonl, TensorBoard, make_sinks
+from gipo_megatron.telemetry.loggers import TensorBoard, make_sinks
+from gipo_megatron.telemetry.sinks import Jsonl
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,7 +118,7 @@ def test_tensorboard_hides_what_the_resume_cut(tmp_path: Path) -> None:
 
 WANDB_RUN = """
 import sys
-from gipo_megatron.telemetry.sinks import make_sinks
+from gipo_megatron.telemetry.loggers import make_sinks
 folder, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 config = {"run": {"seed": 1}}
 sinks = make_sinks(["wandb"], folder, 4, name="run", headline=(), config=config)
