@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.config import DataConfig
@@ -27,6 +25,10 @@ from gipo_megatron.data.templates import choose
 from gipo_megatron.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_jsonl
+from gipo_megatron.recipe.files import parse_arguments
+from gipo_megatron.recipe.problems import RecipeErrors
+from gipo_megatron.recipe.source import Block
+from gipo_megatron.recipe.validate import Validation
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 NAMES = {"preference": ("chosen", "rejected"), "sft": ("response",), "prompt": ()}
@@ -34,15 +36,16 @@ SAMPLE = 2000  # rows whose lengths are measured
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[DataConfig, str, Path | None]:
-    """Return the data section, tokenizer and out. Raises UserError for an unknown key."""
+    """Return the data section, tokenizer and out. Raises UserError for unknown keys
+    and values out of range."""
     keys = {"tokenizer": BYTES, "out": ""}
     block = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if argument == "planted":
-            block.append("format=planted")
+            block.append("data.format=planted")
         elif key.startswith("data.") and equals:
-            block.append(argument.removeprefix("data."))
+            block.append(argument)
         elif key in keys and equals:
             keys[key] = value
         else:
@@ -51,19 +54,13 @@ def read_arguments(arguments: Sequence[str]) -> tuple[DataConfig, str, Path | No
                 where="command line",
                 fix="give data.KEY=VALUE, tokenizer=…, out=DIR, or planted",
             )
-    try:
-        schema = OmegaConf.structured(DataConfig())
-        for frozen in (schema, schema.planted):
-            # OmegaConf 2.3 merges nothing into a frozen dataclass
-            OmegaConf.set_readonly(frozen, False)
-        config = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.from_dotlist(block)))
-    except OmegaConfBaseException as error:
-        raise UserError(
-            str(error).splitlines()[0],
-            where="command line",
-            fix=f"keys: {', '.join(DataConfig.__dataclass_fields__)}",
-        ) from error
-    assert isinstance(config, DataConfig)
+    validation = Validation()
+    tree = parse_arguments(["recipe=data", *block]).overrides.at("data") or Block({}, "")
+    assert isinstance(tree, Block)
+    _, values = validation.block(tree, DataConfig, ("data",))
+    if validation.problems:
+        raise RecipeErrors("command line", validation.problems)
+    config = DataConfig(**values)
     return config, keys["tokenizer"], Path(keys["out"]) if keys["out"] else None
 
 

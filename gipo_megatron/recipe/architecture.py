@@ -145,7 +145,7 @@ def _read_all(
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two values are equal; older transformers wrote `type` for `rope_type`."""
+    """Return whether two values are equal; older transformers wrote `type` for `rope_type`."""
     return _scaling(a) == _scaling(b) if isinstance(a, dict) and isinstance(b, dict) else a == b
 
 

@@ -61,7 +61,7 @@ class Draft:
         return Problem(key, what, self.tree.origin_of(key), fix)
 
     def found(self, checks: Iterable[Check]) -> list[Problem]:
-        """What the checks find; each ends where it reads an unsound section."""
+        """Return the problems of all checks; each ends where it reads an unsound section."""
         found: list[Problem] = []
         for check in checks:
             try:
@@ -288,7 +288,7 @@ def absent_weights(loads: dict[str, str], run_dir: str, tree: Block) -> Found:
 
 
 def may_be_hub(load: str, run_dir: str) -> bool:
-    """Whether `load` is `owner/model`, and not a path beside this project's runs."""
+    """Return whether `load` is `owner/model`, and not a path beside this project's runs."""
     inside = Path(load).parts[:1] == Path(run_dir).parts[:1]
     return re.fullmatch(r"[\w-]+/[\w.-]+", load) is not None and not inside
 

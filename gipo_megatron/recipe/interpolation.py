@@ -1,97 +1,73 @@
-"""`${other.key}` and `${oc.env:NAME}` (OmegaConf's syntax), replaced by their values."""
+"""`${other.key}` and `${oc.env:NAME}`, replaced by their values: OmegaConf's interpolation."""
 
 from __future__ import annotations
 
-import os
-import re
+import functools
 from typing import Any
 
-from gipo_megatron.recipe.problems import Problem, suggest
-from gipo_megatron.recipe.source import (
-    MISSING,
-    Block,
-    KeyPath,
-    Leaf,
-    Node,
-    Unknown,
-    dump_value,
-    leaves,
-)
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-_POINTER = re.compile(r"\$\{([^${}]*)\}")
-_ENVIRONMENT = "oc.env:"
+from gipo_megatron.recipe.problems import Problem
+from gipo_megatron.recipe.source import Block, KeyPath, Leaf, Node, Unknown, leaves, plain
 
 
-class _Unresolvable(Exception):
-    """No value, for a reason of its own."""
+def resolve(tree: Block, problems: list[Problem]) -> Block:
+    """Return the tree with all interpolations replaced; one without a value becomes Unknown.
 
-
-class _Unset(Exception):
-    """No value, because the key it points at has none: that key has the problem."""
-
-
-def resolve(
-    tree: Block, problems: list[Problem], path: KeyPath = (), root: Block | None = None
-) -> Block:
-    """Return the tree with all pointers replaced; one without a value becomes Unknown.
-
-    A pointer may name any key that a file or the command line sets.
+    An interpolation may name any key that a file or the command line sets.
     """
-    root = root or tree
-    children: dict[str, Node] = {}
-    for name, node in tree.children.items():
-        below = (*path, name)
-        if isinstance(node, Block):
-            children[name] = resolve(node, problems, below, root)
-        else:
-            children[name] = _resolved(node, problems, ".".join(below), root)
-    return Block(children, tree.origin)
+    bare: dict[str, Any] = plain(tree)
+    found = [(path, leaf) for path, leaf in leaves(tree) if _interpolated(leaf.value)]
+    values: dict[KeyPath, Any] = {}
+    for path, leaf in found:
+        try:
+            OmegaConf.create({"value": leaf.value})
+        except OmegaConfBaseException as error:  # not even an expression
+            values[path] = _unknown(path, leaf, error, problems)
+            _set(bare, path, None)
+    config = OmegaConf.create(bare)
+    for path, leaf in found:
+        if path not in values:
+            try:
+                value = functools.reduce(lambda node, key: node[key], path, config)
+                block = OmegaConf.is_config(value)
+                values[path] = OmegaConf.to_container(value, resolve=True) if block else value
+            except OmegaConfBaseException as error:
+                values[path] = _unknown(path, leaf, error, problems)
+    return _replaced(tree, values)
 
 
-def _resolved(leaf: Leaf, problems: list[Problem], key: str, root: Block) -> Leaf:
-    try:
-        return Leaf(_value(leaf.value, root, (key,)), leaf.origin)
-    except _Unset as unset:
-        return Leaf(Unknown(f"{leaf.value!r} has no value: {unset}"), leaf.origin)
-    except _Unresolvable as error:
-        what = f"cannot resolve {leaf.value!r}: {error}"
-        problems.append(Problem(key, what, leaf.origin, absent=True))
-        return Leaf(Unknown(what), leaf.origin)
+def _unknown(
+    path: KeyPath, leaf: Leaf, error: OmegaConfBaseException, problems: list[Problem]
+) -> Unknown:
+    """Add the problem, but for a target without a value: that key has the problem itself."""
+    what = f"cannot resolve {leaf.value!r}: {str(error).splitlines()[0]}"
+    if not isinstance(error, InterpolationToMissingValueError):
+        problems.append(Problem(".".join(path), what, leaf.origin, absent=True))
+    return Unknown(what)
 
 
-def _value(value: Any, root: Block, chain: tuple[str, ...]) -> Any:
-    """`value` with its pointers replaced; `chain`: the keys that led here."""
+def _interpolated(value: Any) -> bool:
     if isinstance(value, list):
-        return [_value(item, root, chain) for item in value]
+        return any(_interpolated(item) for item in value)
     if isinstance(value, dict):
-        return {key: _value(item, root, chain) for key, item in value.items()}
-    if not isinstance(value, str) or "${" not in value:
-        return value
-    if whole := _POINTER.fullmatch(value):
-        return _target(whole[1], root, chain)
-    if "${" in _POINTER.sub("", value):
-        raise _Unresolvable("write ${key.path} or ${oc.env:NAME}")
-    return _POINTER.sub(lambda found: _text(_target(found[1], root, chain)), value)
+        return any(_interpolated(item) for item in value.values())
+    return isinstance(value, str) and "${" in value
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else dump_value(value)
+def _set(tree: dict[str, Any], path: KeyPath, value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree[key]
+    tree[path[-1]] = value
 
 
-def _target(name: str, root: Block, chain: tuple[str, ...]) -> Any:
-    if name.startswith(_ENVIRONMENT):
-        variable, comma, default = name.removeprefix(_ENVIRONMENT).partition(",")
-        if variable not in os.environ and not comma:
-            raise _Unresolvable(f"the environment variable {variable} is not set")
-        return os.environ.get(variable, default)
-    if name in chain:
-        raise _Unresolvable(f"a cycle: {' → '.join((*chain, name))}")
-    node = root.at(name)
-    if isinstance(node, Block):
-        raise _Unresolvable(f"{name} is a block of keys")
-    if node is None:
-        known = [".".join(path) for path, _ in leaves(root)]
-        raise _Unresolvable(f"no file sets {name!r}; {suggest(name, known)}")
-    if node.value == MISSING:
-        raise _Unset(f"{name} is not set")
-    return _value(node.value, root, (*chain, name))
+def _replaced(node: Block, values: dict[KeyPath, Any], path: KeyPath = ()) -> Block:
+    children: dict[str, Node] = {}
+    for key, child in node.children.items():
+        below = (*path, key)
+        if isinstance(child, Block):
+            children[key] = _replaced(child, values, below)
+        else:
+            children[key] = Leaf(values[below], child.origin) if below in values else child
+    return Block(children, node.origin)

@@ -1,4 +1,4 @@
-"""Which components a recipe chooses, and so which models it loads and which keys it reads."""
+"""The components that a recipe chooses, and so the models it loads and the keys it reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLLOUT_KEYS = (
 
 @dataclass(frozen=True)
 class Needs:
-    """What the algorithm and its components need from the run."""
+    """Components, runtime objects and models of an algorithm."""
 
     components: dict[str, type]  # key of its block -> class; misspelt ones are left out
     runtime: frozenset[str]  # names of from_runtime fields
@@ -33,7 +33,7 @@ class Needs:
         return "prompts" in self.runtime
 
     def idle(self, key: str) -> bool:
-        """Whether `key` belongs to a model that nothing in the recipe needs."""
+        """Return whether `key` belongs to a model that nothing in the recipe needs."""
         section, _, rest = key.partition(".")
         role = rest.split(".")[0]
         return section == "models" and is_role(role) and role not in self.roles

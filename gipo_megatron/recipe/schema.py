@@ -1,5 +1,4 @@
-"""The fixed sections of a recipe. A field is a key; its default here is the only one. Components
-bring their own keys."""
+"""The fixed sections of a recipe. A field is a key. Components add their own keys."""
 
 from __future__ import annotations
 
@@ -88,7 +87,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How held-out responses are drawn (training always draws at its own `algorithm.rollout`)."""
+    """Sampling of held-out responses (training samples by `algorithm.rollout`)."""
 
     temperature: Annotated[float, Range(0)] = 0.8  # 0: greedy
     top_k: NotNegative = 0  # 0: off
@@ -98,8 +97,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the recipe is written for; used by checks and planning when torchrun has not said how
-    many there are."""
+    """The machine that the recipe is written for; for checks and planning without torchrun."""
 
     gpus: NotNegative = 0  # 0: CPU, any number of processes
     gpu_memory_gib: NotNegative = 0
@@ -112,7 +110,7 @@ def composed() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Composed:
-    """What composing adds to a recipe, of training or of an evaluation."""
+    """Fields that composing adds to a recipe, of training or of an evaluation."""
 
     name: str = composed()
     world: int = composed()  # processes the checks were made for

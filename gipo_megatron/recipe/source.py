@@ -54,7 +54,7 @@ class Block:
         return "" if node is None else node.origin
 
     def written(self, key: str) -> bool:
-        """Whether a file or the command line sets the key."""
+        """Return whether a file or the command line sets the key."""
         return self.origin_of(key) not in ("", DEFAULT)
 
 
@@ -160,7 +160,7 @@ def _tree(
 
 
 def is_slot(path: KeyPath) -> bool:
-    """Whether `path` holds a component: `algorithm` or `judge` itself, and slots below it."""
+    """Return whether `path` holds a component: `algorithm` or `judge`, and slots below."""
     return bool(path) and path[0] in COMPONENTS and path[-1] in SLOTS
 
 

@@ -1,10 +1,4 @@
-"""A tree against dataclasses in one pass: defaults filled in, values typed, all problems collected.
-
-Why not pydantic: defaults, unknown keys and component names need this walk anyway, since the
-completed tree keeps the file and line of each value and components are chosen by name while plugins
-add to them. pydantic would replace `convert` alone, and bring its own wording and a second
-description of each class.
-"""
+"""A tree against dataclasses in one pass: defaults filled in, values typed, problems collected."""
 
 from __future__ import annotations
 
@@ -47,7 +41,7 @@ KINDS = {
 
 
 class Wrong:
-    """Stands for a typed value that has a problem."""
+    """The type of WRONG, the value of a key or block with a problem."""
 
 
 WRONG = Wrong()
@@ -222,7 +216,7 @@ class Validation:
 
 
 def is_wrong(value: Any) -> bool:
-    """Whether a value, or one in a dict of blocks, has a problem."""
+    """Return whether a value, or one in a dict of blocks, has a problem."""
     return value is WRONG or (isinstance(value, dict) and WRONG in value.values())
 
 
@@ -235,7 +229,7 @@ def with_name(node: Node | None, default: str) -> Block:
 
 
 def _key_problems(cls: type, values: dict[str, Any]) -> Iterator[UserError]:
-    """What a component's `problems()` finds in its keys; no runtime object exists yet."""
+    """Problems of a component's keys; no runtime object exists yet."""
     if hasattr(cls, "problems"):
         keys_only: Any = object.__new__(cls)
         for name, value in values.items():
