@@ -42,9 +42,10 @@ def _unknown(
     path: KeyPath, leaf: Leaf, error: OmegaConfBaseException, problems: list[Problem]
 ) -> Unknown:
     """Add the problem, but for a target without a value: that key has the problem itself."""
+    if isinstance(error, InterpolationToMissingValueError):
+        return Unknown(f"{leaf.value!r} has no value: the key that it names is not set")
     what = f"cannot resolve {leaf.value!r}: {str(error).splitlines()[0]}"
-    if not isinstance(error, InterpolationToMissingValueError):
-        problems.append(Problem(".".join(path), what, leaf.origin, absent=True))
+    problems.append(Problem(".".join(path), what, leaf.origin, absent=True))
     return Unknown(what)
 
 
