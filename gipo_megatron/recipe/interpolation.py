@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from gipo_megatron.recipe.problems import Problem
+from gipo_megatron.recipe.problems import Problem, suggest
 from gipo_megatron.recipe.source import Block, KeyPath, Leaf, Node, Unknown, leaves, plain
+
+_ABSENT = re.compile(r"Interpolation key '(.*)' not found")
 
 
 def resolve(tree: Block, problems: list[Problem]) -> Block:
@@ -18,13 +21,14 @@ def resolve(tree: Block, problems: list[Problem]) -> Block:
     An interpolation may name any key that a file or the command line sets.
     """
     bare: dict[str, Any] = plain(tree)
+    known = [".".join(path) for path, _ in leaves(tree)]
     found = [(path, leaf) for path, leaf in leaves(tree) if _interpolated(leaf.value)]
     values: dict[KeyPath, Any] = {}
     for path, leaf in found:
         try:
             OmegaConf.create({"value": leaf.value})
         except OmegaConfBaseException as error:  # not even an expression
-            values[path] = _unknown(path, leaf, error, problems)
+            values[path] = _unknown(path, leaf, error, problems, known)
             _set(bare, path, None)
     config = OmegaConf.create(bare)
     for path, leaf in found:
@@ -34,18 +38,25 @@ def resolve(tree: Block, problems: list[Problem]) -> Block:
                 block = OmegaConf.is_config(value)
                 values[path] = OmegaConf.to_container(value, resolve=True) if block else value
             except OmegaConfBaseException as error:
-                values[path] = _unknown(path, leaf, error, problems)
+                values[path] = _unknown(path, leaf, error, problems, known)
     return _replaced(tree, values)
 
 
 def _unknown(
-    path: KeyPath, leaf: Leaf, error: OmegaConfBaseException, problems: list[Problem]
+    path: KeyPath,
+    leaf: Leaf,
+    error: OmegaConfBaseException,
+    problems: list[Problem],
+    known: list[str],
 ) -> Unknown:
     """Add the problem, but for a target without a value: that key has the problem itself."""
     if isinstance(error, InterpolationToMissingValueError):
         return Unknown(f"{leaf.value!r} has no value: the key that it names is not set")
-    what = f"cannot resolve {leaf.value!r}: {str(error).splitlines()[0]}"
-    problems.append(Problem(".".join(path), what, leaf.origin, absent=True))
+    reason = str(error).splitlines()[0]
+    what = f"cannot resolve {leaf.value!r}: {reason}"
+    absent = _ABSENT.fullmatch(reason)
+    fix = suggest(absent[1], known) if absent else ""
+    problems.append(Problem(".".join(path), what, leaf.origin, fix, absent=True))
     return Unknown(what)
 
 
