@@ -26,7 +26,7 @@ KL_COEFFICIENT, KL_FLOOR, BETA, BETA_CRITIC, MAX_WEIGHT = 0.05, 0.1, 0.3, 1.0, 3
 
 
 def right_tokens() -> Tensor:
-    """Whether a token is right for a prompt, bool [PROMPTS, ACTIONS]; token 0 ends a response."""
+    """Return the right tokens of each prompt, bool [PROMPTS, ACTIONS]; token 0 ends a response."""
     right = torch.zeros(PROMPTS, ACTIONS, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
     for prompt in range(PROMPTS):

@@ -106,7 +106,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 # -------------------------------------------------------------------------------------- preferences
 
 
-def dpo_loss(log_ratio: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def preference_loss(log_ratio: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """-(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h), h = `log_ratio` of each pair. [B]
 
     h = log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x).   (Rafailov et al. 2023, eq. 7;
@@ -118,8 +118,8 @@ def dpo_loss(log_ratio: Tensor, beta: float, label_smoothing: float = 0.0) -> Te
 
 
 def ipo_loss(log_ratio: Tensor, tau: float) -> Tensor:
-    """(h - 1 / (2 tau))^2, h = `log_ratio` as in `dpo_loss`: a margin to reach, not to grow for
-    ever. [B]   (Azar et al. 2023, eq. 17)"""
+    """(h - 1 / (2 tau))^2, h = `log_ratio` as in `preference_loss`: a margin to reach, not one to
+    grow without end. [B]   (Azar et al. 2023, eq. 17)"""
     return (log_ratio - 1 / (2 * tau)).square()
 
 

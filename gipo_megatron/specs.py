@@ -179,7 +179,7 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Noise is a pure function of (seed, step, sample_id, position)."""
+    """Settings of a draw of tokens. The noise depends on (seed, step, sample_id, position) alone."""
 
     max_response: Size
     temperature: Annotated[float, Range(0)] = 1.0  # 0: greedy

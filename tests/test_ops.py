@@ -247,8 +247,8 @@ def test_dpo_loss_by_hand() -> None:
     h, beta = torch.tensor([3.0, 0.0, -2.0], dtype=torch.float64), 0.5
     right = [math.log1p(math.exp(-1.5)), math.log(2), math.log1p(math.exp(1.0))]
     wrong = [math.log1p(math.exp(1.5)), math.log(2), math.log1p(math.exp(-1.0))]
-    assert ops.dpo_loss(h, beta).tolist() == pytest.approx(right)
-    assert ops.dpo_loss(h, beta, 0.1).tolist() == pytest.approx(
+    assert ops.preference_loss(h, beta).tolist() == pytest.approx(right)
+    assert ops.preference_loss(h, beta, 0.1).tolist() == pytest.approx(
         [0.9 * a + 0.1 * b for a, b in zip(right, wrong, strict=True)]
     )
 
@@ -257,9 +257,9 @@ def test_smoothed_dpo_is_least_where_the_policy_is_as_sure_as_the_labels() -> No
     """sigmoid(beta h) = 1 - eps there: by autograd the slope is 0 at h = log((1 - eps) / eps) /
     beta, and below 0 for any h without eps."""
     h = torch.tensor([math.log(0.8 / 0.2) / 0.3], dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(ops.dpo_loss(h, 0.3, 0.2).sum(), h)
+    (slope,) = torch.autograd.grad(ops.preference_loss(h, 0.3, 0.2).sum(), h)
     assert float(slope) == pytest.approx(0.0, abs=1e-12)
-    (slope,) = torch.autograd.grad(ops.dpo_loss(h, 0.3).sum(), h)
+    (slope,) = torch.autograd.grad(ops.preference_loss(h, 0.3).sum(), h)
     assert float(slope) == pytest.approx(-0.3 * 0.2)
 
 

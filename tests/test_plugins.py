@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from gipo_megatron import registry
 from gipo_megatron.components.groups import CriticHead
 from gipo_megatron.components.variance import GroupVariance
 from gipo_megatron.local.roles import TorchActor
-from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.recipe.problems import RecipeErrors
 from gipo_megatron.roles import SingleReplica

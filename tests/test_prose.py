@@ -50,7 +50,12 @@ NAMES = re.compile(
 )
 
 # sentences that keep their words: quotations, prompts for judges, phrases of data
-ALLOWED = frozenset({'"outside lower center"'})  # matplotlib's word for a place
+ALLOWED = frozenset(
+    {
+        '"outside lower center"',  # matplotlib's word for a place
+        'What can I say to him without making him angry?"',  # a user's prompt
+    }
+)
 
 
 def chunks(path: Path) -> Iterator[tuple[int, str]]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from gipo_megatron import registry
 from gipo_megatron.commands.recipe import composed, differences
 from gipo_megatron.evaluation.recipe import EvaluationRecipe, compose_evaluation, is_evaluation
-from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.compose import compose, load_components
 from gipo_megatron.recipe.files import Files, recipe_names
 from gipo_megatron.recipe.needs import needed, pruned

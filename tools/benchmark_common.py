@@ -1,4 +1,4 @@
-"""What the benchmarks share: two sides taking turns, a table, a Hugging Face model with given
+"""Shared parts of the benchmarks: two sides taking turns, a table, a Hugging Face model with given
 weights."""
 
 from __future__ import annotations

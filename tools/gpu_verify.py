@@ -190,7 +190,7 @@ class Session:
                 print(f"{part.name}: {self.workers.broken[self.place(part)]}", flush=True)
 
     def _obstacle(self, part: Part) -> str:
-        """Why a part is not begun; "": it is."""
+        """Return the reason why a part cannot run; "" where it can."""
         gpu = self.options.device == "cuda"
         if not part.cpu and not gpu:
             return "needs a GPU"

@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar
 from torch import Tensor
 
 from gipo_megatron import ops
-from gipo_megatron.algorithms.dpo_reference import PairReference, ReferredPairs, response_sums
 from gipo_megatron.algorithms.held_out import evaluate_pairs
+from gipo_megatron.algorithms.pair_reference import PairReference, ReferredPairs, response_sums
 from gipo_megatron.errors import UserError
 from gipo_megatron.metrics import Metric, Metrics, prefixed
-from gipo_megatron.recipe.registry import OneOf, Range, from_runtime, register
+from gipo_megatron.registry import OneOf, Range, from_runtime, register
 from gipo_megatron.roles import Actor, HeldOut, Stateful
 from gipo_megatron.types import Loss, Pairs, StepResult, TokenStats, skipped_rows
 
@@ -109,7 +109,7 @@ class DPO:
         if self.loss == "ipo":
             loss = ops.ipo_loss(chosen - rejected, self.beta)
         else:
-            loss = ops.dpo_loss(chosen - rejected, self.beta, self.label_smoothing)
+            loss = ops.preference_loss(chosen - rejected, self.beta, self.label_smoothing)
         return Preference(loss, self.beta * chosen.detach(), self.beta * rejected.detach())
 
     def evaluate(self) -> tuple[Metrics, list[dict[str, Any]]]:

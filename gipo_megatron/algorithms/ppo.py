@@ -24,7 +24,7 @@ from gipo_megatron.components import protocols
 from gipo_megatron.components.reward import Reward
 from gipo_megatron.components.tracker import GroupTracker, group_loss_coefficients
 from gipo_megatron.metrics import Metric, Metrics, prefixed
-from gipo_megatron.recipe.registry import (
+from gipo_megatron.registry import (
     OneOf,
     Range,
     component,

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from gipo_megatron.algorithms.held_out import evaluate_pairs
 from gipo_megatron.metrics import Metric, Metrics, prefixed
-from gipo_megatron.recipe.registry import Range, from_runtime, register
+from gipo_megatron.registry import Range, from_runtime, register
 from gipo_megatron.roles import HeldOut, RewardModel
 from gipo_megatron.types import Loss, Pairs, StepResult, skipped_rows
 

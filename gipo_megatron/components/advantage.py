@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gipo_megatron import ops
-from gipo_megatron.recipe.registry import from_runtime, register
+from gipo_megatron.registry import from_runtime, register
 from gipo_megatron.roles import DataParallel, gather_rows
 from gipo_megatron.types import Rollout
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.recipe.registry import OneOf, Range, from_runtime, register
+from gipo_megatron.registry import OneOf, Range, from_runtime, register
 from gipo_megatron.specs import HeadSpec
 from gipo_megatron.types import Rollout
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.metrics import Metric, Metrics
-from gipo_megatron.recipe.registry import Range, from_runtime, register
+from gipo_megatron.registry import Range, from_runtime, register
 from gipo_megatron.roles import DataParallel
 from gipo_megatron.types import Groups
 

@@ -4,7 +4,7 @@ A component is a dataclass; its fields are its recipe keys. Some things are opti
 a component has them:
 - `needs`, a ClassVar: names of the roles that must be built for it, such as ("critic",);
 - `needs_groups` and `makes_groups`, and `problems()` for keys that do not fit together: see
-  recipe/registry.py;
+  registry.py;
 - `min_responses`, a ClassVar: the least number of responses to a prompt;
 - `observe(groups, kl) -> Metrics`: advance a memory once an iteration, after both updates;
 - `state_dict()` and `load_state_dict(state)`: that memory, for checkpoints.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gipo_megatron import ops
 from gipo_megatron.errors import UserError
-from gipo_megatron.recipe.registry import OneOf, Range, from_runtime, register
+from gipo_megatron.registry import OneOf, Range, from_runtime, register
 from gipo_megatron.roles import DataParallel, RewardModel
 from gipo_megatron.types import Rollout, Scores
 

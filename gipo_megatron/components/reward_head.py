@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gipo_megatron.components.groups import Variance
 from gipo_megatron.metrics import Metric, Metrics, merge_metrics
-from gipo_megatron.recipe.registry import OneOf, Range, from_runtime, register
+from gipo_megatron.registry import OneOf, Range, from_runtime, register
 from gipo_megatron.roles import DataParallel, RewardModel
 from gipo_megatron.types import BatchLoss, Rollout, Rows, Update
 

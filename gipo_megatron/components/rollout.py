@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, final
 
-from gipo_megatron.recipe.registry import Range, from_runtime, register
+from gipo_megatron.registry import Range, from_runtime, register
 from gipo_megatron.roles import Actor
 from gipo_megatron.specs import Sampling
 from gipo_megatron.types import Prompts, Rollout

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gipo_megatron import ops
 from gipo_megatron.metrics import Metrics
-from gipo_megatron.recipe.registry import Range, from_runtime, register
+from gipo_megatron.registry import Range, from_runtime, register
 from gipo_megatron.roles import DataParallel, gather_rows
 from gipo_megatron.types import Groups, Weights
 
@@ -26,7 +26,7 @@ def _equal_weights(groups: Groups) -> Weights:
 
 
 def _too_small(groups: Groups) -> bool:
-    """Whether a group has less mass than one sequence (rho_g < 1/N): its mean is noise
+    """Return True if a group has less mass than one sequence (rho_g < 1/N): its mean is noise
     (algorithm.md 5.10)."""
     return bool(groups.masses.min() < 1)
 

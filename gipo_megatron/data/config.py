@@ -15,7 +15,7 @@ COLUMNS = ("prompt", "chosen", "rejected", "messages", "response", "source")
 @dataclass(frozen=True)
 class PlantedConfig:
     """The generated data of data/planted.py. They have their own seed, so that all stages of a
-    chain see the same data whatever run.seed is."""
+    chain see the same data for every run.seed."""
 
     prompts: Annotated[int, Range(4)] = 600  # distinct prompts, held-out ones included
     easy_share: Share = 0.5  # share of the prompts that are easy

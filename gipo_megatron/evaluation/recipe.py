@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gipo_megatron import registry
 from gipo_megatron.evaluation import judges
 from gipo_megatron.evaluation.results import RESERVED
 from gipo_megatron.evaluation.tasks import Task
-from gipo_megatron.recipe import check, registry
+from gipo_megatron.recipe import check
 from gipo_megatron.recipe.check import Draft, Found
 from gipo_megatron.recipe.compose import drafted, load_components
 from gipo_megatron.recipe.files import merged
 from gipo_megatron.recipe.problems import Problem, RecipeErrors, suggest
-from gipo_megatron.recipe.registry import component
 from gipo_megatron.recipe.schema import (
     Composed,
     Count,
@@ -28,6 +28,7 @@ from gipo_megatron.recipe.schema import (
     NotNegative,
 )
 from gipo_megatron.recipe.source import Block
+from gipo_megatron.registry import component
 from gipo_megatron.specs import Parallel, Precision
 
 # models that measure responses: score, KL, inferred group
@@ -49,7 +50,7 @@ class EvaluationBatch:
 
 @dataclass(frozen=True)
 class Generation(Evaluation):
-    """How every policy's responses are drawn."""
+    """Settings of the draw of every policy's responses."""
 
     max_response: Count = 512  # tokens of a response, its end-of-text token included
     seed: NotNegative = 0  # a response's noise depends on it and on the prompt alone
@@ -100,7 +101,7 @@ class EvaluationRecipe(Composed):
 
 
 def is_evaluation(argv: Sequence[str], root: Path) -> bool:
-    """Whether a command line's recipe is one of launch/evaluate.py: it has policies."""
+    """Return True for a recipe of launch/evaluate.py: it has policies."""
     return "policies" in merged(argv, root)[0].children
 
 
@@ -149,7 +150,7 @@ def policies(d: Draft) -> Found:
     """A subject and another policy to compare it with; names are file names."""
     if len(d.policies) < 2:
         what = f"{len(d.policies)} of them: the first is the subject, and it needs one other to be"
-        fix = "policies: {gipo: {load: …}, sft: {load: …}}"
+        fix = "policies: {new: {load: …}, old: {load: …}}"
         yield d.problem("policies", f"{what} compared with", fix)
     for name in d.policies:
         if not _FILE_NAME.fullmatch(name):

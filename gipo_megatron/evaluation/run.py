@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from gipo_megatron import registry
 from gipo_megatron.data.tokenizer import check_vocabulary
 from gipo_megatron.environment import line as environment_line
 from gipo_megatron.evaluation.audit import audit_responses
@@ -45,7 +46,6 @@ from gipo_megatron.evaluation.types import (
 )
 from gipo_megatron.files import write_json, write_text
 from gipo_megatron.megatron.mesh import Mesh, mesh_session
-from gipo_megatron.recipe import registry
 from gipo_megatron.reports.audit_page import audit_document
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.training import run_folder

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gipo_megatron import registry
 from gipo_megatron.errors import UserError
 from gipo_megatron.planning.arithmetic import BATCH, DATASET, PROBE, Call, Iteration
-from gipo_megatron.recipe import registry
-from gipo_megatron.recipe.registry import Lazy
 from gipo_megatron.recipe.schema import ROLES, Recipe
+from gipo_megatron.registry import Lazy
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.specs import Sampling, base_role
 from gipo_megatron.types import (

@@ -152,7 +152,7 @@ class Files:
         node = own.children.get("defaults", Leaf([], own.origin))
         names = node.value if isinstance(node, Leaf) else None
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            fix = "defaults: [base/gipo, model/tiny]"
+            fix = "defaults: [base/sft, model/tiny]"
             what = "needs a list of recipe names"
             self.problems.append(Problem("defaults", what, node.origin, fix))
             return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from gipo_megatron.recipe import registry
+from gipo_megatron import registry
 from gipo_megatron.recipe.schema import ROLES, TRAINING_KEYS, Evaluation
 from gipo_megatron.recipe.source import Block, Node
 from gipo_megatron.recipe.validate import with_name

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from gipo_megatron.data.config import DataConfig
-from gipo_megatron.recipe.registry import component
 from gipo_megatron.recipe.source import Block, to_yaml
+from gipo_megatron.registry import component
 from gipo_megatron.specs import Architecture, OneOf, Parallel, Positive, Precision, Range
 from gipo_megatron.telemetry.alerts import Alerts
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.recipe.registry import SLOTS
+from gipo_megatron.registry import SLOTS
 
 DEFAULT = "default"  # origin of a value that no file sets
 COMMAND_LINE = "command line"  # origin of a value set there

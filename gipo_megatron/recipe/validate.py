@@ -9,8 +9,8 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
 
+from gipo_megatron import registry
 from gipo_megatron.errors import UserError
-from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.problems import Problem, suggest
 from gipo_megatron.recipe.source import (
     DEFAULT,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from gipo_megatron.algorithms.dpo_reference import LiveReference, PrecomputedReference, Split
+from gipo_megatron import registry
+from gipo_megatron.algorithms.pair_reference import LiveReference, PrecomputedReference, Split
 from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary
 from gipo_megatron.errors import UserError
@@ -25,9 +26,8 @@ from gipo_megatron.megatron.roles import (
     MegatronReference,
     MegatronRewardModel,
 )
-from gipo_megatron.recipe import registry
-from gipo_megatron.recipe.registry import Lazy
 from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.registry import Lazy
 from gipo_megatron.specs import Optimisation, Sampling, base_role
 from gipo_megatron.training.held_out import HeldOut
 from gipo_megatron.types import Pairs, Prompts, Sequences

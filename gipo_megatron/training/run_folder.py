@@ -11,12 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gipo_megatron import registry
 from gipo_megatron.data.batching import Dataset
 from gipo_megatron.environment import commit, variables
 from gipo_megatron.environment import line as environment_line
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_json, write_text
-from gipo_megatron.recipe import registry
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import plain
 from gipo_megatron.reports.run_report import write_report

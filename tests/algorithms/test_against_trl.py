@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from gipo_megatron.algorithms.dpo import DPO
-from gipo_megatron.algorithms.dpo_reference import LiveReference
+from gipo_megatron.algorithms.pair_reference import LiveReference
 from gipo_megatron.algorithms.reward_model import RewardModelling
 from gipo_megatron.algorithms.sft import SFT
 from gipo_megatron.components.advantage import GroupNormalised, LeaveOneOut

@@ -23,7 +23,7 @@ from gipo_megatron.evaluation.judges.human import (
 )
 from gipo_megatron.evaluation.results import comparisons_from_verdicts, pairs_in_both_orders
 from gipo_megatron.evaluation.types import FIRST, SECOND, TIE, Pair
-from gipo_megatron.recipe.registry import lookup
+from gipo_megatron.registry import lookup
 from tests.evaluation.simulated import MARKUP, answers, head_to_head, prompts
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from gipo_megatron import registry
 from gipo_megatron.evaluation.judges import prompts
 from gipo_megatron.evaluation.judges.human import HumanJudge
 from gipo_megatron.evaluation.judges.openai import OpenAIJudge
@@ -23,7 +24,6 @@ from gipo_megatron.evaluation.types import (
     Judge,
     Pair,
 )
-from gipo_megatron.recipe import registry
 
 
 def pair(

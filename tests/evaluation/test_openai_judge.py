@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from gipo_megatron import registry
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.judges import prompts
 from gipo_megatron.evaluation.judges.openai import CACHE, OpenAIJudge
 from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Pair, Verdict
-from gipo_megatron.recipe import registry
 from tests.evaluation.judge_server import TOKENS, Log, Reply, Script, serving
 
 KEY = "sk-never-to-be-seen-0123456789"

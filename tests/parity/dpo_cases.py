@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.algorithms.dpo import DPO
-from gipo_megatron.algorithms.dpo_reference import (
+from gipo_megatron.algorithms.pair_reference import (
     LiveReference,
     PairReference,
     PrecomputedReference,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from gipo_megatron.recipe.registry import from_runtime, register
+from gipo_megatron.registry import from_runtime, register
 from gipo_megatron.roles import Actor, Reference, RewardModel
 from gipo_megatron.specs import Sampling
 from gipo_megatron.types import Loss, Prompts, Rollout, Sequences, StepResult, TokenStats

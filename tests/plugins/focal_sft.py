@@ -9,7 +9,7 @@ import torch
 
 from gipo_megatron import ops
 from gipo_megatron.metrics import Metric, Metrics, prefixed
-from gipo_megatron.recipe.registry import Range, from_runtime, register
+from gipo_megatron.registry import Range, from_runtime, register
 from gipo_megatron.roles import Actor, HeldOut
 from gipo_megatron.types import Loss, Sequences, StepResult, TokenStats, skipped_rows
 

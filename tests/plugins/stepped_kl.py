@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.metrics import Metric, Metrics
-from gipo_megatron.recipe.registry import Range, register
+from gipo_megatron.registry import Range, register
 from gipo_megatron.types import Groups
 
 

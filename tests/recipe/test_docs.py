@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gipo_megatron.recipe import registry
+from gipo_megatron import registry
 from gipo_megatron.recipe.compose import compose, load_components
 from gipo_megatron.recipe.files import find_recipe
 from gipo_megatron.recipe.problems import RecipeErrors

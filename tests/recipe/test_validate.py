@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import pytest
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.recipe.registry import component, from_runtime, register
 from gipo_megatron.recipe.source import parse_yaml, plain
 from gipo_megatron.recipe.validate import Mismatch, Validation, convert
+from gipo_megatron.registry import component, from_runtime, register
 from gipo_megatron.specs import OneOf, Range
 
 

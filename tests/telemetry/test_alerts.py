@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gipo_megatron.recipe.registry import recipe_fields
+from gipo_megatron.registry import recipe_fields
 from gipo_megatron.telemetry.alerts import BASELINE_STEPS, CLEAR_STEPS, Alerts
 
 QUIET = {

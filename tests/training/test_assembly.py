@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from gipo_megatron.algorithms.dpo_reference import LiveReference, PrecomputedReference
+from gipo_megatron.algorithms.pair_reference import LiveReference, PrecomputedReference
 from gipo_megatron.data.planted import gold_reward
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.recipe.registry import Lazy
 from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.registry import Lazy
 from gipo_megatron.training import assembly
 from gipo_megatron.training.assembly import Assembly, assemble
 from tests.recipe.helpers import small

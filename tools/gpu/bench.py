@@ -1,5 +1,4 @@
-"""What every part of tools/gpu_verify.py works with: figures and their bounds, the device, time and
-memory."""
+"""Tools of every part of gpu_verify.py: figures and their bounds, the device, time and memory."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from gipo_megatron.megatron.mesh import Mesh
 
 GIB = 2**30
-STALE = "golden.json is of another version of this tool: make it anew with --golden FILE"
+STALE = "golden.json is of another version of this tool: make a new one with --golden FILE"
 
 
 class NotRun(Exception):
@@ -37,7 +36,7 @@ class Figure:
 
 
 def figure(name: str, value: float | str, target: str = "", ok: bool | None = None) -> Figure:
-    """A number that is not finite is wrong, whatever its target."""
+    """A number that is not finite is wrong for any target."""
     if isinstance(value, float) and not math.isfinite(value):
         return Figure(name, None, target or "finite", False)
     return Figure(name, value, target, ok)
@@ -73,7 +72,7 @@ class Bench:
     scratch: Path
     deadline: float = math.inf  # of the part, time.monotonic()'s
     used: float = 0.0  # GiB that stayed after the parts before
-    # what a part tells a later one of the same process
+    # results of a part for a later one of the same process
     notes: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod

@@ -25,7 +25,7 @@ from tools.gpu.machine import bandwidth, cudnn_attention
 from tools.gpu.models import SEVEN_B, new_actor, random_prompts, shape
 
 ITEM = 2  # bytes of a bf16 number
-OLD_CACHE = 4 << 30  # what the cache was limited to, whatever the card had free
+OLD_CACHE = 4 << 30  # the former fixed limit of the cache
 SHARE = 0.6  # of the limit that memory sets
 TIMES = 1.5  # Hugging Face's tokens/s
 
@@ -69,7 +69,7 @@ def decode(bench: Bench) -> Iterator[Figure]:
 
 
 def _room(bench: Bench, architecture: Architecture, load: Load) -> Iterator[Figure]:
-    """What generation takes of the free memory, and how many rows that is."""
+    """Yield the share of the free memory that generation takes, and its rows."""
     need = Need(architecture, bench.mesh.parallel, ITEM)
     room = find_room(bench.mesh, need, load.prompt, Sampling(load.response, temperature=0.0))
     yield figure("room for caches and logits, GiB", room.size / GIB)

@@ -28,7 +28,7 @@ ADAM = Optimisation(lr=2e-3, warmup_steps=5)
 
 
 def text(step: int, rows: int = 0, length: int = 64) -> Sequences:
-    """ROWS rows, or as many as asked for, of x_(t+1) = 5 x_t + 3 modulo 251, from a random start; a
+    """ROWS rows, or `rows`, of x_(t+1) = 5 x_t + 3 modulo 251, from a random start; a
     new batch each step."""
     rows, generator = rows or ROWS, torch.Generator().manual_seed(step)
     columns = [torch.randint(0, 251, (rows,), generator=generator)]

@@ -1,4 +1,4 @@
-"""What the planner predicts of the steps that parts measure. Made on the CPU, beforehand: a plan
+"""Predictions of the planner for the steps that parts measure. Made on the CPU, beforehand: a plan
 pretends to be another world."""
 
 from __future__ import annotations

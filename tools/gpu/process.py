@@ -50,7 +50,7 @@ class Worker:
 
     def send(self, message: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it is dead, and `next` tells
+        with suppress(BrokenPipeError):  # it is dead; `next` reports that
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
 

@@ -225,7 +225,7 @@ def real_gipo(bench: Bench) -> Iterator[Figure]:
 
 
 def trained(bench: Bench, name: str, model: Path) -> Rows:
-    """What the run logged; its models are gone."""
+    """Train, free the models, and return the rows that the run logged."""
     rows = run(bench.mesh, words(bench, name, model))
     bench.empty()
     return rows

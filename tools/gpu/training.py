@@ -1,10 +1,9 @@
 """Parts `mfu` and `profile`: what a bf16 training step costs, as a slope over layers, and where its
 time goes.
 
-A few layers say little of a whole model: the output layer and the readout weigh too much. So a step
-is timed with 2 and with 8 layers;
-the difference is six layers' time, and a model of N layers takes  t(2) + (N - 2) · (t(8) - t(2)) /
-6.
+A few layers are no measure of a whole model: the output layer and the readout weigh too much. So a
+step is timed with 2 and with 8 layers; the difference is six layers' time, and a model of N layers
+takes  t(2) + (N - 2) · (t(8) - t(2)) / 6.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def say(answers: IO[str], message: dict[str, Any]) -> None:
 
 
 def no_cuda() -> str:
-    """Why there is no GPU to use; "": there is one."""
+    """Return the reason why no GPU can be used; "" where one can."""
     import torch
 
     if torch.cuda.is_available():

@@ -25,7 +25,7 @@ from sklearn.metrics import cohen_kappa_score
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.types import FIRST, SECOND, TIE, Judge, Pair, Verdict
 from gipo_megatron.files import write_json, write_text
-from gipo_megatron.recipe.registry import Range, from_runtime, register
+from gipo_megatron.registry import Range, from_runtime, register
 from gipo_megatron.reports.pages import render
 
 FOLDER = "annotation"  # of the pages, in run.dir

@@ -16,7 +16,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.judges import prompts
 from gipo_megatron.evaluation.judges.cache import Answer, AnswerCache, request_key
 from gipo_megatron.evaluation.types import FAILED, Judge, Pair, Verdict
-from gipo_megatron.recipe.registry import Range, from_runtime, register
+from gipo_megatron.registry import Range, from_runtime, register
 
 CACHE = "judge_cache.jsonl"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
 from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Judge, Pair, Verdict
-from gipo_megatron.recipe.registry import Range, register
+from gipo_megatron.registry import Range, register
 
 
 @final

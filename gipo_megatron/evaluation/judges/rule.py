@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
 from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Judge, Pair, Verdict
-from gipo_megatron.recipe.registry import OneOf, register
+from gipo_megatron.registry import OneOf, register
 
 ALWAYS = {
     "always_first": FIRST,

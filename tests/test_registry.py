@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import pytest
 
-from gipo_megatron.recipe import registry
-from gipo_megatron.recipe.registry import build, component, from_runtime, register
+from gipo_megatron import registry
+from gipo_megatron.registry import build, component, from_runtime, register
 from gipo_megatron.specs import OneOf, Range
 
 
