@@ -179,7 +179,7 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of a draw of tokens. The noise depends on (seed, step, sample_id, position) alone."""
+    """Settings of a draw of tokens. Noise depends on (seed, step, sample_id, position) alone."""
 
     max_response: Size
     temperature: Annotated[float, Range(0)] = 1.0  # 0: greedy
