@@ -22,7 +22,7 @@ demo: $(STAMP)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash launch/demo.sh "$(DATA)"
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -n auto --dist loadgroup tests
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadscope --no-loadscope-reorder tests
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

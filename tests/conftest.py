@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
@@ -16,7 +18,6 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "xdist_group: tests that share a worker of pytest-xdist")
     config.addinivalue_line(
         "markers",
         "global_rng: may consume the global random generators (Hugging Face models, mcore's"
@@ -24,29 +25,40 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the markers
+# Groups of tests that share one worker of pytest-xdist, and so the processes and models of their
+# fixtures; the longest first. Any other file is a group.
+GROUPS = {
+    "runs": ("tests/runs/",),
+    "worlds": (
+        "tests/parity/",
+        "tests/megatron/",
+        "tests/conversion/",
+        "tests/planning/test_reality.py",
+    ),
+    "planning": ("tests/planning/",),
+}
+
+
+def group(nodeid: str) -> str:
+    """Return the name of a test's group."""
+    names = (name for name, starts in GROUPS.items() if nodeid.startswith(starts))
+    return next(names, nodeid.partition("::")[0])
+
+
+class Groups(LoadScopeScheduling):
+    """Give each worker of pytest-xdist whole groups."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups:
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order and group the tests for pytest-xdist (`--dist loadgroup`): a group runs on one worker.
-
-    Whole runs share a chain of models, multi-process tests the processes of a world size
-    (tests/parity/launch.py), tests of the planner its plans, and any file its fixtures. The longest
-    groups start first.
-    """
-    first = ["runs", "worlds", "planning"]
-    for item in items:
-        group = item.path.parent.name
-        if hasattr(item.module, "ranks") or "model_cells" in item.fixturenames:
-            group = "worlds"
-        if group not in first:
-            group = str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-    def rank(item: pytest.Item) -> int:
-        marker = item.get_closest_marker("xdist_group")
-        assert marker is not None
-        return first.index(marker.args[0]) if marker.args[0] in first else len(first)
-
-    items.sort(key=rank)
+    order = list(GROUPS)
+    items.sort(key=lambda item: [*order, group(item.nodeid)].index(group(item.nodeid)))
 
 
 def _states() -> dict[str, object]:
