@@ -4,6 +4,7 @@
 # make docs               set-up + the documentation in site/
 PYTHON ?= python3
 VENV := .venv
+WORKERS ?= 3
 STAMP := $(VENV)/.setup-done
 
 .PHONY: setup demo test check docs clean
@@ -21,8 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash launch/demo.sh "$(DATA)"
 
+# Three workers on two cores: whole runs also wait, for processes to start and to end.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -n auto --dist loadscope --no-loadscope-reorder tests
+	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder tests
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -26,8 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Groups of tests that share one worker of pytest-xdist, and so the processes and models of their
-# fixtures; the longest first. Any other file is a group.
+# fixtures; the longest first. The first that fits counts; any other file is a group.
 GROUPS = {
+    "smollm": ("tests/runs/test_smollm.py",),
     "runs": ("tests/runs/",),
     "worlds": (
         "tests/parity/",

@@ -247,7 +247,7 @@ def test_sft_lowers_the_held_out_loss(model: Path, mesh: Mesh, tmp_path: Path) -
     parts = assembled("sft", mesh, model, tmp_path, *words)
 
     def held_out() -> float:
-        return reduce_metrics(parts.evaluate()[0], mesh.data_parallel)["eval/loss"]
+        return reduce_metrics(parts.algorithm.evaluate()[0], mesh.data_parallel)["eval/loss"]
 
     before = held_out()
     for step in range(2):
