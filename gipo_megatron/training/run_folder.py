@@ -101,8 +101,9 @@ def announce(
     give."""
     p = recipe.parallel
     data = world // p.model
+    processes = f"{world} process{'es' if world > 1 else ''}"
     print(
-        f"{recipe.name}: {origin}; {world} processes = tensor {p.tensor} × pipeline {p.pipeline} ×"
+        f"{recipe.name}: {origin}; {processes} = tensor {p.tensor} × pipeline {p.pipeline} ×"
         f" data {data}; writes to {recipe.run.dir}"
     )
     print(f"  {environment_line()}")
