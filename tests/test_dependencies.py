@@ -21,7 +21,6 @@ INDIRECT = {
 }
 TOOLS = {
     *("ruff", "mypy", "types-pyyaml", "pre-commit", "pytest-timeout", "pytest-xdist"),
-    "hypothesis",
     *("mkdocs-material", "mkdocstrings", "gipo-megatron"),
 }
 # Packages whose distribution has another name, where they may be missing on this machine.

@@ -62,7 +62,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
                 problems.append(Problem(key, error.what, error.where, error.fix))
     if len(recipes) != 1 or not recipes[0]:
         many = f"one recipe at a time, not {', '.join(recipes)}"
-        fix = "recipe=NAME; tools/recipe.py list shows the names"
+        fix = "recipe=NAME; gipo recipe list shows the names"
         problems.append(Problem("recipe", many if recipes else "which recipe?", COMMAND_LINE, fix))
     if problems:
         raise RecipeErrors("command line", problems)

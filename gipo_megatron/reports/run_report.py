@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gipo_megatron.files import write_text
-from gipo_megatron.reports.figures import draw, rendered, save
+from gipo_megatron.files import write_bytes, write_text
+from gipo_megatron.reports.figures import FORMATS, draw, rendered, save
 from gipo_megatron.reports.pages import number, printable, render
 from gipo_megatron.reports.runs import RunFolder, load_run
 from gipo_megatron.reports.style import pixels
@@ -60,12 +60,15 @@ def write_report(
     """
     runs = [load_run(folder) for folder in run_dirs]
     figures = draw(runs)
+    images = {name: rendered(figure, "png") for name, figure in figures.drawn.items()}
     if figures_to is not None:
-        save(figures.drawn, figures_to)
+        save(figures.drawn, figures_to, [kind for kind in FORMATS if kind != "png"])
+        for name, image in images.items():
+            write_bytes(Path(figures_to) / f"{name}.png", image)
     shown = [
         {
             "name": name.replace("_", " "),
-            "png": rendered(figure, "png"),
+            "png": images[name],
             "caption": CAPTIONS[name],
             "width": pixels(figure),
         }

@@ -65,7 +65,7 @@ def test_comparisons() -> None:
         replace(given, model="ppo", baselines=["gipo"]),
         {PairOrder("hh", "gipo", k.prompt_id, not k.model_first): v for k, v in found.items()},
     )
-    # the group is the prompt's, whoever is compared
+    # the group is that of the prompt, for any pair of policies
     assert [c.outcome for c in back] == ["lose", "lose"] and back[0].p_high == 0.75
     assert comparisons_from_verdicts(replace(given, model="sft", baselines=[]), {}) == []
 

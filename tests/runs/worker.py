@@ -1,7 +1,7 @@
 """Whole runs, one after the other in one world: worker.py CASES.json; a case is the argument list
 of launch/train.py or launch/evaluate.py, with "+report" where the run's report is to be written.
 
-CASES.out.json tells of each case what it printed and, where the user is to mend something, the
+CASES.out.json holds, for each case, what it printed and, after an error of the user, the
 message.
 """
 
