@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gipo_megatron.conversion.card import model_card
@@ -22,6 +21,7 @@ from gipo_megatron.telemetry.console import Display
 from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta, read_meta, weights_kind
 from gipo_megatron.weights.hf_config import architecture_from_hf, is_classifier, num_labels
 from gipo_megatron.weights.hf_files import OUR_DTYPES, SHARD_BYTES, open_weights
+from gipo_megatron.weights.hf_values import read_object
 from gipo_megatron.weights.sources import locate
 
 
@@ -90,7 +90,7 @@ def _model_of(folder: Path) -> tuple[str, RoleMeta]:
     """Return role and description, judged by content: a language model, one label, or one label
     beside a group head."""
     architecture = architecture_from_hf(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_object(folder / "config.json")
     role, groups, token = "actor", None, None
     if is_classifier(config):
         if num_labels(config) != 1:
