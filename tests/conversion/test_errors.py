@@ -128,7 +128,10 @@ BROKEN: dict[str, tuple[Change, list[str]]] = {
         rewrite(1, lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()})),
         ["I8", "quantised weights"],
     ),
-    "no sizes": (config(num_attention_heads=0), ["num_attention_heads: 0 is not a whole number above 0"]),
+    "no sizes": (
+        config(num_attention_heads=0),
+        ["num_attention_heads: 0 is not a whole number above 0"],
+    ),
     "config.json": (without_config, ["cannot read config.json"]),
     "index": (index("{}"), ["weight_map: None is not an object"]),
 }
