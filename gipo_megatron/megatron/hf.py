@@ -18,7 +18,6 @@ from gipo_megatron.megatron.hf_table import HF_EMBEDDING, HF_OUTPUT, HF_SCORE, E
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import EMBEDDING, Placement, placements
 from gipo_megatron.specs import Architecture
-from gipo_megatron.weights.hf_config import contradictions
 from gipo_megatron.weights.hf_files import SHARD_BYTES, Shards, Weights, open_weights
 
 GROUP_HEAD = "group_head.safetensors"
@@ -134,7 +133,6 @@ def _check_names(
         _some("wrong shape", wrong),
     ]
     if any(problems):
-        problems.insert(0, _some("config.json", contradictions(architecture, weights.shapes)))
         what = "these weights are not of this architecture\n" + "\n".join(
             f"  {p}" for p in problems if p
         )

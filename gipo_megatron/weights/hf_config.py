@@ -304,11 +304,10 @@ def num_labels(config: Mapping[str, Any]) -> int:
     return len(config["id2label"]) if config.get("id2label") else int(config.get("num_labels") or 2)
 
 
-def contradictions(a: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return each key of config.json whose size is not that of the tensors."""
+def check_shapes(a: Architecture, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise UserError naming each key of config.json whose size is not that of the tensors."""
     embedding, layer = "model.embed_tokens.weight", "model.layers.0."
     q, k = (f"{layer}self_attn.{x}_proj.weight" for x in "qk")
-    layers = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
     sizes = (
         ("vocab_size", a.vocab_size, embedding, 0),
         ("hidden_size", a.hidden_size, embedding, 1),
@@ -321,5 +320,10 @@ def contradictions(a: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> li
         for key, size, name, axis in sizes
         if len(shapes.get(name, ())) == 2
     ]
-    found.append(("num_hidden_layers", a.num_layers, len(layers)))
-    return [f"{key} {size}, by the tensors {real}" for key, size, real in found if size != real]
+    if layers := {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}:
+        found.append(("num_hidden_layers", a.num_layers, len(layers)))
+    wrong = [f"{key} {size}, by the tensors {real}" for key, size, real in found if size != real]
+    if wrong:
+        raise UserError(
+            f"config.json is of another model: {'; '.join(wrong)}", where=where, fix=FIX
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.files import refuse_pointer
 
+LARGEST = 2**31  # of sizes and numbers: beyond it is a typing error
 FIX = "take the file from the model's own repository"
 
 
@@ -32,7 +32,7 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     number = _is_int(value) or isinstance(value, float)
-    return number and 0 < value < math.inf
+    return number and 0 < value < LARGEST
 
 
 def as_ids(value: Any) -> list[int]:
@@ -41,7 +41,7 @@ def as_ids(value: Any) -> list[int]:
     return [number for number in ids if number != -1]
 
 
-SIZE = Kind("a whole number above 0", lambda value: _is_int(value) and value > 0)
+SIZE = Kind("a whole number above 0", lambda value: _is_int(value) and 0 < value < LARGEST)
 NUMBER = Kind("a number above 0", _is_number)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a text", lambda value: isinstance(value, str))
