@@ -35,6 +35,25 @@ def llama(mesh: Mesh) -> tuple[list[nn.Module], Architecture]:
     return load("llama", mesh)
 
 
+def test_a_response_ends_at_any_of_several_tokens(
+    mesh: Mesh, llama: tuple[list[nn.Module], Architecture]
+) -> None:
+    reference, rows = families.hf_model("llama"), prompts("ragged")
+    endless = hf_greedy(reference, rows, None)
+    first = frequent(endless)
+    second = frequent([row for row in endless if first not in row])
+    stopped = hf_greedy(reference, rows, [first, second])
+    for ends in ([first, second], [second, NEVER, first]):
+        rollout = respond(*llama, mesh, rows, GREEDY, ends)
+        assert responses(rollout) == stopped
+        assert rollout.finished.tolist() == [row[-1] in ends for row in stopped]
+        # the text is without the end token, whichever it was
+        texts = [row[:-1] if row[-1] in ends else row for row in stopped]
+        assert list(rollout.response_text) == [" ".join(map(str, text)) for text in texts]
+    last = {row[-1] for row in stopped}
+    assert {first, second} <= last, "each of the two ends a row"
+
+
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_greedy_is_hugging_faces(mesh: Mesh, family: str) -> None:
     chunks, architecture = load(family, mesh)

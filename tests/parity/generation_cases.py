@@ -89,10 +89,11 @@ def respond(
     mesh: Mesh,
     rows: Prompts,
     sampling: Sampling,
-    eos: int,
+    eos: int | list[int],
     cache: int = 2**30,
 ) -> Rollout:
-    return generate(chunks, architecture, mesh, rows, sampling, [eos], PAD, spell, room=Room(cache))
+    ends = eos if isinstance(eos, list) else [eos]
+    return generate(chunks, architecture, mesh, rows, sampling, ends, PAD, spell, room=Room(cache))
 
 
 def responses(rollout: Rollout) -> list[list[int]]:
@@ -100,9 +101,9 @@ def responses(rollout: Rollout) -> list[list[int]]:
 
 
 def hf_greedy(
-    model: PreTrainedModel, rows: Prompts, eos: int | None, penalty: float = 1.0
+    model: PreTrainedModel, rows: Prompts, eos: int | list[int] | None, penalty: float = 1.0
 ) -> list[list[int]]:
-    """Hugging Face's responses, each up to and with its end-of-text token. Left-padded, as HF wants
+    """Hugging Face's responses, each up to and with its first end token. Left-padded, as HF wants
     it."""
     width = rows.tokens.shape[1]
     shift = torch.arange(width) - (width - rows.lengths[:, None])
@@ -119,7 +120,9 @@ def hf_greedy(
     )[:, width:]
     rows_out = []
     for row in out.tolist():
-        rows_out.append(row[: row.index(eos) + 1] if eos in row else row)
+        ends = eos if isinstance(eos, list) else [eos]
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        rows_out.append(row[: stop + 1])
     return rows_out
 
 
