@@ -86,7 +86,8 @@ def _stated_size(folder: Path, otherwise: int) -> int:
 
 
 def _refused(folder: Path) -> AbstractContextManager[None]:
-    """What transformers cannot load, whatever it raises, is an error that names the folder."""
+    """Return a context in which every exception of transformers becomes an error that names the
+    folder."""
     return library_errors(
         "transformers cannot load this model",
         where=str(folder),

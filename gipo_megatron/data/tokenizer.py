@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
-from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from gipo_megatron.data.byte_level import byte_level, byte_symbols
 from gipo_megatron.data.hub import is_hub_name, reach_hub
 from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.files import refuse_pointer
@@ -155,7 +154,7 @@ class Tokenizer:
         rule = definition["pre_tokenizer"] or {"type": ""}
         rules = rule["pretokenizers"] if rule["type"] == "Sequence" else [rule]
         byte_level = any(part["type"] == "ByteLevel" for part in rules)
-        return byte_level and all(symbol in vocabulary for symbol in _byte_symbols())
+        return byte_level and all(symbol in vocabulary for symbol in byte_symbols())
 
     def with_padding(self, token: str) -> Tokenizer:
         """Return a copy with pad token `token`, on the right. The ids of texts and the fingerprint
@@ -201,31 +200,7 @@ class Tokenizer:
 def byte_tokenizer() -> Tokenizer:
     """Return the tokenizer with id = byte for 0 … 255, pad 256, bos 257, eos 258. It has no merges,
     so ids(a) + ids(b) = ids(a + b)."""
-    vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
-    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    names = ("<pad>", "<bos>", "<eos>")
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    backend.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 257)]
-    )
-    inner = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        clean_up_tokenization_spaces=False,
-    )
-    return Tokenizer(inner)
-
-
-def _byte_symbols() -> list[str]:
-    """Return the printable character that byte-level BPE uses for each byte: the byte's own where
-    it prints, else the next free one from 256 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    spare = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+    return Tokenizer(byte_level())
 
 
 def load_tokenizer(spec: str, where: str = "") -> Tokenizer:

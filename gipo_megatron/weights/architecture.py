@@ -10,7 +10,8 @@ from gipo_megatron.data.hub import reach_hub
 from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.checkpoints import parse_meta
-from gipo_megatron.weights.hf_config import architecture_from_hf, check_shapes
+from gipo_megatron.weights.hf_checks import check_shapes
+from gipo_megatron.weights.hf_config import architecture_from_hf
 from gipo_megatron.weights.hf_files import open_weights
 
 

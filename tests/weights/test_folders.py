@@ -18,7 +18,8 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.architecture import folder_architecture, stored_architecture
 from gipo_megatron.weights.checkpoints import weights_kind
-from gipo_megatron.weights.hf_config import KINDS, architecture_from_config
+from gipo_megatron.weights.hf_checks import KINDS
+from gipo_megatron.weights.hf_config import architecture_from_config
 from gipo_megatron.weights.hf_files import open_weights
 from tests.parity.families import COMMON
 
