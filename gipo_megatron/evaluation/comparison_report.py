@@ -69,6 +69,7 @@ def write_comparison(
         TEMPLATES,
         title=f"{given.model}: win / tie / lose",
         model=given.model,
+        incomplete=results["incomplete"],
         outcomes=OUTCOMES,
         cells=cells,
         percent=percent,
