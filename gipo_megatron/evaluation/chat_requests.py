@@ -16,6 +16,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -125,14 +126,16 @@ class Requests:
         except Exception as error:  # of the HTTP library: the address, or a proxy's
             raise self._permanent(f"cannot be used: {error}", "check it, and HTTP_PROXY") from error
         async with client:
+            # the first one alone: it finds out what the server refuses
+            await self._work(client, 0 if self._judge.counts["completions"] else 1)
             await asyncio.gather(*(self._work(client) for _ in range(self._workers)))
         if self._problem is not None:
             raise self._problem
         return self._failed
 
-    async def _work(self, client: openai.AsyncOpenAI) -> None:
+    async def _work(self, client: openai.AsyncOpenAI, most: int | None = None) -> None:
         judge = self._judge
-        for key, request in self._left:
+        for key, request in islice(self._left, most):
             if self._stop.is_set():
                 return
             try:
