@@ -9,19 +9,25 @@ at once; its replies are kept.
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
-import math
 import random
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import openai
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.evaluation.chat_refusals import (
+    CHANGES,
+    QUOTA,
+    TEXT,
+    change_for,
+    changed,
+    error_object,
+    seconds_to_wait,
+)
 from gipo_megatron.evaluation.judges.cache import Reply
 from gipo_megatron.telemetry.console import duration
 
@@ -34,11 +40,6 @@ CONNECT = 10.0  # seconds to connect within
 # attempts to connect before the first reply: the address may be wrong
 FIRST_ATTEMPTS = 3
 RETRIED = (408, 409, 425, 429)  # besides 5xx
-# error codes and types of a 429 that no wait ends
-QUOTA = re.compile(r"quota|billing|credit|balance|payment")
-# error codes, or words where a server gives no code, of a 400 that concerns this request only
-REFUSED_CODES = ("content_filter", "content_policy_violation", "context_length_exceeded")
-REFUSED_WORDS = ("maximum context length", "content management policy")
 HINTS = {
     401: "check the key in {key}",
     402: "add credit to the account, then repeat the same command",
@@ -51,39 +52,19 @@ QUIET = 10.0  # seconds between two lines about waits
 # The server is considered dead after this many failed requests in a row (or `concurrency` many).
 DEAD_AFTER = 4
 
-# changes of a request that a server refuses: words in its error message -> the change
-NO_SYSTEM = "the system text in front of the user's text"
-COMPLETION_TOKENS = "max_completion_tokens instead of max_tokens"
-NO_TEMPERATURE = "no temperature"
-CHANGES = {
-    COMPLETION_TOKENS: re.compile(r"\bmax_tokens\b"),
-    NO_TEMPERATURE: re.compile(r"\btemperature\b"),
-    NO_SYSTEM: re.compile(
-        r"\broles?\b|(system|developer) (role|message|prompt|instruction)|chat.?template|jinja"
-        r"|template.?error",
-        re.IGNORECASE,
-    ),
-}
-
-
-class _Changeable(Exception):
-    """A refusal, with its reason, of a request that can be sent with `change`."""
-
-    def __init__(self, change: str, reason: str) -> None:
-        super().__init__(reason)
-        self.change = change
-
 
 class Unanswered(Exception):
     """A failed attempt; the message is the reason.
 
     `wait`: seconds until the next attempt that the server requested. `connected`: false if no
-    connection to the server was made, or it was lost.
+    connection to the server was made, or it was lost. `change`: of the next attempt.
     """
 
-    def __init__(self, reason: str, wait: float = 0.0, connected: bool = True) -> None:
+    def __init__(
+        self, reason: str, wait: float = 0.0, connected: bool = True, change: str = ""
+    ) -> None:
         super().__init__(reason)
-        self.wait, self.connected = wait, connected
+        self.wait, self.connected, self.change = wait, connected, change
 
 
 class Requests:
@@ -179,6 +160,9 @@ class Requests:
             try:
                 body = await self._attempt(client, sent)
             except Unanswered as failure:
+                if failure.change:
+                    self._change(failure)
+                    continue
                 attempt += 1
                 attempts = self._judge.retries + 1
                 if not (failure.connected or self._judge.counts["completions"]):
@@ -186,12 +170,13 @@ class Requests:
                 if attempt >= attempts or await self._stopped_after(attempt, failure):
                     reason = f"no answer after {attempt} attempts: {failure}"
                     raise Unanswered(reason, connected=failure.connected) from failure
-            except _Changeable as refusal:
-                if refusal.change not in self._judge.changes:
-                    self._judge.changes.append(refusal.change)
-                    self._print(f"requests from now on have {refusal.change}: {refusal}")
             else:
                 return Reply(self._judge.model, body, self._judge.max_tokens, changes)
+
+    def _change(self, refusal: Unanswered) -> None:
+        if refusal.change not in self._judge.changes:
+            self._judge.changes.append(refusal.change)
+            self._print(f"requests from now on have {refusal.change}: {refusal}")
 
     async def _stopped_after(self, attempt: int, failure: Unanswered) -> bool:
         """Wait: exponentially with jitter, at least as long as the server requested."""
@@ -211,7 +196,7 @@ class Requests:
         print(f"{self._judge.name}: {line}", flush=True)
 
     async def _attempt(self, client: openai.AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the server's chat completion. Raises Unanswered, _Changeable or UserError."""
+        """Return the server's chat completion. Raises Unanswered or UserError."""
         self._judge.counts["attempts"] += 1
         # ASCII: the client's own encoding fails for half of a surrogate pair
         content = json.dumps(request).encode()
@@ -227,7 +212,7 @@ class Requests:
         except openai.APIStatusError as error:
             retry_after = error.response.headers.get("Retry-After", "")
             body = error.body or error.response.text
-            return self._refusal(error.status_code, body, request, _seconds(retry_after))
+            return self._refusal(error.status_code, body, request, seconds_to_wait(retry_after))
         except (TimeoutError, openai.APIConnectionError) as error:
             cause = error.__cause__ or error
             name = type(cause).__name__
@@ -243,12 +228,12 @@ class Requests:
         return self._completion(text, request)
 
     def _completion(self, text: str, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the body if it holds choices, whatever they are: it is paid for."""
+        """Return the body if it has choices, even unreadable ones: it is paid for."""
         try:
             body = json.loads(self._hide(text))
         except ValueError:
             body = None
-        error = _error(body)
+        error = error_object(body)
         if isinstance(body, dict) and "choices" in body and not body.get("error"):
             self._judge.counts["completions"] += 1
             return body
@@ -263,16 +248,15 @@ class Requests:
         self, status: int, body: Any, request: dict[str, Any], wait: float = 0.0
     ) -> dict[str, Any]:
         """Return {"refused": reason} if the server refuses this text only, else raise."""
-        error = _error(body)
+        error = error_object(body)
         code, words = str(error.get("code")), str(error.get("message") or error or body)
         reason = f"HTTP {status}: {self._short(words)}"
-        refused = code in REFUSED_CODES or any(part in words for part in REFUSED_WORDS)
-        if status in (400, 413) and refused:
+        if status in (400, 413, 422) and TEXT.search(f"{code} {words}"):
             return {"refused": reason}
         proven = self._judge.counts["completions"] > 0
         change = change_for(f"{error.get('param')} {words}", request) if error else ""
         if status in (400, 422, 500) and change and (change in self._judge.changes or not proven):
-            raise _Changeable(change, reason)
+            raise Unanswered(reason, change=change)
         if wait > LONGEST_WAIT:
             what = f"requests a wait of {duration(wait)}: {reason}"
             raise self._permanent(what, "repeat the same command then")
@@ -291,41 +275,3 @@ class Requests:
     def _hide(self, text: str) -> str:
         """Remove the key: some servers repeat it in their messages."""
         return text.replace(self._secret, "…") if self._secret else text
-
-
-def changed(request: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """Return the request with these CHANGES, as far as they concern it."""
-    sent = dict(request)
-    if COMPLETION_TOKENS in changes and "max_tokens" in sent:
-        sent["max_completion_tokens"] = sent.pop("max_tokens")
-    if NO_TEMPERATURE in changes:
-        sent.pop("temperature", None)
-    if NO_SYSTEM in changes:
-        text = "\n\n".join(message["content"] for message in sent["messages"])
-        sent["messages"] = [{"role": "user", "content": text}]
-    return sent
-
-
-def change_for(words: str, sent: dict[str, Any]) -> str:
-    """Return the change of a sent request that an error message calls for; "" for none."""
-    found = (name for name, called in CHANGES.items() if called.search(words))
-    return next((name for name in found if changed(sent, [name]) != sent), "")
-
-
-def _error(body: Any) -> dict[str, Any]:
-    """Return the error object of a body (some servers put it into a list); {} without one."""
-    found = body[0] if isinstance(body, list) and body else body
-    found = found.get("error", found) if isinstance(found, dict) else {}
-    return found if isinstance(found, dict) else {"message": str(found)}
-
-
-def _seconds(retry_after: str) -> float:
-    """Return seconds from a number or a date; 0 for anything else, and for the past."""
-    try:
-        seconds = float(retry_after)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return 0.0
-    return 0.0 if math.isnan(seconds) else max(0.0, seconds)

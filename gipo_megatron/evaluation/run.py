@@ -67,13 +67,6 @@ def evaluate(recipe: EvaluationRecipe) -> None:
         conclude(recipe, prompts)
 
 
-def evaluate_on(mesh: Mesh, recipe: EvaluationRecipe) -> None:
-    """Run the evaluation on an existing mesh; one world can run several after each other."""
-    prompts = respond(mesh, recipe)
-    if mesh.is_main:
-        conclude(recipe, prompts)
-
-
 # ---------------------------------------------------------------------------------------- responses
 
 

@@ -278,6 +278,9 @@ def test_the_same_pair_twice_is_asked_once(tmp_path: Path) -> None:
             ),
             "maximum context length",
         ),
+        (refusal(400, "The input (9000 tokens) is longer than 8192 tokens"), "longer than"),
+        (refusal(413, "prompt is too long: 210000 tokens > 200000 maximum"), "too long"),
+        (refusal(400, "exceeds the available context size"), "context size"),
     ],
 )
 def test_an_answer_without_a_verdict_is_failed_kept_and_not_paid_again(

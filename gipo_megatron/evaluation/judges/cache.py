@@ -17,7 +17,7 @@ class Reply:
     loses it.
 
     `body`: the chat completion, or {"refused": reason}. `changes`: of the request
-    (chat_requests.CHANGES). `max_tokens`: of the request; 0 is the server's default.
+    (chat_refusals.CHANGES). `max_tokens`: of the request; 0 is the server's default.
     """
 
     model: str

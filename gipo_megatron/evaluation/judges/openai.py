@@ -31,7 +31,7 @@ class OpenAIJudge(Judge):
     Every reply is written to judge_cache.jsonl before it is read. An answer without a verdict is
     FAILED and kept; one that was cut is requested again with another max_tokens; a request that
     failed after all retries is FAILED too, and is sent again by the next run. A setting that the
-    server refuses is changed for the run (chat_requests.CHANGES).
+    server refuses is changed for the run (chat_refusals.CHANGES).
     """
 
     model: str  # the endpoint's name of the model
