@@ -223,7 +223,7 @@ class Requests:
             what = f"connection lost: {name} {cause}".rstrip()
             raise Unanswered(what, connected=bool(self._judge.counts["completions"])) from error
         except Exception as error:
-            what = f"cannot be used: {type(error).__name__}: {error}"
+            what = f"cannot be used: {type(error).__name__}: {self._short(str(error))}"
             raise self._permanent(what, "check the address") from error
         return self._completion(text, request)
 
