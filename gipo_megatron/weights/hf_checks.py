@@ -1,4 +1,4 @@
-"""What is checked of config.json: the type of each value, keys against each other, keys against the
+"""Checks of config.json: the type of each value, keys against each other, keys against the
 tensors."""
 
 from __future__ import annotations
