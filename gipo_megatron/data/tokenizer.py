@@ -194,7 +194,8 @@ class Tokenizer:
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
         for load_option in ("backend", "is_local", "local_files_only"):
             config.pop(load_option, None)
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        file.write_text(text, encoding="utf-8")
 
 
 def byte_tokenizer() -> Tokenizer:

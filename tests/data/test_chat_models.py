@@ -292,6 +292,9 @@ def test_tokenizers_of_other_versions_are_read_and_saved_for_both(
     read_by_transformers_4(tmp_path / "saved")
     again = load_tokenizer(str(tmp_path / "saved"))
     assert again.fingerprint == tokenizer.fingerprint
+    again.save(tmp_path / "twice")
+    name = "tokenizer_config.json"
+    assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
     special = [token.content for token in tokenizer.inner.added_tokens_decoder.values()]
     assert [again.encode(text, markup=True) for text in special] == [
         tokenizer.encode(text, markup=True) for text in special
