@@ -178,6 +178,7 @@ def test_folders_that_cannot_be_read(mesh: Mesh, llama: Path, tmp_path: Path) ->
     (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match=r"cannot read model\.safetensors"):
         load_hf(tmp_path, chunks, mesh, ARCHITECTURE_OF_LLAMA)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "model-1.safetensors"}})
     )
