@@ -24,7 +24,7 @@ from gipo_megatron.data.planted import write_planted
 from gipo_megatron.data.templates import choose
 from gipo_megatron.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from gipo_megatron.errors import UserError
-from gipo_megatron.files import write_jsonl
+from gipo_megatron.files import expand, write_jsonl
 from gipo_megatron.recipe.files import parse_arguments
 from gipo_megatron.recipe.problems import RecipeErrors
 from gipo_megatron.recipe.source import Block
@@ -47,7 +47,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[DataConfig, str, Path | No
         elif key.startswith("data.") and equals:
             block.append(argument)
         elif key in keys and equals:
-            keys[key] = value
+            keys[key] = expand(value)
         else:
             raise UserError(
                 f"unknown argument {argument!r}",
