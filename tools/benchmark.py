@@ -220,7 +220,7 @@ def run_readout(options: argparse.Namespace) -> None:
     ]
     for side in ("naive", "readout"):  # a process each: a peak is never forgotten
         command = [sys.executable, __file__, "measure", side, *size]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
         table.append([side, *done.stdout.split()[-3:]])
     whole = options.batch * options.length * options.vocabulary / MIB
     print(

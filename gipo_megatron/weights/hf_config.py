@@ -45,7 +45,7 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
     for what is not built."""
     path = Path(folder) / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"a JSON {type(config).__name__}, not an object")
     except (OSError, ValueError) as error:

@@ -93,7 +93,7 @@ def _index(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         return weight_map
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(path, f"{INDEX}: {error!r}") from error
@@ -157,4 +157,4 @@ class Shards:
                 "metadata": {"total_size": sum(size for _, _, size in self.written)},
                 "weight_map": weight_map,
             }
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -111,8 +111,21 @@ def test_an_unknown_home_names_its_key(home: Path) -> None:
     assert not [path for path in home.iterdir() if path.name.startswith("~")]
 
 
-LITERAL = ["/a b/c=d", "-x", "é/ü", "$HOME/x", "it's", "a,b", "a[0]", "😀", "a=b=c", "x:y", "a#b"]
-REFUSED = ["/a #b", "[x", "*a", "@a", '"q" r', "a\tb", "!x y", "& a", "a\nb", "- [", "{a", "`a`"]
+LITERAL = [
+    "/a b/c=d",
+    "-x",
+    "é/ü",
+    "$HOME/x",
+    "it's",
+    "a,b",
+    "a[0]",
+    "😀",
+    "a=b=c",
+    "x:y",
+    "a#b",
+    "a\tb",
+]
+REFUSED = ["/a #b", "[x", "*a", "@a", '"q" r', "!x y", "& a", "a\nb", "- [", "{a", "`a`"]
 
 
 @pytest.mark.parametrize("text", LITERAL)
