@@ -62,15 +62,16 @@ def _command(argv: list[str]) -> int:
         raise UserError(
             f"unknown command {name!r}", where="command line", fix=suggest(name, COMMANDS)
         )
-    environment.set_defaults()  # before a command imports torch
-    command = importlib.import_module(f"gipo_megatron.commands.{name.replace('-', '_')}")
-    if any(word in HELP for word in words) or not (words or name in WITHOUT_WORDS):
-        print(command.__doc__)
-        return 0
-    if name in LAUNCHED and (processes := launcher.take_nproc(words)):
+    help_wanted = any(word in HELP for word in words) or not (words or name in WITHOUT_WORDS)
+    if name in LAUNCHED and not help_wanted and (processes := launcher.take_nproc(words)):
         # -P: as for the script launch/train.py, the current folder hides no package
         rank = [sys.executable, "-P", "-m", "gipo_megatron.cli", name, *words]
         return launcher.launch(rank, processes)
+    environment.set_defaults()  # before a command imports torch
+    command = importlib.import_module(f"gipo_megatron.commands.{name.replace('-', '_')}")
+    if help_wanted:
+        print(command.__doc__)
+        return 0
     try:
         return command.main(words)
     except KeyboardInterrupt:
