@@ -323,7 +323,7 @@ def test_an_unknown_policy(refused: Refuse, base: Path, data: Path, tmp_path: Pa
 
 
 def test_a_folder_that_another_run_has(
-    refused: Refuse, base: Path, data: Path, tmp_path: Path
+    refused: Refuse, base: Path, other: Path, data: Path, tmp_path: Path
 ) -> None:
     with RunLock(tmp_path / "run") as lock:
         lock.take()
