@@ -76,7 +76,7 @@ class RunLock:
         self._beating.start()
 
     def _locked(self, host: str) -> int:
-        """Return the locked file. Prints whose folder is taken over."""
+        """Return the locked file. Prints the name of a last owner that did not release it."""
         while True:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -131,7 +131,7 @@ class RunLock:
 
     def _time(self) -> int | None:
         """Return the time of the file; None where there is none. Opened first: a network file
-        system then asks its server again."""
+        system then reads it from its server."""
         with suppress(FileNotFoundError), self.path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
         return None
