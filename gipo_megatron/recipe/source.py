@@ -138,7 +138,11 @@ def parse_value(text: str, path: KeyPath, origin: str) -> Node:
         if not plain or node.value == text.strip():
             return _tree(loader, node, origin, path, line_numbers=False)
         what = f"YAML reads {text!r} as {node.value!r}"
-    except (yaml.YAMLError, UnicodeEncodeError):  # the latter: bytes that are no UTF-8
+    except UnicodeEncodeError:
+        fix = "export PYTHONUTF8=1, or write it in the locale's encoding"
+        what = f"{text!r} is not in the locale's encoding"
+        raise UserError(what, where=origin, fix=fix) from None
+    except yaml.YAMLError:
         what = f"cannot read the value {text!r}"
     raise UserError(what, where=origin, fix=quoted(".".join(path), text))
 

@@ -86,11 +86,14 @@ class Guarded(Sink):
             method(*arguments)
         except UserError:
             raise
-        except Exception as error:  # of other libraries, of which each has its own
+        # other libraries raise what they like; rich ends the program where its reader has gone
+        except (Exception, SystemExit) as error:
             failed, self._sink = self._sink, Sink()
-            if isinstance(error, BrokenPipeError):
+            gone = isinstance(error, BrokenPipeError | SystemExit)
+            why = "nothing reads it any more" if gone else _first_line(error)
+            warn(f"logger {self._label} is switched off: {why}")
+            if gone:
                 drop_output()
-            warn(f"logger {self._label} is switched off: {_first_line(error)}")
             with suppress(Exception):
                 failed.close()
 
@@ -99,7 +102,7 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

@@ -153,6 +153,13 @@ def test_text_that_yaml_reads_as_something_else_is_refused_with_the_quotes(
     assert problem.key == "run.dir" and problem.fix.endswith("""'run.dir="…"'"""), problem
 
 
+def test_bytes_that_are_no_text_are_refused_with_the_variable() -> None:
+    """As `é` arrives with LC_ALL=C and PYTHONUTF8=0."""
+    with pytest.raises(UserError, match="not in the locale's encoding") as error:
+        parse_value("/a/\udcc3\udca9", ("run", "dir"), COMMAND_LINE)
+    assert "PYTHONUTF8=1" in error.value.fix
+
+
 def test_a_comment_is_no_part_of_a_number() -> None:
     with pytest.raises(UserError, match="YAML reads"):
         parse_value("5 # five", ("run", "steps"), COMMAND_LINE)

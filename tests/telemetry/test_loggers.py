@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -14,13 +15,13 @@ import pytest
 from gipo_megatron.errors import UserError
 from gipo_megatron.telemetry import loggers
 from gipo_megatron.telemetry.loggers import Guarded, Wandb, make_sinks
-from gipo_megatron.telemetry.sinks import Jsonl, Sink
+from gipo_megatron.telemetry.sinks import Console, Jsonl, Sink
 
 
 class Broken(Sink):
     """Fails at `method`; counts the calls."""
 
-    def __init__(self, method: str, error: Exception) -> None:
+    def __init__(self, method: str, error: BaseException) -> None:
         self.calls: list[str] = []
         self._method, self._error = method, error
 
@@ -66,15 +67,36 @@ def test_a_mistake_of_the_user_is_not_guarded() -> None:
         Guarded("wandb", Broken("resume", UserError("no key"))).resume(0)
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), SystemExit(1)])
 def test_a_reader_that_leaves_ends_the_console_and_not_the_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """rich raises the second."""
     dropped: list[int] = []
     monkeypatch.setattr(loggers, "drop_output", lambda: dropped.append(1))
-    sink = Guarded("console", Broken("log", BrokenPipeError(32, "Broken pipe")))
+    sink = Guarded("console", Broken("log", error))
     sink.log(1, {})
     sink.log(2, {})
-    assert dropped == [1] and "console is switched off" in capsys.readouterr().err
+    assert dropped == [1]
+    said = "warning: logger console is switched off: nothing reads it any more\n"
+    assert capsys.readouterr().err == said
+
+
+def test_richs_console_without_a_reader(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A change of what rich raises there shows here."""
+    dropped: list[int] = []
+    monkeypatch.setattr(loggers, "drop_output", lambda: dropped.append(1))
+    gone, output = os.pipe()
+    os.close(gone)
+    with open(output, "w", encoding="utf-8", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)  # rich redirects its descriptor
+        sink = Guarded("console", Console(3, "run", (), live=False))
+        sink.log(1, {"loss": 1.0})
+        sink.log(2, {"loss": 1.0})
+        monkeypatch.undo()
+    assert dropped == [1] and "nothing reads it" in capsys.readouterr().err
 
 
 def test_all_loggers_but_the_rows_are_guarded(tmp_path: Path) -> None:
