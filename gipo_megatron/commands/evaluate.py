@@ -5,7 +5,8 @@ For several machines: launch/multinode.sh; torchrun works, too.
 The same command continues an evaluation that was stopped: finished responses are kept.
 
 Exit code 0: complete (or, with judge.name=human, the annotation pages are written); 2: a mistake in
-the command, the recipe or its files; 130: stopped by Ctrl-C.
+the command, the recipe or its files, or a judge that failed for more than half of a task's prompts;
+130: stopped by Ctrl-C.
 """
 
 from __future__ import annotations
