@@ -169,7 +169,7 @@ def test_more_than_half_dropped_is_an_error(tmp_path: Path) -> None:
         load(file)
     fix = raised.value.fix.splitlines()
     assert len(fix) == 4 and "data.allow_drops=true" in fix[-1]
-    assert any("dropped 2: empty response" in line and "line 10" in line for line in fix)
+    assert any("dropped 2: empty response" in line and "line 7" in line for line in fix)
     assert any("response is neither text nor a chat, but int" in line for line in fix)
     assert len(load(file, allow_drops=True)) == 4
 
@@ -321,7 +321,7 @@ def test_a_byte_order_mark_is_nothing(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
     assert [row for _, row in read_file(tmp_path / name)] == [{"prompt": "é"}]
     (tmp_path / name).write_bytes(content.encode("utf-16"))
-    with pytest.raises(UserError, match="UTF-8|utf-8"):
+    with pytest.raises(UserError, match=r"(UTF|utf)-8"):
         load(tmp_path / name, "prompt")
 
 
