@@ -210,13 +210,14 @@ def load_data(
         examples = []
         for source in open_sources(config.path, list(config.source), split, config.format):
             examples += _read(source, config, split, kind, encoder, tally)
-    if 2 * tally.lost > tally.files.total() and not config.allow_drops and examples:
+    too_many = 2 * tally.lost > tally.files.total() and not config.allow_drops
+    if examples and too_many:
         raise UserError(
             f"{tally.lost} of {tally.files.total()} rows are dropped, more than half",
             where=config.path,
             fix=f"{tally.reasons()}\n         if that is right: data.allow_drops=true",
         )
-    if not examples and (needed or tally.lost):
+    if not examples and (needed or too_many):
         other = "give a test file, or another data.held_out; run.eval_every=0 needs no test rows"
         raise UserError(
             f"no {split} rows left of {tally.read}",
