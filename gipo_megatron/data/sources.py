@@ -37,7 +37,7 @@ Row = tuple[str, Columns]  # its place (file and line), its columns
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that lie together: a file, or one split of a loaded data set."""
+    """Rows of one place: a file, or one split of a loaded data set."""
 
     place: str
     source: str

@@ -140,12 +140,11 @@ def test_what_is_written_is_what_is_shown_and_read(tmp_path: Path) -> None:
     )
     files = sorted(str(f.relative_to(tmp_path)) for f in (tmp_path / "out").rglob("*.jsonl"))
     assert files == [
-        "out/..%2Fx/train.jsonl",
         "out/a%2Fb/train.jsonl",
         "out/in/train.jsonl",
         "out/rows/train.jsonl",
     ]
-    config = DataConfig(format="sft", path=str(tmp_path / "out"))
+    config = DataConfig(format="sft", path=str(tmp_path / "out"), held_out=0.0)
     read = rows(config, "train", "sft")
     assert sorted(prompt[0].text for _, prompt, _, _ in read) == ["q0", "q1", "q2", "q4"]
     assert all(responses == ("yes",) and extras == {"n": 2**70} for *_, responses, extras in read)
