@@ -9,11 +9,11 @@ from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from gipo_megatron.data.batching import HEAD_ROWS
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import BadRow, Example, Tally, Turn
 from gipo_megatron.data.hub import is_hub_name
+from gipo_megatron.data.rows import HEAD_ROWS
 from gipo_megatron.data.schemas import END_MARK, Schema
 from gipo_megatron.data.sources import Source, open_sources
 from gipo_megatron.data.splits import divide, label_of_row
