@@ -205,7 +205,11 @@ def transformer_engine_failure() -> Failure | None:
     if importlib.util.find_spec("transformer_engine") is None:
         return None
     done = subprocess.run(
-        [sys.executable, "-c", _TE_TRIAL], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", _TE_TRIAL],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        check=False,
     )
     if done.returncode == 0:
         return None

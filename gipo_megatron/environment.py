@@ -7,8 +7,10 @@ A variable that is set already keeps its value.
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -87,6 +89,24 @@ def _default(name: str, value: str) -> None:
         os.environ[name] = _chosen[name] = value
 
 
+def set_output() -> None:
+    """Make stdout and stderr print on any terminal: `?` stands for what its encoding lacks. A
+    closed one becomes /dev/null, so that no other file gets its number."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def drop_output() -> None:
+    """Drop what is printed from now on: nothing reads stdout any more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def commit() -> str:
     """Return the checkout's commit, with `+changes` when the tree differs; "unknown" outside a
     checkout."""
@@ -96,7 +116,8 @@ def commit() -> str:
             command,
             cwd=Path(__file__).parent,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=True,
             timeout=10,
         )

@@ -18,11 +18,31 @@ Rows = Iterable[Mapping[str, Any]]
 _POINTER = b"version https://git-lfs"
 
 
+def expand(path: str) -> str:
+    """Return a path of the user's with `~` and `~name` replaced by home folders.
+
+    `./~name` is a file of that name. Raises UserError for a home folder that cannot be found, and
+    for characters that file names cannot have here.
+    """
+    full = os.path.expanduser(path)
+    if full.startswith("~"):
+        fix = "write the whole path, or ./~… for a file of that name"
+        raise UserError(f"{path!r}: there is no such home folder", fix=fix)
+    try:
+        encoded = os.fsencode(full)
+    except UnicodeEncodeError:
+        what = f"{path!r} has characters that this system's encoding lacks"
+        raise UserError(what, fix="export PYTHONUTF8=1") from None
+    if b"\0" in encoded:
+        raise UserError(f"{path!r} has a character that no file name can have")
+    return full
+
+
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Replace the file in one step: a reader sees the old or the new content. Makes its folder."""
     target = Path(path)
     partial = target.with_name(f"{target.name}.partial")
-    with _user_errors(target):
+    with user_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         os.replace(partial, target)
@@ -44,7 +64,7 @@ def write_jsonl(path: str | Path, rows: Rows) -> None:
 def append_jsonl(path: str | Path, rows: Rows, *, sync: bool = False) -> None:
     """Remove a torn last line, append one line a row; with `sync` wait until the disk has them."""
     target = Path(path)
-    with _user_errors(target):
+    with user_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
@@ -98,7 +118,8 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 @contextmanager
-def _user_errors(path: Path) -> Iterator[None]:
+def user_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of an operating system that cannot write `path` into UserError."""
     try:
         yield
     except OSError as error:

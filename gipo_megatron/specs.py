@@ -42,6 +42,17 @@ class OneOf:
         return "" if value in self.options else f"{value!r} is not one of {', '.join(self.options)}"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Marks text that is a path, or may be one: the recipe reader expands `~` in it."""
+
+    def refuse(self, value: Any) -> str:
+        return ""
+
+
+PathText = Annotated[str, Place()]
+
+
 def refusals(item: object) -> Iterator[tuple[str, str]]:
     """Yield (field, why) for each field of a dataclass whose value its annotation refuses."""
     for name, hint in get_type_hints(type(item), include_extras=True).items():

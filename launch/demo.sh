@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
-# SFT -> reward model -> PPO with KL -> GIPO at tiny size, and one report of all four. Run it again and it continues.
-# bash launch/demo.sh [PREFERENCE_DATA]       DEMO_PROCESSES=2, DEMO_DIR=runs/demo (with data: runs/demo_data)
+# SFT -> reward model -> PPO with KL -> GIPO at tiny size, and one report of all four.
+# Run it again and it continues.
+#
+# bash launch/demo.sh [PREFERENCE_DATA]
+#
+# DEMO_PROCESSES  2
+# DEMO_DIR        runs/demo, with data runs/demo_data
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA="${1:-}"
@@ -10,13 +15,16 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 OVERRIDES=() SFT_MORE=() RM_MORE=() PPO_MORE=()
 if [ -z "$DATA" ]; then
     DIR="${DEMO_DIR:-runs/demo}"
-    SFT="${DEMO_DIR:-runs/tiny}_sft" RM="${DEMO_DIR:-runs/tiny}_rm" # where the other tiny recipes look for them
+    # where the other tiny recipes look for them
+    SFT="${DEMO_DIR:-runs/tiny}_sft" RM="${DEMO_DIR:-runs/tiny}_rm"
 elif [ -e "$DATA" ]; then
     DIR="${DEMO_DIR:-runs/demo_data}"
     SFT="$DIR/sft" RM="$DIR/rm"
     OVERRIDES=("with=data/demo" "data.path=$DATA")
-    # Real text is ten times longer than the planted data: fewer steps keep the demo within coffee time.
-    SFT_MORE=("run.steps=150") RM_MORE=("run.steps=100") PPO_MORE=("run.steps=20" "run.eval_prompts=64")
+    # Real text is ten times longer than the planted data: fewer steps keep the demo short.
+    SFT_MORE=("run.steps=150")
+    RM_MORE=("run.steps=100")
+    PPO_MORE=("run.steps=20" "run.eval_prompts=64")
 else
     echo "no data at $DATA (counted from $PWD)" >&2
     exit 2
@@ -25,7 +33,9 @@ fi
 stage() { # NAME RUN_DIR OVERRIDES...
     echo
     echo "=== $1 ==="
-    torchrun --nproc-per-node "$PROCESSES" launch/train.py "recipe=tiny/$1" "run.dir=$2" "${OVERRIDES[@]}" "${@:3}"
+    python launch/train.py --nproc "$PROCESSES" \
+        "recipe=tiny/$1" "run.dir=$2" "${OVERRIDES[@]}" "${@:3}"
+    [ -e "$2/final" ] || exit 130 # interrupted, with a checkpoint
 }
 
 LOADS=("models.actor.load=$SFT/final" "models.reward.load=$RM/final")
@@ -35,4 +45,5 @@ stage ppo_kl "$DIR/ppo_kl" "${LOADS[@]}" "${PPO_MORE[@]}"
 stage gipo "$DIR/gipo" "${LOADS[@]}" "${PPO_MORE[@]}"
 
 echo
-python tools/plot.py "$SFT" "$RM" "$DIR/ppo_kl" "$DIR/gipo" "out=$DIR/figures" "report=$DIR/report.html"
+python tools/plot.py "$SFT" "$RM" "$DIR/ppo_kl" "$DIR/gipo" \
+    "out=$DIR/figures" "report=$DIR/report.html"

@@ -17,7 +17,7 @@ CODE = sorted([*MODULES, *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglo
 # floors only.
 FLOORS = [
     {"errors", "environment", "metrics", "ops", "statistics"},
-    {"capabilities", "files", "specs", "types"},
+    {"capabilities", "files", "launcher", "specs", "types"},
     {"data", "registry", "roles"},
     {"components", "local", "telemetry", "weights"},
     {"algorithms", "megatron", "reports"},

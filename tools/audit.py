@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,10 +19,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gipo_megatron.cli import run
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.types import Response, TaskPrompt
-from gipo_megatron.files import bad_line, read_jsonl, write_json, write_text
+from gipo_megatron.files import bad_line, expand, read_jsonl, write_json, write_text
 from gipo_megatron.reports.audit import Audit, audit_run
 from gipo_megatron.reports.audit_page import audit_document, facts, signed
 from gipo_megatron.reports.runs import load_run
@@ -36,11 +38,11 @@ def parse(arguments: list[str]) -> tuple[list[str], Path]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key == "out" and value:
-            out = Path(value)
+            out = Path(expand(value))
         elif argument.startswith("-") or (equals and not Path(argument).exists()):
             raise UserError(f"unknown option {argument!r}", fix="the option is out=DIR")
         else:
-            runs.append(argument)
+            runs.append(expand(argument))
     if not runs:
         raise UserError("no run folder given", fix="python tools/audit.py RUN_DIR… [out=DIR]")
     return runs, out or (Path(runs[0]) if len(runs) == 1 else Path("audit"))
@@ -137,4 +139,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(partial(main, sys.argv[1:])))

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gipo_megatron.errors import UserError
+from gipo_megatron.cli import run
 from gipo_megatron.megatron.generate import generate
 from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.outputs import response_positions, token_stats
 from gipo_megatron.recipe.compose import compose
-from gipo_megatron.recipe.problems import fail
 from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
 from gipo_megatron.training.assembly import assemble
 from gipo_megatron.types import Prompts, Sequences
@@ -220,7 +220,7 @@ def run_readout(options: argparse.Namespace) -> None:
     ]
     for side in ("naive", "readout"):  # a process each: a peak is never forgotten
         command = [sys.executable, __file__, "measure", side, *size]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
         table.append([side, *done.stdout.split()[-3:]])
     whole = options.batch * options.length * options.vocabulary / MIB
     print(
@@ -268,7 +268,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        fail(error)
+    sys.exit(run(partial(main, sys.argv[1:])))

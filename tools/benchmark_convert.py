@@ -73,7 +73,9 @@ def run_convert(show: Callable[[list[list[object]]], None]) -> None:
         folder = Path(name)
         command = [sys.executable, __file__, "make", str(folder / "hf")]
         size = int(
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+            subprocess.run(
+                command, capture_output=True, encoding="utf-8", check=True
+            ).stdout.split()[-1]
         )
         bound = size + SHARD
         print(
@@ -97,7 +99,7 @@ def run_convert(show: Callable[[list[list[object]]], None]) -> None:
                 str(folder / out),
                 verify,
             ]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
             before, peak, seconds = done.stdout.split()[-3:]
             grown = (float(peak) - float(before)) * MIB
             table.append(

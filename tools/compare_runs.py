@@ -12,8 +12,10 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from gipo_megatron.cli import run
 from gipo_megatron.errors import UserError
 from gipo_megatron.reports.runs import RunFolder, load_run
 
@@ -161,4 +163,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(partial(main, sys.argv[1:])))

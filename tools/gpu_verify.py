@@ -49,7 +49,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gipo_megatron.files import append_jsonl, read_jsonl, write_json
+from gipo_megatron.cli import run
+from gipo_megatron.files import append_jsonl, expand, read_jsonl, write_json
 from tools.gpu.process import ROOT, Mistake, Worker, Workers, environment  # standard library, too
 
 REMEMBERED = ROOT / ".gpu_state"  # ignored by git
@@ -327,8 +328,9 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true")
     for name in ("--te", "--data", "--golden"):
-        parser.add_argument(name, metavar="PATH")
-    parser.add_argument("--out", metavar="PATH", default=str(ROOT / "runs" / "gpu_verify"))
+        parser.add_argument(name, metavar="PATH", type=expand)
+    out = str(ROOT / "runs" / "gpu_verify")
+    parser.add_argument("--out", metavar="PATH", type=expand, default=out)
     parser.add_argument("--seconds", type=float, default=24 * 3600.0)
     parser.add_argument("--parts", default="")
     options = parser.parse_args(argv)
@@ -380,4 +382,4 @@ def main(argv: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(lambda: main(sys.argv[1:])))

@@ -18,12 +18,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from gipo_megatron.cli import run
 from gipo_megatron.commands import RECIPES
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.compose import compose
-from gipo_megatron.recipe.problems import fail
 
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 
@@ -32,7 +33,7 @@ TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train.py"
 class Sweep:
     fixed: tuple[str, ...]  # words that all runs share
     varied: tuple[tuple[str, tuple[str, ...]], ...]  # key, its values
-    nproc: int | None = None  # torchrun's processes; None: one plain process
+    nproc: int | None = None  # processes of each run; None: one
     dry: bool = False
 
     @property
@@ -105,17 +106,8 @@ def command(sweep: Sweep, point: Sequence[str], recipes: Path) -> list[str]:
     if point:
         words.append(f"run.dir={recipe.run.dir}/{','.join(_label(word, sweep) for word in point)}")
     words = [word for word in words if not word.startswith("world=")]
-    if sweep.nproc is None:
-        return [sys.executable, str(TRAIN), *words]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(sweep.nproc),
-        str(TRAIN),
-        *words,
-    ]
+    several = [] if sweep.nproc is None else ["--nproc", str(sweep.nproc)]
+    return [sys.executable, str(TRAIN), *several, *words]
 
 
 def _label(word: str, sweep: Sweep) -> str:
@@ -149,7 +141,4 @@ def main(argv: Sequence[str], recipes: Path = RECIPES) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main(sys.argv[1:]))
-    except UserError as error:
-        fail(error)
+    sys.exit(run(partial(main, sys.argv[1:])))

@@ -18,13 +18,17 @@ Exit code 0: done; 2: a mistake, or a mismatch; 130: stopped by Ctrl-C. OUT is c
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gipo_megatron.commands.words import arguments, run
+from gipo_megatron.commands.words import arguments
 from gipo_megatron.errors import UserError
+
+STOPPED = "stopped; nothing was left under the final name"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,7 +39,10 @@ def main(argv: Sequence[str]) -> int:
             where="command line",
             fix="gipo convert to-hf …, or gipo convert from-hf …",
         )
-    return run(DIRECTIONS[direction], __doc__, words)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    DIRECTIONS[direction](words)
+    return 0
 
 
 @contextmanager

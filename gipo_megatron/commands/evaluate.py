@@ -1,6 +1,7 @@
 """gipo evaluate recipe=NAME [with=FRAGMENT,…] [key.path=value …]
 
-One process. For several: torchrun --nproc-per-node N -m gipo_megatron.cli evaluate recipe=NAME …
+One process. For several on this machine: gipo evaluate --nproc N recipe=NAME …
+For several machines: launch/multinode.sh; torchrun works, too.
 The same command continues an evaluation that was stopped: finished responses are kept.
 
 Exit code 0: complete (or, with judge.name=human, the annotation pages are written); 2: a mistake in

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import expand
 from gipo_megatron.reports.figures import write_figures
 from gipo_megatron.reports.run_report import summary, write_report
 from gipo_megatron.reports.runs import load_run
@@ -29,13 +30,13 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], str, str | None]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and key in ("out", "report") and value:
-            options[key] = value
+            options[key] = expand(value)
         elif argument.startswith("-") or (equals and not Path(argument).exists()):
             raise UserError(
                 f"unknown option {argument!r}", fix="options are out=DIR and report=PATH"
             )
         else:
-            runs.append(argument)
+            runs.append(expand(argument))
     if not runs:
         raise UserError("no run folder given", fix="gipo plot RUN_DIR… [out=DIR] [report=PATH]")
     out = (

@@ -22,11 +22,11 @@ from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import Example
 from gipo_megatron.data.planted import write_planted
-from gipo_megatron.data.splits import split_of
+from gipo_megatron.data.splits import is_hidden, split_of
 from gipo_megatron.data.templates import choose
 from gipo_megatron.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from gipo_megatron.errors import UserError
-from gipo_megatron.files import write_jsonl
+from gipo_megatron.files import expand, write_jsonl
 from gipo_megatron.recipe.files import parse_arguments
 from gipo_megatron.recipe.problems import RecipeErrors
 from gipo_megatron.recipe.source import Block
@@ -49,7 +49,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[DataConfig, str, Path | No
         elif key.startswith("data.") and equals:
             block.append(argument)
         elif key in keys and equals:
-            keys[key] = value
+            keys[key] = expand(value)
         else:
             raise UserError(
                 f"unknown argument {argument!r}",
@@ -126,8 +126,9 @@ def write(data: Dataset, kind: str, split: str, tokenizer: Tokenizer, out: Path)
     """Write one file a source; each is complete or absent."""
     rows: dict[Path, list[dict[str, Any]]] = {}
     for example in data.rows:
-        # a folder that names a split would mark all rows in it
-        name = "rows" if split_of([example.source]) else quote(example.source, safe=" ")
+        # the name of a split would mark the rows, and a hidden folder is not read
+        name = quote(example.source, safe=" ")
+        name = "rows" if split_of([name]) or is_hidden(name) else name
         row = row_of(example, kind, tokenizer)
         rows.setdefault(out / name / f"{split}.jsonl", []).append(row)
     for file, its in rows.items():

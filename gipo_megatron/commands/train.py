@@ -1,6 +1,7 @@
 """gipo train recipe=NAME [with=FRAGMENT,…] [key.path=value …] [dry_run=true]
 
-One process. For several: torchrun --nproc-per-node N -m gipo_megatron.cli train recipe=NAME …
+One process. For several on this machine: gipo train --nproc N recipe=NAME …
+For several machines: launch/multinode.sh; torchrun works, too.
 dry_run=true prints what `gipo plan` prints, and starts nothing.
 
 Exit code 0: complete, or interrupted with a checkpoint; 2: a mistake in the command, the recipe or

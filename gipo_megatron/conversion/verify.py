@@ -82,7 +82,7 @@ def _stated_size(folder: Path, otherwise: int) -> int:
     index = folder / INDEX
     if not index.is_file():
         return otherwise
-    return int(json.loads(index.read_text())["metadata"]["total_size"])
+    return int(json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"])
 
 
 def _refused(folder: Path) -> AbstractContextManager[None]:

@@ -5,25 +5,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import chain, islice
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from gipo_megatron.data.config import FORMATS, DataConfig
 from gipo_megatron.data.encoding import Encoded, Encoder
-from gipo_megatron.data.examples import DUPLICATE, KINDS, SEEN, BadRow, Example, Tally
+from gipo_megatron.data.examples import KINDS, Example, Tally
 from gipo_megatron.data.planted import gold_reward, planted_examples
-from gipo_megatron.data.schemas import Schema
-from gipo_megatron.data.sources import Source, open_sources
-from gipo_megatron.data.splits import HELD_OUT, divide, label_of_row
+from gipo_megatron.data.rows import read_rows
+from gipo_megatron.data.sources import open_sources
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.types import Pairs, Prompts, Sequences
-
-HEAD_ROWS = 100  # rows that settle a file's schema
 
 
 class Dataset:
@@ -209,14 +204,15 @@ def load_data(
     else:
         examples = []
         for source in open_sources(config.path, list(config.source), split, config.format):
-            examples += _read(source, config, split, kind, encoder, tally)
-    if 2 * tally.lost > tally.files.total() and not config.allow_drops and examples:
+            examples += read_rows(source, config, split, kind, encoder, tally)
+    too_many = 2 * tally.lost > tally.files.total() and not config.allow_drops
+    if examples and too_many:
         raise UserError(
             f"{tally.lost} of {tally.files.total()} rows are dropped, more than half",
             where=config.path,
             fix=f"{tally.reasons()}\n         if that is right: data.allow_drops=true",
         )
-    if not examples and (needed or tally.lost):
+    if not examples and (needed or too_many):
         other = "give a test file, or another data.held_out; run.eval_every=0 needs no test rows"
         raise UserError(
             f"no {split} rows left of {tally.read}",
@@ -224,63 +220,6 @@ def load_data(
             fix=tally.reasons() if tally.dropped else other,
         )
     return Dataset(examples, encoder, seed, kind, tally, gold)
-
-
-def _read(
-    source: Source, config: DataConfig, split: str, kind: str, encoder: Encoder, tally: Tally
-) -> list[Example]:
-    """Return the clean rows of one source. The tally counts each reason of a drop."""
-    kept: list[Example] = []
-    seen: set[object] = set()
-    tally.unread_files += source.unread
-    found = list(_examples(source, config, split, tally))
-    held_out = [label in HELD_OUT for _, label, _ in found]
-    if not source.split and split != "all":
-        labels, prompts = [label for _, label, _ in found], [row.prompt for _, _, row in found]
-        held_out = divide(labels, prompts, config.held_out)
-    for (where, _, example), is_test in zip(found, held_out, strict=True):
-        try:
-            if source.split and split == "train" and is_test:
-                raise BadRow("a row that its column split marks as held out")
-            if not source.split and split != "all" and is_test != (split == "test"):
-                continue
-            encoder.check(example)
-            _once((example.prompt, example.responses), DUPLICATE, seen)
-            if kind == "prompt":
-                _once(example.prompt, SEEN, seen)
-        except BadRow as reason:
-            tally.drop(str(reason), where, example.prompt)
-            continue
-        tally.kept += 1
-        kept.append(replace(example, responses=example.responses[: KINDS[kind]]))
-    return kept
-
-
-def _examples(
-    source: Source, config: DataConfig, split: str, tally: Tally
-) -> Iterator[tuple[str, str, Example]]:
-    """Yield (place, label of the column `split` or "", example) of the rows that can be read. Each
-    file has its own schema."""
-    for part in source.parts:
-        side = part.label or "train"
-        if not source.split:
-            side = "all rows" if split == "all" else f"{side}, divided by a hash"
-        rows = iter(part.rows)
-        head = list(islice(rows, HEAD_ROWS))
-        schema = Schema(config.format, config.columns, [row for _, row in head], part.place)
-        tally.unread_columns |= dict.fromkeys(schema.unread)
-        for where, row in chain(head, rows):
-            tally.files[part.place, side] += 1
-            try:
-                yield where, label_of_row(row), schema.read(row, source.name, tally, where)
-            except BadRow as reason:
-                tally.drop(str(reason), where, row)
-
-
-def _once(key: object, reason: str, seen: set[object]) -> None:
-    if key in seen:
-        raise BadRow(reason)
-    seen.add(key)
 
 
 def _seed(seed: int, epoch: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from gipo_megatron.specs import OneOf, Range, Size
+from gipo_megatron.specs import OneOf, PathText, Range, Size
 
 FORMATS = ("preference", "prompt", "sft", "planted")
 Share = Annotated[float, Range(0, 1)]
@@ -35,7 +35,7 @@ class DataConfig:
     format: Annotated[str, OneOf(*FORMATS)] = "preference"
     # a folder, a file (.jsonl .json .csv .parquet .arrow, also .gz .bz2 .zst), a folder of
     # datasets.save_to_disk, or a hub name; unused by planted
-    path: str = ""
+    path: PathText = ""
     # sub-folders (hub: configurations or folders) to read; [] = all
     source: list[str] = field(default_factory=list)
     # our name -> the file's, which wins over a column of our name; ours: prompt chosen rejected

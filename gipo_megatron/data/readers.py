@@ -73,7 +73,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Columns]]:
                 raise UserError(
                     f"unreadable JSON: {error.msg} at character {error.pos}",
                     where=where,
-                    fix="one JSON object a line",
+                    fix="one JSON object a line, or in a .json file a list of objects",
                 ) from error
             if text.strip():
                 yield number, _object(row, where)

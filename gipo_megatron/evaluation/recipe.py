@@ -29,7 +29,7 @@ from gipo_megatron.recipe.schema import (
 )
 from gipo_megatron.recipe.source import Block
 from gipo_megatron.registry import component
-from gipo_megatron.specs import Parallel, Precision
+from gipo_megatron.specs import Parallel, PathText, Precision
 
 # models that measure responses: score, KL, inferred group
 HELPERS = ("reward", "reference", "critic")
@@ -40,7 +40,7 @@ _FILE_NAME = re.compile(r"\w[\w.-]*")
 class Weights:
     """A model that is not trained."""
 
-    load: str  # a checkpoint of this project, a Hugging Face folder or hub name
+    load: PathText  # a checkpoint of this project, a Hugging Face folder or hub name
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Statistics:
 @dataclass(frozen=True)
 class EvaluationRun:
     # where everything of this evaluation is written; the same command continues it
-    dir: str
+    dir: PathText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class EvaluationRecipe(Composed):
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     batch: EvaluationBatch = field(default_factory=EvaluationBatch)
-    data_root: str = "."
+    data_root: PathText = "."
     tasks: list[Task] = field(default_factory=list)
     generation: Generation = field(default_factory=Generation)
     judge: dict[str, Any] = component("judge", "")  # what registry.build reads

@@ -51,6 +51,7 @@ from gipo_megatron.megatron.mesh import Mesh, mesh_session
 from gipo_megatron.reports.audit_page import audit_document
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.training import run_folder
+from gipo_megatron.training.run_lock import RunLock
 
 CHUNK = 256  # pairs judged between two writes
 REASON = 200  # characters of a failed verdict's text in an error
@@ -61,10 +62,13 @@ def evaluate(recipe: EvaluationRecipe) -> None:
 
     Raises UserError for errors that the user can correct.
     """
-    with mesh_session(recipe.parallel, deterministic=recipe.precision.deterministic) as mesh:
-        prompts = respond(mesh, recipe)
-    if mesh.is_main:  # a judge may take hours: no other rank waits in a collective meanwhile
-        conclude(recipe, prompts)
+    deterministic = recipe.precision.deterministic
+    with RunLock(Path(recipe.run.dir)) as lock:
+        with mesh_session(recipe.parallel, deterministic=deterministic) as mesh:
+            mesh.on_main(lock.take)
+            prompts = respond(mesh, recipe)
+        if mesh.is_main:  # a judge may take hours: no other rank waits in a collective meanwhile
+            conclude(recipe, prompts)
 
 
 # ---------------------------------------------------------------------------------------- responses
@@ -111,8 +115,6 @@ def open_folder(
     judge that is not ready while responses are missing.
     """
     directory = Path(recipe.run.dir)
-    run_folder.check_writable(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     check_origin(directory, source)
     judge = build_judge(recipe)
     verdict_store(recipe, judge)

@@ -9,11 +9,11 @@ from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from gipo_megatron.data.batching import HEAD_ROWS
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import BadRow, Example, Tally, Turn
 from gipo_megatron.data.hub import is_hub_name
+from gipo_megatron.data.rows import HEAD_ROWS
 from gipo_megatron.data.schemas import END_MARK, Schema
 from gipo_megatron.data.sources import Source, open_sources
 from gipo_megatron.data.splits import divide, label_of_row
@@ -22,7 +22,7 @@ from gipo_megatron.data.tldr import POST, PROMPT
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.types import KINDS, TaskPrompt
-from gipo_megatron.specs import OneOf, Range, Size
+from gipo_megatron.specs import OneOf, PathText, Range, Size
 
 # preference rows: HH's and TRL's, OpenAI's comparisons
 PAIRS = (("chosen", "rejected"), ("info", "summaries", "choice"))
@@ -42,7 +42,7 @@ class Task:
 
     name: str
     kind: Annotated[str, OneOf(*KINDS)]
-    data: str  # a path under data_root, an absolute path, or a hub name
+    data: PathText  # a path under data_root, an absolute path, or a hub name
     prompts: Size  # at most; evenly spread over the test split
     template: str = "auto"  # auto | chat | hh | plain | chatml | a jinja chat template
     # sub-folders (hub: configurations) to read; [] = all
@@ -118,7 +118,7 @@ def _read_task(task: Task, data_root: str, tokenizer: Tokenizer, max_response: i
 
 def _locate(data: str, data_root: str) -> str:
     """Return an absolute path, else a path under data_root, else a hub name."""
-    local = Path(data_root).expanduser() / Path(data).expanduser()
+    local = Path(data_root) / data
     return data if is_hub_name(data) and not local.exists() and not local.suffix else str(local)
 
 

@@ -4,7 +4,7 @@ parallel_state."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -136,6 +136,20 @@ class Mesh:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0; its UserError is raised on every rank. Collective."""
+        refused: UserError | None = None
+        if self.is_main:
+            try:
+                action()
+            except UserError as error:
+                refused = error
+        reason = [str(refused) if refused else ""]
+        if self.world > 1:
+            dist.broadcast_object_list(reason, src=0)
+        if reason[0]:
+            raise refused or UserError(reason[0])
 
     def report(self, failure: str) -> None:
         """Publish this rank's error; other ranks read it if their connection breaks."""

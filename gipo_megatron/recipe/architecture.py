@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import expand
 from gipo_megatron.recipe.check import may_be_hub
 from gipo_megatron.recipe.problems import Problem
 from gipo_megatron.recipe.source import (
@@ -132,7 +133,8 @@ def _read_all(
             continue
         hub = may_be_hub(s.load, run_dir)
         try:
-            stored = stored_architecture(s.load, s.role, s.key, may_be_hub=hub, network=network)
+            load = expand(s.load)  # not typed yet
+            stored = stored_architecture(load, s.role, s.key, may_be_hub=hub, network=network)
         except UserError as error:
             problems.append(Problem(s.key, error.what, s.origin, error.fix))
             continue

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import expand
 from gipo_megatron.recipe.problems import Problem, RecipeErrors, suggest
 from gipo_megatron.recipe.source import (
     COMMAND_LINE,
@@ -106,7 +107,7 @@ def find_recipe(
 ) -> Path:
     """Return the file of a recipe or a fragment: below `root`, else a path (./ and ../ count from
     `beside`, the folder of the file that names it). Raises UserError."""
-    local = (beside or Path()) / name if name.startswith(".") else Path(name)
+    local = (beside or Path()) / name if name.startswith(".") else Path(expand(name))
     for candidate in (root / f"{name}.yaml", local, local.with_name(local.name + ".yaml")):
         if candidate.suffix == ".yaml" and candidate.is_file():
             return candidate

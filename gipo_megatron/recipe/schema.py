@@ -8,7 +8,15 @@ from typing import Annotated, Any
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.recipe.source import Block, to_yaml
 from gipo_megatron.registry import component
-from gipo_megatron.specs import Architecture, OneOf, Parallel, Positive, Precision, Range
+from gipo_megatron.specs import (
+    Architecture,
+    OneOf,
+    Parallel,
+    PathText,
+    Positive,
+    Precision,
+    Range,
+)
 from gipo_megatron.telemetry.alerts import Alerts
 
 Count = Annotated[int, Range(1)]
@@ -20,7 +28,7 @@ ROLES = ("actor", "reference", "reward", "critic")
 class ModelConfig:
     """One role's weights and, where the algorithm trains it, its optimiser."""
 
-    load: str  # a checkpoint of this project, a Hugging Face folder or hub name, or `random`
+    load: PathText  # a checkpoint of this project, a Hugging Face folder or hub name, or `random`
     # required for a role that is trained, refused for one that is not
     lr: Positive | None = None
     # after the warm-up
@@ -36,8 +44,8 @@ TRAINING_KEYS = ("lr", "schedule", "warmup_steps", "weight_decay", "clip_grad")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    hub: str = ""  # the model's name on the Hugging Face hub, or its folder
-    tokenizer: str = ""  # "": beside the weights; bytes: built in; or a folder or hub name
+    hub: PathText = ""  # the model's name on the Hugging Face hub, or its folder
+    tokenizer: PathText = ""  # "": beside the weights; bytes: built in; or a folder or hub name
     architecture: Architecture
 
 
@@ -66,7 +74,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Run:
-    dir: str  # where everything of this run is written
+    dir: PathText  # where everything of this run is written
     steps: Count  # iterations; for SFT, reward models and DPO, optimizer steps
     seed: NotNegative = 0
     save_every: NotNegative = 100  # iterations between checkpoints; 0: only at the end
@@ -75,7 +83,7 @@ class Run:
     eval_prompts: Count = 64  # held-out prompts, examples or pairs of one evaluation
     # auto: from the newest checkpoint of run.dir | never: refuse a used run.dir | a checkpoint's
     # path
-    resume: str = "auto"
+    resume: PathText = "auto"
     export_hf: bool = False  # write the final weights as a Hugging Face folder, too
     # consecutive steps with a non-finite loss or gradient before the run stops
     max_skipped: Count = 3

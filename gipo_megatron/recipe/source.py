@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,10 +134,23 @@ def parse_value(text: str, path: KeyPath, origin: str) -> Node:
         node = loader.get_single_node()
         if node is None:
             return Leaf(text, origin)
-        return _tree(loader, node, origin, path, line_numbers=False)
+        plain = isinstance(node, yaml.ScalarNode) and not node.style
+        if not plain or node.value == text.strip():
+            return _tree(loader, node, origin, path, line_numbers=False)
+        what = f"YAML reads {text!r} as {node.value!r}"
+    except UnicodeEncodeError:
+        fix = "export PYTHONUTF8=1, or write it in the locale's encoding"
+        what = f"{text!r} is not in the locale's encoding"
+        raise UserError(what, where=origin, fix=fix) from None
     except yaml.YAMLError:
         what = f"cannot read the value {text!r}"
-        raise UserError(what, where=origin, fix="quote it: key='…'") from None
+    raise UserError(what, where=origin, fix=quoted(".".join(path), text))
+
+
+def quoted(key: str, text: str) -> str:
+    """Return the advice how to give a key this very text on the command line."""
+    word = f"{key}={json.dumps(text, ensure_ascii=False)}"
+    return f"quote it for the shell and for YAML: {shlex.quote(word)}"
 
 
 def _tree(

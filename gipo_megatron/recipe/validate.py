@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 from gipo_megatron import registry
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import expand
 from gipo_megatron.recipe.problems import Problem, suggest
 from gipo_megatron.recipe.source import (
+    COMMAND_LINE,
     DEFAULT,
     MISSING,
     Block,
@@ -22,8 +24,9 @@ from gipo_megatron.recipe.source import (
     Unknown,
     leaves,
     plain,
+    quoted,
 )
-from gipo_megatron.specs import OneOf, Range
+from gipo_megatron.specs import OneOf, Place, Range
 
 NOT_BUILT = {
     "parallel.context": "context parallelism",
@@ -121,7 +124,7 @@ class Validation:
         if isinstance(node, Block):
             if not _is_dict(hint):
                 what = f"needs {spell(hint)}, not a block of keys"
-                return node, self._wrong(key, what, node.origin)
+                return node, self._wrong(key, what, node.origin, _how_to_quote(key, node, hint))
             unknown = [leaf for _, leaf in leaves(node) if isinstance(leaf.value, Unknown)]
             node = unknown[0] if unknown else Leaf(plain(node), node.origin)
         if node is None:
@@ -136,7 +139,8 @@ class Validation:
         try:
             return node, convert(node.value, hint)
         except Mismatch as mismatch:
-            return node, self._wrong_leaf(key, str(mismatch), node)
+            fix = _how_to_quote(key, node, hint)
+            return node, self._wrong_leaf(key, str(mismatch), node, fix)
 
     def _blocks(self, node: Node, each: type | None, cls: Any, path: KeyPath) -> tuple[Node, Any]:
         """An instance of `cls`; with `each`, a dict of instances, some of which may be WRONG."""
@@ -282,6 +286,8 @@ def convert(value: Any, hint: Any) -> Any:
     if origin is Annotated:
         converted = convert(value, arguments[0])
         for mark in arguments[1:]:
+            if isinstance(mark, Place):
+                converted = _expand(converted)
             if isinstance(mark, Range | OneOf) and (why := mark.refuse(converted)):
                 raise Mismatch(why)
         return converted
@@ -298,6 +304,20 @@ def convert(value: Any, hint: Any) -> Any:
     if hint in KINDS and type(value) is hint:
         return value
     raise Mismatch(f"needs {spell(hint)}, not {_describe(value)}")
+
+
+def _how_to_quote(key: str, node: Node, hint: Any) -> str:
+    """Advice for a text on the command line that YAML reads as a number, a list or a block."""
+    text = isinstance(node, Leaf) and isinstance(node.value, str)
+    wanted = node.origin == COMMAND_LINE and spell(hint) == KINDS[str]
+    return quoted(key, "…") if wanted and not text else ""
+
+
+def _expand(path: str) -> str:
+    try:
+        return expand(path)
+    except UserError as error:
+        raise Mismatch(f"{error.what}; {error.fix}".removesuffix("; ")) from None
 
 
 def _convert_union(value: Any, hint: Any) -> Any:

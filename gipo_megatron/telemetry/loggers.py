@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gipo_megatron.environment import drop_output
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_text
 from gipo_megatron.telemetry.console import Headline
@@ -30,8 +33,8 @@ def make_sinks(
     """Return the sinks of `run.loggers`. metrics.jsonl, samples.jsonl and log.txt are always
     written: reports read them.
 
-    `name` and `config` (the expanded recipe) are for W&B; `headline` is the algorithm's. Raises
-    UserError for an unknown logger.
+    `name` and `config` (the expanded recipe) are for W&B; `headline` is the algorithm's. All but
+    the .jsonl files are guarded. Raises UserError for an unknown logger.
     """
     for logger in loggers:
         if logger not in LOGGERS:
@@ -44,14 +47,63 @@ def make_sinks(
             )
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    sinks: list[Sink] = [Jsonl(folder), LogFile(folder / "log.txt", total_steps, headline)]
+    guarded: dict[str, Sink] = {"log.txt": LogFile(folder / "log.txt", total_steps, headline)}
     if "tensorboard" in loggers:
-        sinks.append(TensorBoard(folder / "tensorboard"))
+        guarded["tensorboard"] = TensorBoard(folder / "tensorboard")
     if "wandb" in loggers:
-        sinks.append(Wandb(folder, name, config))
+        guarded["wandb"] = Wandb(folder, name, config)
     if "console" in loggers:
-        sinks.append(Console(total_steps, name, headline))
-    return sinks
+        guarded["console"] = Console(total_steps, name, headline)
+    return [Jsonl(folder), *(Guarded(label, sink) for label, sink in guarded.items())]
+
+
+class Guarded(Sink):
+    """A sink that no run depends on: any failure but UserError switches it off, with a warning."""
+
+    def __init__(self, label: str, sink: Sink) -> None:
+        self._label, self._sink = label, sink
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._call(self._sink.log, step, values)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._call(self._sink.samples, step, rows)
+
+    def alert(self, step: int, message: str) -> None:
+        self._call(self._sink.alert, step, message)
+
+    def phase(self, name: str) -> None:
+        self._call(self._sink.phase, name)
+
+    def resume(self, step: int) -> None:
+        self._call(self._sink.resume, step)
+
+    def close(self) -> None:
+        self._call(self._sink.close)
+
+    def _call(self, method: Callable[..., None], *arguments: Any) -> None:
+        try:
+            method(*arguments)
+        except UserError:
+            raise
+        # other libraries raise what they like; rich ends the program where its reader has gone
+        except (Exception, SystemExit) as error:
+            failed, self._sink = self._sink, Sink()
+            gone = isinstance(error, BrokenPipeError | SystemExit)
+            why = "nothing reads it any more" if gone else _first_line(error)
+            warn(f"logger {self._label} is switched off: {why}")
+            if gone:
+                drop_output()
+            with suppress(Exception):
+                failed.close()
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class TensorBoard(Sink):
@@ -137,40 +189,52 @@ class Wandb(Sink):
         # instead of the home folder, which on a cluster may be full, slow or read-only
         os.environ.setdefault("WANDB_CACHE_DIR", str(self._folder / "wandb"))
         os.environ.setdefault("WANDB_DATA_DIR", str(self._folder / "wandb"))
+        # at the end of a run without a network; `wandb sync` uploads the rest
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
+        os.environ.setdefault("WANDB_SILENT", "true")  # of the login
+        fix = "set WANDB_MODE=offline, or remove wandb from run.loggers"
+        try:
+            import wandb
+        except Exception as error:
+            what = f"wandb cannot be imported: {_first_line(error)}"
+            raise UserError(
+                what, where="run.loggers", fix="pip install wandb, or remove it from run.loggers"
+            ) from error
+        mode = os.environ.get("WANDB_MODE")
+        try:
+            online = mode in (None, "online") and wandb.login(prompt=False, verify=False)
+            if mode == "online" and not online:
+                raise ValueError("there is no API key; run `wandb login` once")
+            return self._init(mode or ("online" if online else "offline"), online)
+        except Exception as error:  # W&B raises its own, its libraries' and Python's
+            what = f"W&B did not start: {_first_line(error)}"
+            if mode is not None:
+                raise UserError(what, where="run.loggers", fix=fix) from error
+            warn(f"{what}; the run goes on with WANDB_MODE=offline")
+            wandb.teardown()  # forgets the run that did not start, which has the same id
+            return self._init("offline", False)
+
+    def _init(self, mode: str, online: bool) -> Any:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE")
-        online = mode in (None, "online") and wandb.login(prompt=False)
-        if mode == "online" and not online:
-            raise UserError(
-                "W&B has no API key",
-                where="WANDB_MODE=online",
-                fix="run `wandb login` once, or set WANDB_MODE=offline",
-            )
         identity = self._folder / "wandb_id"
         resumed = identity.exists()
         if not resumed:
             write_text(identity, uuid.uuid4().hex[:12] + "\n")
-        try:
-            return wandb.init(
-                dir=str(self._folder),
-                project=os.environ.get("WANDB_PROJECT", "gipo"),
-                id=identity.read_text().strip(),
-                name=self._name,
-                config=dict(self._config),
-                mode=mode or ("online" if online else "offline"),  # type: ignore[arg-type]
-                resume="allow" if resumed and online else None,
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    disable_git=True,
-                    save_code=False,
-                    init_timeout=60,
-                ),
-            )
-        except wandb.errors.Error as error:
-            raise UserError(
-                f"W&B did not start: {error}",
-                where="run.loggers",
-                fix="set WANDB_MODE=offline, or remove wandb",
-            ) from error
+        return wandb.init(
+            dir=str(self._folder),
+            project=os.environ.get("WANDB_PROJECT", "gipo"),
+            id=identity.read_text(encoding="utf-8").strip(),
+            name=self._name,
+            config=dict(self._config),
+            mode=mode,  # type: ignore[arg-type]
+            resume="allow" if resumed and online else None,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                save_code=False,
+                init_timeout=30,
+            ),
+        )

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +28,7 @@ from gipo_megatron.telemetry.performance import performance
 from gipo_megatron.telemetry.sinks import Sink
 from gipo_megatron.training import run_folder
 from gipo_megatron.training.assembly import Assembly, assemble
+from gipo_megatron.training.run_lock import RunLock
 from gipo_megatron.types import StepResult
 from gipo_megatron.weights.checkpoints import CheckpointMeta, latest, read_meta
 from gipo_megatron.weights.sources import check_tokenizer
@@ -87,32 +89,34 @@ def train(recipe: Recipe) -> None:
 
 def train_on(mesh: Mesh, recipe: Recipe) -> None:
     """Run a recipe on an existing mesh; several runs may follow each other in one world."""
+    directory = Path(recipe.run.dir)
+    start_from = find_checkpoint(recipe, directory)
+    if start_from is not None and is_complete(recipe, directory, start_from):
+        if mesh.is_main:
+            run_folder.announce_complete(recipe, start_from)
+        return
     interrupt = Interrupt()
     sinks: list[Sink] = []
-    try:
-        directory = Path(recipe.run.dir)
-        start_from = find_checkpoint(recipe, directory)
-        if start_from is not None and is_complete(recipe, directory, start_from):
-            if mesh.is_main:
-                run_folder.announce_complete(recipe, start_from)
-            return
-        if mesh.is_main:
-            run_folder.check_writable(directory)
 
-        def show(phase: str) -> None:
-            for sink in sinks:
-                sink.phase(phase)
-
-        timer = PhaseTimer(show)
-        parts = assemble(recipe, mesh, timer.phase)
-        # mcore collects garbage at every save; objects that stay need not be visited each time
-        gc.freeze()
-        Run(recipe, mesh, parts, sinks, timer, interrupt, directory).run(start_from)
-    finally:
+    def show(phase: str) -> None:
         for sink in sinks:
-            sink.close()
-        interrupt.restore()
-        gc.unfreeze()
+            sink.phase(phase)
+
+    with RunLock(directory) as lock:
+        try:
+            mesh.on_main(lock.take)
+            # again: a run that held the lock may have written since
+            start_from = find_checkpoint(recipe, directory)
+            timer = PhaseTimer(show)
+            parts = assemble(recipe, mesh, timer.phase)
+            # mcore collects garbage at every save; objects that stay need not be visited each time
+            gc.freeze()
+            Run(recipe, mesh, parts, sinks, timer, interrupt, directory).run(start_from)
+        finally:
+            for sink in sinks:
+                sink.close()
+            interrupt.restore()
+            gc.unfreeze()
 
 
 def find_checkpoint(recipe: Recipe, directory: Path) -> Path | None:
@@ -152,8 +156,8 @@ class Run:
     def run(self, start_from: Path | None) -> None:
         run, progress = self.recipe.run, self.progress
         self._resume(start_from)
-        if self.mesh.is_main:
-            self._begin(f"resumed from {start_from}" if start_from is not None else "started")
+        origin = f"resumed from {start_from}" if start_from is not None else "started"
+        self.mesh.on_main(partial(self._begin, origin))
         if run.eval_every and progress.step == 0:
             values, samples = self._evaluate()
             self._log(0, values, samples)

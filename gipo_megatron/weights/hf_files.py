@@ -169,4 +169,4 @@ class Shards:
                 "metadata": {"total_size": sum(size for _, _, size in self.written)},
                 "weight_map": weight_map,
             }
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from gipo_megatron import cli
 from gipo_megatron.data.tokenizer import byte_tokenizer
+from gipo_megatron.training.run_lock import RunLock
 from tests.runs import chain
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.global_rng]
@@ -320,6 +321,16 @@ def test_an_unknown_policy(refused: Refuse, base: Path, data: Path, tmp_path: Pa
         and "not on this machine" in error
         and not (tmp_path / "run").exists()
     )
+
+
+def test_a_folder_that_another_run_has(
+    refused: Refuse, base: Path, other: Path, data: Path, tmp_path: Path
+) -> None:
+    with RunLock(tmp_path / "run") as lock:
+        lock.take()
+        error = refused(evaluate(tmp_path / "run", base, data))
+        assert f"in use by another run: process {os.getpid()}" in error and "run.dir" in error
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 def test_weights_that_cannot_be_read(

@@ -118,3 +118,33 @@ def test_an_error_is_one_screen_and_exit_code_2(tmp_path: Path) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "unreadable JSON" in done.stderr and f"{file} line 2" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_written_is_what_is_shown_and_read(tmp_path: Path) -> None:
+    """Mapped columns beside others of our names; sources that would leave the folder or mark a
+    split; no test rows."""
+    sources = ["../x", "a/b", "my tests", "\udcff", None]
+    given = [
+        {"q": f"q{i}", "a": "yes", "prompt": "no", "response": "no", "who": who, "n": 2**70}
+        for i, who in enumerate(sources)
+    ]
+    write_rows(tmp_path / "in" / "rows.jsonl", given)
+    main(
+        [
+            f"data.path={tmp_path / 'in'}",
+            f"out={tmp_path / 'out'}",
+            "data.format=sft",
+            "data.columns={prompt: q, response: a, source: who}",
+            "data.held_out=0",
+        ]
+    )
+    files = sorted(str(f.relative_to(tmp_path)) for f in (tmp_path / "out").rglob("*.jsonl"))
+    assert files == [
+        "out/a%2Fb/train.jsonl",
+        "out/in/train.jsonl",
+        "out/rows/train.jsonl",
+    ]
+    config = DataConfig(format="sft", path=str(tmp_path / "out"), held_out=0.0)
+    read = rows(config, "train", "sft")
+    assert sorted(prompt[0].text for _, prompt, _, _ in read) == ["q0", "q1", "q2", "q4"]
+    assert all(responses == ("yes",) and extras == {"n": 2**70} for *_, responses, extras in read)

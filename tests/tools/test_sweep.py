@@ -86,15 +86,10 @@ def test_every_combination_has_its_own_run_folder() -> None:
     assert sweep.command(single, (), RECIPES)[2:] == ["recipe=tiny/gipo", "run.seed=3"]
 
 
-def test_torchrun_starts_several_processes_and_the_check_knows_how_many() -> None:
+def test_the_launcher_starts_several_processes_and_the_check_knows_how_many() -> None:
     plan = sweep.parse(["recipe=tiny/gipo", "parallel.tensor=1,2", "nproc=2"])
     for point in plan.points:
-        assert sweep.command(plan, point, RECIPES)[1:5] == [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-        ]
+        assert sweep.command(plan, point, RECIPES)[2:4] == ["--nproc", "2"]
     with pytest.raises(UserError, match="1 problem"):
         sweep.command(
             sweep.parse(["recipe=tiny/gipo", "parallel.tensor=1,2"]),

@@ -12,11 +12,13 @@ import pytest
 
 from gipo_megatron.algorithms.pair_reference import LiveReference, PrecomputedReference
 from gipo_megatron.data.planted import gold_reward
+from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.registry import Lazy
 from gipo_megatron.training import assembly
 from gipo_megatron.training.assembly import Assembly, assemble
+from tests.data.fixtures import write_rows
 from tests.recipe.helpers import small
 
 SFT = """\
@@ -58,6 +60,17 @@ def test_a_policy_alone(tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]])
     assert built[0]["optimisation"].total_steps == 30
     assert parts.algorithm.actor.temperature == 1.0
     assert parts.sequences_per_step == recipe.batch.minibatch
+
+
+def test_no_held_out_rows_without_evaluations(
+    tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "response": "a"}])
+    words = ["data.format=sft", f"data.path={file}", "data.held_out=0", "run.eval_every=0"]
+    parts = assembled(small(tmp_path, *words, text=SFT), mesh)
+    assert len(parts.train) == 1 and len(parts.held_out) == 0 and len(built) == 1
+    with pytest.raises(UserError, match="no test rows left of 0"):
+        assembled(small(tmp_path, *words[:-1], text=SFT), mesh)
 
 
 def test_roles_of_ppo(tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]) -> None:

@@ -47,7 +47,7 @@ def nvidia_smi() -> str:
     if shutil.which("nvidia-smi") is None:
         return "not there"
     command = ["nvidia-smi", f"--query-gpu={QUERIES}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=False)
     return (done.stdout or done.stderr).strip().splitlines()[0]
 
 

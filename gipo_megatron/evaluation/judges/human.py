@@ -27,6 +27,7 @@ from gipo_megatron.evaluation.types import FIRST, SECOND, TIE, Judge, Pair, Verd
 from gipo_megatron.files import write_json, write_text
 from gipo_megatron.registry import Range, from_runtime, register
 from gipo_megatron.reports.pages import render
+from gipo_megatron.specs import PathText
 
 FOLDER = "annotation"  # of the pages, in run.dir
 FORMAT = "gipo_megatron ratings 1"
@@ -57,7 +58,7 @@ class HumanJudge(Judge):
     overlap: Annotated[float, Range(0, 1)] = 0.2  # share of a rater's pairs that all raters see
     seed: int = 0  # which pairs, which sides, which order
     # exported files; key.json is in the folder of the pages
-    ratings: list[str] = field(default_factory=list)
+    ratings: list[PathText] = field(default_factory=list)
     directory: Any = from_runtime("directory")
 
     name: ClassVar[str] = "human"
