@@ -238,7 +238,9 @@ class Weights:
     """One weight per trajectory, before and after clamping."""
 
     raw: Tensor  # [B]; mean 1 over the global batch
-    values: Tensor  # [B]
+    values: Tensor  # [B], w_i
+    # [B], of the KL coefficient: w_i, or 1 where w_i multiplies the KL penalty, too
+    kl_divisor: Tensor
 
 
 # ------------------------------------------------------------------------------- losses and updates

@@ -4,6 +4,7 @@ what it does with non-finite numbers."""
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from gipo_megatron.local.replicas import run_replicas
 from gipo_megatron.local.roles import TorchActor, TorchCritic
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.telemetry.metrics import reduce_metrics
-from gipo_megatron.types import CriticOutput, Experience, Rows, TokenStats
+from gipo_megatron.types import CriticOutput, Experience, Rows, TokenStats, Update
 from tests.small_ppo import BATCH, SOURCES, make_ppo, stored_rollout
 
 DP = SingleReplica()
@@ -74,7 +75,8 @@ def test_actor_loss_is_the_loop_over_tokens() -> None:
         advantage = float(batch.weights[b] * batch.advantages[b, t])
         expected += -min(ratio * advantage, min(max(ratio, 1 - clip), 1 + clip) * advantage)
         entropy += float(batch.returns[b, t].abs())
-        clipped += abs(ratio - 1) > clip
+        # the clipped branch is the loss: one direction for each sign of the advantage
+        clipped += ratio > 1 + clip if advantage > 0 else ratio < 1 - clip
         tokens += 1
     assert tokens > BATCH
     assert (batch.weights < 0).any()
@@ -102,11 +104,11 @@ def test_critic_loss_is_the_loop_over_tokens() -> None:
     gain = 0.0
     for b in range(BATCH):
         scale = sum(math.exp(float(x)) for x in logits[b])
-        gain += sum(
-            float(c) * math.exp(float(x)) / scale
-            for c, x in zip(batch.group_loss_coefficients[b], logits[b], strict=True)
-        )
-    ppo = make_ppo(DP, CriticHead(beta_critic=0.7), NoVariance(), FixedKL(), value_clip=clip)
+        for c, x in zip(batch.group_loss_coefficients[b], logits[b], strict=True):
+            p = math.exp(float(x)) / scale
+            gain += float(c) * p - 0.05 * p * math.log(p)
+    classifier = CriticHead(beta_critic=0.7, entropy=0.05)
+    ppo = make_ppo(DP, classifier, NoVariance(), FixedKL(), value_clip=clip)
     loss = ppo.critic_loss(CriticOutput(values, logits), batch)
     assert {
         name: (pytest.approx(float(value)), unit) for name, (value, unit) in loss.terms.items()
@@ -249,6 +251,38 @@ def test_a_score_that_is_no_number_skips_the_step_everywhere(size: int) -> None:
     assert run_replicas(size, work) == [({"rollout": (5,)}, 1.0, True)] * size
 
 
+@dataclass
+class BrokenHead:
+    """A critic whose group logits hold a NaN in one iteration."""
+
+    inner: TorchCritic
+    broken: bool = False
+
+    def evaluate(self, batch: Rows) -> CriticOutput:
+        output = self.inner.evaluate(batch)
+        assert output.group_logits is not None
+        logits = output.group_logits.clone()
+        if self.broken:
+            logits[3, 0] = math.nan
+        return CriticOutput(output.values, logits)
+
+    def update(self, *parts: Any) -> Update:
+        return self.inner.update(*parts)
+
+
+def test_a_group_logit_that_is_no_number_is_not_remembered() -> None:
+    ppo = gipo()
+    assert isinstance(ppo.critic, TorchCritic)
+    critic = BrokenHead(ppo.critic)
+    ppo.critic = critic
+    ppo.step(0)
+    memory = {name: repr(part) for name, part in ppo.state_dict().items() if name != "reward"}
+    critic.broken = True
+    assert list(ppo.step(1).skipped) == ["rollout"]
+    after = {name: repr(part) for name, part in ppo.state_dict().items() if name != "reward"}
+    assert after == memory and "nan" not in "".join(memory.values())
+
+
 # -------------------------------------------------------------------------------- what a step shows
 
 
@@ -265,7 +299,7 @@ def test_a_step_shows_the_stable_names() -> None:
             f"rollout/{x}"
             for x in ("length_mean", "truncated", "logprob_gap_mean", "logprob_gap_max")
         ),
-        *(f"reward/{x}" for x in ("score_mean", "score_std")),
+        *(f"reward/{x}" for x in ("score_mean", "score_std", "between_prompts")),
         *(f"kl/{x}" for x in ("mean", "coef_mean")),
         *(f"groups/{x}" for x in groups.split()),
         *(f"groups/{x}_{g}" for x in per_group.split() for g in (0, 1)),
@@ -275,7 +309,7 @@ def test_a_step_shows_the_stable_names() -> None:
         *(f"policy/{x}" for x in ("loss", "clip_fraction", "entropy", "grad_norm", "ratio_max")),
         *(f"value/{x}" for x in ("loss", "explained_variance", "grad_norm")),
     }
-    assert len(expected) == 54
+    assert len(expected) == 55
     assert expected - result.metrics.keys() == set()
     assert len(result.samples) == BATCH
     assert result.samples[0].keys() >= {"prompt", "response", "score", "p_high", "weight", "kl"}

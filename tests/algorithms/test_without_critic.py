@@ -108,7 +108,7 @@ def test_the_head_maximises_the_variance_between_groups() -> None:
     scores = ppo.reward.score(rollout)
 
     def variance() -> float:
-        groups = ppo.tracker.measure(head.probs(head.logits(rollout), rollout), scores)
+        groups = ppo.tracker.measure(head.probs(head.logits(rollout), None, rollout), scores)
         metrics = ppo.tracker.observe(groups, scores, None)
         return metrics["groups/variance"].result()
 
