@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -70,7 +70,11 @@ def sign_test(wins: int, losses: int) -> float:
     Integer arithmetic: scipy.stats.binomtest rounds differently in the last bits.
     """
     n, fewer = wins + losses, min(wins, losses)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    below = chosen = 1  # sum of, and last of, the binomial coefficients n over 0 … k
+    for k in range(fewer):
+        chosen = chosen * (n - k) // (k + 1)
+        below += chosen
+    return min(1.0, 2 * below / 2**n)
 
 
 def preference(comparisons: Sequence[Comparison]) -> float | None:

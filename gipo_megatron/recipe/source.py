@@ -62,7 +62,7 @@ Node = Leaf | Block
 KeyPath = tuple[str, ...]
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):
     """YAML 1.2 scalars: `1e-3` is a number; yes, no, on, off and dates are text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own class attribute)

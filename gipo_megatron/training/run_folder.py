@@ -19,7 +19,6 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_json, write_text
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import plain
-from gipo_megatron.reports.run_report import write_report
 from gipo_megatron.statistics import wilson_interval
 
 # the held-out metric that chooses the best checkpoint: the first that a run has, and its sign
@@ -129,6 +128,8 @@ def announce_complete(recipe: Recipe, checkpoint: Path) -> None:
 
 def close_run(directory: Path, recipe: Recipe) -> None:
     """Write figures/ and report.html."""
+    from gipo_megatron.reports.run_report import write_report  # matplotlib: a second at start-up
+
     write_report(
         [directory], directory / "report.html", title=recipe.name, figures_to=directory / "figures"
     )

@@ -24,7 +24,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.telemetry.console import Display
 from tests.conversion import families
-from tests.parity.launch import ROOT
+from tests.forked import ROOT
 
 pytestmark = pytest.mark.global_rng
 SILENT = Display(shown=False)

@@ -4,17 +4,14 @@ rank found."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import forked
 from tests.parity.generation_cases import end_ids
 
-ROOT = Path(__file__).resolve().parents[2]
 _found: dict[int, tuple[Path, list[dict[str, Any]]] | AssertionError] = {}
 
 
@@ -33,44 +30,13 @@ def ranks(world: int, folders: pytest.TempPathFactory) -> tuple[Path, list[dict[
 def _start(world: int, out: Path) -> tuple[Path, list[dict[str, Any]]] | AssertionError:
     ends = out / "ends.json"
     ends.write_text(json.dumps(end_ids()))
+    worker = Path(__file__).parent / "worker.py"
     try:
-        run_workers(Path(__file__).parent / "worker.py", world, str(out), str(ends))
+        done = forked.run(worker, str(out), str(ends), ranks=world)
+        assert done.code == 0, f"exit {done.code}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     except AssertionError as error:
         return error
     return out, [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(world)]
-
-
-def run_workers(script: Path, num_processes: int, *args: str, timeout: float = 560) -> str:
-    """Runs `script args…` under torchrun and returns what it printed."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(num_processes),
-    ]
-    process = subprocess.Popen(
-        [*start, str(script), *args],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its workers
-        output, _ = process.communicate(timeout=30)
-        raise AssertionError(f"{script.name}: no end after {timeout} s\n{output[-6000:]}") from None
-    assert process.returncode == 0, f"{script.name}: exit {process.returncode}\n{output[-6000:]}"
-    return output
 
 
 def write_result(out_dir: Path, rank: int, result: dict[str, Any]) -> None:

@@ -1,5 +1,4 @@
-"""Run under torchrun: every multi-process check of this project's Megatron layer, in one start per
-world size.
+"""Every multi-process check of this project's Megatron layer, in one start per world size.
 
 worker.py OUT_DIR ENDS.json      writes OUT_DIR/rank_R.json (and checkpoints under OUT_DIR)
 """

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import pytest
 from gipo_megatron.evaluation.recipe import is_evaluation
 from gipo_megatron.recipe.files import recipe_names
 from gipo_megatron.specs import Architecture, Parallel
+from tests import forked
 from tests.parity.matrix import LAYOUTS
 from tests.parity.planning_cases import DTYPES, tiny_architecture
 
@@ -102,20 +100,8 @@ def layout_cases() -> dict[str, dict[str, Any]]:
 def evaluate(cases: dict[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / "cases.json"
     path.write_text(json.dumps(cases))
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")
-    }
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    script = Path(__file__).parent / "evaluate.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = forked.run(Path(__file__).parent / "evaluate.py", str(path), timeout=900)
+    assert done.code == 0, done.stderr[-4000:]
     return json.loads(path.with_suffix(".out.json").read_text())
 
 

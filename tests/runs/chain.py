@@ -14,7 +14,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests import forked
+from tests.forked import ROOT
+
 VOLATILE = ("time/", "perf/", "memory/", "rollout/tokens_per_second")
 SMALL = [
     "model.architecture.hidden_size=32",
@@ -133,17 +135,9 @@ def outcomes(
     """All cases in one start of `processes` processes, whether they end well or by a message."""
     file = folder / f"cases_{len(list(folder.glob('cases_*')))}_{processes}.json"
     file.write_text(json.dumps(cases))
-    command = [*python(processes), str(ROOT / "tests" / "runs" / "worker.py"), str(file)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    worker = ROOT / "tests" / "runs" / "worker.py"
+    done = forked.run(worker, str(file), ranks=processes, timeout=timeout)
+    assert done.code == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return [Outcome(**one) for one in json.loads(file.with_suffix(".out.json").read_text())]
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,11 +12,12 @@ from gipo_megatron.capabilities import Apex, Capabilities, GpuInfo
 from gipo_megatron.commands import doctor
 from gipo_megatron.recipe.compose import compose, load_components
 from gipo_megatron.recipe.source import Block
-from tests import broken_transformer_engine
+from tests import broken_transformer_engine, forked
+from tests.forked import ROOT
 
 # here, since a package that the components import may draw from a global generator
 load_components(Block({}, "tests"))
-ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "doctor.py"
 H100 = GpuInfo("NVIDIA H100 80GB HBM3", (9, 0), 79.2)
 NODE = Capabilities(
     "3.12.3",
@@ -121,36 +121,18 @@ def test_the_other_apex_is_named() -> None:
         )
 
 
-def run(
-    folder: Path, *words: str, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, str(ROOT / "tools" / "doctor.py"), *words]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment or own,
-        timeout=200,
-        check=False,
-    )
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_exit_codes(tmp_path: Path) -> None:
-    done = run(tmp_path, *BIG)
+    done = forked.run(TOOL, *BIG, folder=tmp_path)
     assert (
-        done.returncode == 2
+        done.code == 2
         and "hh_sft: cannot run here\n  - it is for 8 GPUs, 8 a machine; here are 0\n"
         in done.stdout
     )
     assert done.stderr == "" and len(done.stdout.splitlines()) < 24
-    done = run(tmp_path, "recipe=tiny/sft", "run.sed=1")
+    done = forked.run(TOOL, "recipe=tiny/sft", "run.sed=1", folder=tmp_path)
     assert (
-        done.returncode == 2
-        and "did you mean 'seed'?" in done.stderr
-        and "Traceback" not in done.stderr
+        done.code == 2 and "did you mean 'seed'?" in done.stderr and "Traceback" not in done.stderr
     )
 
 
@@ -164,7 +146,10 @@ def test_a_broken_transformer_engine_is_told_in_the_words_of_a_run(
     environment = broken_transformer_engine.install(
         tmp_path, getattr(broken_transformer_engine, kind)
     )
-    done = run(tmp_path, *TINY, environment=environment)
+    command = [sys.executable, str(TOOL), *TINY]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200
+    )
     stops = kind == "ASSERTION"
     reason = (
         "AssertionError: Could not find"

@@ -3,8 +3,6 @@ what a user can do wrong."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -19,6 +17,7 @@ from gipo_megatron.data.tokenizer import load_tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.hf_config import architecture_from_hf
+from tests import forked
 from tools import fetch_smollm as tool
 
 HIDDEN, FFN, HEADS, KV, WIDTH, LAYERS = 96, 64, 3, 1, 32, 2
@@ -194,15 +193,9 @@ def test_what_pip_says_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(tool.__file__).parents[1])}
-    command = [
-        sys.executable,
-        tool.__file__,
-        str(tmp_path / "out"),
-        f"wheel={tmp_path / 'none.whl'}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert (done.returncode, done.stdout) == (2, "")
+    words = (str(tmp_path / "out"), f"wheel={tmp_path / 'none.whl'}")
+    done = forked.run(Path(tool.__file__), *words)
+    assert (done.code, done.stdout) == (2, "")
     assert done.stderr.splitlines()[:2] == [
         f"there is no file {tmp_path / 'none.whl'}",
         "  where: wheel",

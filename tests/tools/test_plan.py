@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from gipo_megatron.commands import train
 from gipo_megatron.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(script: str, *words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")
-    }
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *words],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        timeout=120,
-    )
+from tests import forked
+from tests.forked import ROOT
 
 
 def test_a_dry_run_is_the_plan_and_needs_no_weights(tmp_path: Path) -> None:
     words = ("recipe=hh_gipo", "world=16", "batch.micro_batch=2")
     one, other = (
-        run("tools/plan.py", *words, folder=tmp_path),
-        run("launch/train.py", *words, "dry_run=true", folder=tmp_path),
+        forked.run(ROOT / "tools" / "plan.py", *words, folder=tmp_path),
+        forked.run(ROOT / "launch" / "train.py", *words, "dry_run=true", folder=tmp_path),
     )
-    assert (one.returncode, one.stderr) == (other.returncode, other.stderr) == (0, "")
+    assert (one.code, one.stderr) == (other.code, other.stderr) == (0, "")
     assert one.stdout == other.stdout
     assert one.stdout.startswith(
         "hh_gipo: ppo on 16 ranks = tensor 4 × pipeline 1 × data 4; 2 nodes of 8 ranks, in order\n"
@@ -45,8 +27,8 @@ def test_a_dry_run_is_the_plan_and_needs_no_weights(tmp_path: Path) -> None:
 
 
 def test_a_world_that_does_not_factor_is_one_screen_and_exit_code_2(tmp_path: Path) -> None:
-    done = run("tools/plan.py", "recipe=hh_gipo", "world=18", folder=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
+    done = forked.run(ROOT / "tools" / "plan.py", "recipe=hh_gipo", "world=18", folder=tmp_path)
+    assert (done.code, done.stdout) == (2, "")
     assert (
         "tensor 4 × pipeline 1 × data ? ≠ world 18" in done.stderr
         and "fix:   start a multiple of 4 processes" in done.stderr

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.compose import load_components
 from gipo_megatron.recipe.files import recipe_names
 from gipo_megatron.recipe.source import Block
+from tests import forked
 from tests.smollm import beside_the_model
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "recipe.py"
@@ -19,25 +17,15 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "recipe.py"
 load_components(Block({}, "tests"))
 
 
-def run(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")
-    }
-    return subprocess.run(
-        [sys.executable, str(TOOL), *words],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        timeout=120,
-    )
+def run(*words: str, folder: Path) -> forked.Finished:
+    return forked.run(TOOL, *words, folder=folder)
 
 
 def test_two_mistakes_in_one_process_are_one_screen_and_exit_code_2(tmp_path: Path) -> None:
     done = run(
         "check", "hh_gipo", "algorithm.kl_controler.eta=1", "run.steps=many", folder=tmp_path
     )
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.code, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         "hh_gipo: 2 problems",
         "algorithm.kl_controler: unknown key",
@@ -50,7 +38,7 @@ def test_two_mistakes_in_one_process_are_one_screen_and_exit_code_2(tmp_path: Pa
 
 def test_a_sound_recipe_is_exit_code_0_from_any_folder(tmp_path: Path) -> None:
     done = run("check", "hh_gipo", "world=16", folder=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.code, done.stderr) == (0, "")
     assert done.stdout.startswith(
         "ok hh_gipo: ppo; 16 processes = tensor 4 × pipeline 1 × data 4; 64 prompts × 4 responses ="
         " 4 minibatches;"

@@ -11,6 +11,7 @@ from gipo_megatron.commands import RECIPES
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.compose import load_components
 from gipo_megatron.recipe.source import Block
+from tests import forked
 from tools import sweep
 
 # here, since a package that the components import may draw from a global generator
@@ -135,10 +136,8 @@ def test_nothing_starts_before_all_are_checked_and_dry_starts_nothing(
 
 
 def test_bad_settings_exit_with_2(tmp_path: Path) -> None:
-    words = [sys.executable, str(Path(sweep.__file__)), "recipe=tiny/gipo", "run.sed=0..4"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    words = ("recipe=tiny/gipo", "run.sed=0..4")
+    done = forked.run(Path(sweep.__file__), *words, folder=tmp_path)
     assert (
-        done.returncode == 2
-        and "did you mean 'seed'?" in done.stderr
-        and "Traceback" not in done.stderr
+        done.code == 2 and "did you mean 'seed'?" in done.stderr and "Traceback" not in done.stderr
     )

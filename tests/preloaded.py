@@ -1,0 +1,12 @@
+"""Modules that the server of tests/forked.py imports once."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+import tests.parity.worker  # noqa: F401
+
+torch.set_num_threads(1)
+gc.freeze()  # a full collection, which Megatron-Core does at every save, then passes over them
