@@ -50,6 +50,7 @@ from gipo_megatron.types import (
     Groups,
     Loss,
     Prompts,
+    Rollout,
     Rows,
     Scores,
     Sequences,
@@ -120,15 +121,12 @@ class PPO:
             old = self.actor.logprobs(rollout).logprobs
             reference = self.reference.logprobs(rollout).logprobs
             values, logits = self._criticise(rollout)
-        found = (scores.raw, old, reference, values, logits)
-        if bad := self._non_finite(rollout.sample_id, *found):
+        if bad := self._non_finite(rollout, scores.raw, old, reference, values, logits):
             metrics = {"reward/non_finite": Metric.mean(float(len(bad)))}
             return StepResult(metrics, skipped={"rollout": bad})
 
         mask = rollout.mask
-        labels = self.group_classifier.probs(logits, values, rollout)
-        groups = self.tracker.measure(labels, scores)  # 4
-        learned = self._learned_groups(groups, logits, scores)
+        groups, learned = self._groups(logits, values, rollout, scores)  # 4
         weights = self.variance_regulariser.weights(groups)  # 5
         coefficients = self.kl_controller.kl_coefficients(groups)  # 6
         kl = torch.where(mask, ops.kl_estimate(old, reference, self.kl_estimator), 0.0)
@@ -214,7 +212,7 @@ class PPO:
 
     @property
     def _reads_prompts(self) -> bool:
-        """Whether the labels of a head are defined without a response, as on the probe."""
+        """Check for a head whose labels are defined without a response, as on the probe."""
         head = self.group_classifier.head or self._own_head
         return head is not None and head.input == "prompt"
 
@@ -241,6 +239,14 @@ class PPO:
         if classifier.head is None or not classifier.head.observes:
             return None
         return GroupTracker(classifier.num_groups, classifier.variance, self.dp)
+
+    def _groups(
+        self, logits: Tensor | None, values: Tensor | None, rollout: Rollout, scores: Scores
+    ) -> tuple[Groups, Groups | None]:
+        """Return the groups that weights and KL coefficients use, and those of a head's labels."""
+        labels = self.group_classifier.probs(logits, values, rollout)
+        groups = self.tracker.measure(labels, scores)
+        return groups, self._learned_groups(groups, logits, scores)
 
     def _learned_groups(
         self, groups: Groups, logits: Tensor | None, scores: Scores
@@ -356,11 +362,11 @@ class PPO:
                 metrics |= part.observe(groups, float(kl[0] / kl[1]))
         return metrics
 
-    def _non_finite(self, sample_id: Tensor, *found: Tensor | None) -> tuple[int, ...]:
+    def _non_finite(self, rollout: Rollout, *found: Tensor | None) -> tuple[int, ...]:
         """Return the sample ids, over all replicas, of rows that hold a NaN or an infinity."""
         tensors = [x for x in found if x is not None]
         bad = torch.stack([~torch.isfinite(x.reshape(len(x), -1)).all(1) for x in tensors]).any(0)
-        everywhere, ids = gather_rows(bad, self.dp), gather_rows(sample_id, self.dp)
+        everywhere, ids = gather_rows(bad, self.dp), gather_rows(rollout.sample_id, self.dp)
         return tuple(int(i) for i in ids[everywhere > 0].tolist())
 
     def _memory(self) -> dict[str, Stateful]:

@@ -124,7 +124,7 @@ class Dataset:
 
     @property
     def answered(self) -> bool:
-        """Whether every row has a response, the chosen one of a pair."""
+        """Check that every row has a response, the chosen one of a pair."""
         return all(row.responses for row in self.rows)
 
     def answers(self, rows: Sequence[int]) -> Sequences:

@@ -4,7 +4,7 @@ what it does with non-finite numbers."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,9 +18,18 @@ from gipo_megatron.components.variance import GroupDRO, GroupVariance, NoVarianc
 from gipo_megatron.local.replicas import run_replicas
 from gipo_megatron.local.roles import TorchActor, TorchCritic
 from gipo_megatron.roles import SingleReplica
+from gipo_megatron.specs import Sampling
 from gipo_megatron.telemetry.metrics import reduce_metrics
-from gipo_megatron.types import CriticOutput, Experience, Rows, TokenStats, Update
-from tests.small_ppo import BATCH, SOURCES, make_ppo, stored_rollout
+from gipo_megatron.types import (
+    CriticOutput,
+    Experience,
+    Prompts,
+    Rollout,
+    Rows,
+    TokenStats,
+    Update,
+)
+from tests.small_ppo import BATCH, RESPONSES, SOURCES, make_ppo, prompts_at, stored_rollout
 
 DP = SingleReplica()
 
@@ -281,6 +290,40 @@ def test_a_group_logit_that_is_no_number_is_not_remembered() -> None:
     assert list(ppo.step(1).skipped) == ["rollout"]
     after = {name: repr(part) for name, part in ppo.state_dict().items() if name != "reward"}
     assert after == memory and "nan" not in "".join(memory.values())
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+class TwoBatches:
+    """Held-out prompts, two batches of them."""
+
+    sources, gold = SOURCES, None
+
+    def batches(self) -> Any:
+        for step in (100, 101):
+            yield prompts_at(step, DP), torch.ones(BATCH)
+
+
+def test_the_kl_of_an_evaluation_is_of_responses_drawn_from_the_policy() -> None:
+    """The scored responses are drawn colder, and of those log pi - log ref is no KL estimate."""
+    ppo = gipo()
+    ppo.step(0)
+    ppo.held_out = TwoBatches()  # type: ignore[assignment]
+    ppo.sampling = Sampling(max_response=RESPONSES, temperature=0.2, top_p=0.9, seed=5)
+    drawn = []
+
+    def generate(prompts: Prompts, sampling: Sampling, inner: Any = ppo.actor.generate) -> Rollout:
+        drawn.append((sampling.temperature, sampling.top_p))
+        return inner(prompts, sampling)
+
+    ppo.actor.generate = generate  # type: ignore[method-assign]
+    metrics, _ = ppo.evaluate()
+    assert drawn == [(0.2, 0.9), (1.0, 1.0), (0.2, 0.9)]
+    whole = replace(ppo.sampling, temperature=1.0, top_p=1.0)
+    rollout = ppo.actor.generate(prompts_at(100, DP), whole)
+    ratio = ppo.actor.logprobs(rollout).logprobs - ppo.reference.logprobs(rollout).logprobs
+    assert metrics["eval/kl"].result() == pytest.approx(float(ratio.sum(1).mean()), rel=1e-6)
 
 
 # -------------------------------------------------------------------------------- what a step shows
