@@ -29,7 +29,6 @@ from gipo_megatron.evaluation.chat_refusals import (
     seconds_to_wait,
 )
 from gipo_megatron.evaluation.judges.cache import Reply
-from gipo_megatron.telemetry.console import duration
 
 if TYPE_CHECKING:
     from gipo_megatron.evaluation.judges.openai import OpenAIJudge
@@ -258,7 +257,7 @@ class Requests:
         if status in (400, 422, 500) and change and (change in self._judge.changes or not proven):
             raise Unanswered(reason, change=change)
         if wait > LONGEST_WAIT:
-            what = f"requests a wait of {duration(wait)}: {reason}"
+            what = f"requests a wait of {wait:.0f} s: {reason}"
             raise self._permanent(what, "repeat the same command then")
         spent = status == 429 and QUOTA.search(f"{code} {error.get('type')}")
         if (status in RETRIED or status >= 500) and not spent:
