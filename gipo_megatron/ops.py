@@ -181,6 +181,25 @@ def auc(positive: Tensor, x: Tensor, cluster: Tensor, tie: float = 0.0) -> Tenso
     return (total - ups * (ups + 1) / 2) / (ups * (sizes - ups))
 
 
+def between_share(x: Tensor, cluster: Tensor) -> Tensor:
+    """Return the share of the variance of x that lies between clusters, both [N]: s_b^2 / (s_b^2 +
+    s_w^2), the intraclass correlation of a one-way layout.
+
+    s_w^2 = SS_within / (N - K), s_b^2 = max(MS_between - s_w^2, 0) / n0, n0 = (N - sum n_k^2 / N) /
+    (K - 1). NaN with one cluster, or one row each.   (Searle, Casella, McCulloch 1992, section 3.6)
+    """
+    _, which, sizes = cluster.unique(return_inverse=True, return_counts=True)
+    x, n, rows, count = x.double(), sizes.double(), len(x), len(sizes)
+    means = torch.zeros_like(n).index_add_(0, which, x) / n
+    if not 1 < count < rows:
+        return x.new_tensor(math.nan)
+    within = (x - means[which]).square().sum() / (rows - count)
+    mean_square = (n * (means - x.mean()).square()).sum() / (count - 1)
+    size = (rows - n.square().sum() / rows) / (count - 1)
+    between = (mean_square - within).clamp(min=0) / size
+    return between / (between + within)
+
+
 # ------------------------------------------------------------------------------------------- groups
 
 
@@ -239,3 +258,34 @@ def group_weights(
     if kind == "mass":
         return 1 - 2 * beta * (p * (means - mean_score)).sum(1)
     raise ValueError(f"unknown variance {kind!r}; there are mass and uniform")
+
+
+def otsu_threshold(x: Tensor, mass: Tensor) -> Tensor:
+    """Return the threshold of x [K], with masses [K], that maximises rho_1 rho_2 (mean_1 -
+    mean_2)^2 between x <= threshold and x > threshold; max x where all are equal.   (Otsu 1979)
+    """
+    order = x.argsort()
+    x, mass = x[order], mass[order]
+    below, total = mass.cumsum(0), (mass * x).cumsum(0)
+    above = below[-1] - below
+    spread = total / below - (total[-1] - total) / above
+    # a split lies between two different values; none is after the last one
+    between = torch.where(x[1:] > x[:-1], (below * above * spread.square())[:-1], 0.0)
+    if not len(between) or float(between.max()) == 0:
+        return x[-1]
+    return x[between.argmax()]
+
+
+def with_mean_one(x: Tensor, low: float, high: float) -> Tensor:
+    """Return the c nearest to x (least squares) with low <= c_i <= high and mean c = 1. [N]
+
+    c = clip(x + mu, low, high), mu by bisection (float64); low <= 1 <= high.
+    """
+    left, right = low - float(x.max()), high - float(x.min())
+    for _ in range(100):
+        mu = (left + right) / 2
+        if float((x + mu).clamp(low, high).mean()) < 1:
+            left = mu
+        else:
+            right = mu
+    return (x + right).clamp(low, high)

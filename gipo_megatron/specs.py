@@ -182,10 +182,21 @@ class HeadSpec:
     num_groups: int
     input: str  # prompt: hidden state of the last prompt token | trajectory: of the last token
     detach_trunk: bool
-    init_std: float = 0.02
+    init_std: float = 0.02  # and lr: for a trunk of width 128, see width_scaled
     lr: float = 1e-3
     loss_weight: float = 1.0  # of R_var in the critic's loss
+    entropy: float = 0.03  # weight of the labels' entropy beside R_var
     observes: bool = False  # labels are given; this head's are measured and never used
+
+
+def width_scaled(lr: float, init_std: float, width: int) -> tuple[float, float]:
+    """Return lr 128/H and init_std sqrt(128/H) of a group head on a trunk of width H.
+
+    Adam moves a logit by lr sum |h|, which grows as H, and the first logits have std init_std |h|,
+    which grows as sqrt(H); so labels move alike on every trunk.
+    """
+    ratio = 128 / width
+    return lr * ratio, init_std * ratio**0.5
 
 
 @dataclass(frozen=True)

@@ -191,11 +191,11 @@ class Experience(Rows):
 class Scores(Rows):
     """One score per response, in three forms."""
 
-    raw: Tensor  # [B], the reward model's units, after ensemble and penalties
+    raw: Tensor  # [B], the reward model's units, after ensemble, length penalty and anchor
     shaped: Tensor  # [B], normalised and clipped: PPO's reward on the last token
     # [B], G_i = clip((raw - batch mean) / running std, +-3); no KL in it (algorithm.md 3)
     standardised_scores: Tensor
-    parts: dict[str, Tensor]  # named pieces of raw ([B] each), for logging
+    parts: dict[str, Tensor]  # named pieces of the scores ([B] each), for logging
     std: float  # running std of raw; G_i and R_g times this are in raw units
 
     def __len__(self) -> int:
@@ -238,7 +238,9 @@ class Weights:
     """One weight per trajectory, before and after clamping."""
 
     raw: Tensor  # [B]; mean 1 over the global batch
-    values: Tensor  # [B]
+    values: Tensor  # [B], w_i
+    # [B], of the KL coefficient: w_i, or 1 where w_i multiplies the KL penalty, too
+    kl_divisor: Tensor
 
 
 # ------------------------------------------------------------------------------- losses and updates

@@ -200,7 +200,12 @@ def make(
         epochs=2,
         critic_warmup=0,
         rollout=SamplingRollout(data_max_response=1, seed=seed),
-        reward=ModelReward(clip=clip, reward_models={"reward": NoisyProxy(world, seed)}, dp=dp),
+        reward=ModelReward(
+            missing_eos_penalty=0.0,  # a response is one action
+            clip=clip,
+            reward_models={"reward": NoisyProxy(world, seed)},
+            dp=dp,
+        ),
         group_classifier=classifier,
         variance_regulariser=regulariser,
         kl_controller=controller,

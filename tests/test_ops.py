@@ -201,6 +201,38 @@ def test_standardised_scores() -> None:
     assert ops.standardised_scores(raw, 2.0, 9e-7).tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.1, 3.0), (0.0, 1.2), (0.5, 10.0)])
+def test_with_mean_one_is_the_nearest_point(low: float, high: float) -> None:
+    """By the Karush-Kuhn-Tucker conditions, which are sufficient for a convex problem: one shift
+    between the bounds, and at a bound a shift that would lead beyond it."""
+    x = noise(7, 12).exp() * 2
+    found = ops.with_mean_one(x, low, high)
+    assert float(found.mean()) == pytest.approx(1, abs=1e-12)
+    inside = (found > low) & (found < high)
+    shifts = (found - x)[inside]
+    assert len(shifts) and float(shifts.max() - shifts.min()) < 1e-12
+    shifted = x + shifts[0]
+    assert (shifted[found == low] <= low).all() and (shifted[found == high] >= high).all()
+    assert int(inside.sum() + (found == low).sum() + (found == high).sum()) == 12
+
+
+def test_between_share_by_hand() -> None:
+    """Prompts 0, 2 and 10, 12: means 1 and 11, within 2, MS_between 100, so s_b^2 = 49."""
+    prompts = torch.tensor([7, 7, 3, 3])
+    share = ops.between_share(torch.tensor([0.0, 2.0, 10.0, 12.0]), prompts)
+    assert float(share) == pytest.approx(49 / 51)
+    assert float(ops.between_share(torch.tensor([0.0, 2.0, 2.0, 0.0]), prompts)) == 0
+    assert ops.between_share(torch.arange(4.0), torch.arange(4)).isnan()
+    assert ops.between_share(torch.arange(4.0), torch.zeros(4)).isnan()
+
+
+def test_between_share_finds_the_planted_share() -> None:
+    """Offsets of standard deviation 2 and noise of 1: 4 / 5; also with unequal numbers of rows."""
+    prompts = torch.arange(4000).repeat_interleave(3)[:-1]
+    raw = 2 * noise(8, 4000)[prompts] + noise(9, len(prompts))
+    assert float(ops.between_share(raw, prompts)) == pytest.approx(0.8, abs=0.02)
+
+
 @pytest.mark.parametrize("alpha", [0.5, 0.3, 0.004, 1.0])
 def test_lower_tail_weights(alpha: float) -> None:
     """Against the definition: sort, take alpha N rows from below, the last one in part; equal rows

@@ -238,6 +238,56 @@ def test_negative_weights_clip_pessimistically() -> None:
     assert float(afterwards) == pytest.approx(0.6)
 
 
+# ------------------------------------------------------------------------- 2.3: where training ends
+
+
+def policy_gradient(theta: Tensor, reward: Tensor, reference: Tensor, eta: float) -> Tensor:
+    """sum_a pi(a) w (r(a) - coef log pi(a)/pi_ref(a)) grad log pi(a) of each prompt, with the
+    weights and coefficients of the components; rewards and gradients are exact sums over actions.
+    Autograd sees log pi alone, as in PPO."""
+    pi = theta.softmax(-1)
+    returns = (pi * reward).sum(1).detach()
+    groups = make_groups(HALVES, returns - returns.mean())
+    weights = GroupVariance(beta=0.4).weights(groups)
+    coefficients = FixedKL(eta).kl_coefficients(groups) / weights.kl_divisor
+    log_ratio = theta.log_softmax(-1) - reference.log_softmax(-1)
+    gain = weights.values[:, None] * (reward - coefficients[:, None] * log_ratio)
+    surrogate = (pi.detach() * gain.detach() * theta.log_softmax(-1)).sum()
+    (gradient,) = torch.autograd.grad(surrogate, theta)
+    return gradient
+
+
+HALVES = torch.eye(2, dtype=torch.float64).repeat_interleave(3, 0)  # six prompts, two groups
+
+
+def test_price_over_weight_leaves_the_weighted_reward_and_the_whole_kl() -> None:
+    """The gradient is that of sum_x w E[r] - eta KL(pi || ref), w held."""
+    reward, reference = draw(1, 6, 5) + HALVES[:, :1], draw(2, 6, 5)
+    theta = draw(3, 6, 5).requires_grad_()
+    pi = theta.softmax(-1)
+    kl = (pi * (theta.log_softmax(-1) - reference.log_softmax(-1))).sum(1)
+    returns = (pi * reward).sum(1)
+    groups = make_groups(HALVES, (returns - returns.mean()).detach())
+    weights = GroupVariance(beta=0.4).weights(groups).values
+    assert (weights - 1).abs().min() > 0.05
+    (exact,) = torch.autograd.grad((weights * returns - 0.3 * kl).sum(), theta)
+    assert relative(policy_gradient(theta, reward, reference, 0.3), exact) < 1e-9
+
+
+def test_a_weighted_kl_penalty_does_not_move_the_optimum() -> None:
+    """At the optimum of PPO with KL, pi = ref e^(r / eta) / Z, the gradient of w (r - eta KL) is 0
+    for any w; that of w r - eta KL is not."""
+    reward, reference, eta = draw(1, 6, 5) + HALVES[:, :1], draw(2, 6, 5), 0.3
+    theta = (reference.log_softmax(-1) + reward / eta).requires_grad_()
+    pi = theta.softmax(-1)
+    log_ratio = (theta.log_softmax(-1) - reference.log_softmax(-1)).detach()
+    weights = torch.tensor([0.7] * 3 + [1.3] * 3, dtype=torch.float64)[:, None]
+    shared = (pi.detach() * weights * (reward - eta * log_ratio) * theta.log_softmax(-1)).sum()
+    (gradient,) = torch.autograd.grad(shared, theta)
+    assert float(gradient.abs().max()) < 1e-12
+    assert float(policy_gradient(theta, reward, reference, eta).abs().max()) > 1e-3
+
+
 # ------------------------------------------------------------------- 5.14: PPO with KL, bit for bit
 
 
@@ -303,7 +353,7 @@ def test_gipo_with_its_terms_off_is_ppo_with_kl(normalise: bool) -> None:
     """beta_policy = 0, p_high = 1, detach_trunk: bit for bit."""
     controller = GroupAdaptiveKL(eta=0.05, normalise=normalise, dp=SingleReplica())
     # the ramp is fully up: it is p_high = 1 that makes them equal
-    controller.load_state_dict({"gap": 0.3})
+    controller.load_state_dict({"leads": {0: 0.15, 1: -0.15}, "level": 0.05})
     gipo = run(detached(), GroupVariance(beta=0.0), Certain(controller))
     assert_same_training(
         plain_ppo(), gipo, free=("groups/", "source/easy/p_high", "source/hard/p_high")
@@ -333,7 +383,7 @@ def test_a_detached_head_leaves_the_trunks_gradient_alone(detach: bool) -> None:
         rollout = stored_rollout(ppo)
         scores = ppo.reward.score(rollout)
         logits = ppo._criticise(rollout)[1]
-        groups = ppo.tracker.measure(classifier.probs(logits, rollout), scores)
+        groups = ppo.tracker.measure(classifier.probs(logits, None, rollout), scores)
         critic = TorchCritic(12, head, hidden=16)
         output = critic.forward(rollout)
         loss = ((output.values - 1) ** 2).sum()
@@ -365,11 +415,11 @@ def test_a_stored_rollout_gives_the_same_numbers_on_any_number_of_replicas(size:
     def numbers(dp: Any) -> dict[str, Tensor]:
         rows, score = replica_rows(rollout, dp), raw[dp.rank :: dp.size]
         ppo = make_ppo(dp, CriticHead(), NoVariance(), FixedKL())
-        scores = ppo.reward.scores(score, {})
-        probs = ppo.group_classifier.probs(logits[dp.rank :: dp.size], rows)
+        scores = ppo.reward.scores(score, {}, ~rows.finished)
+        probs = ppo.group_classifier.probs(logits[dp.rank :: dp.size], None, rows)
         groups = ppo.tracker.measure(probs, scores)
         controller = GroupAdaptiveKL(dp=dp)
-        controller.load_state_dict({"gap": 0.2})
+        controller.load_state_dict({"leads": {0: 0.1, 1: -0.1}, "level": 0.05})
         found = {
             "R_g": groups.group_means,
             "m_g": groups.masses,

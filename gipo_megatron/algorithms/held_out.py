@@ -48,12 +48,14 @@ def evaluate_policy(
     held_out: HeldOut,
     sources: Sequence[str],
     sampling: Sampling,
+    trained: Sampling,
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     """Respond to held-out prompts, with the same noise every time; return metrics and sample rows.
 
     eval/{score, kl, length, truncated}, eval/score/<source>, and eval/gold[/<source>] where the
-    data define a gold reward. The score is the reward's raw one; kl is k1, nats per response, of
-    the sampled (truncated) distribution's tokens.
+    data define a gold reward. The score is the reward's raw one. kl is k1, nats per response: an
+    estimate of KL(pi || ref) only on samples of pi, so it has responses of its own, to the first
+    batch of prompts, drawn as `trained`.
     """
     metrics: Metrics = {}
     samples: list[dict[str, Any]] = []
@@ -61,18 +63,16 @@ def evaluate_policy(
         rollout = actor.generate(prompts, sampling)
         raw, _ = reward.raw(rollout)
         weights = valid.to(raw.device)
-        kl = ops.sequence_sum(
-            actor.logprobs(rollout).logprobs - reference.logprobs(rollout).logprobs, rollout.mask
-        )
         values = {
             "score": raw,
-            "kl": kl,
             "length": rollout.response_lengths.double(),
             "truncated": (~rollout.finished).double(),
         }
         by_source = {"score": raw}
         if held_out.gold is not None:
             values["gold"] = by_source["gold"] = raw.new_tensor(_gold(held_out.gold, rollout))
+        if not metrics:
+            values["kl"] = _kl(actor, reference, actor.generate(prompts, trained))
         new = {f"eval/{name}": Metric.mean(value, weights) for name, value in values.items()}
         for source in sources:
             rows = weights * _is_from(source, rollout.source, weights)
@@ -89,6 +89,12 @@ def evaluate_policy(
             if counts
         ]
     return metrics, samples
+
+
+def _kl(actor: Actor, reference: Reference, rollout: Rollout) -> Tensor:
+    """k1, nats per response. [B]"""
+    log_ratio = actor.logprobs(rollout).logprobs - reference.logprobs(rollout).logprobs
+    return ops.sequence_sum(log_ratio, rollout.mask)
 
 
 def _is_from(source: str, sources: tuple[str, ...], like: Tensor) -> Tensor:

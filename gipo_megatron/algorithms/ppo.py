@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
@@ -50,6 +50,7 @@ from gipo_megatron.types import (
     Groups,
     Loss,
     Prompts,
+    Rollout,
     Rows,
     Scores,
     Sequences,
@@ -120,18 +121,18 @@ class PPO:
             old = self.actor.logprobs(rollout).logprobs
             reference = self.reference.logprobs(rollout).logprobs
             values, logits = self._criticise(rollout)
-        if bad := self._non_finite(rollout.sample_id, scores.raw, old, reference, values):
+        if bad := self._non_finite(rollout, scores.raw, old, reference, values, logits):
             metrics = {"reward/non_finite": Metric.mean(float(len(bad)))}
             return StepResult(metrics, skipped={"rollout": bad})
 
         mask = rollout.mask
-        groups = self.tracker.measure(self.group_classifier.probs(logits, rollout), scores)  # 4
-        learned = self._learned_groups(groups, logits, scores)
-        coefficients = self.kl_controller.kl_coefficients(groups)  # 5
+        groups, learned = self._groups(logits, values, rollout, scores)  # 4
+        weights = self.variance_regulariser.weights(groups)  # 5
+        coefficients = self.kl_controller.kl_coefficients(groups)  # 6
         kl = torch.where(mask, ops.kl_estimate(old, reference, self.kl_estimator), 0.0)
-        rewards = ops.add_on_last_token(-coefficients[:, None] * kl, mask, scores.shaped)
-        advantages, returns = self.advantage.estimate(rewards, values, rollout)  # 6
-        weights = self.variance_regulariser.weights(groups)  # 7
+        penalty = (coefficients / weights.kl_divisor)[:, None] * kl
+        rewards = ops.add_on_last_token(-penalty, mask, scores.shaped)
+        advantages, returns = self.advantage.estimate(rewards, values, rollout)  # 7
         experience = Experience(
             rollout=rollout,
             logprobs=old,
@@ -152,7 +153,7 @@ class PPO:
         observed = self._observe(groups, learned, scores, response_kl)  # 9
         metrics = {
             **ppo_metrics.rollout_metrics(rollout, old, self.dp),
-            **ppo_metrics.score_metrics(scores),
+            **ppo_metrics.score_metrics(scores, rollout, self.dp),
             **ppo_metrics.kl_metrics(response_kl, coefficients),
             **ppo_metrics.group_metrics(groups, scores, rollout, response_kl),
             **ppo_metrics.split_metrics(learned or groups, scores, rollout, self.sources, self.dp),
@@ -168,13 +169,26 @@ class PPO:
             ppo_metrics.sample_rows(rollout, scores, groups, weights, response_kl),
             skipped_rows(critic=critic_update, actor=actor_update),
             tokens=int(rollout.lengths.sum()),
-            forward_equivalents=self._forward_equivalents(),
+            forward_equivalents=self._forward_equivalents() + ("anchor" in scores.parts),
         )
 
     def evaluate(self) -> tuple[Metrics, list[dict[str, Any]]]:
         """Return metrics and sample rows of responses to held-out prompts."""
+        trained = replace(  # the distribution whose log-probs are computed
+            self.sampling,
+            temperature=self.rollout.temperature,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+        )
         return evaluate_policy(
-            self.actor, self.reference, self.reward, self.held_out, self.sources, self.sampling
+            self.actor,
+            self.reference,
+            self.reward,
+            self.held_out,
+            self.sources,
+            self.sampling,
+            trained,
         )
 
     # ------------------------------------------------------------------------------ critic, groups
@@ -195,6 +209,12 @@ class PPO:
         """The group classifier, if it has a head that is not on the critic."""
         classifier = self.group_classifier
         return classifier if isinstance(classifier, protocols.OwnHead) else None
+
+    @property
+    def _reads_prompts(self) -> bool:
+        """Check for a head whose labels are defined without a response, as on the probe."""
+        head = self.group_classifier.head or self._own_head
+        return head is not None and head.input == "prompt"
 
     def _forward_equivalents(self) -> int:
         """Generation, actor, reference, reward, actor's training; the critic once, and its
@@ -219,6 +239,14 @@ class PPO:
         if classifier.head is None or not classifier.head.observes:
             return None
         return GroupTracker(classifier.num_groups, classifier.variance, self.dp)
+
+    def _groups(
+        self, logits: Tensor | None, values: Tensor | None, rollout: Rollout, scores: Scores
+    ) -> tuple[Groups, Groups | None]:
+        """Return the groups that weights and KL coefficients use, and those of a head's labels."""
+        labels = self.group_classifier.probs(logits, values, rollout)
+        groups = self.tracker.measure(labels, scores)
+        return groups, self._learned_groups(groups, logits, scores)
 
     def _learned_groups(
         self, groups: Groups, logits: Tensor | None, scores: Scores
@@ -268,8 +296,8 @@ class PPO:
         return lambda index: [(self.examples(step * updates + index), self.ptx_loss)]
 
     def critic_loss(self, output: CriticOutput, batch: Experience) -> Loss:
-        """Clipped value loss per token - beta_critic sum_g c_ig p_ig per sequence (algorithm.md
-        2.2, stage 1)."""
+        """Clipped value loss per token - beta_critic (sum_g c_ig p_ig + entropy H(p_i)) per
+        sequence (algorithm.md 2.2, stage 1)."""
         mask = batch.rollout.mask
         assert batch.values is not None
         value = ops.sequence_sum(
@@ -278,18 +306,21 @@ class PPO:
         ).sum()
         terms = {"value": (value, "token")}
         if output.group_logits is not None:
-            assert self.group_classifier.head is not None
-            gain = self._group_gain(output.group_logits, batch)
-            terms["group"] = (-self.group_classifier.head.loss_weight * gain, "sequence")
+            head = self.group_classifier.head
+            assert head is not None
+            gain = self._group_gain(output.group_logits, batch, head.entropy)
+            terms["group"] = (-head.loss_weight * gain, "sequence")
         return Loss(terms, {"loss": Metric.ratio(value, mask.sum())})
 
     def group_loss(self, logits: Tensor, batch: Experience) -> Loss:
-        """-sum_g c_ig p_ig per sequence, of a head that is not on the critic."""
-        gain = self._group_gain(logits, batch)
+        """-(sum_g c_ig p_ig + entropy H(p_i)) per sequence, of a head that is not on the critic."""
+        assert self._own_head is not None
+        gain = self._group_gain(logits, batch, self._own_head.entropy)
         return Loss({"group": (-gain, "sequence")}, {"loss": Metric.ratio(-gain, len(batch))})
 
-    def _group_gain(self, logits: Tensor, batch: Experience) -> Tensor:
-        return (batch.group_loss_coefficients * logits.softmax(-1)).sum()
+    def _group_gain(self, logits: Tensor, batch: Experience, entropy: float) -> Tensor:
+        p = logits.softmax(-1)
+        return (batch.group_loss_coefficients * p).sum() + entropy * torch.special.entr(p).sum()
 
     def actor_loss(self, output: TokenStats, batch: Experience) -> Loss:
         """Clipped surrogate on w_i A_t per token, minus the entropy bonus (algorithm.md 2.2, stage
@@ -318,7 +349,7 @@ class PPO:
         self, groups: Groups, learned: Groups | None, scores: Scores, response_kl: Tensor
     ) -> Metrics:
         """Advance every memory by one iteration, but the reward's moments; return their metrics."""
-        probe_logits = None if learned is None else self._criticise(self.probe)[1]
+        probe_logits = self._criticise(self.probe)[1] if self._reads_prompts else None
         count = response_kl.new_tensor(len(response_kl), dtype=torch.float64)
         kl = self.dp.sum(torch.stack([response_kl.double().sum(), count]))
         used_logits = None if self.observer is not None else probe_logits
@@ -331,11 +362,11 @@ class PPO:
                 metrics |= part.observe(groups, float(kl[0] / kl[1]))
         return metrics
 
-    def _non_finite(self, sample_id: Tensor, *found: Tensor | None) -> tuple[int, ...]:
+    def _non_finite(self, rollout: Rollout, *found: Tensor | None) -> tuple[int, ...]:
         """Return the sample ids, over all replicas, of rows that hold a NaN or an infinity."""
         tensors = [x for x in found if x is not None]
         bad = torch.stack([~torch.isfinite(x.reshape(len(x), -1)).all(1) for x in tensors]).any(0)
-        everywhere, ids = gather_rows(bad, self.dp), gather_rows(sample_id, self.dp)
+        everywhere, ids = gather_rows(bad, self.dp), gather_rows(rollout.sample_id, self.dp)
         return tuple(int(i) for i in ids[everywhere > 0].tolist())
 
     def _memory(self) -> dict[str, Stateful]:

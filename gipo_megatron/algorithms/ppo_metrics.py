@@ -34,11 +34,15 @@ def rollout_metrics(rollout: Rollout, logprobs: Tensor, dp: DataParallel) -> Met
     return metrics
 
 
-def score_metrics(scores: Scores) -> Metrics:
+def score_metrics(scores: Scores, rollout: Rollout, dp: DataParallel) -> Metrics:
+    """between_prompts: share of the scores' variance that lies between prompts. Where it is large,
+    scores of different prompts cannot be compared, and groups would follow the offsets."""
+    share = ops.between_share(gather_rows(scores.raw, dp), gather_rows(rollout.prompt_id, dp))
     parts = {f"reward/{name}_mean": Metric.mean(value) for name, value in scores.parts.items()}
     return {
         "reward/score_mean": Metric.mean(scores.raw),
         "reward/score_std": Metric.std(scores.raw),
+        "reward/between_prompts": Metric.mean(share),
         **parts,
     }
 
@@ -74,9 +78,10 @@ def split_metrics(
     """Compare the learned split with given labels (auc, ami) and with the response itself
     (response_split).
 
-    auc: p_high against "from the source with the highest mean score"; response_split: AUC, within
-    prompts, of p_high against "scored above the prompt's mean" (algorithm.md 5.9), the mean over
-    prompts that have both kinds; labels that differ by rounding alone (SAME_LABEL) are equal.
+    auc: p_high against "from the first source by name", a fixed one, so that no step turns its
+    sign; response_split: AUC, within prompts, of p_high against "scored above the prompt's mean"
+    (algorithm.md 5.9), the mean over prompts that have both kinds; labels that differ by rounding
+    alone (SAME_LABEL) are equal.
     """
     high, raw = gather_rows(groups.high_prob, dp).cpu(), gather_rows(scores.raw, dp).cpu()
     prompt = gather_rows(rollout.prompt_id, dp).cpu()
@@ -91,10 +96,8 @@ def split_metrics(
     within = ops.auc(above, high, prompt, tie=SAME_LABEL)
     within = within[within.isfinite()]
     metrics = {"groups/response_split": Metric.mean(float(within.mean()) if len(within) else 0.5)}
-    present = source.unique()
-    if len(present) > 1:
-        best = max(present, key=lambda s: float(raw[source == s].mean()))
-        metrics["groups/auc"] = Metric.mean(ops.auc(source == best, high, torch.zeros_like(source)))
+    if len(source.unique()) > 1:
+        metrics["groups/auc"] = Metric.mean(ops.auc(source == 0, high, torch.zeros_like(source)))
         metrics["groups/ami"] = Metric.mean(
             float(adjusted_mutual_info_score(source.numpy(), hard.numpy()))
         )
@@ -141,7 +144,9 @@ def policy_metrics(loss: Tensor, output: TokenStats, batch: Experience, clip: fl
     mask = batch.rollout.mask
     with torch.no_grad():
         ratio = torch.exp(output.logprobs - batch.logprobs)
-        clipped = ((ratio - 1).abs() > clip).float()
+        weighted = batch.advantages * batch.weights[:, None]
+        # where the clipped branch is the loss: the ratio has gone the way the advantage pulls
+        clipped = torch.where(weighted > 0, ratio > 1 + clip, ratio < 1 - clip).float()
         metrics = {
             "loss": Metric.mean(loss, mask),
             "clip_fraction": Metric.mean(clipped, mask),

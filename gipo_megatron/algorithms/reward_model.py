@@ -32,7 +32,8 @@ class RewardModelling:
         ("rm/loss", "loss"),
     )
 
-    centre: Annotated[float, Range(0)] = 0.0
+    # weight of (s_chosen + s_rejected)^2: without it scores of different prompts have any offsets
+    centre: Annotated[float, Range(0)] = 0.01
 
     reward: RewardModel = from_runtime("reward")
     pairs: Callable[[int], Pairs] = from_runtime("pairs")  # step -> this replica's rows

@@ -10,8 +10,10 @@ from typing import Annotated, ClassVar, final
 import torch
 from torch import Tensor
 
+from gipo_megatron import ops
 from gipo_megatron.errors import UserError
 from gipo_megatron.registry import OneOf, Range, from_runtime, register
+from gipo_megatron.roles import DataParallel, gather_rows
 from gipo_megatron.specs import HeadSpec
 from gipo_megatron.types import Rollout
 
@@ -36,7 +38,7 @@ class NoGroups:
     variance: ClassVar[str] = "mass"
     head: ClassVar[None] = None
 
-    def probs(self, logits: Tensor | None, rollout: Rollout) -> Tensor:
+    def probs(self, logits: Tensor | None, values: Tensor | None, rollout: Rollout) -> Tensor:
         return torch.ones(len(rollout), 1, device=rollout.tokens.device)
 
 
@@ -54,8 +56,12 @@ class CriticHead:
     variance: Variance = "mass"
     beta_critic: float = 1.0  # weight of R_var in the critic's loss
     detach_trunk: bool = False  # true: the group loss does not reach the critic's trunk
-    lr: float = 1e-3  # the head's own learning rate
-    # standard deviation of the head's first weights; above 0, since equal labels have no gradient
+    # weight of the labels' entropy beside R_var: without it they are certain before they are right
+    entropy: Annotated[float, Range(0)] = 0.03
+    # the head's own learning rate, for a trunk of width 128; divided by width / 128
+    lr: float = 1e-3
+    # standard deviation of the head's first weights, for a trunk of width 128; divided by
+    # sqrt(width / 128); above 0, since equal labels have no gradient
     init_std: Annotated[float, Range(0, open=True)] = 0.02
 
     needs: ClassVar[tuple[str, ...]] = ("critic",)
@@ -69,11 +75,42 @@ class CriticHead:
             init_std=self.init_std,
             lr=self.lr,
             loss_weight=self.beta_critic,
+            entropy=self.entropy,
         )
 
-    def probs(self, logits: Tensor | None, rollout: Rollout) -> Tensor:
+    def probs(self, logits: Tensor | None, values: Tensor | None, rollout: Rollout) -> Tensor:
         assert logits is not None, "the critic has no group head"
         return logits.softmax(-1)
+
+
+@final
+@register("group_classifier", "value_split")
+@dataclass
+class ValueSplit:
+    """Two groups: prompts whose value V(x) is above a threshold, and the others.
+
+    V(x) is the critic's, in the state before the first response token; rows of one prompt share
+    their mean. The threshold maximises rho_1 rho_2 (mean_1 V - mean_2 V)^2 over the global batch
+    (Otsu 1979): the best split of R_var `mass` where V(x) = E[G | x]. Nothing is trained for it.
+    """
+
+    dp: DataParallel = from_runtime("dp")
+
+    needs: ClassVar[tuple[str, ...]] = ("critic",)
+    num_groups: ClassVar[int] = 2
+    variance: ClassVar[str] = "mass"
+    head: ClassVar[None] = None
+
+    def probs(self, logits: Tensor | None, values: Tensor | None, rollout: Rollout) -> Tensor:
+        assert values is not None, "value_split needs a critic"
+        first = rollout.prompt_lengths[:, None].to(values.device)
+        at_prompt = gather_rows(values.gather(1, first)[:, 0], self.dp)
+        _, which = gather_rows(rollout.prompt_id, self.dp).unique(return_inverse=True)
+        sizes = which.bincount().double()
+        means = torch.zeros_like(sizes).index_add_(0, which, at_prompt) / sizes
+        above = means > ops.otsu_threshold(means, sizes)
+        mine = above[which][self.dp.rank :: self.dp.size]
+        return torch.nn.functional.one_hot((~mine).long(), 2).float()
 
 
 @final
@@ -121,7 +158,7 @@ class LabelledGroups:
     def head(self) -> HeadSpec:
         return HeadSpec(self.num_groups, "prompt", detach_trunk=True, observes=True)
 
-    def probs(self, logits: Tensor | None, rollout: Rollout) -> Tensor:
+    def probs(self, logits: Tensor | None, values: Tensor | None, rollout: Rollout) -> Tensor:
         labels = [self._label[source] for source in rollout.source]
         return _one_hot(labels, self.num_groups, rollout)
 
@@ -155,7 +192,7 @@ class RandomGroups:
             return 0
         return 1 + int((u - self.share) / (1 - self.share) * (self.num_groups - 1))
 
-    def probs(self, logits: Tensor | None, rollout: Rollout) -> Tensor:
+    def probs(self, logits: Tensor | None, values: Tensor | None, rollout: Rollout) -> Tensor:
         labels = [self._label(i) for i in rollout.prompt_id.tolist()]
         return _one_hot(labels, self.num_groups, rollout)
 

@@ -44,8 +44,9 @@ class GroupClassifier(Protocol):
         """The head to build on the critic's trunk; None builds none."""
         ...
 
-    def probs(self, logits: Tensor | None, rollout: Rollout) -> Tensor:
-        """Return labels p_ig [B, M]; logits [B, M] are the head's, None without a head."""
+    def probs(self, logits: Tensor | None, values: Tensor | None, rollout: Rollout) -> Tensor:
+        """Return labels p_ig [B, M]. logits [B, M] are the head's, None without a head; values [B,
+        T] the critic's, None without a critic."""
         ...
 
 
@@ -81,6 +82,9 @@ class Observer(Protocol):
 @runtime_checkable
 class OwnHead(Trainable, Protocol):
     """A group classifier with a head of its own, not on the critic."""
+
+    entropy: float  # weight of the labels' entropy beside R_var
+    input: str  # prompt | trajectory
 
     def logits(self, rows: Rows) -> Tensor:
         """Return group logits, [B, M]."""

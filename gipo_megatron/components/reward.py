@@ -6,17 +6,18 @@ import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from gipo_megatron import ops
+from gipo_megatron.components.moments import Moments, batch_moments
 from gipo_megatron.errors import UserError
 from gipo_megatron.registry import OneOf, Range, from_runtime, register
-from gipo_megatron.roles import DataParallel, RewardModel
-from gipo_megatron.types import Rollout, Scores
+from gipo_megatron.roles import DataParallel, RewardModel, gather_rows
+from gipo_megatron.types import Rollout, Rows, Scores, Sequences
 
 
 @dataclass(kw_only=True)
@@ -24,55 +25,59 @@ class Reward(ABC):
     """Base of all rewards: penalties, running moments over all history, clips (algorithm.md 3). A
     subclass adds its keys and `base`."""
 
-    # subtracted from a response that was cut at its maximal length, raw score units
-    missing_eos_penalty: float = 0.0
+    # subtracted from PPO's reward of a response that was cut at its maximal length, in running
+    # standard deviations of the raw score; no part of the raw score and so of the groups
+    missing_eos_penalty: float = 1.0
     length_penalty: float = 0.0  # subtracted per response token, raw score units
     normalise: bool = True  # PPO's reward = (raw - mean) / std over all history
-    clip: Annotated[float, Range(0)] = 0.8  # PPO's reward is cut to +- this; 0: never
+    clip: Annotated[float, Range(0)] = 5.0  # PPO's reward is cut to +- this; 0: never
 
     dp: DataParallel = from_runtime("dp")
 
-    _count: float = field(default=0.0, init=False)
-    _mean: float = field(default=0.0, init=False)
-    _squares: float = field(default=0.0, init=False)  # sum of (x - mean)^2
+    _moments: Moments = field(default=Moments(), init=False)
 
     @abstractmethod
     def base(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return scores without penalties [B], and named pieces of them to log ([B] each). Changes
-        nothing."""
+        """Return scores without penalties [B], and named pieces of them to log ([B] each)."""
+
+    def level(self, rollout: Rollout) -> Tensor | None:
+        """Return what to subtract from each score so that prompts can be compared [B], or None."""
+        return None
 
     @final
     def raw(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return raw scores [B], penalties included, and their parts. Changes nothing, so that
-        evaluation may call it."""
+        """Return raw scores [B], length penalty included, and their parts. It advances no moments,
+        so that evaluation may call it."""
         base, parts = self.base(rollout)
-        penalties: dict[str, Tensor] = {}
-        if self.missing_eos_penalty:
-            cut = (~rollout.finished).to(base.dtype)
-            penalties["missing_eos"] = -self.missing_eos_penalty * cut
-        if self.length_penalty:
-            penalties["length"] = -self.length_penalty * rollout.response_lengths.to(base.dtype)
-        return base + sum(penalties.values()), {**parts, **penalties}
+        if not self.length_penalty:
+            return base, parts
+        penalty = -self.length_penalty * rollout.response_lengths.to(base.dtype)
+        return base + penalty, {**parts, "length": penalty}
 
     @final
     def score(self, rollout: Rollout) -> Scores:
         """Return scores in three forms, and advance the moments. Rows that are not finite stay so,
         and count nowhere."""
-        return self.scores(*self.raw(rollout))
+        raw, parts = self.raw(rollout)
+        level = self.level(rollout)
+        if level is not None:
+            raw, parts = raw - level, {**parts, "anchor": level}
+        return self.scores(raw, parts, ~rollout.finished)
 
     @final
-    def scores(self, raw: Tensor, parts: dict[str, Tensor]) -> Scores:
-        batch_mean = self._advance(raw.double())
-        std = self.std
-        scaled = (
-            (raw.double() - self._mean) / std
-            if std >= ops.MIN_STD
-            else torch.zeros_like(raw, dtype=torch.float64)
-        )
-        shaped = scaled if self.normalise else raw.double()
+    def scores(self, raw: Tensor, parts: dict[str, Tensor], cut: Tensor) -> Scores:
+        """Return the scores of raw [B]; `cut`, bool [B]: responses without end-of-text."""
+        batch = batch_moments(raw, self.dp)
+        self._moments = self._moments.merged(batch)
+        std = self._moments.std
+        shaped = self._moments.standardise(raw) if self.normalise else raw.double()
         if self.clip > 0:
             shaped = shaped.clamp(-self.clip, self.clip)
-        standardised = ops.standardised_scores(raw.double(), batch_mean, std)
+        if self.missing_eos_penalty:
+            penalty = -self.missing_eos_penalty * cut.to(raw.dtype)
+            parts = {**parts, "missing_eos": penalty}
+            shaped = shaped + (penalty if self.normalise else std * penalty)
+        standardised = ops.standardised_scores(raw.double(), batch.mean, std)
         return Scores(
             raw=raw,
             shaped=shaped.to(raw.dtype),
@@ -81,30 +86,65 @@ class Reward(ABC):
             std=std,
         )
 
-    @property
-    def std(self) -> float:
-        """Population standard deviation over all history; 0 before the first score."""
-        return math.sqrt(self._squares / self._count) if self._count else 0.0
-
-    def _advance(self, raw: Tensor) -> float:
-        """Merge the global batch into the moments (Chan et al. 1979); return the batch's mean."""
-        kept = raw[torch.isfinite(raw)]
-        count, total = self.dp.sum(torch.stack([torch.ones_like(kept).sum(), kept.sum()])).tolist()
-        if not count:
-            return 0.0
-        mean = total / count
-        squares = float(self.dp.sum((kept - mean).square().sum().reshape(1))[0])
-        delta, merged = mean - self._mean, self._count + count
-        self._squares += squares + delta**2 * self._count * count / merged
-        self._mean += delta * count / merged
-        self._count = merged
-        return mean
-
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self._count, "mean": self._mean, "squares": self._squares}
+        return {"moments": asdict(self._moments)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._count, self._mean, self._squares = state["count"], state["mean"], state["squares"]
+        self._moments = Moments(**state["moments"])
+
+
+@dataclass(kw_only=True)
+class LearnedReward(Reward):
+    """Base of rewards by reward models. A Bradley-Terry model may add any f(x) to all scores of a
+    prompt; `anchor` takes it out, before moments, groups and clip (algorithm.md 3)."""
+
+    # none | chosen: subtract the score of the data's chosen response to the prompt
+    anchor: Annotated[str, OneOf("none", "chosen")] = "none"
+
+    # prompt ids [b] -> the prompts with their chosen responses
+    chosen: Callable[[Tensor], Sequences] | None = from_runtime("chosen")
+
+    # prompt id -> score of its chosen response, the same on every replica
+    _anchors: dict[int, float] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if self.anchor == "chosen" and self.chosen is None:
+            raise UserError(
+                "these data have no chosen responses",
+                where="reward.anchor",
+                fix="read preference or SFT data, or use anchor: none",
+            )
+
+    @abstractmethod
+    def score_rows(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return scores [B] and their parts."""
+
+    @final
+    def base(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.score_rows(rollout)
+
+    @final
+    def level(self, rollout: Rollout) -> Tensor | None:
+        """Return the chosen responses' scores; each prompt's is computed once."""
+        if self.anchor == "none":
+            return None
+        ids = rollout.prompt_id.tolist()
+        new = rollout.prompt_id.new_tensor(float(any(i not in self._anchors for i in ids)))
+        if float(self.dp.sum(new)):  # all replicas score together
+            assert self.chosen is not None
+            scores, _ = self.score_rows(self.chosen(rollout.prompt_id))
+            everyone = gather_rows(rollout.prompt_id, self.dp), gather_rows(scores, self.dp)
+            pairs = zip(*(x.tolist() for x in everyone), strict=True)
+            self._anchors |= {int(i): score for i, score in pairs if math.isfinite(score)}
+        known = [self._anchors.get(i, math.nan) for i in ids]
+        return torch.tensor(known, device=rollout.tokens.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "anchors": dict(self._anchors)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._anchors = dict(state["anchors"])
 
 
 def _model(reward_models: dict[str, RewardModel], name: str, where: str) -> RewardModel:
@@ -121,25 +161,26 @@ def _model(reward_models: dict[str, RewardModel], name: str, where: str) -> Rewa
 @final
 @register("reward", "model")
 @dataclass
-class ModelReward(Reward):
-    """raw = reward model's score - penalties."""
+class ModelReward(LearnedReward):
+    """raw = reward model's score - length penalty."""
 
     needs: ClassVar[tuple[str, ...]] = ("reward",)
 
     reward_models: dict[str, RewardModel] = from_runtime("reward_models")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._reward_model = _model(self.reward_models, "reward", "reward.name")
 
-    def base(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._reward_model.score(rollout), {}
+    def score_rows(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._reward_model.score(rows), {}
 
 
 @final
 @register("reward", "function")
 @dataclass
 class FunctionReward(Reward):
-    """raw = f(prompt, response, extras) - penalties; f is any importable Python function that
+    """raw = f(prompt, response, extras) - length penalty; f is any importable Python function that
     returns a number."""
 
     function: str = ""  # module:function
@@ -183,9 +224,13 @@ def _import_function(path: str) -> Callable[[str, str, dict[str, Any]], float]:
 @final
 @register("reward", "ensemble")
 @dataclass
-class EnsembleReward(Reward):
-    """raw = several reward models combined - penalties: mean, min, or mean - k std over the members
-    (Coste et al. 2024)."""
+class EnsembleReward(LearnedReward):
+    """raw = several reward models combined - length penalty: mean, min, or mean - k std over the
+    members (Coste et al. 2024).
+
+    Members have scales and offsets of their own. Each is standardised by its mean and std on the
+    first batch that is scored, which then stay: raw is one function for the whole run.
+    """
 
     # keys of the recipe's models block: [reward_a, reward_b]
     members: list[str] = field(default_factory=list)
@@ -203,13 +248,19 @@ class EnsembleReward(Reward):
             )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._models = {
             name: _model(self.reward_models, name, "reward.members") for name in self.members
         }
+        self._scales: dict[str, Moments] = {}
 
-    def base(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        members = {name: model.score(rollout) for name, model in self._models.items()}
-        stacked = torch.stack(list(members.values()))
+    def score_rows(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        members = {name: model.score(rows) for name, model in self._models.items()}
+        if not self._scales:
+            self._scales = {name: batch_moments(x, self.dp) for name, x in members.items()}
+        stacked = torch.stack(
+            [self._scales[name].standardise(x).to(x.dtype) for name, x in members.items()]
+        )
         spread = stacked.std(0, correction=0)
         if self.combine == "min":
             combined = stacked.min(0).values
@@ -217,3 +268,11 @@ class EnsembleReward(Reward):
             penalty = self.k * spread if self.combine == "mean_minus_std" else 0.0
             combined = stacked.mean(0) - penalty
         return combined, {**members, "disagreement": spread}
+
+    def state_dict(self) -> dict[str, Any]:
+        scales = {name: asdict(moments) for name, moments in self._scales.items()}
+        return {**super().state_dict(), "scales": scales}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._scales = {name: Moments(**moments) for name, moments in state["scales"].items()}

@@ -12,6 +12,7 @@ from gipo_megatron.components.groups import Variance
 from gipo_megatron.metrics import Metric, Metrics, merge_metrics
 from gipo_megatron.registry import OneOf, Range, from_runtime, register
 from gipo_megatron.roles import DataParallel, RewardModel
+from gipo_megatron.specs import width_scaled
 from gipo_megatron.types import BatchLoss, Rollout, Rows, Update
 
 
@@ -32,8 +33,12 @@ class RewardHead:
     # last token
     input: Annotated[str, OneOf("prompt", "trajectory")] = "prompt"
     variance: Variance = "mass"
-    lr: float = 1e-3  # the head's own learning rate
-    # standard deviation of the head's first weights; above 0, since equal labels have no gradient
+    # weight of the labels' entropy beside R_var: without it they are certain before they are right
+    entropy: Annotated[float, Range(0)] = 0.03
+    # the head's own learning rate, for a trunk of width 128; divided by width / 128
+    lr: float = 1e-3
+    # standard deviation of the head's first weights, for a trunk of width 128; divided by
+    # sqrt(width / 128); above 0, since equal labels have no gradient
     init_std: Annotated[float, Range(0, open=True)] = 0.02
 
     reward_models: dict[str, RewardModel] = from_runtime("reward_models")
@@ -48,7 +53,7 @@ class RewardHead:
         self._linear: nn.Linear | None = None  # made when the width of the trunk is known
         self._restored: dict[str, Any] = {}
 
-    def probs(self, logits: Tensor | None, rollout: Rollout) -> Tensor:
+    def probs(self, logits: Tensor | None, values: Tensor | None, rollout: Rollout) -> Tensor:
         assert logits is not None
         return logits.softmax(-1)
 
@@ -86,12 +91,13 @@ class RewardHead:
 
     def _build(self, width: int, device: torch.device | str) -> None:
         generator = torch.Generator().manual_seed(self.seed)
-        weight = self.init_std * torch.randn(self.num_groups, width, generator=generator)
+        lr, init_std = width_scaled(self.lr, self.init_std, width)
+        weight = init_std * torch.randn(self.num_groups, width, generator=generator)
         self._linear = nn.utils.skip_init(nn.Linear, width, self.num_groups, device=device)
         with torch.no_grad():
             self._linear.weight.copy_(weight)
             self._linear.bias.zero_()
-        self._optimizer = torch.optim.Adam(self._linear.parameters(), lr=self.lr)
+        self._optimizer = torch.optim.Adam(self._linear.parameters(), lr=lr)
         if self._restored:
             self._linear.load_state_dict(self._restored["weights"])
             self._optimizer.load_state_dict(self._restored["optimizer"])

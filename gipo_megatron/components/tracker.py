@@ -15,7 +15,7 @@ from gipo_megatron.roles import DataParallel, SingleReplica, gather_rows
 from gipo_megatron.types import Groups, Scores
 
 EMA = 0.9
-# a new high group leads by this many running standard deviations for this many iterations
+# a new high group leads by this many standard deviations of the batch for this many iterations
 # (algorithm.md 5.5)
 LEAD, PATIENCE = 0.1, 2
 
@@ -30,6 +30,7 @@ class GroupTracker:
         self.variance, self.dp = variance, dp or SingleReplica()
         self.means: list[float | None] = [None] * num_groups
         self.high = 0
+        self.settled = False  # a group has led by LEAD; before that the best one is the high one
         self.challenger = 0
         self.led = 0  # iterations in a row that the challenger has led
         self.flips = 0
@@ -82,8 +83,12 @@ class GroupTracker:
         Group means are logged in raw score units. Global numbers are logged as a mean of one value.
         """
         metrics = group_metrics(groups)
-        weighted = self.dp.sum((groups.probs.double() * scores.raw.double()[:, None]).sum(0))
-        self.advance((weighted / groups.masses).tolist(), groups.masses.tolist(), scores.std)
+        raw = scores.raw.double()
+        moments = torch.stack([raw.sum(), raw.square().sum()])
+        sums = self.dp.sum(torch.cat([(groups.probs.double() * raw[:, None]).sum(0), moments]))
+        total, squares = (sums[-2:] / groups.count).tolist()
+        std = math.sqrt(max(squares - total**2, 0.0))
+        self.advance((sums[:-2] / groups.masses).tolist(), groups.masses.tolist(), std)
         if probe_logits is not None:
             labels = gather_rows(probe_logits.argmax(-1), self.dp).tolist()
             metrics["groups/flip_rate"] = Metric.mean(self.flip_rate([int(g) for g in labels]))
@@ -93,14 +98,17 @@ class GroupTracker:
     def advance(self, scores: list[float], masses: list[float], std: float) -> None:
         """Update the means and the high group.
 
-        scores [M]: p-weighted mean raw score; a group with less mass than one sequence is skipped.
-        std: running standard deviation of the raw scores.
+        scores [M]: p-weighted mean raw score; a group with less mass than one sequence, or without
+        a finite score, is skipped. std: of the batch's raw scores.
         """
         for g, (score, mass) in enumerate(zip(scores, masses, strict=True)):
-            if mass >= 1:
+            if mass >= 1 and math.isfinite(score):
                 old = self.means[g]
                 self.means[g] = score if old is None else EMA * old + (1 - EMA) * score
         best = max(range(len(self.means)), key=self._mean_then_index)
+        if not self.settled:
+            self._settle(best, std)
+            return
         current, leading = self.means[self.high], self.means[best]
         ahead = (
             best != self.high
@@ -112,6 +120,15 @@ class GroupTracker:
         if self.led >= PATIENCE:
             self.high, self.led, self.flips = best, 0, self.flips + 1
 
+    def _settle(self, best: int, std: float) -> None:
+        """Make the best group the high one, until it leads all others by LEAD: the index of a group
+        has no meaning."""
+        self.high = self.challenger = best
+        others = [self.means[g] for g in range(len(self.means)) if g != best]
+        known = [mean for mean in others if mean is not None]
+        top = self.means[best]
+        self.settled = top is not None and bool(known) and top - max(known) > LEAD * std
+
     def flip_rate(self, labels: list[int]) -> float:
         """Return the share of the probe's hard labels that changed since the last call; NaN the
         first time."""
@@ -122,7 +139,7 @@ class GroupTracker:
     # --------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        keys = ("means", "high", "challenger", "led", "flips", "probe")
+        keys = ("means", "high", "settled", "challenger", "led", "flips", "probe")
         return {key: getattr(self, key) for key in keys} | {"means": list(self.means)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -161,7 +178,6 @@ def group_metrics(groups: Groups) -> Metrics:
         "groups/mass_min": Metric.mean(groups.shares.min()),
         "groups/label_entropy": Metric.mean(entropy),
         "groups/high_index": Metric.mean(float(groups.high)),
-        "groups/flip_rate": Metric.mean(0.0),  # labels that are not learned do not change
         "groups/return_high": Metric.mean(raw[groups.high]),
         "groups/return_low": Metric.mean(min(others, default=raw[groups.high])),
         "groups/return_worst": Metric.mean(min(raw)),

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from gipo_megatron import ops
+from gipo_megatron.errors import UserError
 from gipo_megatron.metrics import Metrics
-from gipo_megatron.registry import Range, from_runtime, register
+from gipo_megatron.registry import OneOf, Range, from_runtime, register
 from gipo_megatron.roles import DataParallel, gather_rows
 from gipo_megatron.types import Groups, Weights
 
@@ -22,7 +24,7 @@ AtLeastOne = Annotated[float, Range(1)]
 
 def _equal_weights(groups: Groups) -> Weights:
     ones = torch.ones_like(groups.sample_scores)
-    return Weights(ones, ones)
+    return Weights(ones, ones, ones)
 
 
 def _too_small(groups: Groups) -> bool:
@@ -31,9 +33,29 @@ def _too_small(groups: Groups) -> bool:
     return bool(groups.masses.min() < 1)
 
 
-def _clamped(raw: Tensor, groups: Groups, low: float, high: float) -> Weights:
-    raw = raw.to(groups.sample_scores.dtype)
-    return Weights(raw, raw.clamp(low, high))
+@dataclass(kw_only=True)
+class Bounded:
+    """Base of regularisers: bounds of the weights, and what the KL penalty does with them."""
+
+    # above 0 unless weigh_kl; a negative weight trains easy data to get worse
+    min_weight: AtMostOne = 0.1
+    max_weight: AtLeastOne = 3.0  # no sequence counts more than this
+    # false: the KL coefficient is divided by w_i, so that training ends elsewhere (algorithm.md
+    # 2.3) | true: w_i multiplies the KL penalty, too, and so only changes the speed
+    weigh_kl: bool = False
+
+    def problems(self) -> Iterator[UserError]:
+        if not self.weigh_kl and self.min_weight <= 0:
+            yield UserError(
+                f"{self.min_weight:g}, and the KL coefficient is divided by the weight",
+                where="variance_regulariser.min_weight",
+                fix="a number above 0, or weigh_kl: true",
+            )
+
+    def bounded(self, raw: Tensor, groups: Groups) -> Weights:
+        raw = raw.to(groups.sample_scores.dtype)
+        values = raw.clamp(self.min_weight, self.max_weight)
+        return Weights(raw, values, torch.ones_like(values) if self.weigh_kl else values)
 
 
 @final
@@ -49,17 +71,21 @@ class NoVariance:
 @final
 @register("variance_regulariser", "group_variance")
 @dataclass
-class GroupVariance:
+class GroupVariance(Bounded):
     """w_i = 1 - beta N dR_var / dJ_i: gradient of the return minus beta R_var (algorithm.md 2.2,
     stage 2)."""
 
     needs_groups: ClassVar[bool] = True
 
     beta: NotNegative = 0.3  # weight of the variance between the groups' returns
-    min_weight: AtMostOne = 0.0  # a negative weight trains easy data to get worse
-    max_weight: AtLeastOne = 3.0
+    # of R_g and p_ig in the weights. soft: the classifier's | argmax: its likeliest group alone
+    labels: Annotated[str, OneOf("soft", "argmax")] = "soft"
+
+    dp: DataParallel = from_runtime("dp")
 
     def weights(self, groups: Groups) -> Weights:
+        if self.labels == "argmax":
+            groups = self._hard(groups)
         if len(groups.group_means) == 1 or _too_small(groups):
             return _equal_weights(groups)
         lead = groups.group_means - groups.mean_score
@@ -73,37 +99,41 @@ class GroupVariance:
             self.beta,
             groups.variance,
         )
-        return _clamped(raw, groups, self.min_weight, self.max_weight)
+        return self.bounded(raw, groups)
+
+    def _hard(self, groups: Groups) -> Groups:
+        """Return the groups measured with labels 0 and 1."""
+        index = groups.probs.argmax(1)
+        probs = torch.nn.functional.one_hot(index, groups.probs.shape[1]).to(groups.probs.dtype)
+        sums = self.dp.sum(ops.group_sums(probs, groups.sample_scores))
+        means, masses, _, _ = ops.group_means(sums)
+        return replace(groups, probs=probs, group_means=means, masses=masses)
 
 
 @final
 @register("variance_regulariser", "return_variance")
 @dataclass
-class ReturnVariance:
+class ReturnVariance(Bounded):
     """w_i = 1 - 2 beta (G_i - mean G): the variance of all returns, no groups. An ablation: it
     widens the gap."""
 
     beta: NotNegative = 0.1  # weight of the variance
-    min_weight: AtMostOne = 0.0
-    max_weight: AtLeastOne = 3.0
 
     def weights(self, groups: Groups) -> Weights:
         raw = 1 - 2 * self.beta * (groups.sample_scores.double() - groups.mean_score)
-        return _clamped(raw, groups, self.min_weight, self.max_weight)
+        return self.bounded(raw, groups)
 
 
 @final
 @register("variance_regulariser", "group_dro")
 @dataclass
-class GroupDRO:
+class GroupDRO(Bounded):
     """w_i = sum_g q_g p_ig / rho_g,   q_g proportional to q_g exp(-step R_g), this batch's R_g
     included (Sagawa et al. 2020)."""
 
     needs_groups: ClassVar[bool] = True
 
     step: NotNegative = 0.1  # a: how fast q moves to the worst group; R_g in units of G
-    min_weight: AtMostOne = 0.0
-    max_weight: AtLeastOne = 3.0
 
     def __post_init__(self) -> None:
         self._log_q: list[float] | None = None
@@ -123,7 +153,7 @@ class GroupDRO:
         if _too_small(groups):
             return _equal_weights(groups)
         raw = (groups.probs.double() * (self._updated(groups).exp() / groups.shares)).sum(1)
-        return _clamped(raw, groups, self.min_weight, self.max_weight)
+        return self.bounded(raw, groups)
 
     def observe(self, groups: Groups, kl: float) -> Metrics:
         self._log_q = self._updated(groups).tolist()
@@ -141,7 +171,7 @@ class GroupDRO:
 @dataclass
 class CVaR:
     """w_i = 1{G_i <= VaR_alpha} / alpha: only the worst share alpha of the global batch counts;
-    rows tied at VaR share the rest of it."""
+    rows tied at VaR share the rest of it. The others have no KL penalty either."""
 
     alpha: Annotated[float, Range(0, 1, open=True)] = 0.5  # share of trajectories trained on
 
@@ -151,4 +181,4 @@ class CVaR:
         everyone = gather_rows(groups.sample_scores, self.dp)
         raw = ops.lower_tail_weights(groups.sample_scores.double(), everyone, self.alpha)
         raw = raw.to(groups.sample_scores.dtype)
-        return Weights(raw, raw)
+        return Weights(raw, raw, torch.ones_like(raw))

@@ -120,6 +120,15 @@ class Dataset:
         rows, valid = _padded(indices, dp_rank, dp_size)
         return self._examples(rows), valid
 
+    @property
+    def answered(self) -> bool:
+        """Check that every row has a response, the chosen one of a pair."""
+        return all(row.responses for row in self.rows)
+
+    def answers(self, rows: Sequence[int]) -> Sequences:
+        """Return `rows`, in their order, with their first responses."""
+        return self._examples(list(rows))
+
     # ------------------------------------------------------------------------------ rows to tensors
 
     def _prompts(self, rows: list[int], sample_ids: list[int]) -> Prompts:
@@ -144,7 +153,7 @@ class Dataset:
         return Pairs(chosen, rejected, tuple(self.rows[row].source for row in rows))
 
     def _examples(self, rows: list[int]) -> Sequences:
-        assert self.kind != "prompt", "prompt rows have no responses"
+        assert all(self.rows[row].responses for row in rows), "prompts without responses"
         encoded = [self._encoder.sequence(self.rows[row], row, 0) for row in rows]
         return self._sequences(rows, encoded, max(len(x.tokens) for x in encoded))
 

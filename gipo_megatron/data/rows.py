@@ -42,7 +42,8 @@ def read_rows(
             tally.drop(str(reason), where, example.prompt)
             continue
         tally.kept += 1
-        kept.append(replace(example, responses=example.responses[: KINDS[kind]]))
+        # a prompt keeps its first response, if it has one: see `Dataset.answers`
+        kept.append(replace(example, responses=example.responses[: max(KINDS[kind], 1)]))
     return kept
 
 

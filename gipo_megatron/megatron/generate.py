@@ -43,8 +43,8 @@ def generate(
 
     A row's tokens depend only on its prompt, the weights and (seed, step, sample_id): not on the
     layout, on other rows, or on `room`, the memory that a slice of the batch may fill (by default
-    all that is free). generation_logprobs are under softmax(logits / temperature), before
-    truncation and penalty. Raises UserError for sampling keys out of range, for sequences beyond
+    all that is free). generation_logprobs are of the distribution drawn from, after penalty
+    and truncation. Raises UserError for sampling keys out of range, for sequences beyond
     the model's positions, and for logits that are not finite.
     """
     check_sampling(sampling)

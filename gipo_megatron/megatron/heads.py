@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gipo_megatron.megatron.cpu_compat import HostAdam
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import SCORE, unwrap
-from gipo_megatron.specs import HeadSpec
+from gipo_megatron.specs import HeadSpec, width_scaled
 from gipo_megatron.types import Sequences
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of HostAdam
@@ -97,8 +97,8 @@ class GroupHead:
 
     The head is on the last stage, outside the model and mcore's optimizer, with its own Adam (0.9,
     0.999), gradient sum and clip (norm 1). So a head that only observes (`detach_trunk`) changes
-    nothing else, bit for bit. On other stages all methods do nothing. W ~ normal(0, init_std)
-    (algorithm.md 5.4), b = 0.
+    nothing else, bit for bit. On other stages all methods do nothing. W ~ normal(0, init_std),
+    width-scaled (algorithm.md 5.4), b = 0.
     """
 
     clip = 1.0
@@ -108,10 +108,11 @@ class GroupHead:
         if spec.input not in ("prompt", "trajectory"):
             raise ValueError(f"input of a group head is prompt or trajectory, not {spec.input!r}")
         generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(spec.num_groups, hidden_size, generator=generator) * spec.init_std
+        lr, init_std = width_scaled(spec.lr, spec.init_std, hidden_size)
+        weight = torch.randn(spec.num_groups, hidden_size, generator=generator) * init_std
         self.weight = nn.Parameter(weight.to(mesh.device))
         self.bias = nn.Parameter(torch.zeros(spec.num_groups, device=mesh.device))
-        self.optimizer = HostAdam([self.weight, self.bias], lr=spec.lr, betas=(0.9, 0.999))
+        self.optimizer = HostAdam([self.weight, self.bias], lr=lr, betas=(0.9, 0.999))
 
     def features(self, hidden: Tensor, sequences: Sequences) -> Tensor:
         """Return the hidden states that the head reads, [b, H]; see `hidden_at`."""

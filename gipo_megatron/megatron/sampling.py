@@ -94,8 +94,8 @@ def pick(
     """Return tokens [b] (-1 where the logits are not finite) and their log-probs [b].
 
     The order is Hugging Face's: repetition penalty, temperature, top-k, top-p. The log-prob is
-    under softmax(logits / temperature) (temperature 1 when greedy) before penalty and truncation,
-    as in the training forward pass. `seen` bool [b, V] is needed with a repetition penalty only.
+    that of the distribution drawn from, so after penalty and truncation (when greedy: of the
+    softmax at temperature 1). `seen` bool [b, V] is needed with a repetition penalty only.
     """
     logits = logits.float()
     if sampling.temperature not in (0, 1):
@@ -106,11 +106,9 @@ def pick(
         # it scales logits and so commutes with the temperature
         scores = penalise(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        tokens, logsumexp = scores.argmax(-1), logits.logsumexp(-1)
+        tokens, logsumexp = scores.argmax(-1), scores.logsumexp(-1)
     else:
         scores = truncate(scores, sampling.top_k, sampling.top_p)
         tokens, logsumexp = draw(scores, uniform)
-        if scores is not logits:
-            logsumexp = logits.logsumexp(-1)
     tokens = torch.where(logsumexp.isfinite(), tokens, -1)
-    return tokens, logits.gather(1, tokens.clamp(min=0)[:, None])[:, 0] - logsumexp
+    return tokens, scores.gather(1, tokens.clamp(min=0)[:, None])[:, 0] - logsumexp

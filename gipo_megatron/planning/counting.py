@@ -187,6 +187,7 @@ class Table:
                 "pairs": lambda: lambda step: pairs(batch.minibatch),
                 "examples": lambda: lambda step: sequences(batch.minibatch),
                 "probe": lambda: sequences(PROBE_ROWS, Probe),
+                "chosen": lambda: lambda ids: sequences(len(ids)),
             }
         )
 

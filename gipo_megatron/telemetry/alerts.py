@@ -22,6 +22,8 @@ class Alerts:
     mass_min: float = 0.05  # groups/mass_min below this: the groups have collapsed
     # groups/response_split (an AUC) above this: the groups split responses, not prompts
     response_split: float = 0.8
+    # reward/between_prompts above this: scores of different prompts are not comparable
+    between_prompts: float = 0.5
     kl_above: float | None = 50.0  # kl/mean, nats per response; null: off
     # rollout/length_mean grew or shrank by this factor since the run's first steps
     length_drift: float = 2.0
@@ -82,6 +84,14 @@ class Alerts:
                 f"groups/response_split = {auc:.3g} > {self.response_split:g}: within a prompt the"
                 " groups follow the response's score, not the prompt's difficulty; use"
                 " group_classifier.input=prompt",
+            )
+        if (share := finite.get("reward/between_prompts")) is not None:
+            yield (
+                "between_prompts",
+                share > self.between_prompts,
+                f"reward/between_prompts = {share:.3g} > {self.between_prompts:g}: most of the"
+                " score's variance lies between prompts, so groups follow the reward model's"
+                " offsets; train it with centre above 0, or set reward.anchor=chosen",
             )
         if self.kl_above is not None and (kl := finite.get("kl/mean")) is not None:
             yield (

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from gipo_megatron import registry
 from gipo_megatron.algorithms.pair_reference import LiveReference, PrecomputedReference, Split
 from gipo_megatron.data.batching import Dataset, load_data
@@ -105,6 +107,7 @@ class Providers:
                 "tokenizer": lambda: self.tokenizer,
                 "prompts": lambda: self._prompts,
                 "pairs": lambda: self._pairs,
+                "chosen": lambda: self._chosen if self.train.answered else None,
                 "examples": self._examples,
                 "probe": self._probe,
                 "held_out": self._held_out,
@@ -241,6 +244,9 @@ class Providers:
 
     def _pairs(self, step: int) -> Pairs:
         return self.train.pairs(step, self.rows, self.dp.rank, self.dp.size)
+
+    def _chosen(self, prompt_ids: Tensor) -> Sequences:
+        return self.train.answers(prompt_ids.tolist())
 
     def _examples(self) -> Callable[[int], Sequences] | None:
         """SFT rows, a minibatch each. A page on other data mixes them in where its weight `ptx` is

@@ -4,6 +4,7 @@ what it does with non-finite numbers."""
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,9 +18,18 @@ from gipo_megatron.components.variance import GroupDRO, GroupVariance, NoVarianc
 from gipo_megatron.local.replicas import run_replicas
 from gipo_megatron.local.roles import TorchActor, TorchCritic
 from gipo_megatron.roles import SingleReplica
+from gipo_megatron.specs import Sampling
 from gipo_megatron.telemetry.metrics import reduce_metrics
-from gipo_megatron.types import CriticOutput, Experience, Rows, TokenStats
-from tests.small_ppo import BATCH, SOURCES, make_ppo, stored_rollout
+from gipo_megatron.types import (
+    CriticOutput,
+    Experience,
+    Prompts,
+    Rollout,
+    Rows,
+    TokenStats,
+    Update,
+)
+from tests.small_ppo import BATCH, RESPONSES, SOURCES, make_ppo, prompts_at, stored_rollout
 
 DP = SingleReplica()
 
@@ -74,7 +84,8 @@ def test_actor_loss_is_the_loop_over_tokens() -> None:
         advantage = float(batch.weights[b] * batch.advantages[b, t])
         expected += -min(ratio * advantage, min(max(ratio, 1 - clip), 1 + clip) * advantage)
         entropy += float(batch.returns[b, t].abs())
-        clipped += abs(ratio - 1) > clip
+        # the clipped branch is the loss: one direction for each sign of the advantage
+        clipped += ratio > 1 + clip if advantage > 0 else ratio < 1 - clip
         tokens += 1
     assert tokens > BATCH
     assert (batch.weights < 0).any()
@@ -102,11 +113,11 @@ def test_critic_loss_is_the_loop_over_tokens() -> None:
     gain = 0.0
     for b in range(BATCH):
         scale = sum(math.exp(float(x)) for x in logits[b])
-        gain += sum(
-            float(c) * math.exp(float(x)) / scale
-            for c, x in zip(batch.group_loss_coefficients[b], logits[b], strict=True)
-        )
-    ppo = make_ppo(DP, CriticHead(beta_critic=0.7), NoVariance(), FixedKL(), value_clip=clip)
+        for c, x in zip(batch.group_loss_coefficients[b], logits[b], strict=True):
+            p = math.exp(float(x)) / scale
+            gain += float(c) * p - 0.05 * p * math.log(p)
+    classifier = CriticHead(beta_critic=0.7, entropy=0.05)
+    ppo = make_ppo(DP, classifier, NoVariance(), FixedKL(), value_clip=clip)
     loss = ppo.critic_loss(CriticOutput(values, logits), batch)
     assert {
         name: (pytest.approx(float(value)), unit) for name, (value, unit) in loss.terms.items()
@@ -249,6 +260,72 @@ def test_a_score_that_is_no_number_skips_the_step_everywhere(size: int) -> None:
     assert run_replicas(size, work) == [({"rollout": (5,)}, 1.0, True)] * size
 
 
+@dataclass
+class BrokenHead:
+    """A critic whose group logits hold a NaN in one iteration."""
+
+    inner: TorchCritic
+    broken: bool = False
+
+    def evaluate(self, batch: Rows) -> CriticOutput:
+        output = self.inner.evaluate(batch)
+        assert output.group_logits is not None
+        logits = output.group_logits.clone()
+        if self.broken:
+            logits[3, 0] = math.nan
+        return CriticOutput(output.values, logits)
+
+    def update(self, *parts: Any) -> Update:
+        return self.inner.update(*parts)
+
+
+def test_a_group_logit_that_is_no_number_is_not_remembered() -> None:
+    ppo = gipo()
+    assert isinstance(ppo.critic, TorchCritic)
+    critic = BrokenHead(ppo.critic)
+    ppo.critic = critic
+    ppo.step(0)
+    memory = {name: repr(part) for name, part in ppo.state_dict().items() if name != "reward"}
+    critic.broken = True
+    assert list(ppo.step(1).skipped) == ["rollout"]
+    after = {name: repr(part) for name, part in ppo.state_dict().items() if name != "reward"}
+    assert after == memory and "nan" not in "".join(memory.values())
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+class TwoBatches:
+    """Held-out prompts, two batches of them."""
+
+    sources, gold = SOURCES, None
+
+    def batches(self) -> Any:
+        for step in (100, 101):
+            yield prompts_at(step, DP), torch.ones(BATCH)
+
+
+def test_the_kl_of_an_evaluation_is_of_responses_drawn_from_the_policy() -> None:
+    """The scored responses are drawn colder, and of those log pi - log ref is no KL estimate."""
+    ppo = gipo()
+    ppo.step(0)
+    ppo.held_out = TwoBatches()  # type: ignore[assignment]
+    ppo.sampling = Sampling(max_response=RESPONSES, temperature=0.2, top_p=0.9, seed=5)
+    drawn = []
+
+    def generate(prompts: Prompts, sampling: Sampling, inner: Any = ppo.actor.generate) -> Rollout:
+        drawn.append((sampling.temperature, sampling.top_p))
+        return inner(prompts, sampling)
+
+    ppo.actor.generate = generate  # type: ignore[method-assign]
+    metrics, _ = ppo.evaluate()
+    assert drawn == [(0.2, 0.9), (1.0, 1.0), (0.2, 0.9)]
+    whole = replace(ppo.sampling, temperature=1.0, top_p=1.0)
+    rollout = ppo.actor.generate(prompts_at(100, DP), whole)
+    ratio = ppo.actor.logprobs(rollout).logprobs - ppo.reference.logprobs(rollout).logprobs
+    assert metrics["eval/kl"].result() == pytest.approx(float(ratio.sum(1).mean()), rel=1e-6)
+
+
 # -------------------------------------------------------------------------------- what a step shows
 
 
@@ -265,7 +342,7 @@ def test_a_step_shows_the_stable_names() -> None:
             f"rollout/{x}"
             for x in ("length_mean", "truncated", "logprob_gap_mean", "logprob_gap_max")
         ),
-        *(f"reward/{x}" for x in ("score_mean", "score_std")),
+        *(f"reward/{x}" for x in ("score_mean", "score_std", "between_prompts")),
         *(f"kl/{x}" for x in ("mean", "coef_mean")),
         *(f"groups/{x}" for x in groups.split()),
         *(f"groups/{x}_{g}" for x in per_group.split() for g in (0, 1)),
@@ -275,7 +352,7 @@ def test_a_step_shows_the_stable_names() -> None:
         *(f"policy/{x}" for x in ("loss", "clip_fraction", "entropy", "grad_norm", "ratio_max")),
         *(f"value/{x}" for x in ("loss", "explained_variance", "grad_norm")),
     }
-    assert len(expected) == 54
+    assert len(expected) == 55
     assert expected - result.metrics.keys() == set()
     assert len(result.samples) == BATCH
     assert result.samples[0].keys() >= {"prompt", "response", "score", "p_high", "weight", "kl"}

@@ -19,7 +19,8 @@ from gipo_megatron.local.replicas import run_replicas
 from gipo_megatron.local.roles import TorchActor, TorchRewardModel
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.telemetry.metrics import reduce_metrics
-from tests.small_ppo import SOURCES, VOCAB, make_ppo
+from gipo_megatron.types import Loss
+from tests.small_ppo import SOURCES, VOCAB, make_ppo, stored_rollout
 
 ADVANTAGES: dict[str, Any] = {"rloo": LeaveOneOut, "grpo": GroupNormalised}
 CLASSIFIERS: dict[str, Any] = {
@@ -108,7 +109,7 @@ def test_the_head_maximises_the_variance_between_groups() -> None:
     scores = ppo.reward.score(rollout)
 
     def variance() -> float:
-        groups = ppo.tracker.measure(head.probs(head.logits(rollout), rollout), scores)
+        groups = ppo.tracker.measure(head.probs(head.logits(rollout), None, rollout), scores)
         metrics = ppo.tracker.observe(groups, scores, None)
         return metrics["groups/variance"].result()
 
@@ -120,6 +121,31 @@ def test_the_head_maximises_the_variance_between_groups() -> None:
     assert result.metrics["group_head/grad_norm"].result() > 0
     assert variance() > first + 0.01
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters, strict=True))
+
+
+class Features:
+    """A trunk of some width whose states have entries of +-1."""
+
+    def __init__(self, width: int) -> None:
+        noise = torch.randn(64, width, generator=torch.Generator().manual_seed(width))
+        self.states = noise.sign()
+
+    def features(self, rows: Any, position: str) -> Tensor:
+        return self.states
+
+
+@pytest.mark.parametrize("width", [128, 4096])
+def test_labels_move_alike_on_every_width(width: int) -> None:
+    """By hand: the first logits have std 0.02 sqrt(128), and the first Adam step moves the logit of
+    a row that pulls alone by lr 128 / H (sum |h| + 1). Unscaled, a width of 4096 moved it by 4."""
+    models: Any = {"reward": Features(width)}
+    head = RewardHead(reward_models=models, seed=0, dp=SingleReplica())
+    rows = stored_rollout(make("rloo", "reward_head", SingleReplica()))
+    before = head.logits(rows)
+    assert float(before.std()) == pytest.approx(0.02 * 128**0.5, rel=0.2)
+    head.update((rows, lambda logits, batch: Loss({"group": (logits[0, 0], "sequence")})))
+    moved = float((head.logits(rows) - before)[0, 0])
+    assert moved == pytest.approx(-1e-3 * 128 * (width + 1) / width, rel=1e-3)
 
 
 def test_a_resumed_head_is_the_head() -> None:

@@ -37,20 +37,48 @@ def feed(tracker: GroupTracker, *rounds: tuple[float, float], std: float = 1.0) 
     return high
 
 
+def settled(num_groups: int = 2) -> GroupTracker:
+    """A tracker whose first choice was group 0."""
+    tracker = GroupTracker(num_groups)
+    tracker.settled = True
+    return tracker
+
+
+def test_the_best_group_is_the_high_one_until_one_leads() -> None:
+    """The first choice has no hysteresis, whatever the index; later ones have."""
+    for order in ((0, 1), (1, 0)):
+        tracker = GroupTracker(2)
+        rounds = [(0.0, 0.05), (0.2, 0.0), (0.0, 3.0), (9.0, 0.0)]
+        # EMA: 0 0.05 | 0.02 0.045 | 0.018 0.34: settled | 0.916 0.306: a challenger
+        swapped = [(pair[order[0]], pair[order[1]]) for pair in rounds]
+        assert feed(tracker, *swapped) == [order[1], order[1], order[1], order[1]]
+        assert tracker.settled and tracker.flips == 0 and tracker.led == 1
+
+
 def test_high_changes_after_leading_for_two_iterations() -> None:
-    tracker = GroupTracker(2)
+    tracker = settled()
     assert feed(tracker, (0.0, 1.0), (0.0, 1.0), (0.0, 1.0)) == [0, 1, 1]
     assert tracker.flips == 1
     assert tracker.means == [0.0, 1.0]
 
 
 def test_a_small_lead_changes_nothing() -> None:
-    assert feed(GroupTracker(2), *[(0.0, 0.09)] * 10) == [0] * 10
-    assert feed(GroupTracker(2), *[(0.0, 0.09)] * 3, std=0.5) == [0, 1, 1]
+    assert feed(settled(), *[(0.0, 0.09)] * 10) == [0] * 10
+    assert feed(settled(), *[(0.0, 0.09)] * 3, std=0.5) == [0, 1, 1]
+
+
+def test_a_lead_is_measured_by_the_batchs_own_spread() -> None:
+    """Scores that rise from 0 to 1000 have a large std over all history; one batch has 0.5."""
+    tracker = settled()
+    for level in (0.0, 1000.0, 1000.0):
+        raw = torch.tensor([level, level + 1.0])
+        scores = scores_of(raw, std=500.0)
+        tracker.observe(tracker.measure(probs_of([[1, 0], [0, 1]]), scores), scores, None)
+    assert tracker.high == 1
 
 
 def test_an_interrupted_lead_starts_again() -> None:
-    tracker = GroupTracker(2)
+    tracker = settled()
     # EMA of group 1: 0.2, then 0.9 * 0.2 - 0.1 * 2 = -0.02, then 0.9 * -0.02 + 0.1 * 3 = 0.282
     assert feed(tracker, (0.0, 0.2), (0.0, -2.0), (0.0, 3.0), (0.0, 0.282)) == [0, 0, 0, 1]
 
@@ -62,6 +90,8 @@ def test_the_mean_is_exponential_and_empty_groups_are_skipped() -> None:
     tracker.advance([2.0, 5.0], [10.0, 1.0], 1.0)
     assert tracker.means == [pytest.approx(1.1), 5.0]
     tracker.advance([2.0, 9.0], [10.0, 0.9], 1.0)
+    assert tracker.means == [pytest.approx(1.19), 5.0]
+    tracker.advance([math.nan, 5.0], [10.0, 2.0], 1.0)
     assert tracker.means == [pytest.approx(1.19), 5.0]
 
 
@@ -126,7 +156,6 @@ def test_metrics_are_in_raw_units() -> None:
         "label_entropy": 0.0,
         "high_index": 0.0,
         "flips": 0.0,
-        "flip_rate": 0.0,
         "return_high": 2.0,
         "return_low": -4.0,
         "return_worst": -4.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -45,13 +46,39 @@ def test_weights_are_clamped_and_the_raw_ones_kept() -> None:
     groups = two_groups([2, 2, -2, -2], 2)
     weights = GroupVariance(beta=1.0).weights(groups)
     assert weights.raw.tolist() == [-3, -3, 5, 5]
-    assert weights.values.tolist() == [0, 0, 3, 3]
+    assert weights.values.tolist() == pytest.approx([0.1, 0.1, 3, 3])
     assert GroupVariance(beta=1.0, min_weight=-1, max_weight=4).weights(groups).values.tolist() == [
         -1,
         -1,
         4,
         4,
     ]
+
+
+@pytest.mark.parametrize("cls", [GroupVariance, ReturnVariance, GroupDRO])
+def test_the_kl_coefficient_is_divided_by_the_weight(cls: Any) -> None:
+    """Or not, with weigh_kl; then a weight may be 0 or below."""
+    groups = two_groups([1, 1, -1, 0], 2)
+    weights = cls().weights(groups)
+    assert torch.equal(weights.kl_divisor, weights.values)
+    assert not (weights.values == 1).any()
+    assert (cls(weigh_kl=True).weights(groups).kl_divisor == 1).all()
+    refused = [error.where for error in cls(min_weight=0.0).problems()]
+    assert refused == ["variance_regulariser.min_weight"]
+    assert not [*cls().problems(), *cls(min_weight=-1.0, weigh_kl=True).problems()]
+
+
+def test_argmax_labels_by_hand() -> None:
+    """G = 1, 1, -1, 0 and labels 0, 0, 1, 1: as in the first test, however soft they are."""
+    groups = two_groups([1, 1, -1, 0], 2)
+    soft = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8], [0.3, 0.7]], dtype=torch.float64)
+    r, masses, mean, count = ops.group_means(ops.group_sums(soft, groups.sample_scores))
+    learned = Groups(soft, soft[:, 0], groups.sample_scores, r, masses, mean, count, 0, 1.0)
+    hard = GroupVariance(beta=0.4, labels="argmax", dp=SingleReplica())
+    assert hard.weights(learned).raw.tolist() == pytest.approx([0.4, 0.4, 1.6, 1.6])
+    assert GroupVariance(beta=0.4).weights(learned).raw.tolist() != pytest.approx(
+        [0.4, 0.4, 1.6, 1.6]
+    )
 
 
 def test_a_group_below_one_sequence_switches_the_weights_off() -> None:

@@ -72,6 +72,22 @@ def test_pairs_have_one_shape_and_masks_on_the_response(tmp_path: Path) -> None:
     assert pairs.source == ("s",) * 4
 
 
+def test_prompts_keep_their_chosen_responses(tmp_path: Path) -> None:
+    """In any order, as the pairs' chosen halves; data without responses have none."""
+    rows = [{"prompt": f"q{i}:", "chosen": "y" * (i + 1), "rejected": "n"} for i in range(4)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    path = str(tmp_path / "a.jsonl")
+    config = DataConfig(path=path, format="preference")
+    prompts, pairs = (load_data(config, TOKENIZER, "all", 0, k) for k in ("prompt", "preference"))
+    assert prompts.answered
+    found, wanted = prompts.answers([2, 0, 2]), pairs.pairs_at([2, 0, 2])[0].chosen
+    width = found.tokens.shape[1]
+    assert torch.equal(found.tokens, wanted.tokens[:, :width]) and found.ids.tolist() == [2, 0, 2]
+    assert torch.equal(found.mask, wanted.mask[:, :width]) and int(found.mask.sum()) == 4 + 2 + 4
+    bare = load_data(DataConfig(path=path, format="prompt"), TOKENIZER, "all", 0, "prompt")
+    assert not bare.answered
+
+
 def test_prompts_carry_their_text_and_extras(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", [{"prompt": "q", "gold": 1.5}])
     data = load_data(

@@ -54,9 +54,10 @@ def test_a_learning_head_reaches_the_trunk(mesh: Mesh) -> None:
 
 
 def test_initial_weights_are_normal_from_their_own_seed(mesh: Mesh) -> None:
+    """Standard deviation 0.02 on a trunk of width 128, so 0.02 sqrt(128 / 20000) here."""
     head = GroupHead(HeadSpec(2, "prompt", True, init_std=0.02), 20000, mesh, seed=1)
     assert head.weight.dtype == torch.float32
-    assert abs(float(head.weight.detach().std()) - 0.02) < 4e-4 and not head.bias.any()
+    assert abs(float(head.weight.detach().std()) - 0.0016) < 4e-5 and not head.bias.any()
     same, other = (
         GroupHead(head.spec, 20000, mesh, seed=1),
         GroupHead(head.spec, 20000, mesh, seed=2),

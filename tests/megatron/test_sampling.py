@@ -127,24 +127,30 @@ def test_greedy_takes_the_largest_and_penalises() -> None:
         logits, Sampling(1, temperature=0.0, repetition_penalty=2.0), torch.zeros(1), seen
     )
     assert tokens.tolist() == [2]
-    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[:, 2])  # before the penalty
+    penalised = torch.tensor([[1.0, 1.5, 2.0]])
+    torch.testing.assert_close(logprobs, penalised.log_softmax(-1)[:, 2])
 
 
-def test_logprob_is_of_the_tempered_distribution_before_truncation() -> None:
+def test_logprob_is_of_the_distribution_drawn_from() -> None:
+    """Against HF's processors: `rollout/logprob_gap` shows a truncation."""
     logits, uniform = _logits(50, 30), torch.linspace(0, 0.999, 50, dtype=torch.float64)
-    seen = torch.zeros(50, 30, dtype=torch.bool)
-    checked = 0
-    for sampling in (
-        Sampling(1),
-        Sampling(1, temperature=0.5, top_k=5),
-        Sampling(1, temperature=1.5, top_p=0.6, repetition_penalty=1.2),
+    ids, checked = torch.zeros(50, 1, dtype=torch.long), 0
+    for sampling, warpers in (
+        (Sampling(1), []),
+        (
+            Sampling(1, temperature=0.5, top_k=5),
+            [TemperatureLogitsWarper(0.5), TopKLogitsWarper(5)],
+        ),
+        (
+            Sampling(1, temperature=1.5, top_p=0.6),
+            [TemperatureLogitsWarper(1.5), TopPLogitsWarper(0.6)],
+        ),
     ):
-        tokens, logprobs = pick(logits, sampling, uniform, seen)
-        expected = (
-            (logits.double() / sampling.temperature)
-            .log_softmax(-1)
-            .gather(1, tokens[:, None])[:, 0]
-        )
+        tokens, logprobs = pick(logits, sampling, uniform, None)
+        scores = logits
+        for warper in warpers:
+            scores = warper(ids, scores)
+        expected = scores.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         torch.testing.assert_close(logprobs.double(), expected, atol=2e-6, rtol=0)
         checked += 1
     assert checked == 3

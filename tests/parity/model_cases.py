@@ -245,7 +245,7 @@ def check_heads(mesh: Mesh, layout: str) -> dict[str, Any]:
 def check_group_head_steps(mesh: Mesh) -> dict[str, Any]:
     """Two replicas with different gradients: the same weights on both, those of one Adam step on
     the clipped sum."""
-    head = GroupHead(HeadSpec(2, "prompt", detach_trunk=True, lr=0.1), 8, mesh, seed=3)
+    head = GroupHead(HeadSpec(2, "prompt", detach_trunk=True, lr=0.1 * 8 / 128), 8, mesh, seed=3)
     plain = [p.detach().clone() for p in head.parameters()]
     adam = torch.optim.Adam(plain, lr=0.1, betas=(0.9, 0.999), eps=1e-8)
     norms = []

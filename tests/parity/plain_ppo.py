@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -21,8 +22,15 @@ from tests.parity import tiny
 MINIBATCH = 4
 CLIP, VALUE_CLIP, ENTROPY, PTX = 0.2, 0.3, 0.01, 0.3
 # narrow limits of the weight: some rows are clamped
-BETA, BETA_CRITIC, LOW, HIGH_WEIGHT = 0.9, 0.7, 0.75, 1.2
-ETA, FLOOR, GAP, HIGH = 0.3, 0.6, 0.2, 1  # the price's ramp is half way; group 1 is the high one
+BETA, BETA_CRITIC, LABEL_ENTROPY, LOW, HIGH_WEIGHT = 0.9, 0.7, 0.2, 0.75, 1.2
+# narrow bounds of the price, as well
+ETA, FLOOR, CEILING, GAP, HIGH = (
+    0.3,
+    0.9,
+    1.1,
+    0.2,
+    1,
+)  # the price's ramp is half way; group 1 is the high one
 GAMMA, LAM, SHAPED_CLIP, RETURN_CLIP = 0.98, 0.9, 0.8, 3.0
 LENGTH_PENALTY = 0.05
 SCORES = (-0.8, -1.3, 0.4, 2.2, -0.2, 0.1, 0.9, 1.5)
@@ -103,7 +111,9 @@ def plain_step(num_groups: int = 2) -> Plain:
 
     ramp = (GAP - 0.1) / 0.2
     price = 1 - ramp * (1 - p[:, HIGH])
-    price = ETA * (price / price.mean()).clamp(min=FLOOR)
+    price = price / price.mean()
+    shift = brentq(lambda x: float((price + x).clamp(FLOOR, CEILING).mean()) - 1, -2, 2)
+    price = ETA * (price + shift).clamp(FLOOR, CEILING) / weights
     advantages, returns = estimate(-price[:, None] * (old - reference), shaped, critic.values, mask)
     ratios = (tiny.hf_token_stats(live, rows).logprobs.detach() - old).exp()[mask]
 
@@ -180,7 +190,8 @@ def critic_gradients(
         ].mean()
         / 2
     )
-    gain = (coefficients * output.group_logits.softmax(1)).sum(1).mean()
+    p = output.group_logits.softmax(1)
+    gain = (coefficients * p - LABEL_ENTROPY * p * p.log()).sum(1).mean()
     (value - BETA_CRITIC * gain).backward()
     named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {

@@ -120,9 +120,9 @@ def make_ppo(
     mesh: Mesh, roles: tuple[OffPolicy, OffPolicy, OffPolicy], regulariser: Watched
 ) -> PPO:
     dp = mesh.data_parallel
-    classifier = CriticHead(beta_critic=plain.BETA_CRITIC)
-    controller = GroupAdaptiveKL(eta=plain.ETA, floor=plain.FLOOR, dp=dp)
-    controller.load_state_dict({"gap": plain.GAP})
+    classifier = CriticHead(beta_critic=plain.BETA_CRITIC, entropy=plain.LABEL_ENTROPY)
+    controller = GroupAdaptiveKL(eta=plain.ETA, floor=plain.FLOOR, ceiling=plain.CEILING, dp=dp)
+    controller.load_state_dict({"leads": {0: 0.0, plain.HIGH: plain.GAP}, "level": plain.ETA})
     rollout = mine(mesh, plain.stored_rollout())
     assert isinstance(rollout, Rollout)
     probe = rollout.sequences

@@ -55,11 +55,12 @@ def test_a_reference_is_called_for_each_batch_or_once() -> None:
 
 
 def test_a_rollout_and_its_updates() -> None:
-    """64 prompts x 4 responses, minibatches of 64, two epochs, groups that are learned."""
+    """64 prompts x 4 responses, minibatches of 64, two epochs, groups that are learned. The chosen
+    responses are scored, too."""
     work = counted("recipe=hh_gipo", "algorithm.epochs=2", "algorithm.rollout.top_k=7")
     assert brief(work.calls) == [
         ("generate", "actor", 256, 256),
-        ("forward", "reward", 256, 256),
+        *[("forward", "reward", 256, 256)] * 2,
         ("forward", "actor", 256, 256),
         ("forward", "reference", 256, 256),
         ("forward", "critic", 256, 256),
@@ -160,4 +161,4 @@ def test_no_random_number_is_drawn() -> None:
         return [torch.get_rng_state().tolist(), random.getstate()]
 
     before = states()
-    assert len(count(recipe).calls) == 14 and states() == before
+    assert len(count(recipe).calls) == 15 and states() == before

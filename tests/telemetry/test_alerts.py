@@ -20,6 +20,7 @@ QUIET = {
 LOUD = [
     ("groups/mass_min", 0.01, "0.05"),
     ("groups/response_split", 0.9, "0.8"),
+    ("reward/between_prompts", 0.8, "0.5"),
     ("kl/mean", 80.0, "50"),
     ("rollout/distinct", 0.2, "0.5"),
     ("rollout/repetition", 0.7, "0.5"),
@@ -93,6 +94,7 @@ def test_state_is_no_recipe_key() -> None:
     assert keys == {
         "mass_min",
         "response_split",
+        "between_prompts",
         "kl_above",
         "length_drift",
         "repetition",

@@ -90,7 +90,7 @@ def test_diff_is_exactly_what_differs_and_a_component_is_one_line(
     tool.main(["diff", "hh_gipo", "ablation/kl_only"])
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(
-        "algorithm.variance_regulariser: group_variance {beta: 0.3, "
+        "algorithm.variance_regulariser: group_variance {min_weight: 0.1, "
     ) and first.endswith("} → none")
     assert second == "run.dir: runs/hh_gipo → runs/ablation/kl_only"
     tool.main(["diff", "hh_gipo", "hh_gipo"])
