@@ -2,7 +2,8 @@
 
 The formulas are those of algorithms/ppo.py and its components, stated for one-token responses, so
 that a policy is a table [P, A] of action probabilities; tests/tools/test_study_bandit.py compares
-them with the real page. P prompts (the first half easy), A actions, B samples an iteration, H hidden units.
+them with the real page. P prompts (the first half easy), A actions, B samples an iteration, H
+hidden units.
 """
 
 from __future__ import annotations
