@@ -87,7 +87,7 @@ WORLD = compare.WorldCells(
             1.0: outcome([1, 2], [0.0, 0.2], 1.0),
         },
         "adaptive": {
-            0.1: outcome([3, 5], [0.5, 0.7], 10**-0.5),
+            0.05: outcome([3, 5], [0.5, 0.7], 10**-0.5),
             0.3: outcome([1, 9], [9.0, 9.0], 2.0),
         },
     },
@@ -99,11 +99,27 @@ def test_differences_at_equal_kl_and_at_equal_price() -> None:
     seed's 9 is beyond 8, so η 0.3 is left out for both. Price: the middle of the logs of 0.1 and
     1, so 0.1 and 0.4; a price of 2 is above every η."""
     at_kl = WORLD.difference("adaptive", "mean", "kl")
-    assert at_kl is not None and at_kl.etas == [0.1]
+    assert at_kl is not None and at_kl.etas == [0.05]
     assert at_kl.values == pytest.approx([0.2, 0.05])
     at_price = WORLD.difference("adaptive", "mean", "price")
-    assert at_price is not None and at_price.etas == [0.1]
+    assert at_price is not None and at_price.etas == [0.05]
     assert at_price.values == pytest.approx([0.4, 0.3])
+
+
+def test_ppo_with_kl_is_compared_without_its_own_point() -> None:
+    """The first seed: the line from (1, 0) to (4, 0.4) is 0.4 / 3 at 2; the second: from (2, 0.2)
+    to (8, 0.8) it is 0.4 at 4. At η 1 nothing lies further out."""
+    found = WORLD.expected("ppo_kl", 0.1, "mean", "kl")
+    assert found == pytest.approx([0.4 / 3, 0.4])
+    assert np.isnan(WORLD.expected("ppo_kl", 1.0, "mean", "kl")).all()
+
+
+def test_where_the_curve_turns_back_the_higher_gold_counts() -> None:
+    """From KL 0 to 4 and back to 2: at 3 gold is 0.3 on the way out and 0.7 on the way back."""
+    kl, gold = np.array([0.0, 4.0, 2.0]), np.array([0.0, 0.4, 1.0])
+    assert compare.highest(3.0, kl, gold) == pytest.approx(0.7)
+    assert compare.highest(1.0, kl, gold) == pytest.approx(0.1)
+    assert np.isnan(compare.highest(5.0, kl, gold))
 
 
 def test_nothing_is_extrapolated() -> None:
@@ -143,7 +159,7 @@ def test_verdicts(
     assert found == "shown" if verdict == "shown" else verdict in found
 
 
-# --------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------- the command
 
 
 @pytest.fixture

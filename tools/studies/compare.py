@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from tools.studies.cells import WORLDS, Cell, etas_of
+from tools.studies.cells import ETAS, WORLDS, Cell, etas_of
 from tools.studies.inference import holm, interval, sign_flip
 
 CLAIMED = ("worse", "mean")  # gold of the worse half, and of both
@@ -58,24 +58,32 @@ class WorldCells:
     of: dict[str, dict[float, dict[str, np.ndarray]]]
 
     @cached_property
-    def curve(self) -> dict[str, np.ndarray]:
-        """Return each outcome of PPO with KL as [etas, seeds], by η; PPO is the point at η 0."""
-        points = {**self.of["ppo"], **self.of[BASELINE]}
-        ordered = [points[eta] for eta in sorted(points)]
-        return {name: np.stack([p[name] for p in ordered]) for name in ordered[0]}
+    def points(self) -> dict[float, dict[str, np.ndarray]]:
+        """Return the outcomes of PPO with KL by η; PPO is the point at η 0."""
+        return dict(sorted({**self.of["ppo"], **self.of[BASELINE]}.items()))
+
+    def expected(self, system: str, eta: float, outcome: str, at: str) -> np.ndarray:
+        """Return, for each seed, the outcome of PPO with KL at equal `at` (kl, or price on log η);
+        NaN outside of the curve. PPO with KL itself is compared without its own point."""
+        known = [
+            point
+            for other, point in self.points.items()
+            if (at == "kl" or other > 0) and (system != BASELINE or other != eta)
+        ]
+        scale = np.log if at == "price" else np.asarray
+        curve = scale(np.stack([point[at] for point in known]))  # [η, seeds], as y
+        y = np.stack([point[outcome] for point in known])
+        x = scale(self.of[system][eta][at])
+        return np.array([highest(x[s], curve[:, s], y[:, s]) for s in range(len(x))])
 
     def difference(self, system: str, outcome: str, at: str) -> Difference | None:
-        """Return the mean over η of system - curve, interpolated at equal `at` (kl or price) for
-        each seed; None if every η lies outside of the curve of a seed."""
+        """Return the mean over the η of all systems of system - PPO with KL; None if every η lies
+        outside of the curve of a seed."""
         kept = {}
-        for eta, cell in sorted(self.of[system].items()):
-            x, points = cell[at], self.curve[at]
-            if at == "price":  # on log η, which PPO's 0 is no part of
-                x, points = np.log(x), np.log(points[1:])
-            y = self.curve[outcome][-len(points) :]
-            expected = [_interpolated(x[s], points[:, s], y[:, s]) for s in range(len(x))]
-            if np.isfinite(expected).all():
-                kept[eta] = cell[outcome] - expected
+        for eta in (eta for eta in ETAS if eta in self.of[system]):
+            found = self.of[system][eta][outcome] - self.expected(system, eta, outcome, at)
+            if np.isfinite(found).all():
+                kept[eta] = found
         if not kept:
             return None
         return Difference(np.mean(list(kept.values()), axis=0), list(kept))
@@ -94,10 +102,17 @@ class WorldCells:
         return {name: np.where(first, a[name], b[name]) for name in a}, chosen
 
 
-def _interpolated(x: float, points: np.ndarray, y: np.ndarray) -> float:
-    """Return y at x on the lines between the points; NaN outside of them."""
-    order = np.argsort(points)
-    return float(np.interp(x, points[order], y[order], left=np.nan, right=np.nan))
+def highest(x: float, points: np.ndarray, y: np.ndarray) -> float:
+    """Return the highest y at x on the lines from each point to the next; NaN where none passes.
+
+    At low η the KL of PPO with KL turns back, so that several η have one KL; gold is y, so the
+    highest is the strictest choice.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = (x - points[:-1]) / np.diff(points)
+    passes = (share >= 0) & (share <= 1)
+    values = (y[:-1] + share * np.diff(y))[passes]
+    return float(values.max()) if len(values) else np.nan
 
 
 def by_world(cells: Sequence[Cell]) -> list[WorldCells]:

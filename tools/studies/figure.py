@@ -42,7 +42,9 @@ def draw(path: Path, worlds: Sequence[WorldCells], cells: Sequence[Cell]) -> Non
         against_steps(below, [c for c in cells if c.world == world.name and c.eta == ETA])
     handles = axes[0, 0].get_legend_handles_labels(), axes[1, 0].get_legend_handles_labels()
     lines, labels = ([*handles[0][k], *handles[1][k]] for k in (0, 1))
-    figure.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(
+        lines, labels, loc="outside lower center", ncols=max(1, columns - 1), frameon=False
+    )
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
@@ -50,9 +52,7 @@ def draw(path: Path, worlds: Sequence[WorldCells], cells: Sequence[Cell]) -> Non
 def against_kl(axes: Any, world: WorldCells) -> None:
     axes.set_visible(True)
     for system, colour in COLOURS.items():
-        of_eta = world.of.get(system, {})
-        if system == BASELINE:
-            of_eta = {**world.of["ppo"], **of_eta}
+        of_eta = world.points if system == BASELINE else world.of.get(system, {})
         points = [of_eta[eta] for eta in sorted(of_eta)]
         if points:
             label = SYSTEMS[system].label + (", every η" if system == BASELINE else "")
