@@ -30,7 +30,7 @@ EVERY = 10  # iterations between two rows of a trace
 
 @dataclass(frozen=True)
 class WorldSpec:
-    """Which prompts have hacks, what the proxy gives for one, and how comparable prompts are."""
+    """Place and proxy score of the hacks, and how far apart the proxy's levels of prompts are."""
 
     hacks: str = "none"  # none | easy | hard | both
     offset: float = 0.0  # standard deviation of a number added to all proxy scores of a prompt
