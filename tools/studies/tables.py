@@ -31,7 +31,7 @@ def page(
     """Return the whole page."""
     parts = [
         "# Study S2: tables",
-        f"Written by `{command}`; [what was asked, and the falsifier](s2.md). {setting} Intervals"
+        f"Written by `{command}`; [the question and the falsifier](s2.md). {setting} Intervals"
         " are 95 % bootstrap intervals over seeds. A difference is system − PPO with KL, paired by"
         " seed, averaged over the η that lie on the curve of every seed.",
         "![Worse-group gold against KL, and gold and proxy against iterations](s2.svg)",
