@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Mistake in a recipe, a file or the command line. Printed without a traceback; exit code 2."""
@@ -17,3 +20,17 @@ class UserError(ValueError):
         if self.fix:
             lines.append(f"  fix:   {self.fix}")
         return "\n".join(lines)
+
+
+@contextmanager
+def library_errors(what: str, *, where: str = "", fix: str = "") -> Iterator[None]:
+    """Raise every error of a library inside the block as one UserError with its kind and first
+    line. What a library raises is not part of its interface, so no list of kinds is complete."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers package is no Exception
+        line = str(error).strip().split("\n")[0]
+        reason = f"{type(error).__name__}: {line}" if line else type(error).__name__
+        raise UserError(f"{what}: {reason}", where=where, fix=fix) from error

@@ -15,6 +15,7 @@ from typing import Any
 from gipo_megatron.errors import UserError
 
 Rows = Iterable[Mapping[str, Any]]
+_POINTER = b"version https://git-lfs"
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -73,6 +74,18 @@ def read_jsonl(path: str | Path, fix: str = "remove it") -> Iterator[tuple[int, 
             if not isinstance(row, dict):
                 raise bad_line(file, number, f"a JSON {type(row).__name__}, not an object", fix)
             yield number, row
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise UserError for a Git LFS pointer: a few lines of text in place of the file."""
+    with path.open("rb") as file:
+        head = file.read(len(_POINTER))
+    if head == _POINTER:
+        raise UserError(
+            f"{path.name} is a Git LFS pointer, not the file itself",
+            where=str(path),
+            fix="run `git lfs pull` in its folder, or download the file again",
+        )
 
 
 def bad_line(path: Path, number: int, why: str, fix: str) -> UserError:

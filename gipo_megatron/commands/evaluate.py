@@ -4,7 +4,8 @@ One process. For several: torchrun --nproc-per-node N -m gipo_megatron.cli evalu
 The same command continues an evaluation that was stopped: finished responses are kept.
 
 Exit code 0: complete (or, with judge.name=human, the annotation pages are written); 2: a mistake in
-the command, the recipe or its files; 130: stopped by Ctrl-C.
+the command, the recipe or its files, or a judge that failed for more than half of a task's prompts;
+130: stopped by Ctrl-C.
 """
 
 from __future__ import annotations

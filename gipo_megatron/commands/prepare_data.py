@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 
@@ -21,6 +22,7 @@ from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import Example
 from gipo_megatron.data.planted import write_planted
+from gipo_megatron.data.splits import split_of
 from gipo_megatron.data.templates import choose
 from gipo_megatron.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from gipo_megatron.errors import UserError
@@ -122,15 +124,15 @@ def row_of(example: Example, kind: str, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def write(data: Dataset, kind: str, split: str, tokenizer: Tokenizer, out: Path) -> list[Path]:
     """Write one file a source; each is complete or absent."""
-    written = []
-    for source in data.sources:
-        file = out / source / f"{split}.jsonl"
-        rows = (
-            row_of(example, kind, tokenizer) for example in data.rows if example.source == source
-        )
-        write_jsonl(file, rows)
-        written.append(file)
-    return written
+    rows: dict[Path, list[dict[str, Any]]] = {}
+    for example in data.rows:
+        # a folder that names a split would mark all rows in it
+        name = "rows" if split_of([example.source]) else quote(example.source, safe=" ")
+        row = row_of(example, kind, tokenizer)
+        rows.setdefault(out / name / f"{split}.jsonl", []).append(row)
+    for file, its in rows.items():
+        write_jsonl(file, its)
+    return list(rows)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -138,15 +140,13 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(spec, "tokenizer")
     kind = "preference" if config.format == "planted" else config.format
     for split in ("train", "test"):
-        data, encoder = load_data(config, tokenizer, split, 0, kind), Encoder(config, tokenizer)
-        print(
-            f"{split}:",
-            *data.report,
-            *lengths(data, encoder, tokenizer),
-            "first row:",
-            *show(data.rows[0], encoder),
-            sep="\n  ",
-        )
+        data = load_data(config, tokenizer, split, 0, kind, needed=split == "train")
+        encoder = Encoder(config, tokenizer)
+        print(f"{split}:", *data.report, sep="\n  ")
+        if not data.rows:
+            continue
+        lines = (*lengths(data, encoder, tokenizer), "first row:", *show(data.rows[0], encoder))
+        print(*(f"  {line}" for line in lines), sep="\n")
         if out is not None and config.format != "planted":
             print(*(f"wrote {file}" for file in write(data, kind, split, tokenizer, out)), sep="\n")
     if out is not None and config.format == "planted":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gipo_megatron.conversion.card import model_card
@@ -19,9 +18,11 @@ from gipo_megatron.megatron.hf import GROUP_HEAD, Seen, differing, ignore, saved
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Precision
 from gipo_megatron.telemetry.console import Display
+from gipo_megatron.weights.architecture import folder_architecture
 from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta, read_meta, weights_kind
-from gipo_megatron.weights.hf_config import architecture_from_hf, is_classifier, num_labels
+from gipo_megatron.weights.hf_config import is_classifier, num_labels
 from gipo_megatron.weights.hf_files import OUR_DTYPES, SHARD_BYTES, open_weights
+from gipo_megatron.weights.hf_values import read_object
 from gipo_megatron.weights.sources import locate
 
 
@@ -89,8 +90,8 @@ def to_megatron(hf: str, out: Path, mesh: Mesh, *, verify: bool, progress: Displ
 def _model_of(folder: Path) -> tuple[str, RoleMeta]:
     """Return role and description, judged by content: a language model, one label, or one label
     beside a group head."""
-    architecture = architecture_from_hf(folder)
-    config = json.loads((folder / "config.json").read_text())
+    architecture = folder_architecture(folder)
+    config = read_object(folder / "config.json")
     role, groups, token = "actor", None, None
     if is_classifier(config):
         if num_labels(config) != 1:

@@ -22,6 +22,7 @@ from gipo_megatron.megatron.hf import (
 )
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.weights.checkpoints import CheckpointMeta
+from gipo_megatron.weights.end_tokens import GENERATION, generation_config
 from gipo_megatron.weights.hf_config import config_for, config_like
 from gipo_megatron.weights.hf_files import HF_DTYPES, SHARD_BYTES
 
@@ -92,7 +93,7 @@ def write_folder(
     config = _config(engine, tokenizer, padding is not None)
     (work / "config.json").write_text(config, encoding="utf-8")
     if engine.head is None and (text := _generation_config(engine, tokenizer)):
-        (work / "generation_config.json").write_text(text, encoding="utf-8")
+        (work / GENERATION).write_text(text, encoding="utf-8")
     return padding
 
 
@@ -112,9 +113,9 @@ def _config(engine: Engine, tokenizer: Tokenizer | None, padded: bool) -> str:
 
 
 def _generation_config(engine: Engine, tokenizer: Tokenizer | None) -> str:
-    if "config.json" in engine.hf_files:
-        return engine.hf_files.get("generation_config.json", "")
-    return "" if tokenizer is None else json.dumps(_special_ids(tokenizer), indent=2) + "\n"
+    if tokenizer is None:
+        return engine.hf_files.get(GENERATION, "")
+    return generation_config(engine.hf_files, _special_ids(tokenizer))
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:

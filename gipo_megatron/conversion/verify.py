@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from gipo_megatron.conversion.staging import Mismatch
+from gipo_megatron.errors import library_errors
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.roles import outputs
 from gipo_megatron.weights.hf_config import is_classifier
@@ -83,14 +85,23 @@ def _stated_size(folder: Path, otherwise: int) -> int:
     return int(json.loads(index.read_text())["metadata"]["total_size"])
 
 
+def _refused(folder: Path) -> AbstractContextManager[None]:
+    """What transformers cannot load, whatever it raises, is an error that names the folder."""
+    return library_errors(
+        "transformers cannot load this model",
+        where=str(folder),
+        fix="correct config.json, or convert without this check: verify=false",
+    )
+
+
 def _empty_model(folder: Path) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
+    with _refused(folder), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder)
         return _auto_class(config.architectures).from_config(config, dtype=torch.float32)
 
 
 def _auto_class(
-    architectures: list[str],
+    architectures: list[str] | None,
 ) -> type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]:
     if is_classifier({"architectures": architectures}):
         return AutoModelForSequenceClassification
@@ -132,11 +143,13 @@ def output_difference(folder: Path, engine: Engine) -> tuple[float, float]:
     head, padded where config.json has a padding id. Empties `engine`: the two models are never in
     memory together.
     """
-    config = AutoConfig.from_pretrained(folder)
+    with _refused(folder):
+        config = AutoConfig.from_pretrained(folder)
     ids, lengths = random_rows(engine.architecture.vocab_size, config.pad_token_id)
     ours = outputs(engine, ids)
     release(engine)
-    model = _load(folder, config.architectures)
+    with _refused(folder):
+        model = _load(folder, config.architectures)
     real = torch.arange(TOKENS) < lengths[:, None]
     if engine.head is None:
         theirs = model(ids).logits[real]
@@ -149,7 +162,7 @@ def output_difference(folder: Path, engine: Engine) -> tuple[float, float]:
     return float((ours - theirs).abs().max()), float(theirs.abs().max())
 
 
-def _load(folder: Path, architectures: list[str]) -> PreTrainedModel:
+def _load(folder: Path, architectures: list[str] | None) -> PreTrainedModel:
     """Load transformers' model in fp32, without its progress bars."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

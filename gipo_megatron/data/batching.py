@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from gipo_megatron.data.config import FORMATS, DataConfig
 from gipo_megatron.data.encoding import Encoded, Encoder
-from gipo_megatron.data.examples import KINDS, BadRow, Example, Tally
+from gipo_megatron.data.examples import DUPLICATE, KINDS, SEEN, BadRow, Example, Tally
 from gipo_megatron.data.planted import gold_reward, planted_examples
 from gipo_megatron.data.schemas import Schema
 from gipo_megatron.data.sources import Source, open_sources
+from gipo_megatron.data.splits import HELD_OUT, divide, label_of_row
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.types import Pairs, Prompts, Sequences
@@ -56,9 +57,11 @@ class Dataset:
 
     @property
     def report(self) -> list[str]:
-        """Rows kept and dropped by reason, rows of each source, and cuts in the batches so far."""
+        """Files read, rows kept and dropped by reason, rows of each source, and cuts in the batches
+        so far."""
         counts = Counter(example.source for example in self.rows)
         return [
+            *self._tally.origins(),
             *self._tally.lines(),
             *(f"source {name}: {counts[name]} rows" for name in self.sources),
             *self._encoder.lines(),
@@ -173,13 +176,19 @@ class Dataset:
 
 
 def load_data(
-    config: DataConfig, tokenizer: Tokenizer, split: str, seed: int, kind: str
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    split: str,
+    seed: int,
+    kind: str,
+    needed: bool = True,
 ) -> Dataset:
     """Read the rows of `split` (train | test | all) as `kind` (prompt | sft | preference).
 
     A preference source serves all three: each of its prompts once, its chosen responses, its pairs.
     An sft source serves prompts, too. Raises UserError for a format that cannot serve the kind, for
-    the errors of sources.py and schemas.py, and when no row is left.
+    the errors of sources.py and schemas.py, when more than half of the rows is dropped and
+    data.allow_drops is false, and when no row of a `needed` split is left.
     """
     if config.format not in FORMATS:
         raise UserError(
@@ -201,11 +210,18 @@ def load_data(
         examples = []
         for source in open_sources(config.path, list(config.source), split, config.format):
             examples += _read(source, config, split, kind, encoder, tally)
-    if not examples:
+    if 2 * tally.lost > tally.files.total() and not config.allow_drops and examples:
+        raise UserError(
+            f"{tally.lost} of {tally.files.total()} rows are dropped, more than half",
+            where=config.path,
+            fix=f"{tally.reasons()}\n         if that is right: data.allow_drops=true",
+        )
+    if not examples and (needed or tally.lost):
+        other = "give a test file, or another data.held_out; run.eval_every=0 needs no test rows"
         raise UserError(
             f"no {split} rows left of {tally.read}",
             where=config.path,
-            fix="; ".join(tally.lines()[1:]),
+            fix=tally.reasons() if tally.dropped else other,
         )
     return Dataset(examples, encoder, seed, kind, tally, gold)
 
@@ -216,37 +232,55 @@ def _read(
     """Return the clean rows of one source. The tally counts each reason of a drop."""
     kept: list[Example] = []
     seen: set[object] = set()
-    rows = iter(source.rows)
-    head = list(islice(rows, HEAD_ROWS))
-    schema = Schema(config.format, config.columns, [row for _, row in head], source.name)
-    by_hash = split != "all" and not source.split
-    for where, row in chain(head, rows):
+    tally.unread_files += source.unread
+    found = list(_examples(source, config, split, tally))
+    held_out = [label in HELD_OUT for _, label, _ in found]
+    if not source.split and split != "all":
+        labels, prompts = [label for _, label, _ in found], [row.prompt for _, _, row in found]
+        held_out = divide(labels, prompts, config.held_out)
+    for (where, _, example), is_test in zip(found, held_out, strict=True):
         try:
-            example = schema.read(row, source.name, tally, where)
-            if by_hash and is_held_out(example, config.held_out) != (split == "test"):
+            if source.split and split == "train" and is_test:
+                raise BadRow("a row that its column split marks as held out")
+            if not source.split and split != "all" and is_test != (split == "test"):
                 continue
             encoder.check(example)
-            _once((example.prompt, example.responses), "duplicate row", seen)
+            _once((example.prompt, example.responses), DUPLICATE, seen)
             if kind == "prompt":
-                _once(example.prompt, "prompt seen before", seen)
+                _once(example.prompt, SEEN, seen)
         except BadRow as reason:
-            tally.drop(str(reason), where)
+            tally.drop(str(reason), where, example.prompt)
             continue
         tally.kept += 1
         kept.append(replace(example, responses=example.responses[: KINDS[kind]]))
     return kept
 
 
+def _examples(
+    source: Source, config: DataConfig, split: str, tally: Tally
+) -> Iterator[tuple[str, str, Example]]:
+    """Yield (place, label of the column `split` or "", example) of the rows that can be read. Each
+    file has its own schema."""
+    for part in source.parts:
+        side = part.label or "train"
+        if not source.split:
+            side = "all rows" if split == "all" else f"{side}, divided by a hash"
+        rows = iter(part.rows)
+        head = list(islice(rows, HEAD_ROWS))
+        schema = Schema(config.format, config.columns, [row for _, row in head], part.place)
+        tally.unread_columns |= dict.fromkeys(schema.unread)
+        for where, row in chain(head, rows):
+            tally.files[part.place, side] += 1
+            try:
+                yield where, label_of_row(row), schema.read(row, source.name, tally, where)
+            except BadRow as reason:
+                tally.drop(str(reason), where, row)
+
+
 def _once(key: object, reason: str, seen: set[object]) -> None:
     if key in seen:
         raise BadRow(reason)
     seen.add(key)
-
-
-def is_held_out(example: Example, share: float) -> bool:
-    """Decide by the first turn, so that conversations with the same beginning are in one split."""
-    digest = hashlib.sha256(example.prompt[0].text.strip().encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _seed(seed: int, epoch: int) -> int:

@@ -33,17 +33,20 @@ class DataConfig:
     """Source of the rows, and how they become tokens."""
 
     format: Annotated[str, OneOf(*FORMATS)] = "preference"
-    # a folder, a file (.jsonl .json .csv .parquet, also .gz) or a hub name; unused by planted
+    # a folder, a file (.jsonl .json .csv .parquet .arrow, also .gz .bz2 .zst), a folder of
+    # datasets.save_to_disk, or a hub name; unused by planted
     path: str = ""
     # sub-folders (hub: configurations or folders) to read; [] = all
     source: list[str] = field(default_factory=list)
-    # our name -> the file's name; ours: prompt chosen rejected messages response source
+    # our name -> the file's, which wins over a column of our name; ours: prompt chosen rejected
+    # messages response source
     columns: dict[str, str] = field(default_factory=dict)
     # auto | chat (the tokenizer's) | hh | plain | chatml | a jinja chat template
     template: str = "auto"
     # tokens of prompt + response; a prompt gets what max_response leaves
     max_length: Annotated[int, Range(2)] = 2048
     max_response: Size = 512  # tokens of a response, its end-of-text token included
-    # share held back for evaluation where the data have no test split, by a hash of the first turn
+    # share held back for evaluation where the data have no test split, by a hash of the beginning
     held_out: Share = 0.1
+    allow_drops: bool = False  # true: train although more than half of the rows is dropped
     planted: PlantedConfig = field(default_factory=PlantedConfig)

@@ -17,8 +17,8 @@ TOO_LONG = "the prompt is too long even with its last human turn alone"
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence. Its response, the tokens from `prompt_length` on, ends in end-of-text unless it
-    was cut."""
+    """One sequence. Its response, the tokens from `prompt_length` on, ends in one of the
+    tokenizer's end tokens unless it was cut."""
 
     tokens: list[int]
     prompt_length: int
@@ -36,8 +36,6 @@ class Encoder:
     tokenizer: Tokenizer
     cuts: dict[str, set[int]] = field(default_factory=dict)  # what was cut -> rows so far
     _templates: dict[str, Template] = field(default_factory=dict)
-    # roles in turn -> the template's reason to refuse them, or ""
-    _roles: dict[tuple[str, ...], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.config.max_response < self.config.max_length:
@@ -54,19 +52,22 @@ class Encoder:
         return self.config.max_length - self.config.max_response
 
     def check(self, example: Example) -> None:
-        """Raises BadRow for roles that the template refuses and for a last human turn that does not
-        fit.
+        """Raises BadRow for a row that `prompt` or `sequence` could not write: the template refuses
+        it, or its last human turn does not fit.
 
-        A token has at least one byte. A few tokens are added, and a normaliser may lengthen a text,
+        A chat template may refuse any text, not only roles, so each row is written here once. A
+        token has at least one byte. A few tokens are added, and a normaliser may lengthen a text,
         hence the half. So only texts that could be too long are tokenised here.
         """
         template = self._template(example.style)
-        if template.markup:
-            self._check_roles(example)
         *_, shortest = _shorter(example.prompt)
-        text = template.prompt(shortest)
-        if 2 * len(text.encode()) <= self.room - 4:
-            return
+        for turns in _shorter(example.prompt) if template.markup else (shortest,):
+            text = template.prompt(turns)
+            if template.markup:
+                for reply in example.responses:
+                    template.response(text, turns, reply)
+            if 2 * len(text.encode()) <= self.room - 4:
+                return
         if len(self._ids(text, template)) > self.room:
             raise BadRow(TOO_LONG)
 
@@ -76,7 +77,8 @@ class Encoder:
         return ids, text
 
     def sequence(self, example: Example, row: int, response: int) -> Encoded:
-        """Return the prompt and response number `response`, with end-of-text after it.
+        """Return the prompt and response number `response`, with an end token after it: the one
+        that the template closes the turn with, else end-of-text.
 
         A token that joins the prompt's end and the response's beginning belongs to the response.
         """
@@ -88,10 +90,9 @@ class Encoder:
         if start < len(prompt_ids):
             self._cut("responses whose first token reaches back into the prompt", row)
         body = ids[start:]
-        eos = self.tokenizer.eos_id
-        if eos in body:  # a chat template closes the turn; its text after that is not trained on
-            body = body[: body.index(eos)]
-        body.append(eos)
+        ends = [place for place, token in enumerate(body) if token in self.tokenizer.end_ids]
+        # a chat template closes the turn; its text after that is not trained on
+        body = body[: ends[0] + 1] if ends else [*body, self.tokenizer.eos_id]
         if len(body) > self.config.max_response:
             self._cut("responses were cut at max_response", row)
             body = body[: self.config.max_response]
@@ -125,24 +126,6 @@ class Encoder:
         if bos is None or template.markup or not self.tokenizer.begins_with_bos:
             return ids
         return [bos, *ids]
-
-    def _check_roles(self, example: Example) -> None:
-        """Raises BadRow for roles that the template refuses. A template refuses roles, not words,
-        so it is tried once per sequence of roles."""
-        template = self._template(example.style)
-        roles = tuple(turn.role if turn.text.strip() else "" for turn in example.prompt)
-        if example.responses:
-            roles += ("response",)
-        if roles not in self._roles:
-            self._roles[roles] = ""
-            try:
-                opened = template.prompt(example.prompt)
-                if example.responses:
-                    template.response(opened, example.prompt, example.responses[0])
-            except BadRow as reason:
-                self._roles[roles] = str(reason)
-        if self._roles[roles]:
-            raise BadRow(self._roles[roles])
 
     def _cut(self, what: str, row: int) -> None:
         self.cuts.setdefault(what, set()).add(row)

@@ -1,38 +1,86 @@
-"""Readers of rows: files and folders (JSON Lines, JSON, CSV, Parquet, gzipped too), or the hub
-through `datasets`."""
+"""The sources of a data set and which of their rows are read: from a file, a folder, a folder of
+`datasets.save_to_disk`, or the hub. docs/data.md has the rule."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import datasets
-import pyarrow  # type: ignore[import-untyped]
-import pyarrow.parquet  # type: ignore[import-untyped]
+from datasets.data_files import FILES_TO_IGNORE, resolve_pattern, sanitize_patterns
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCard
 
 from gipo_megatron.data import tldr
 from gipo_megatron.data.hub import is_hub_name, offline, reach_hub
+from gipo_megatron.data.readers import (
+    ARCHIVES,
+    COMPRESSED,
+    SUFFIXES,
+    Columns,
+    is_one_object,
+    read_file,
+    suffix_of,
+)
+from gipo_megatron.data.splits import HELD_OUT, is_hidden, label_of, split_of
 from gipo_megatron.errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
-READABLE = f"{' '.join(SUFFIXES)} (also .gz)"
-Row = tuple[str, dict[str, Any]]  # its place (file and line), its columns
+READABLE = f"{' '.join(SUFFIXES)} (also {' '.join(COMPRESSED)})"
+METADATA = (*FILES_TO_IGNORE, "state.json")
+Row = tuple[str, Columns]  # its place (file and line), its columns
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that lie together: a file, or one split of a loaded data set."""
+
+    place: str
+    source: str
+    label: str  # test | validation | train | "": its names carry no mark
+    read: Callable[[], Iterable[tuple[int, Columns]]]
+    unit: str = "row"
+
+    @property
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows. Raises UserError where there are none or they cannot be read."""
+        count = 0
+        try:
+            for number, row in self.read():
+                count += 1
+                yield f"{self.place} {self.unit} {number}", row
+        except UserError:
+            raise
+        except Exception as error:  # readers and decompressors raise many kinds for damaged files
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(
+                f"cannot read the file: {reason}",
+                where=f"{self.place}, after row {count}",
+                fix="copy or make it again",
+            ) from error
+        if not count:
+            raise UserError(
+                "the file holds no rows", where=self.place, fix="remove it, or make it again"
+            )
 
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one source."""
+    """The parts of one source that are read for a split."""
 
     name: str
-    rows: Iterable[Row]
+    parts: list[Part]
     split: bool  # True: the rows of the split alone; False: all rows, to be split by a hash
+    unread: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> Iterator[Row]:
+        for part in self.parts:
+            yield from part.rows
 
 
 def open_sources(path: str, names: list[str], split: str, format: str) -> list[Source]:
@@ -41,48 +89,73 @@ def open_sources(path: str, names: list[str], split: str, format: str) -> list[S
 
     OpenAI's layout keeps `comparisons` and `posts` apart: there the default is the one that serves
     the format. Raises UserError when nothing is at `path`, for an unknown name, for a folder
-    without data files, and when the hub cannot be reached.
+    without data files, when all rows are held out, and when the hub cannot be reached.
     """
     if not path:
         raise UserError(
             "data.path is empty", where="data.path", fix="give a file, a folder or a hub name"
         )
     root = Path(path).expanduser()
+    archives: list[str] = []
     if root.is_file():
-        if _suffix(root) not in SUFFIXES:
-            raise UserError(f"{root.name}: unknown kind of file", where=path, fix=f"use {READABLE}")
-        return [Source(root.name.split(".")[0], read_files([root]), split=False)]
-    if root.is_dir():
-        return _folder_sources(root, names, split, format)
-    if not is_hub_name(path) or _suffix(root) in SUFFIXES:
+        parts = _file_parts(root)
+    elif root.is_dir():
+        parts, archives = _folder_parts(root)
+        parts = _named(parts, names or _default_names(format, _names(parts)), path)
+    elif is_hub_name(path) and suffix_of(root) not in SUFFIXES:
+        parts = _hub_parts(path, names, format)
+    else:
         raise UserError(
             f"nothing at {path!r}",
             where="data.path",
             fix="give an existing file or folder, or a hub name (owner/name)",
         )
-    return _hub_sources(path, names, split, format)
-
-
-def _folder_sources(root: Path, names: list[str], split: str, format: str) -> list[Source]:
-    folders = {root.resolve().name: root} if data_files(root) else {}
-    for folder in root.iterdir():
-        if folder.is_dir() and folder.name != "data" and data_files(folder):
-            folders.setdefault(folder.name, folder)
-    if not folders:
+    sources = [
+        _choose(name, [part for part in parts if part.source == name], split)
+        for name in _names(parts)
+    ]
+    if not any(source.parts for source in sources):
         raise UserError(
-            f"no data files in {root}",
+            f"no train file in {path}: "
+            + ", ".join(f"{part.place} is marked {part.label}" for part in parts[:5]),
             where="data.path",
-            fix=f"files must end in {READABLE}",
+            fix="rename the file or folder that you want to train on",
         )
-    names = names or _default_names(format, folders)
-    unknown = [name for name in names if name not in folders]
+    return [replace(sources[0], unread=(*sources[0].unread, *archives)), *sources[1:]]
+
+
+def _names(parts: Iterable[Part]) -> list[str]:
+    return sorted({part.source for part in parts})
+
+
+def _choose(name: str, parts: list[Part], split: str) -> Source:
+    """Held out: the parts marked test, else those marked validation, else a share by the hash.
+    Train: the parts marked train, else those without a mark."""
+    if split == "all":
+        return Source(name, parts, split=False)
+    labels = {part.label for part in parts}
+    held_out = next((label for label in HELD_OUT if label in labels), None)
+    train = "train" if "train" in labels else ""
+    wanted = held_out if split == "test" and held_out else train
+    unread = [part for part in parts if part.label not in (held_out, train)]
+    return Source(
+        name,
+        [part for part in parts if part.label == wanted],
+        split=held_out is not None,
+        unread=tuple(f"{part.place} ({part.label or 'no mark'})" for part in unread),
+    )
+
+
+def _named(parts: list[Part], names: list[str], path: str) -> list[Part]:
+    available = _names(parts)
+    unknown = [name for name in names if name not in available]
     if unknown:
         raise UserError(
-            f"no source {', '.join(unknown)} in {root}",
+            f"no source {', '.join(unknown)} in {path}",
             where="data.source",
-            fix=f"there are {', '.join(sorted(folders))}",
+            fix=f"there are {', '.join(available)}",
         )
-    return [_folder_source(name, folders[name], split) for name in sorted(names or folders)]
+    return [part for part in parts if not names or part.source in names]
 
 
 def _default_names(format: str, available: Collection[str]) -> list[str]:
@@ -99,146 +172,124 @@ def _default_names(format: str, available: Collection[str]) -> list[str]:
     return [part] if part is not None else []
 
 
-def _folder_source(name: str, folder: Path, split: str) -> Source:
-    files = data_files(folder)
-    train, test = ([file for file in files if _named(file, SPLITS[key])] for key in SPLITS)
-    if split == "all" or not (train or test):
-        return Source(name, read_files(files), split=False)
-    if split == "test" and test:
-        return Source(name, read_files(test), split=True)
-    if not train:
+# ---------------------------------------------------------------------------------------- folders
+
+
+def _file_parts(file: Path) -> list[Part]:
+    if suffix_of(file) in ARCHIVES:
+        raise UserError(f"{file.name} is an archive", where=str(file), fix="unpack it first")
+    if suffix_of(file) not in SUFFIXES:
         raise UserError(
-            f"{folder} has no train file, only {', '.join(file.name for file in test)}",
+            f"{file.name}: unknown kind of file", where=str(file), fix=f"use {READABLE}"
+        )
+    label = label_of(file, file.parent)
+    return [Part(str(file), file.name.split(".")[0], label, partial(read_file, file), "line")]
+
+
+def _folder_parts(root: Path) -> tuple[list[Part], list[str]]:
+    """Return the parts of a folder and all below it, sorted by path, and the archives there."""
+    declared, parts, other = _declared(root), [], []
+    archives: list[str] = []
+    for path in sorted(_walk(root)):
+        if path.is_dir():
+            parts += _saved_parts(path, root)
+            continue
+        suffix = suffix_of(path)
+        label = split_of([declared.get(path.resolve(), ""), label_of(path, root)])
+        described = suffix == ".json" and not label and is_one_object(path)
+        if suffix in ARCHIVES:
+            archives.append(f"{path} (an archive: unpack it)")
+        elif suffix not in SUFFIXES or path.name in METADATA or described:
+            other.append(path.name)
+        else:
+            source = _source_of(path.parent, root)
+            parts.append(Part(str(path), source, label, partial(read_file, path), "line"))
+    if not parts:
+        found = [*archives, *other][:5]
+        raise UserError(
+            f"no data files in {root}" + (f"; found: {', '.join(found)}" if found else ""),
             where="data.path",
+            fix=f"files must end in {READABLE}" + ("; unpack archives" if archives else ""),
         )
-    return Source(name, read_files(train), split=bool(test))
+    return parts, archives
 
 
-def data_files(folder: Path) -> list[Path]:
-    """Return the data files of a folder and of its `data` sub-folder (the hub's layout), sorted."""
-    files = [*folder.iterdir()]
-    if (folder / "data").is_dir():
-        files += (folder / "data").iterdir()
-    return sorted(file for file in files if file.is_file() and _suffix(file) in SUFFIXES)
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield the files below `root` and the folders of `save_to_disk`, without hidden ones."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        here, names = Path(folder), {*files}
+        if here.resolve() in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(here.resolve())
+        if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names:
+            folders.clear()
+            yield here
+            continue
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        yield from (here / name for name in files if not is_hidden(name))
 
 
-def _named(file: Path, words: tuple[str, ...]) -> bool:
-    """Check for a name like train.jsonl, test-00000.parquet, but not trainer.jsonl."""
-    stem = file.name.lower()
-    return any(
-        stem.startswith(word) and not stem.removeprefix(word)[:1].isalpha() for word in words
-    )
+def _source_of(folder: Path, root: Path) -> str:
+    """Return the first folder below `root` that names no split, else the name of `root`."""
+    names = folder.relative_to(root).parts
+    free = [name for name in names if name != "data" and not split_of([name])]
+    return free[0] if free else root.resolve().name
 
 
-def _suffix(file: Path) -> str:
-    return (Path(file.stem) if file.suffix == ".gz" else file).suffix
-
-
-# -------------------------------------------------------------------------------------------- files
-
-
-def read_files(files: list[Path]) -> Iterator[Row]:
-    """Yield the rows of each file in turn. Raises UserError for an empty or unreadable file, naming
-    file and line."""
-    readers = {
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-    }
-    for file in files:
-        count = 0
-        try:
-            for number, row in readers[_suffix(file)](file):
-                count += 1
-                yield f"{file} line {number}", row
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error, pyarrow.ArrowInvalid) as error:
-            raise UserError(
-                f"cannot read the file: {error}", where=f"{file}, after row {count}"
-            ) from error
-        if not count:
-            raise UserError(
-                "the file holds no rows", where=str(file), fix="remove it, or make it again"
-            )
-
-
-def _open(file: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(file, "rb")) if file.suffix == ".gz" else open(file, "rb")
-
-
-def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # binary: only \n ends a line, not Unicode's other separators
-    with _open(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file} line {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"not UTF-8: {error.reason} at byte {error.start}", where=where
-                ) from error
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"unreadable JSON: {error.msg} at character {error.pos}",
-                    where=where,
-                    fix="one JSON object a line",
-                ) from error
-            yield number, _object(row, where)
-
-
-def _read_json(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows of a list of objects, numbered by place, or those of JSON Lines under the name
-    .json."""
-    with _open(file) as content:
-        text = content.read()
-    if not text.lstrip().startswith(b"["):
-        yield from _read_jsonl(file)
-        return
+def _saved_parts(folder: Path, root: Path) -> list[Part]:
+    """Return the parts of a folder that `datasets.save_to_disk` wrote."""
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # pyarrow and datasets raise many kinds for damaged files
         raise UserError(
-            f"unreadable JSON: {error.msg}", where=f"{file} line {error.lineno}"
+            f"cannot read what save_to_disk wrote: {error}", where=str(folder), fix="save it again"
         ) from error
-    for number, row in enumerate(rows, 1):
-        yield number, _object(row, f"{file} row {number}")
-
-
-def _object(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        kind = type(row).__name__
-        fix = 'rows are objects: {"prompt": …}'
-        raise UserError(f"a JSON {kind}, not an object", where=where, fix=fix)
-    return row
-
-
-def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _open(file) as raw:
-        reader = csv.DictReader(
-            io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), strict=True
+    splits = loaded if isinstance(loaded, dict) else {"": loaded}
+    source = _source_of(folder, root)
+    return [
+        Part(
+            f"{folder} {name}".rstrip(),
+            source,
+            split_of([name, label_of(folder, root)]),
+            partial(_rows_of, rows),
         )
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"a row of another length than the header ({len(reader.fieldnames or [])}"
-                    " columns)",
-                    where=f"{file} line {reader.line_num}",
-                )
-            yield reader.line_num, row
+        for name, rows in splits.items()
+    ]
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _open(file) as raw:
-        batches = pyarrow.parquet.ParquetFile(raw if file.suffix == ".gz" else file).iter_batches()
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+def _declared(root: Path) -> dict[Path, str]:
+    """Return the marks that the header of README.md gives files: the hub's `configs`."""
+    if not (root / "README.md").is_file():
+        return {}
+    marks: dict[Path, str] = {}
+    try:
+        configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(root / "README.md").data)
+        for name, config in configs.items():
+            for split, patterns in sanitize_patterns(config.get("data_files") or {}).items():
+                for pattern in patterns:
+                    with suppress(FileNotFoundError):  # not downloaded
+                        for file in resolve_pattern(pattern, str(root)):
+                            path = Path(file).resolve()
+                            marks[path] = f"{marks.get(path, '')} {name} {split}"
+    except ValueError as error:
+        raise UserError(
+            f"unreadable header: {error}",
+            where=str(root / "README.md"),
+            fix="correct the header, or remove the file",
+        ) from error
+    return marks
+
+
+def _rows_of(rows: Iterable[Any]) -> Iterator[tuple[int, Columns]]:
+    return enumerate(map(dict, rows), 1)
 
 
 # ------------------------------------------------------------------------------------------ the hub
 
 
-def _hub_sources(path: str, names: list[str], split: str, format: str) -> list[Source]:
+def _hub_parts(path: str, names: list[str], format: str) -> list[Part]:
     fix = (
         "download it once and give the folder: data.path=FOLDER (with train*.jsonl, test*.parquet,"
         " … or one sub-folder a source)"
@@ -248,9 +299,11 @@ def _hub_sources(path: str, names: list[str], split: str, format: str) -> list[S
     try:
         configurations = datasets.get_dataset_config_names(path)
         names = names or _default_names(format, configurations)
+        if not names and len(configurations) > 1 and "default" not in configurations:
+            names = configurations
         loaded = {name: _load(path, name, configurations) for name in sorted(names)}
         if not loaded:
-            loaded = {path.split("/")[-1]: datasets.load_dataset(path)}
+            loaded = {"": datasets.load_dataset(path)}
     # RuntimeError: a data set that is a script
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
@@ -258,7 +311,7 @@ def _hub_sources(path: str, names: list[str], split: str, format: str) -> list[S
             where="data.path",
             fix=fix,
         ) from error
-    return [_hub_source(name, splits, split) for name, splits in loaded.items()]
+    return [part for name, splits in loaded.items() for part in _hub_split(path, name, splits)]
 
 
 def _load(path: str, name: str, configurations: list[str]) -> Any:
@@ -268,18 +321,10 @@ def _load(path: str, name: str, configurations: list[str]) -> Any:
     return datasets.load_dataset(path, data_dir=name)
 
 
-def _hub_source(name: str, splits: Any, split: str) -> Source:
-    """`splits`: {split name: rows}, from `datasets.load_dataset`."""
-    tests = [key for word in SPLITS["test"] for key in splits if key.startswith(word)]
-    if split == "all":
-        return Source(name, _number(name, splits, list(splits)), split=False)
-    wanted = tests[0] if split == "test" and tests else "train"
-    if wanted not in splits:
-        raise UserError(f"{name} has no train split, only {', '.join(splits)}", where="data.path")
-    return Source(name, _number(name, splits, [wanted]), split=bool(tests))
-
-
-def _number(source: str, splits: Any, names: list[str]) -> Iterator[Row]:
-    for name in names:
-        for number, row in enumerate(splits[name], 1):
-            yield f"{source} {name} row {number}", dict(row)
+def _hub_split(path: str, name: str, splits: Any) -> Iterator[Part]:
+    """`splits`: {split name: rows}, from `datasets.load_dataset`. A configuration that names a
+    split is no source, as a folder is none."""
+    source = name if name and not split_of([name]) else path.split("/")[-1]
+    for split, rows in splits.items():
+        place = f"{name or source} {split}"
+        yield Part(place, source, split_of([name, split]), partial(_rows_of, rows))

@@ -77,29 +77,41 @@ def hh(style: str) -> Template:
 def chat(tokenizer: Tokenizer, template: str, name: str) -> Template:
     """Return a jinja chat template over alternating messages (see `messages`).
 
-    Its functions raise BadRow when the template refuses the roles, or when a finished turn differs
-    from an open one.
+    Its functions raise BadRow when the template refuses a row or leaves out its system turn, or
+    when a finished turn differs from an open one. UserError for what is not jinja.
     """
 
-    def render(messages: list[dict[str, str]], generation: bool) -> str:
+    def render(chat: list[dict[str, str]], generation: bool) -> str:
         try:
-            return tokenizer.render(messages, template, generation)
+            return tokenizer.render(chat, template, generation)
         except jinja2.TemplateSyntaxError as error:
+            home = tokenizer.inner.name_or_path
             raise UserError(
-                f"the chat template is not valid jinja: {error}", where="data.template"
+                f"the chat template is not valid jinja: line {error.lineno}: {error}",
+                where=f"chat template of {home}" if name == "chat" and home else "data.template",
+                fix="correct it, or set data.template to hh, plain, chatml or a jinja template",
             ) from error
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program: any error may come out of it
             raise BadRow(f"the chat template refuses it: {error}") from error
 
     def prompt(turns: Sequence[Turn]) -> str:
-        return render(messages(turns), True)
+        chat = messages(turns)
+        text = render(chat, True)
+        if any(part["role"] == "system" and part["content"] not in text for part in chat):
+            raise BadRow("the chat template leaves out the system turn")
+        return text
 
     def response(opened: str, turns: Sequence[Turn], reply: str) -> str:
-        answer = {"role": "assistant", "content": reply.strip()}
-        whole = render([*messages(turns), answer], False)
-        if not whole.startswith(opened):
-            raise BadRow("the chat template writes a finished turn otherwise than an opened one")
-        return whole[len(opened) :]
+        chat = messages(turns)
+        whole = render([*chat, {"role": "assistant", "content": reply.strip()}], False)
+        if whole.startswith(opened):
+            return whole[len(opened) :]
+        closed = render(chat, False)
+        opening = repr(opened[len(closed) :]) if opened.startswith(closed) else "other words"
+        raise BadRow(
+            "the chat template writes a finished turn otherwise than an opened one, which begins"
+            f" with {opening}"
+        )
 
     return Template(name, True, prompt, response)
 

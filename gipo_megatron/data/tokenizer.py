@@ -15,11 +15,13 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gipo_megatron.data.hub import is_hub_name, reach_hub
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, library_errors
+from gipo_megatron.files import refuse_pointer
 
 BYTES = "bytes"
 # a folder with one of these files holds a tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+TEMPLATE_FILE = "chat_template.jinja"
 # parts of the names of special tokens that no text uses, the best first
 STAND_INS = ("pad", "reserved")
 
@@ -27,10 +29,14 @@ STAND_INS = ("pad", "reserved")
 class Tokenizer:
     """A Hugging Face tokenizer, reduced to the functions that this project needs.
 
-    Raises UserError for a tokenizer without an end-of-text token: responses could never end.
+    end_ids: the tokens that end a response, eos first. Raises UserError for a tokenizer without an
+    end-of-text token (responses could never end), and for chat templates of which none is the
+    default.
     """
 
-    def __init__(self, inner: PreTrainedTokenizerBase, where: str = "") -> None:
+    def __init__(
+        self, inner: PreTrainedTokenizerBase, where: str = "", end_ids: Sequence[int] = ()
+    ) -> None:
         if inner.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no end-of-text token",
@@ -39,18 +45,20 @@ class Tokenizer:
             )
         self.inner = inner
         self.eos_id: int = inner.eos_token_id
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos_id, *end_ids]))
         self.bos_id: int | None = inner.bos_token_id
         pad = inner.pad_token_id
         # Lengths and masks mark padding, and nothing reads its id: any valid one will do.
         self.pad_id: int = inner.eos_token_id if pad is None else pad
         # the largest id + 1, added tokens included
         self.vocab_size: int = max(inner.get_vocab().values()) + 1
-        template = inner.chat_template
-        self.chat_template: str | None = template if isinstance(template, str) else None
+        # what is used is also what is saved
+        inner.chat_template = _default_template(inner.chat_template, where)
+        self.chat_template: str | None = inner.chat_template
         # a rule of the tokenizer: true for Llama, false for Qwen and GPT-2
-        self.begins_with_bos: bool = (
-            self.bos_id is not None and inner("a").input_ids[0] == self.bos_id
-        )
+        self.begins_with_bos: bool = self.bos_id is not None and inner("a").input_ids[:1] == [
+            self.bos_id
+        ]
 
     def encode(self, text: str, markup: bool = False) -> list[int]:
         """Return the ids without bos and eos. Names of special tokens in the text are plain text
@@ -68,8 +76,8 @@ class Tokenizer:
         )
 
     def render(self, messages: Sequence[dict[str, str]], template: str, generation: bool) -> str:
-        """Return the messages in a jinja chat template; `generation` opens the assistant's turn.
-        Raises jinja2.TemplateError when the template refuses them."""
+        """Return the messages in a jinja chat template; `generation` opens the assistant's turn. A
+        template is a program: it may raise any exception."""
         conversation: list[Any] = list(messages)
         text = self.inner.apply_chat_template(
             conversation, chat_template=template, tokenize=False, add_generation_prompt=generation
@@ -156,24 +164,36 @@ class Tokenizer:
         inner = copy.deepcopy(self.inner)
         inner.pad_token, inner.padding_side = token, "right"
         inner.chat_template = self.chat_template
-        return Tokenizer(inner)
+        return Tokenizer(inner, end_ids=self.end_ids)
+
+    def with_end_ids(self, end_ids: Sequence[int]) -> Tokenizer:
+        """Return this tokenizer with `end_ids` beside eos as the tokens that end a response."""
+        return Tokenizer(self.inner, end_ids=end_ids)
 
     def with_chat_template(self, template: str | None) -> Tokenizer:
         """Return a copy with that chat template, or with none."""
         inner = copy.deepcopy(self.inner)
         inner.chat_template = template
-        return Tokenizer(inner)
+        return Tokenizer(inner, end_ids=self.end_ids)
 
     def save(self, folder: Path | str) -> None:
-        """Write tokenizer.json and its configuration, for `load_tokenizer(folder)` and
-        transformers."""
+        """Write tokenizer.json and its configuration, for `load_tokenizer(folder)` and for
+        transformers 4 and 5.
+
+        Both read PreTrainedTokenizerFast from tokenizer.json unchanged. The classes of a family do
+        not: version 4's put bos in front, version 5's write other rules. The class needs its
+        inputs: by default version 4's adds token_type_ids, which these models refuse.
+        """
         self.inner.save_pretrained(str(folder))
         file = Path(folder) / "tokenizer_config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
-        # transformers 4 cannot load 5's name; both load the older one
-        if config["tokenizer_class"] == "TokenizersBackend":
+        if isinstance(self.inner, PreTrainedTokenizerFast):
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        for load_option in ("is_local", "local_files_only"):
+            config["model_input_names"] = ["input_ids", "attention_mask"]
+        # version 5 reads the list under both names, version 4 under the older one
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        for load_option in ("backend", "is_local", "local_files_only"):
             config.pop(load_option, None)
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -217,7 +237,10 @@ def load_tokenizer(spec: str, where: str = "") -> Tokenizer:
     if spec == BYTES:
         return byte_tokenizer()
     if Path(spec).is_dir():
-        return Tokenizer(_from_pretrained(spec, where, local=True), where)
+        for name in (*TOKENIZER_FILES, TEMPLATE_FILE):
+            if (Path(spec) / name).is_file():
+                refuse_pointer(Path(spec) / name)
+        return _from_pretrained(spec, where, local=True)
     if not is_hub_name(spec):
         raise UserError(
             f"no tokenizer at {spec!r}",
@@ -225,28 +248,36 @@ def load_tokenizer(spec: str, where: str = "") -> Tokenizer:
             fix="give an existing folder, a hub name (owner/name), or bytes",
         )
     try:
-        # a cached copy needs no network
-        inner = AutoTokenizer.from_pretrained(spec, local_files_only=True)
-    except (OSError, ValueError):
+        return _from_pretrained(spec, where, local=True)  # a cached copy needs no network
+    except UserError:
         fix = "give a folder that holds tokenizer.json, or the built-in tokenizer: bytes"
         reach_hub(spec, where, fix)
-        inner = _from_pretrained(spec, where, local=False)
-    return Tokenizer(inner, where)
+        return _from_pretrained(spec, where, local=False)
 
 
-def _from_pretrained(spec: str, where: str, local: bool) -> PreTrainedTokenizerBase:
+def _from_pretrained(spec: str, where: str, local: bool) -> Tokenizer:
     fix = "check the name, or give a folder"
     if local:
         fix = "the folder must hold tokenizer.json (or tokenizer.model) and tokenizer_config.json"
-    try:
-        inner: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(spec, local_files_only=local)
-        return inner
-    # ImportError: a tokenizer.model without the package that reads it
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"cannot load a tokenizer from {spec!r}: {reason}", where=where, fix=fix
-        ) from error
+    with library_errors(f"cannot load a tokenizer from {spec!r}", where=where, fix=fix):
+        # code of a model's repository is never run, and transformers would stop to ask
+        inner = AutoTokenizer.from_pretrained(spec, local_files_only=local, trust_remote_code=False)
+        return Tokenizer(inner, where)
+
+
+def _default_template(found: Any, where: str) -> str | None:
+    """Return a tokenizer's chat template; of several named ones that called `default`, as
+    `apply_chat_template` does."""
+    template = found.get("default") if isinstance(found, dict) else found
+    if isinstance(template, str) or found is None:
+        return template
+    names = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+    raise UserError(
+        f"the tokenizer has no chat template called default; found: {names}",
+        where=where,
+        fix="name one of them `default` in its tokenizer_config.json, or save the one to use as"
+        " chat_template.jinja",
+    )
 
 
 def tokenizer_facts(folder: Path, known: Tokenizer) -> tuple[str | None, str | None]:
@@ -257,7 +288,7 @@ def tokenizer_facts(folder: Path, known: Tokenizer) -> tuple[str | None, str | N
         return known.fingerprint, known.chat_template
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return None, None
-    files = [folder / file for file in (*TOKENIZER_FILES, "chat_template.jinja")]
+    files = [folder / file for file in (*TOKENIZER_FILES, TEMPLATE_FILE)]
     stats = [file.stat() for file in files if file.is_file()]
     return _read_facts(folder, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
 

@@ -1,39 +1,53 @@
 """Send chat requests through the `openai` client, several at a time, each with retries.
 
 The client's own retries are off: ours stop as soon as the server is found dead, limit the time of
-a whole attempt, and also retry a body that is not a chat completion (a proxy's error page).
+a whole attempt, print each wait, and keep to what the server refused before. Faults that pass are
+retried: a lost connection, a time-out, HTTP 408, 409, 425, 429, 5xx. All others end the evaluation
+at once; its replies are kept.
 """
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
-import math
 import random
 import time
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import openai
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.judges.cache import Answer
+from gipo_megatron.evaluation.chat_refusals import (
+    CHANGES,
+    QUOTA,
+    TEXT,
+    change_for,
+    changed,
+    error_object,
+    seconds_to_wait,
+)
+from gipo_megatron.evaluation.judges.cache import Reply
 
 if TYPE_CHECKING:
     from gipo_megatron.evaluation.judges.openai import OpenAIJudge
 
-LONGEST_BACKOFF = 60.0  # seconds; a Retry-After may be longer
+LONGEST_BACKOFF = 60.0  # seconds
+LONGEST_WAIT = 120.0  # seconds of a Retry-After; the client of openai has the same limit
+CONNECT = 10.0  # seconds to connect within
+# attempts to connect before the first reply: the address may be wrong
+FIRST_ATTEMPTS = 3
 RETRIED = (408, 409, 425, 429)  # besides 5xx
-# error codes, or words where a server gives no code, of a 400 that concerns this request only
-REFUSED_CODES = ("content_filter", "content_policy_violation", "context_length_exceeded")
-REFUSED_WORDS = ("maximum context length", "content management policy")
 HINTS = {
-    401: "check the key",
-    403: "check the key and its rights",
-    404: "check judge.base_url (it ends in /v1) and judge.model",
+    401: "check the key in {key}",
+    402: "add credit to the account, then repeat the same command",
+    403: "check the key in {key} and its rights",
+    404: "check judge.base_url (most end in /v1) and judge.model",
+    429: "raise the account's quota, then repeat the same command",
 }
 SHOWN = 300  # characters of a server's message
+QUIET = 10.0  # seconds between two lines about waits
 # The server is considered dead after this many failed requests in a row (or `concurrency` many).
 DEAD_AFTER = 4
 
@@ -41,17 +55,19 @@ DEAD_AFTER = 4
 class Unanswered(Exception):
     """A failed attempt; the message is the reason.
 
-    `wait`: seconds until the next attempt that the server requested. `unreachable`: no server
-    accepts connections at the address.
+    `wait`: seconds until the next attempt that the server requested. `connected`: false if no
+    connection to the server was made, or it was lost. `change`: of the next attempt.
     """
 
-    def __init__(self, reason: str, wait: float = 0.0, unreachable: bool = False) -> None:
+    def __init__(
+        self, reason: str, wait: float = 0.0, connected: bool = True, change: str = ""
+    ) -> None:
         super().__init__(reason)
-        self.wait, self.unreachable = wait, unreachable
+        self.wait, self.connected, self.change = wait, connected, change
 
 
 class Requests:
-    """`judge.concurrency` workers send `missing` {key: request} and put each answer in the cache.
+    """`judge.concurrency` workers send `missing` {key: request} and put each reply in the cache.
 
     `answered(key)` is called after each request, also after a failed one. When a worker finds the
     server dead, no further request is sent; requests in flight are completed and kept.
@@ -72,37 +88,46 @@ class Requests:
         self._problem: UserError | None = None
         self._stop = asyncio.Event()
         self._noise = random.Random()  # of the jitter
+        self._next_line = 0.0
 
     async def send_all(self) -> dict[str, str]:
         """Return {key: reason} of the requests that failed after all retries.
 
-        Raises UserError if the server is dead or rejects the settings (key, model, address).
+        Raises UserError if the server is dead or refuses the settings (key, model, address).
         """
-        async with openai.AsyncOpenAI(
-            api_key=self._secret or "none",
-            base_url=self._judge.base_url,
-            timeout=self._judge.timeout,
-            max_retries=0,
-        ) as client:
+        timeout = self._judge.timeout
+        try:
+            client = openai.AsyncOpenAI(
+                api_key=self._secret or "none",
+                base_url=self._judge.base_url,
+                timeout=openai.Timeout(timeout, connect=min(CONNECT, timeout)),
+                max_retries=0,
+            )
+        except Exception as error:  # of the HTTP library: the address, or a proxy's
+            raise self._permanent(f"cannot be used: {error}", "check it, and HTTP_PROXY") from error
+        async with client:
+            # the first one alone: it finds out what the server refuses
+            await self._work(client, 0 if self._judge.counts["completions"] else 1)
             await asyncio.gather(*(self._work(client) for _ in range(self._workers)))
         if self._problem is not None:
             raise self._problem
         return self._failed
 
-    async def _work(self, client: openai.AsyncOpenAI) -> None:
+    async def _work(self, client: openai.AsyncOpenAI, most: int | None = None) -> None:
         judge = self._judge
-        for key, request in self._left:
+        for key, request in islice(self._left, most):
             if self._stop.is_set():
                 return
             try:
-                judge.cache.put(key, judge.model, await self._send(client, request))
+                judge.cache.put(key, await self._send(client, request))
             except Unanswered as failure:
                 self._failed[key] = str(failure)
                 self._failed_in_a_row += 1
                 self._answered(key)
                 limit = max(DEAD_AFTER, judge.concurrency)
-                if failure.unreachable or self._failed_in_a_row >= limit:
-                    self._end(self._dead(failure))
+                if not failure.connected or self._failed_in_a_row >= limit:
+                    fix = "start the server or check the address, then repeat the same command"
+                    self._end(self._permanent(f"does not answer: {failure}", fix))
             except UserError as problem:
                 self._end(problem)
             else:
@@ -110,13 +135,12 @@ class Requests:
                 judge.counts["answered"] += 1
                 self._answered(key)
 
-    def _dead(self, failure: Unanswered) -> UserError:
-        kept = len(self._judge.cache)
+    def _permanent(self, what: str, fix: str) -> UserError:
+        kept = len(self._judge.cache.all)
         return UserError(
-            f"the judge's server does not answer any more: {failure}",
+            f"the judge's server {what}",
             where=f"judge.base_url {self._judge.base_url}",
-            fix=f"restart it, then repeat the same command: {kept} answers are kept and not"
-            " requested again",
+            fix=f"{fix}; {kept} answers are kept and not requested again",
         )
 
     def _end(self, problem: UserError) -> None:
@@ -126,32 +150,52 @@ class Requests:
 
     # ------------------------------------------------------------------------------- one request
 
-    async def _send(self, client: openai.AsyncOpenAI, request: dict[str, Any]) -> Answer:
+    async def _send(self, client: openai.AsyncOpenAI, request: dict[str, Any]) -> Reply:
         """Raise Unanswered after all retries, UserError if a retry cannot help."""
-        for attempt in range(self._judge.retries + 1):
+        attempt = 0
+        while True:
+            changes = tuple(name for name in CHANGES if name in self._judge.changes)
+            sent = changed(request, changes)
             try:
-                return await self._attempt(client, request)
+                body = await self._attempt(client, sent)
             except Unanswered as failure:
-                last = attempt == self._judge.retries
-                if last or await self._stopped_within(self._pause(attempt, failure.wait)):
-                    reason = f"no answer after {attempt + 1} attempts: {failure}"
-                    raise Unanswered(reason, unreachable=failure.unreachable) from failure
-        raise AssertionError("range(retries + 1) is not empty")
+                if failure.change:
+                    self._change(failure)
+                    continue
+                attempt += 1
+                attempts = self._judge.retries + 1
+                if not (failure.connected or self._judge.counts["completions"]):
+                    attempts = min(attempts, FIRST_ATTEMPTS)
+                if attempt >= attempts or await self._stopped_after(attempt, failure):
+                    reason = f"no answer after {attempt} attempts: {failure}"
+                    raise Unanswered(reason, connected=failure.connected) from failure
+            else:
+                return Reply(self._judge.model, body, self._judge.max_tokens, changes)
 
-    def _pause(self, attempt: int, requested: float) -> float:
-        """Return seconds: exponential with jitter; at least those that the server requested."""
-        backoff = min(LONGEST_BACKOFF, self._judge.backoff * 2**attempt)
+    def _change(self, refusal: Unanswered) -> None:
+        if refusal.change not in self._judge.changes:
+            self._judge.changes.append(refusal.change)
+            self._print(f"requests from now on have {refusal.change}: {refusal}")
+
+    async def _stopped_after(self, attempt: int, failure: Unanswered) -> bool:
+        """Wait: exponentially with jitter, at least as long as the server requested."""
+        backoff = min(LONGEST_BACKOFF, self._judge.backoff * 2 ** (attempt - 1))
         jitter = self._noise.random() / 2
-        return requested + backoff * jitter if requested else backoff * (1 - jitter)
-
-    async def _stopped_within(self, seconds: float) -> bool:
+        pause = failure.wait + backoff * jitter if failure.wait else backoff * (1 - jitter)
+        if time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + QUIET
+            self._print(f"{failure}; attempt {attempt + 1} in {pause:.3g} s")
         try:
-            await asyncio.wait_for(self._stop.wait(), seconds)
+            await asyncio.wait_for(self._stop.wait(), pause)
         except TimeoutError:
             return False
         return True
 
-    async def _attempt(self, client: openai.AsyncOpenAI, request: dict[str, Any]) -> Answer:
+    def _print(self, line: str) -> None:
+        print(f"{self._judge.name}: {line}", flush=True)
+
+    async def _attempt(self, client: openai.AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the server's chat completion. Raises Unanswered or UserError."""
         self._judge.counts["attempts"] += 1
         # ASCII: the client's own encoding fails for half of a surrogate pair
         content = json.dumps(request).encode()
@@ -161,69 +205,72 @@ class Requests:
         try:
             # the client's time-outs are per read: a server that sends slowly would never time out
             async with asyncio.timeout(self._judge.timeout):
-                body = await client.post(
-                    "/chat/completions",
-                    cast_to=str,
-                    content=content,
-                    options={"headers": headers},
+                text = await client.post(
+                    "/chat/completions", cast_to=str, content=content, options={"headers": headers}
                 )
-        except (TimeoutError, openai.APITimeoutError) as error:
-            raise Unanswered(f"no answer in {self._judge.timeout:g} s") from error
-        except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            if type(cause).__name__ == "ConnectError":  # of the HTTP library below the client
-                raise Unanswered(f"cannot connect: {cause}", unreachable=True) from error
-            what = f"connection lost: {type(cause).__name__} {cause}".rstrip()
-            raise Unanswered(what) from error
         except openai.APIStatusError as error:
-            return self._refusal(error)
-        return self._answer(body)
+            retry_after = error.response.headers.get("Retry-After", "")
+            body = error.body or error.response.text
+            return self._refusal(error.status_code, body, request, seconds_to_wait(retry_after))
+        except (TimeoutError, openai.APIConnectionError) as error:
+            cause = error.__cause__ or error
+            name = type(cause).__name__
+            if name.startswith("Connect"):  # of the HTTP library below the client
+                raise Unanswered(f"cannot connect: {cause or name}", connected=False) from error
+            if isinstance(error, TimeoutError | openai.APITimeoutError):
+                raise Unanswered(f"no answer in {self._judge.timeout:g} s") from error
+            what = f"connection lost: {name} {cause}".rstrip()
+            raise Unanswered(what, connected=bool(self._judge.counts["completions"])) from error
+        except Exception as error:
+            what = f"cannot be used: {type(error).__name__}: {self._short(str(error))}"
+            raise self._permanent(what, "check the address") from error
+        return self._completion(text, request)
 
-    def _refusal(self, error: openai.APIStatusError) -> Answer:
-        """Return an Answer if the server refuses this text only, else raise."""
-        status, body = error.status_code, error.body
-        code = str(body.get("code")) if isinstance(body, dict) else ""
-        words = body.get("message") if isinstance(body, dict) else body
-        words = self._hide(str(words or error.response.text))
-        if status in RETRIED or status >= 500:
-            wait = _retry_after(error.response.headers.get("Retry-After", ""))
-            raise Unanswered(f"HTTP {status}: {words}", wait)
-        refused = code in REFUSED_CODES or any(part in words for part in REFUSED_WORDS)
-        if status in (400, 413) and refused:
-            return Answer(f"HTTP {status}: {words}", "refused")
-        raise UserError(
-            f"the judge's server refused the request: HTTP {status}: {words}",
-            where=f"{self._judge.base_url}, judge.name openai",
-            fix=HINTS.get(status, "correct the setting that it names; answers so far are kept"),
-        ) from None
-
-    def _answer(self, body: str) -> Answer:
-        """Raise Unanswered for another body: it comes from a proxy, not from the model."""
+    def _completion(self, text: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the body if it has choices, even unreadable ones: it is paid for."""
         try:
-            completion = json.loads(body)
-            choice, usage = completion["choices"][0], completion.get("usage") or {}
-            text = choice["message"].get("content") or ""
-            if not isinstance(text, str):
-                raise TypeError
-            tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-            finish = str(choice.get("finish_reason") or "")
-            return Answer(self._hide(text, len(text)), finish, *tokens)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            what = f"HTTP 200, but no chat completion: {self._hide(body)}"
-            raise Unanswered(what) from error
-
-    def _hide(self, text: str, size: int = SHOWN) -> str:
-        """Remove the key: some servers repeat it in their messages."""
-        return (text.replace(self._secret, "…") if self._secret else text)[:size]
-
-
-def _retry_after(value: str) -> float:
-    """Return seconds from a number or a date; 0 for anything else."""
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+            body = json.loads(self._hide(text))
         except ValueError:
-            return 0.0
-    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+            body = None
+        error = error_object(body)
+        if isinstance(body, dict) and "choices" in body and not body.get("error"):
+            self._judge.counts["completions"] += 1
+            return body
+        if isinstance(error.get("code"), int) and 400 <= error["code"] < 600:
+            return self._refusal(error["code"], error, request)  # of a server behind this one
+        what = f"HTTP 200, but no chat completion: {self._short(text)}"
+        if self._judge.counts["completions"]:
+            raise Unanswered(what)
+        raise self._permanent(f"does not complete chats: {what}", HINTS[404])
+
+    def _refusal(
+        self, status: int, body: Any, request: dict[str, Any], wait: float = 0.0
+    ) -> dict[str, Any]:
+        """Return {"refused": reason} if the server refuses this text only, else raise."""
+        error = error_object(body)
+        code, words = str(error.get("code")), str(error.get("message") or error or body)
+        reason = f"HTTP {status}: {self._short(words)}"
+        if status in (400, 413, 422) and TEXT.search(f"{code} {words}"):
+            return {"refused": reason}
+        proven = self._judge.counts["completions"] > 0
+        change = change_for(f"{error.get('param')} {words}", request) if error else ""
+        if status in (400, 422, 500) and change and (change in self._judge.changes or not proven):
+            raise Unanswered(reason, change=change)
+        if wait > LONGEST_WAIT:
+            what = f"requests a wait of {wait:.0f} s: {reason}"
+            raise self._permanent(what, "repeat the same command then")
+        spent = status == 429 and QUOTA.search(f"{code} {error.get('type')}")
+        if (status in RETRIED or status >= 500) and not spent:
+            raise Unanswered(reason, wait)
+        if status in (400, 413, 422) and proven:  # the settings are right, so it is the text
+            return {"refused": reason}
+        hint = HINTS.get(status, "correct the setting that it names")
+        fix = hint.format(key=self._judge.api_key_env or "judge.api_key_env")
+        raise self._permanent(f"refused the request: {reason}", fix)
+
+    def _short(self, text: str) -> str:
+        return " ".join(self._hide(text).split())[:SHOWN]
+
+    def _hide(self, text: str) -> str:
+        """Remove the key: some servers repeat it in their messages."""
+        return text.replace(self._secret, "…") if self._secret else text

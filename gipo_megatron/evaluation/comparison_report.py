@@ -44,14 +44,12 @@ def write_comparison(
     given: HeadToHead,
     results: Mapping[str, Any],
     comparisons: Sequence[Comparison],
-    figures: Mapping[str, bytes | Path],
+    figures: Mapping[str, Path],
     audits: Sequence[Audit] = (),
 ) -> Path:
     """Write report.html to `folder`, all or nothing; it shows the folder's FILES too.
 
-    `figures`: name -> PNG or SVG, as bytes or as a file. `audits`: a section for each.
-
-    Raises ValueError for a figure of another format.
+    `figures`: name -> PNG file. `audits`: a section for each.
     """
     folder = Path(folder)
     files = {
@@ -69,6 +67,7 @@ def write_comparison(
         TEMPLATES,
         title=f"{given.model}: win / tie / lose",
         model=given.model,
+        incomplete=results["incomplete"],
         outcomes=OUTCOMES,
         cells=cells,
         percent=percent,
@@ -179,16 +178,8 @@ def _cut(text: str, most: int = SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]} … ({len(text) - most} more characters)"
 
 
-def _image(name: str, figure: bytes | Path) -> dict[str, Any]:
-    """Return an <img>'s values. An SVG inside <img> runs no script and loads nothing; a PNG is as
-    wide as in a run's report, independent of its pixels."""
-    data = figure.read_bytes() if isinstance(figure, Path) else figure
-    plain = name.replace("_", " ")
-    if data.startswith(b"\x89PNG"):
-        kind, width = "image/png", round(int.from_bytes(data[16:20], "big") * SCREEN / PRINT)
-    elif data.lstrip()[:5] in (b"<?xml", b"<svg ") and b"<svg" in data[:2000]:
-        kind, width = "image/svg+xml", 0
-    else:
-        raise ValueError(f"figure {name!r} is neither PNG nor SVG")
-    caption = CAPTIONS.get(name, plain)
-    return {"name": plain, "caption": caption, "data": data, "kind": kind, "width": width}
+def _image(name: str, figure: Path) -> dict[str, Any]:
+    """Return an <img>'s values; it is as wide as in a run's report, independent of its pixels."""
+    data, plain = figure.read_bytes(), name.replace("_", " ")
+    width = round(int.from_bytes(data[16:20], "big") * SCREEN / PRINT)  # of the PNG's header
+    return {"name": plain, "caption": CAPTIONS.get(name, plain), "data": data, "width": width}

@@ -18,7 +18,7 @@ from gipo_megatron.evaluation.types import (
 from gipo_megatron.files import write_json
 
 # names in results.json that no task may have
-RESERVED = ("subject", "judge", "bootstrap", "policies")
+RESERVED = ("subject", "judge", "bootstrap", "incomplete", "policies")
 
 
 def pairs_in_both_orders(given: HeadToHead) -> dict[PairOrder, Pair]:
@@ -93,8 +93,8 @@ def build_results(
     bootstrap: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Return {subject, judge, bootstrap, tasks: {task: {baseline: cell}}, policies: {name: {task:
-    figures}}}.
+    """Return {subject, judge, bootstrap, incomplete, tasks: {task: {baseline: cell}}, policies:
+    {name: {task: figures}}}.
 
     Counts are over the n judged prompts, ci95 in shares of n. `bootstrap`: resamples.
     """
@@ -104,17 +104,19 @@ def build_results(
     }
     for comparison in comparisons:
         cells[comparison.task, comparison.baseline].append(comparison)
+    compared = {
+        task: {
+            baseline: compare(cells[task, baseline], resamples=bootstrap, seed=seed)
+            for baseline in given.baselines
+        }
+        for task in tasks
+    }
     return {
         "subject": given.model,
         "judge": dict(judge_about),
         "bootstrap": {"resamples": bootstrap, "seed": seed},
-        "tasks": {
-            task: {
-                baseline: compare(cells[task, baseline], resamples=bootstrap, seed=seed)
-                for baseline in given.baselines
-            }
-            for task in tasks
-        },
+        "incomplete": incomplete(compared),
+        "tasks": compared,
         "policies": {
             name: {
                 task: policy_figures([r for r in given.responses[name] if r.task == task])
@@ -125,8 +127,22 @@ def build_results(
     }
 
 
+def incomplete(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the cells of which more than half of the prompts failed, in words.
+
+    A prompt fails if either verdict on it failed. Without any judged prompt, all cells.
+    """
+    judged = any(cell["n"] for cells in tasks.values() for cell in cells.values())
+    return [
+        f"{task} against {baseline}: {cell['n']} of {cell['n'] + cell['failed']} prompts judged"
+        for task, cells in tasks.items()
+        for baseline, cell in cells.items()
+        if cell["failed"] > cell["n"] or not judged
+    ]
+
+
 def write_results(path: str | Path, results: Mapping[str, Any]) -> None:
-    """Write {task: {baseline: cell}, subject, judge, bootstrap, policies}, all or nothing.
+    """Write {task: {baseline: cell}, subject, judge, bootstrap, …}, all or nothing.
 
     The tasks are at the top level, beside RESERVED. Raises ValueError for NaN or infinity.
     """

@@ -9,7 +9,8 @@ verdicts, results, report
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from gipo_megatron import registry
 from gipo_megatron.data.tokenizer import check_vocabulary
 from gipo_megatron.environment import line as environment_line
+from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.comparison_report import write_comparison
 from gipo_megatron.evaluation.evaluation_figures import write_evaluation_figures
@@ -51,6 +53,7 @@ from gipo_megatron.telemetry.console import Display
 from gipo_megatron.training import run_folder
 
 CHUNK = 256  # pairs judged between two writes
+REASON = 200  # characters of a failed verdict's text in an error
 
 
 def evaluate(recipe: EvaluationRecipe) -> None:
@@ -61,13 +64,6 @@ def evaluate(recipe: EvaluationRecipe) -> None:
     with mesh_session(recipe.parallel, deterministic=recipe.precision.deterministic) as mesh:
         prompts = respond(mesh, recipe)
     if mesh.is_main:  # a judge may take hours: no other rank waits in a collective meanwhile
-        conclude(recipe, prompts)
-
-
-def evaluate_on(mesh: Mesh, recipe: EvaluationRecipe) -> None:
-    """Run the evaluation on an existing mesh; one world can run several after each other."""
-    prompts = respond(mesh, recipe)
-    if mesh.is_main:
         conclude(recipe, prompts)
 
 
@@ -161,7 +157,8 @@ def _from_main(mesh: Mesh, value: Any) -> Any:
 def conclude(recipe: EvaluationRecipe, prompts: Sequence[TaskPrompt]) -> None:
     """Get the missing verdicts, then write the results. One process, without models.
 
-    People as judges get pages first; the results follow with their ratings.
+    People as judges get pages first; the results follow with their ratings. Raises UserError,
+    after the results are written, if most verdicts failed.
     """
     directory, shown = Path(recipe.run.dir), Display()
     wanted = {(p.task, p.prompt_id) for p in prompts}
@@ -176,8 +173,21 @@ def conclude(recipe: EvaluationRecipe, prompts: Sequence[TaskPrompt]) -> None:
     store = verdict_store(recipe, judge)
     verdicts = judge_missing(judge, pairs, store, shown)
     comparisons = comparisons_from_verdicts(given, verdicts, sampled=judge.sampled)
-    write(recipe, given, comparisons, judge)
+    missing = write(recipe, given, comparisons, judge)["incomplete"]
+    if missing:
+        raise _incomplete(directory, missing, verdicts.values())
     shown.line(f"{recipe.name}: complete; {directory / 'report.html'}, {directory / 'table.md'}")
+
+
+def _incomplete(directory: Path, missing: Sequence[str], verdicts: Iterable[Verdict]) -> UserError:
+    reasons = Counter(v.text[:REASON] for v in verdicts if v.choice == FAILED).most_common(1)
+    often = "".join(f"; {count} failed so: {text}" for text, count in reasons)
+    return UserError(
+        f"more than half of the prompts have no verdict: {', '.join(missing)}{often}",
+        where=str(directory / "results.json"),
+        fix="correct the judge, then repeat the same command: verdicts are kept, failed ones are"
+        " tried again; results and report are written, and marked as incomplete",
+    )
 
 
 def build_judge(recipe: EvaluationRecipe) -> Judge:
@@ -230,8 +240,11 @@ def judge_missing(
 
 def write(
     recipe: EvaluationRecipe, given: HeadToHead, comparisons: Sequence[Comparison], judge: Judge
-) -> None:
-    """Write results.json, the tables, figures/, report.html and, with groups, audit.html."""
+) -> dict[str, Any]:
+    """Write results.json, the tables, figures/, report.html and, with groups, audit.html.
+
+    Returns the results.
+    """
     directory, report = Path(recipe.run.dir), recipe.report
     results = build_results(
         given, comparisons, judge.about(), bootstrap=report.bootstrap, seed=report.seed
@@ -246,3 +259,4 @@ def write(
         audits = [audit_responses(given.prompts, given.responses[given.model])]
         write_text(directory / "audit.html", audit_document(audits))
     write_comparison(directory, given, results, comparisons, figures, audits)
+    return results

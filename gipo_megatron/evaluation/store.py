@@ -72,32 +72,21 @@ class ResponseStore:
 
 
 class VerdictStore:
-    """Verdicts by PairOrder; a later verdict on the same key (after a failure) replaces the first.
-
-    On disk, the fields of PairOrder and `text` have the names of NAMES and `said`.
-    """
-
-    NAMES = ("task", "opponent", "prompt_id", "subject_first")
+    """Verdicts by PairOrder; a later verdict on a key, after a failure, replaces the first."""
 
     def __init__(self, path: str | Path, key: str = "") -> None:
         self._lines = Lines(path, key)
 
     def append(self, verdicts: Mapping[PairOrder, Verdict]) -> None:
-        rows = []
-        for key, verdict in verdicts.items():
-            values = asdict(verdict)
-            choice, text = values.pop("choice"), values.pop("text")
-            order = dict(zip(self.NAMES, key, strict=True))
-            rows.append({**order, "choice": choice, "said": text, **values})
-        self._lines.append(rows)
+        self._lines.append([key._asdict() | asdict(verdict) for key, verdict in verdicts.items()])
 
     def read(self) -> dict[PairOrder, Verdict]:
         """Return all verdicts. Raises UserError for a bad line."""
         found: dict[PairOrder, Verdict] = {}
         for number, row in self._lines.read():
             try:
-                key = PairOrder(*(row.pop(name) for name in self.NAMES))
-                found[key] = Verdict(text=row.pop("said"), **row)
+                key = PairOrder(*(row.pop(name) for name in PairOrder._fields))
+                found[key] = Verdict(**row)
             except (KeyError, TypeError) as error:
                 raise self._lines.broken(number, "not a verdict") from error
         return found

@@ -54,7 +54,8 @@ def markdown_table(results: Mapping[str, Any]) -> str:
         f"**{markdown(results['subject'])}** against each baseline, in % of the judged prompts,"
         " with bootstrap 95 % intervals."
     )
-    return f"{title}\n\n{table}\n"
+    notes = "".join(f"Incomplete: {markdown(cell)}.\n\n" for cell in results["incomplete"])
+    return f"{title}\n\n{notes}{table}\n"
 
 
 def latex_table(results: Mapping[str, Any]) -> str:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from gipo_megatron.data.batching import HEAD_ROWS, is_held_out
+from gipo_megatron.data.batching import HEAD_ROWS
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import BadRow, Example, Tally, Turn
 from gipo_megatron.data.hub import is_hub_name
 from gipo_megatron.data.schemas import END_MARK, Schema
 from gipo_megatron.data.sources import Source, open_sources
+from gipo_megatron.data.splits import divide, label_of_row
 from gipo_megatron.data.templates import choose
 from gipo_megatron.data.tldr import POST, PROMPT
 from gipo_megatron.data.tokenizer import Tokenizer
@@ -128,14 +129,20 @@ def _examples(
     rows = iter(source.rows)
     head = list(islice(rows, HEAD_ROWS))
     reader = _Reader([row for _, row in head], source.name)
+    found, labels = [], []
     for where, row in chain(head, rows):
         try:
             example, reference = reader.read(row, tally, where)
         except BadRow as reason:
             tally.drop(str(reason), where)
             continue
-        if not only_held_out or is_held_out(example, share):
-            yield where, example, reference
+        found.append((where, example, reference))
+        labels.append(label_of_row(row))
+    if not only_held_out:
+        yield from found
+        return
+    held_out = divide(labels, [example.prompt for _, example, _ in found], share)
+    yield from compress(found, held_out)
 
 
 class _Reader:

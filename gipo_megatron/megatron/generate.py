@@ -32,14 +32,14 @@ def generate(
     mesh: Mesh,
     prompts: Prompts,
     sampling: Sampling,
-    eos_id: int,
+    end_ids: Sequence[int],
     pad_id: int,
     decode: Callable[[list[int]], str],
     *,
     room: Room | None = None,
 ) -> Rollout:
-    """Draw one response per row of `prompts` [B, P]. Collective over the replica's ranks, which all
-    return the same Rollout.
+    """Draw one response per row of `prompts` [B, P], up to the first of `end_ids`. Collective over
+    the replica's ranks, which all return the same Rollout.
 
     A row's tokens depend only on its prompt, the weights and (seed, step, sample_id): not on the
     layout, on other rows, or on `room`, the memory that a slice of the batch may fill (by default
@@ -54,23 +54,24 @@ def generate(
     responses = torch.full(size, pad_id, device=mesh.device)
     counts = torch.zeros(len(prompts), dtype=torch.long, device=mesh.device)
     logprobs = torch.zeros(size, device=mesh.device)
+    ends = torch.tensor(end_ids, device=mesh.device)
     if len(prompts):
         longest = int(prompts.lengths.max())
         with torch.inference_mode():
             decoder = Decoder(chunks, architecture, mesh, longest + sampling.max_response)
-            loop = _Loop(decoder, sampling, eos_id)
+            loop = _Loop(decoder, sampling, ends)
             need = Need(architecture, mesh.parallel, decoder.dtype.itemsize)
             room = find_room(mesh, need, longest, sampling) if room is None else room
             for rows in _slices(prompts.lengths, sampling.max_response, need.token, room):
                 responses[rows], counts[rows], logprobs[rows] = loop.respond(prompts.select(rows))
-    return _assemble(prompts, responses, counts, logprobs, eos_id, pad_id, decode)
+    return _assemble(prompts, responses, counts, logprobs, ends, pad_id, decode)
 
 
 @dataclass(frozen=True)
 class _Loop:
     decoder: Decoder
     sampling: Sampling
-    eos_id: int
+    ends: Tensor
 
     def respond(self, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
         """Return response tokens [b, N], their number [b] and their log-probs [b, N], on every
@@ -88,7 +89,7 @@ class _Loop:
         for t in range(steps):
             tokens = chooser.choose(logits, rows, t)
             responses[rows, t] = tokens
-            ended = (tokens == self.eos_id) & ~finished
+            ended = torch.isin(tokens, self.ends) & ~finished
             counts[rows[ended]] = t + 1
             finished |= ended
             num_finished = int(finished.sum())
@@ -192,7 +193,7 @@ def _assemble(
     responses: Tensor,
     counts: Tensor,
     logprobs: Tensor,
-    eos_id: int,
+    ends: Tensor,
     pad_id: int,
     decode: Callable[[list[int]], str],
 ) -> Rollout:
@@ -206,9 +207,10 @@ def _assemble(
     prompt = prompts.tokens.gather(1, position.clamp(max=prompts.tokens.shape[1] - 1))
     prompt = prompt.masked_fill(position >= lengths[:, None], pad_id)
     tokens = torch.where(mask, responses.gather(1, index), prompt)
-    finished = responses.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0] == eos_id
+    last = responses.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+    finished = torch.isin(last, ends)
     rows = zip(responses.tolist(), (counts - finished.long()).tolist(), strict=True)
-    texts = [decode(row[:count]) for row, count in rows]  # without end-of-text
+    texts = [decode(row[:count]) for row, count in rows]  # without the end token
     return Rollout(
         tokens=tokens,
         mask=mask,

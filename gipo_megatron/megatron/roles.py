@@ -17,6 +17,7 @@ from gipo_megatron.megatron.offload import Snapshot
 from gipo_megatron.megatron.outputs import critic_output, last_token_score, token_stats
 from gipo_megatron.specs import Sampling
 from gipo_megatron.types import CriticOutput, Output, Prompts, Rollout, Rows, TokenStats, Update
+from gipo_megatron.weights.end_tokens import end_ids
 
 
 @torch.no_grad()
@@ -59,7 +60,8 @@ def language_readout(engine: Engine, temperature: float, entropy: bool) -> Reado
 
 @dataclass
 class MegatronActor:
-    """The policy, at the one `temperature` that it samples and trains at."""
+    """The policy, at the one `temperature` that it samples and trains at. Its responses end at the
+    tokenizer's `eos_id`, and at the end tokens that the files of its weights name."""
 
     engine: Engine
     eos_id: int
@@ -76,7 +78,7 @@ class MegatronActor:
                 engine.mesh,
                 prompts,
                 sampling,
-                self.eos_id,
+                end_ids(engine.hf_files, self.eos_id),
                 self.pad_id,
                 self.decode,
             )

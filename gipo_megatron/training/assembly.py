@@ -231,7 +231,9 @@ class Providers:
     # ----------------------------------------------------------------------------------------- data
 
     def _data(self, split: str, kind: str) -> Dataset:
-        return load_data(self.recipe.data, self.tokenizer, split, self.recipe.run.seed, kind)
+        data, run = self.recipe.data, self.recipe.run
+        needed = split == "train" or run.eval_every > 0
+        return load_data(data, self.tokenizer, split, run.seed, kind, needed)
 
     def _prompts(self, step: int) -> Prompts:
         batch, dp = self.recipe.batch, self.dp
@@ -251,10 +253,11 @@ class Providers:
         return lambda step: rows.examples(step, size, dp.rank, dp.size)
 
     def _probe(self) -> Sequences:
-        """The first held-out prompts, alone: label changes between iterations are counted on
-        them."""
-        count = min(PROBE_PROMPTS, len(self.test))
-        rows, _ = self.test.prompts_at(range(count), self.dp.rank, self.dp.size)
+        """The first held-out prompts, or training prompts where none are held out: label changes
+        between iterations are counted on them."""
+        data = self.test if len(self.test) else self.train
+        count = min(PROBE_PROMPTS, len(data))
+        rows, _ = data.prompts_at(range(count), self.dp.rank, self.dp.size)
         no_response = rows.tokens.new_zeros(rows.tokens.shape).bool()
         return Sequences(rows.tokens, no_response, rows.lengths, rows.lengths, rows.prompt_id)
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gipo_megatron.data.hub import reach_hub
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.checkpoints import parse_meta
-from gipo_megatron.weights.hf_config import architecture_from_hf
+from gipo_megatron.weights.hf_config import architecture_from_hf, check_shapes
+from gipo_megatron.weights.hf_files import open_weights
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def stored_architecture(
     if (folder / "meta.json").is_file() and (stored := _of_checkpoint(folder, role)) is not None:
         return stored
     if config.is_file():
-        return Stored(str(config), _of_folder(folder, str(config)))
+        return Stored(str(config), _named(folder))
     newest = folder / "final"
     raise UserError(
         f"{folder} is neither a checkpoint (meta.json) nor a Hugging Face folder (config.json)",
@@ -66,11 +67,22 @@ def _of_checkpoint(folder: Path, role: str) -> Stored | None:
     return Stored(path, meta.roles[role if role in meta.roles else first].architecture)
 
 
-def _of_folder(folder: Path, name: str) -> Architecture:
+def folder_architecture(folder: Path) -> Architecture:
+    """Return the architecture of a Hugging Face folder, compared with its tensors where it has
+    them: a model of the wrong size may not even fit in memory."""
+    architecture = architecture_from_hf(folder)
+    if any(folder.glob("*.safetensors")):
+        shapes = open_weights(folder).shapes
+        check_shapes(architecture, shapes, str(folder / "config.json"))
+    return architecture
+
+
+def _named(folder: Path, name: str = "") -> Architecture:
+    """Return the architecture. An error names the file at fault, or `name` for a copy of it."""
     try:
-        return architecture_from_hf(folder)
+        return folder_architecture(folder)
     except UserError as error:
-        raise UserError(f"{name}: {error.what}", fix=error.fix) from None
+        raise UserError(f"{name or error.where}: {error.what}", fix=error.fix) from None
 
 
 def _hub(load: str, where: str, network: bool) -> Stored | None:
@@ -80,7 +92,7 @@ def _hub(load: str, where: str, network: bool) -> Stored | None:
     name = f"{load}/config.json (hub)"
     cached = try_to_load_from_cache(load, "config.json")
     if isinstance(cached, str):
-        return Stored(name, _of_folder(Path(cached).parent, name))
+        return Stored(name, _named(Path(cached).parent, name))
     if not network:
         return None
     fix = (
@@ -91,10 +103,6 @@ def _hub(load: str, where: str, network: bool) -> Stored | None:
     # Not into the cache: a snapshot there that holds config.json alone would pass for the model
     # itself.
     with tempfile.TemporaryDirectory() as folder:
-        try:
+        with library_errors(f"cannot get {name}", fix=fix):
             hf_hub_download(load, "config.json", local_dir=folder)
-        # all that the client raises: no such model, no access, no config.json
-        except (OSError, ValueError) as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            raise UserError(f"cannot get {name}: {reason}", fix=fix) from None
-        return Stored(name, _of_folder(Path(folder), name))
+        return Stored(name, _named(Path(folder), name))

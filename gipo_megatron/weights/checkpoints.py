@@ -139,6 +139,15 @@ def read_hf_files(folder: Path) -> dict[str, str]:
     }
 
 
+def stored_hf_files(folder: Path) -> dict[str, str]:
+    """Return `read_hf_files` of weights: of a Hugging Face folder, or of the model that the first
+    role of a checkpoint began from, the policy where it has one."""
+    if weights_kind(folder) == "huggingface":
+        return read_hf_files(folder)
+    homes = sorted((folder / "huggingface").glob("*"))
+    return read_hf_files(homes[0]) if homes else {}
+
+
 def weights_kind(path: Path) -> str:
     """Return "checkpoint" (of this project) or "huggingface", judged by the folder's content.
 
@@ -154,11 +163,11 @@ def weights_kind(path: Path) -> str:
         return "checkpoint"
     if "config.json" in found and any(name.endswith(".safetensors") for name in found):
         return "huggingface"
-    if "config.json" in found and any(name.endswith(".bin") for name in found):
+    if "config.json" in found and (old := [name for name in found if name.endswith(".bin")]):
         raise UserError(
-            "a Hugging Face folder without safetensors",
+            f"a Hugging Face folder without safetensors: {old[0]} is not read",
             where=str(path),
-            fix="save it again with safe_serialization=True",
+            fix="save it again with transformers: from_pretrained(OLD).save_pretrained(NEW)",
         )
     shown = ", ".join(found[:8]) + (" …" if len(found) > 8 else "") if path.is_dir() else "a file"
     hint = f"; its newest checkpoint is {newest}" if (newest := latest(path)) else ""

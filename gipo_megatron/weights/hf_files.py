@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import refuse_pointer
+from gipo_megatron.weights.hf_values import BLOCK, TEXT, check_values, read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
@@ -37,8 +39,8 @@ class Weights:
 def open_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
     """Return the tensors of a Hugging Face folder, or of a state dict.
 
-    Raises UserError for a missing, damaged or truncated file, an unreadable index, and tensors that
-    only the index lists.
+    Raises UserError for a missing, damaged or truncated file, an unreadable index, tensors that
+    only the index lists, and an index beside another model's single file.
     """
     if isinstance(source, Mapping):
         shapes = {name: tuple(t.shape) for name, t in source.items()}
@@ -70,6 +72,7 @@ def _header(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
     """Return (name, shape, dtype) of a file's tensors. safetensors compares the header with the
     file's length, so a truncated file is found here."""
     try:
+        refuse_pointer(path)
         with safe_open(path, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
             return [
@@ -92,17 +95,26 @@ def _index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
         return {}
-    try:
-        weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        return weight_map
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, f"{INDEX}: {error!r}") from error
+    content = read_object(path)
+    check_values({"weight_map": None} | content, {"weight_map": BLOCK}, str(path))
+    weight_map: dict[str, str] = content["weight_map"]
+    check_values(weight_map, dict.fromkeys(weight_map, TEXT), str(path), block="weight_map.")
+    return weight_map
 
 
 def _weight_files(folder: Path, listed: Mapping[str, str]) -> list[Path]:
-    if listed:
-        return [folder / name for name in sorted(set(listed.values()))]
-    if (folder / SINGLE).is_file():
+    files = sorted(set(listed.values()))
+    single = (folder / SINGLE).is_file()
+    if single and files not in ([], [SINGLE]):
+        raise UserError(
+            f"two models in one folder: {SINGLE}, which transformers would read, and {INDEX}, which"
+            f" lists {files[0]}",
+            where=str(folder),
+            fix="remove the older of the two, with its files",
+        )
+    if files:
+        return [folder / name for name in files]
+    if single:
         return [folder / SINGLE]
     found = "no such folder"
     if folder.is_dir():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from gipo_megatron.data.hub import is_hub_name, reach_hub
 from gipo_megatron.data.templates import choose, parting
 from gipo_megatron.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_facts
-from gipo_megatron.errors import UserError
-from gipo_megatron.weights.checkpoints import read_meta, weights_kind
+from gipo_megatron.errors import UserError, library_errors
+from gipo_megatron.weights.checkpoints import read_meta, stored_hf_files, weights_kind
+from gipo_megatron.weights.end_tokens import end_ids
 
 
 def locate(load: str, where: str) -> Path:
@@ -24,33 +26,38 @@ def locate(load: str, where: str) -> Path:
         raise UserError(f"nothing to load at {load!r}", where=where, fix=fix)
     from huggingface_hub import snapshot_download  # slow to import
 
-    patterns = ["*.safetensors", "*.json", "tokenizer*"]
-    try:
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
+    with suppress(Exception):
         # a cached copy needs no network
         cached = Path(snapshot_download(load, allow_patterns=patterns, local_files_only=True))
         if any(cached.glob("*.safetensors")):  # a snapshot may hold a tokenizer alone
             return cached
-    except OSError:
-        pass
     reach_hub(load, where, fix)
-    return Path(snapshot_download(load, allow_patterns=patterns))
+    with library_errors(f"cannot download {load!r}", where=where, fix=fix):
+        return Path(snapshot_download(load, allow_patterns=patterns))
 
 
 def find_tokenizer(spec: str, loads: Mapping[str, str]) -> Tokenizer:
-    """Return the tokenizer that `spec` names or, for an empty one, that of the first weights.
+    """Return the tokenizer that `spec` names or, for an empty one, that of the first weights; with
+    the end tokens of these weights.
 
-    loads: {recipe key: weights}. Raises UserError when all weights are random.
+    loads: {recipe key: weights}. Raises UserError for an empty `spec` when all weights are random.
     """
+    where, load = next(((w, load) for w, load in loads.items() if load != "random"), ("", ""))
+    folder = locate(load, where) if load else None
     if spec:
-        return load_tokenizer(spec, where="model.tokenizer")
-    for where, load in loads.items():
-        if load != "random":
-            return load_tokenizer(str(_tokenizer_folder(locate(load, where))), where=where)
-    raise UserError(
-        "all weights are random, so there is no tokenizer beside them",
-        where="model.tokenizer",
-        fix="give a folder or a hub name, or `bytes`, the built-in one",
-    )
+        tokenizer = load_tokenizer(spec, where="model.tokenizer")
+    elif folder is not None:
+        tokenizer = load_tokenizer(str(_tokenizer_folder(folder)), where=where)
+    else:
+        raise UserError(
+            "all weights are random, so there is no tokenizer beside them",
+            where="model.tokenizer",
+            fix="give a folder or a hub name, or `bytes`, the built-in one",
+        )
+    if folder is None:
+        return tokenizer
+    return tokenizer.with_end_ids(end_ids(stored_hf_files(folder), tokenizer.eos_id))
 
 
 def _tokenizer_folder(folder: Path) -> Path:

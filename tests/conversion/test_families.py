@@ -1,15 +1,17 @@
 """HF -> checkpoint at TP 2, PP 2, PP 2 x VPP 3 -> HF, every family in two dtypes: the same bits,
-config.json included."""
+and the same configuration, which transformers 4 reads, too."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from gipo_megatron.conversion.convert import to_hf, to_megatron
+from gipo_megatron.data.tokenizer import byte_tokenizer
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.telemetry.console import Display
 from tests.conversion import families
@@ -17,11 +19,36 @@ from tests.parity.launch import ranks
 
 pytestmark = pytest.mark.global_rng
 SILENT = Display(shown=False)
-TEXTS = ("config.json", "generation_config.json")
+FILES = ("config.json", "generation_config.json")
 
 
-def texts(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in TEXTS if (folder / name).is_file()}
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def expected_config(source: dict[str, Any]) -> dict[str, Any]:
+    """The config.json a model came with, and what transformers 4 reads of it under its own keys."""
+    block = dict(source["rope_parameters"])
+    four: dict[str, Any] = {"rope_theta": block.pop("rope_theta")}
+    return source | (four if block["rope_type"] == "default" else four | {"rope_scaling": block})
+
+
+def ends(*files: dict[str, Any]) -> set[int]:
+    named = [file.get("eos_token_id") for file in files]
+    return {i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if i is not None}
+
+
+def same_configuration(folder: Path, again: Path) -> bool:
+    config, generation = (read(folder / name) for name in FILES)
+    new_config, new_generation = (read(again / name) for name in FILES)
+    if new_config != expected_config(config):
+        return False
+    if "ForSequenceClassification" in config["architectures"][0]:
+        return not new_generation
+    kept = {key: value for key, value in new_generation.items() if key != "eos_token_id"}
+    before = {key: value for key, value in generation.items() if key != "eos_token_id"}
+    every = {byte_tokenizer().eos_id} | ends(config, generation)
+    return kept == before and ends(new_generation) == every
 
 
 def differences(folder: Path, again: Path) -> list[str]:
@@ -29,7 +56,7 @@ def differences(folder: Path, again: Path) -> list[str]:
     wrong = (
         [] if families.same_bits(families.tensors(folder), families.tensors(again)) else ["tensors"]
     )
-    wrong += [] if texts(folder) == texts(again) else ["config"]
+    wrong += [] if same_configuration(folder, again) else ["config"]
     return wrong + (
         []
         if (again / "tokenizer.json").is_file() and (again / "README.md").is_file()

@@ -129,8 +129,10 @@ def test_drops_are_reported_by_reason(tmp_path: Path) -> None:
         {"chosen": good, "rejected": "\n\nHuman: q"},
     ] + [{"chosen": good, "rejected": "\n\nHuman: q\n\nAssistant:"}] * 2
     file = write_rows(tmp_path / "hh" / "train.jsonl", rows)
-    data = load_data(DataConfig(path=str(tmp_path)), TOKENIZER, "all", 0, "preference")
+    config = DataConfig(path=str(tmp_path), allow_drops=True)
+    data = load_data(config, TOKENIZER, "all", 0, "preference")
     assert data.report == [
+        f"read {file}: 5 rows, all rows",
         "kept 1 of 5 rows",
         f"dropped 1: chosen equals rejected (first: {file} line 2)",
         f"dropped 2: empty response (first: {file} line 4)",

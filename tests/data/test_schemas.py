@@ -130,7 +130,7 @@ SHORT, LONG = dialogue("h: q", "a: x"), dialogue("h: q", "a: x", "h: r", "a: y")
         ("\n\nHuman: q", SHORT, "no Assistant turn"),
         (dialogue("h: q", "a: x", "h: r"), SHORT, "the last turn is the human's"),
         (None, SHORT, "no value for chosen"),
-        (SHORT, 7, "no value for rejected"),
+        (SHORT, 7, "rejected is neither text nor a chat, but int"),
         (
             "\n\nHuman: \ud800q\n\nAssistant: x",
             "\n\nHuman: \ud800q\n\nAssistant: y",
@@ -160,7 +160,7 @@ def test_transcripts_that_look_odd_and_are_good() -> None:
         ({"messages": [USER]}, "the last turn is not the assistant's"),
         (
             {"messages": [{"role": "tool", "content": "x"}, GOOD]},
-            "a role that is none of system, user, assistant",
+            "the role 'tool' is none of system, user, assistant, human, gpt",
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": None}]},

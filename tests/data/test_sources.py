@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from gipo_megatron.data.sources import _hub_source, open_sources
+from gipo_megatron.data.sources import Source, open_sources
 from gipo_megatron.errors import UserError
 from tests.data.fixtures import write_rows
 
@@ -157,22 +157,51 @@ def test_a_hub_that_is_not_there_says_how_to_give_a_folder(monkeypatch: pytest.M
     assert "data.path=FOLDER" in raised.value.fix
 
 
-def test_splits_of_a_hub_set() -> None:
-    """What `datasets.load_dataset` returns, made by hand."""
-    splits = datasets.DatasetDict(
-        {name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("train", "validation")}
-    )
-    found = {split: _hub_source("x", splits, split) for split in ("train", "test", "all")}
-    assert [source.split for source in found.values()] == [True, True, False]
-    assert [[row["prompt"] for _, row in source.rows] for source in found.values()] == [
-        ["train"],
-        ["validation"],
-        ["train", "validation"],
-    ]
-    with pytest.raises(UserError, match="no train split, only validation"):
-        _hub_source("x", datasets.DatasetDict({"validation": splits["validation"]}), "train")
-    alone = _hub_source("x", datasets.DatasetDict({"train": splits["train"]}), "test")
-    assert not alone.split and [where for where, _ in alone.rows] == ["x train row 1"]
+def from_hub(
+    monkeypatch: pytest.MonkeyPatch, configurations: dict[str, list[str]], split: str
+) -> list[Source]:
+    """Open a hub made by hand: {configuration: its splits}, each row the names of both."""
+
+    def load(path: str, name: str = "default") -> datasets.DatasetDict:
+        rows = {
+            key: datasets.Dataset.from_list([{"prompt": f"{name} {key}"}])
+            for key in configurations[name]
+        }
+        return datasets.DatasetDict(rows)
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda path: [*configurations])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return open_sources("o/set", [], split, "prompt")
+
+
+def texts(sources: list[Source]) -> dict[str, list[str]]:
+    return {source.name: [row["prompt"] for _, row in source.rows] for source in sources}
+
+
+def test_splits_of_a_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test wins over validation; without a name, one split is all training data."""
+    hub = {"default": ["train_a", "validation", "train_b", "test"]}
+    read = {split: from_hub(monkeypatch, hub, split) for split in ("train", "test", "all")}
+    assert texts(read["train"]) == {"set": ["default train_a", "default train_b"]}
+    assert texts(read["test"]) == {"set": ["default test"]}
+    assert len(texts(read["all"])["set"]) == 4
+    assert [read[split][0].split for split in read] == [True, True, False]
+    assert read["train"][0].unread == ("set validation (validation)",)
+    (alone,) = from_hub(monkeypatch, {"default": ["everything"]}, "test")
+    assert not alone.split and [where for where, _ in alone.rows] == ["set everything row 1"]
+    with pytest.raises(UserError, match="set validation is marked validation"):
+        from_hub(monkeypatch, {"default": ["validation"]}, "train")
+
+
+def test_hub_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a default all are read, and a name that marks a split marks its rows."""
+    hub = {"train": ["train"], "held-out": ["train"], "extra": ["train"]}
+    assert texts(from_hub(monkeypatch, hub, "train")) == {
+        "extra": ["extra train"],
+        "set": ["train train"],
+    }
+    assert texts(from_hub(monkeypatch, hub, "test"))["set"] == ["held-out train"]
 
 
 def test_a_hub_source_is_a_configuration_or_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:

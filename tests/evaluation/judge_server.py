@@ -23,13 +23,14 @@ class Reply:
     """What one request gets. `body` replaces the chat completion; `drop`: hang up before anything,
     or amid the body; or send too slowly."""
 
-    said: str | None = "A is shorter.\n[[A]]"
-    finish: str = "stop"
+    said: Any = "A is shorter.\n[[A]]"  # the message's content
+    finish: str | None = "stop"
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None
     delay: float = 0.0  # seconds
     drop: str = ""  # "" | before | amid | trickle
+    more: dict[str, Any] = field(default_factory=dict)  # of the message
 
     def content(self) -> bytes:
         if self.body is not None:
@@ -40,10 +41,16 @@ class Reply:
             ).encode()
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": self.said},
+            "message": {"role": "assistant", "content": self.said, **self.more},
             "finish_reason": self.finish,
         }
         return json.dumps({"choices": [choice], "usage": TOKENS}).encode()
+
+
+def refusal(status: int, message: str, **more: Any) -> Reply:
+    """An error in the form of the OpenAI interface."""
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    return Reply(status=status, body=json.dumps({"error": error | more}).encode())
 
 
 # (the question's mark, the how many-th request for it, from 1) -> what it gets

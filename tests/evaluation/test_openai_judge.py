@@ -22,7 +22,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.judges import prompts
 from gipo_megatron.evaluation.judges.openai import CACHE, OpenAIJudge
 from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Pair, Verdict
-from tests.evaluation.judge_server import TOKENS, Log, Reply, Script, serving
+from tests.evaluation.judge_server import TOKENS, Log, Reply, Script, refusal, serving
 
 KEY = "sk-never-to-be-seen-0123456789"
 GOOD = Reply()
@@ -108,12 +108,137 @@ def test_answers_come_back_in_order_and_are_paid_once(tmp_path: Path) -> None:
 def test_what_is_sent(tmp_path: Path) -> None:
     _, log, _ = one(lambda *_: GOOD, tmp_path, temperature=0.25, max_tokens=77)
     _, bare, _ = one(lambda *_: GOOD, tmp_path, temperature=None, max_tokens=0)
-    expected = {"model": "judge-1", "messages": prompts.messages(pair(1))}
+    expected: dict[str, object] = {"model": "judge-1", "messages": prompts.messages(pair(1))}
     assert log.bodies == [{**expected, "temperature": 0.25, "max_tokens": 77}]
     assert bare.bodies == [expected], (
         "another setting is another request, and null leaves a setting to the server"
     )
     assert log.keys == {f"Bearer {KEY}"}
+
+
+THOUGHT = "First [[B]], then again [[B]]."
+PARTS = [
+    {"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]},
+    {"type": "reasoning", "text": THOUGHT},
+    {"type": "text", "text": "A is "},
+    {"type": "text", "text": "fuller.\n[[A]]"},
+]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(PARTS),
+        Reply("Good.\n[[A]]", more={"reasoning_content": THOUGHT}),
+        Reply("Good.\n[[A]]", more={"reasoning": THOUGHT}, finish=None),
+        Reply(None, more={"reasoning_content": f"{THOUGHT} So:\n**[[A]]**"}),
+        Reply(f"<think>\n{THOUGHT}</think>\n[[A]]"),
+        Reply(f"{THOUGHT}\n</think>\n\n[[A]]"),  # the tag that opens was in the template
+        Reply(f"[THINK]{THOUGHT}[/THINK][[A]]"),
+        Reply(f"<seed:think>{THOUGHT}</seed:think>[[A]]"),
+        Reply("B shows its <think> tag.\n[[A]]"),
+    ],
+    ids=str,
+)
+def test_thoughts_are_no_answer(tmp_path: Path, reply: Reply) -> None:
+    verdict, log, _ = one(lambda *_: reply, tmp_path)
+    assert verdict.choice == FIRST and log.requests["Q1"] == 1
+
+
+def test_a_cut_answer_is_bought_again_with_another_limit_only(tmp_path: Path) -> None:
+    """Q1 is cut at 50 tokens. With 100, it alone is asked again; all that was paid is counted."""
+    log = Log()
+
+    def script(mark: str, _: int) -> Reply:
+        short = log.bodies[-1]["max_tokens"] == 50
+        return Reply("<think>[[B]]", finish="length") if mark == "Q1" and short else GOOD
+
+    with serving(script, log) as server:
+        first = ask(judge_at(server.url, tmp_path, max_tokens=50), pairs(3))
+        again = judge_at(server.url, tmp_path, max_tokens=100)
+        second = ask(again, pairs(3))
+    assert [v.choice for v in first] == [FIRST, FAILED, FIRST]
+    assert [v.choice for v in second] == [FIRST] * 3
+    assert log.requests == Counter(Q0=1, Q1=2, Q2=1)
+    assert again.about()["completion_tokens"] == 4 * 10
+
+
+# ------------------------------------------------------------------- settings that a server refuses
+
+TEMPERATURE = "Unsupported value: 'temperature' does not support 0.0 with this model."
+
+
+@pytest.mark.parametrize(
+    ("refused", "message", "status"),
+    [
+        ("system", "System role not supported", 400),
+        ("system", "Conversation roles must alternate user/assistant/user/assistant/...", 500),
+        ("system", "Developer instruction is not enabled for models/gemma-3-27b-it", 400),
+        ("max_tokens", "Unsupported parameter: 'max_tokens' is not supported with this model", 400),
+        ("temperature", TEMPERATURE, 400),
+        ("temperature", "body.temperature: Extra inputs are not permitted", 422),
+    ],
+)
+def test_a_refused_setting_is_changed_once_for_the_run(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    refused: str,
+    message: str,
+    status: int,
+) -> None:
+    log = Log()
+
+    def script(mark: str, _: int) -> Reply:
+        body = log.bodies[-1]
+        roles = [message["role"] for message in body["messages"]]
+        return refusal(status, message) if refused in (*body, *roles) else GOOD
+
+    with serving(script, log) as server:
+        judge = judge_at(server.url, tmp_path)
+        assert {v.choice for v in ask(judge, pairs(6))} == {FIRST}
+        again = judge_at(server.url, tmp_path)
+        assert all(v.cached for v in ask(again, pairs(6)))
+    assert sum(log.requests.values()) == 6 + 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+    assert len(again.about()["changes"]) == 1 and again.about()["changes"][0] in lines[0]
+    system, user = (message["content"] for message in prompts.messages(pair(1)))
+    sent = next(b for b in log.bodies[1:] if "Q1 what?" in b["messages"][-1]["content"])
+    expected = {
+        "system": {"messages": [{"role": "user", "content": f"{system}\n\n{user}"}]},
+        "max_tokens": {"max_completion_tokens": 1024},
+        "temperature": {},
+    }[refused]
+    whole = {"messages": prompts.messages(pair(1)), "temperature": 0.0, "max_tokens": 1024}
+    kept = {key: value for key, value in whole.items() if key != refused}
+    assert sent == {"model": "judge-1", **kept, **expected}
+
+
+def test_several_refused_settings_and_one_that_cannot_be_left_out(tmp_path: Path) -> None:
+    """max_tokens, then its other name too: the server's words end it, after two requests."""
+
+    def script(*_: object) -> Reply:
+        name = "max_tokens" if "max_tokens" in log.bodies[-1] else "max_completion_tokens"
+        return refusal(400, f"'{name}' is above 16: a 'max_tokens' of 16 is accepted")
+
+    log = Log()
+    with serving(script, log) as server, pytest.raises(UserError, match="is above 16"):
+        judge_at(server.url, tmp_path).judge(pairs(5), lambda _: None)
+    assert sum(log.requests.values()) == 2
+
+
+def test_one_refused_text_fails_alone_and_changes_nothing(tmp_path: Path) -> None:
+    """After an answer the settings are right: a 400 that names a role is this text's."""
+    log = Log()
+    with serving(
+        lambda mark, _: refusal(400, "bad role in the text") if mark == "Q2" else GOOD, log
+    ) as server:
+        verdicts = ask(judge_at(server.url, tmp_path), pairs(4))
+        again = judge_at(server.url, tmp_path)
+        assert ask(again, pairs(4))[2].choice == FAILED and again.about()["changes"] == []
+    assert [v.choice for v in verdicts] == [FIRST, FIRST, FAILED, FIRST]
+    assert "HTTP 400: bad role in the text" in verdicts[2].text
+    assert log.requests == Counter({f"Q{i}": 1 for i in range(4)})
 
 
 def test_the_same_pair_twice_is_asked_once(tmp_path: Path) -> None:
@@ -132,6 +257,13 @@ def test_the_same_pair_twice_is_asked_once(tmp_path: Path) -> None:
     ("reply", "said"),
     [
         (Reply("Both are fine."), "no verdict; finish_reason stop"),
+        (Reply("<think>Perhaps [[B]], or [[A]] but"), "a larger judge.max_tokens"),
+        (Reply("", more={"reasoning": "[[A]]? No"}, finish="length"), "a larger judge.max_tokens"),
+        (Reply(None, more={"refusal": "I do not judge. [[A]]"}), "the model refused"),
+        (Reply(""), "no verdict"),
+        (Reply(body=b'{"choices": []}'), "no verdict"),
+        (Reply(body=b'{"choices": null, "usage": null}'), "no verdict"),
+        (Reply(body=b'{"choices": [{"message": "?"}], "usage": {"prompt_tokens": "x"}}'), "no v"),
         (Reply("[[D]] [A] [[a]] [[rating]]"), "no verdict"),
         (Reply(None, finish="content_filter"), "finish_reason content_filter"),
         (Reply("A seems [[A]], on the oth", finish="length"), "cut at max_tokens"),
@@ -146,6 +278,9 @@ def test_the_same_pair_twice_is_asked_once(tmp_path: Path) -> None:
             ),
             "maximum context length",
         ),
+        (refusal(400, "The input (9000 tokens) is longer than 8192 tokens"), "longer than"),
+        (refusal(413, "prompt is too long: 210000 tokens > 200000 maximum"), "too long"),
+        (refusal(400, "exceeds the available context size"), "context size"),
     ],
 )
 def test_an_answer_without_a_verdict_is_failed_kept_and_not_paid_again(
@@ -178,8 +313,7 @@ def test_an_answer_without_a_verdict_is_failed_kept_and_not_paid_again(
         Reply(drop="before"),
         Reply(drop="amid"),
         Reply(drop="trickle"),
-        Reply(body=b"<html>a proxy's page</html>"),
-        Reply(body=b'{"choices": []}'),
+        Reply(body=b'{"error": {"message": "Provider returned error", "code": 502}}'),
         Reply(body=b"\xff\xfe", headers={"Content-Encoding": "gzip"}),
     ],
     ids=str,
@@ -211,6 +345,48 @@ def test_retry_after_is_honoured_as_seconds_and_as_a_date(tmp_path: Path) -> Non
     assert second - time.monotonic() + time.time() >= until - 0.1  # not before it
 
 
+@pytest.mark.parametrize(
+    "value", ["-5", "nan", "0", "", "Mon, 01 Jan 2001 00:00:00 GMT", "Mon, 99 Jan 2001", "soon"]
+)
+def test_a_retry_after_without_a_sense_is_left_out(tmp_path: Path, value: str) -> None:
+    busy = Reply(status=429, headers={"Retry-After": value})
+    verdict, log, _ = one(lambda _, n: busy if n == 1 else GOOD, tmp_path)
+    assert verdict.choice == FIRST and log.requests["Q1"] == 2
+
+
+@pytest.mark.parametrize(
+    "value", ["86400", "121", "1e400", "inf", email.utils.formatdate(4e9, usegmt=True)]
+)
+def test_a_wait_that_is_too_long_ends_it_at_once(tmp_path: Path, value: str) -> None:
+    log = Log()
+    busy = Reply(status=429, headers={"Retry-After": value})
+    with (
+        serving(lambda mark, _: GOOD if mark == "Q0" else busy, log) as server,
+        pytest.raises(UserError, match=r"requests a wait of .*HTTP 429") as raised,
+    ):
+        judge_at(server.url, tmp_path, concurrency=1).judge(pairs(5), lambda _: None)
+    assert log.requests == Counter(Q0=1, Q1=1) and "1 answers are kept" in raised.value.fix
+
+
+def test_a_wait_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one(lambda _, n: Reply(status=429) if n == 1 else GOOD, tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("openai: HTTP 429: scripted 429; attempt 2 in 0.0")
+
+
+@pytest.mark.parametrize("more", [{"code": "insufficient_quota"}, {"type": "exceeded_quota_error"}])
+def test_a_spent_quota_is_no_rate_limit(tmp_path: Path, more: dict[str, str]) -> None:
+    log, spent = Log(), refusal(429, "You exceeded your current quota", **more)
+    with serving(lambda mark, _: GOOD if mark in ("Q0", "Q1") else spent, log) as server:
+        with pytest.raises(UserError, match="exceeded your current quota") as raised:
+            judge_at(server.url, tmp_path, concurrency=1).judge(pairs(9), lambda _: None)
+        server.script = lambda *_: GOOD
+        verdicts = ask(judge_at(server.url, tmp_path), pairs(9))
+    assert "raise the account's quota" in raised.value.fix
+    assert [v.cached for v in verdicts] == [True] * 2 + [False] * 7
+    assert log.requests == Counter({f"Q{i}": 2 if i == 2 else 1 for i in range(9)})
+
+
 def test_backoff_doubles_with_jitter(tmp_path: Path) -> None:
     _, log, _ = one(lambda _, n: Reply(status=500) if n < 4 else GOOD, tmp_path, backoff=0.2)
     gaps = [b - a for a, b in zip(log.times["Q1"], log.times["Q1"][1:], strict=False)]
@@ -239,7 +415,7 @@ def test_one_prompt_that_never_works_is_failed_and_asked_again_next_time(tmp_pat
     assert log.requests == Counter({f"Q{i}": 4 if i == 3 else 1 for i in range(8)})
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 301])
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 413, 422, 301])
 def test_what_no_retry_mends_ends_with_the_servers_words(tmp_path: Path, status: int) -> None:
     log, words = (
         Log(),
@@ -252,6 +428,28 @@ def test_what_no_retry_mends_ends_with_the_servers_words(tmp_path: Path, status:
         judge_at(server.url, tmp_path, concurrency=1).judge(pairs(5), lambda _: None)
     assert f"HTTP {status}: no such model" in raised.value.what and KEY not in str(raised.value)
     assert sum(log.requests.values()) == 1
+
+
+PAGES = [b"<html>Welcome</html>", b'{"error": "Unexpected endpoint"}', b"[]", b"data: {}\n\n", b""]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_an_address_without_chats_ends_it_at_once(tmp_path: Path, page: bytes) -> None:
+    log = Log()
+    with (
+        serving(lambda *_: Reply(body=page), log) as server,
+        pytest.raises(UserError, match="no chat completion") as raised,
+    ):
+        judge_at(server.url, tmp_path).judge(pairs(9), lambda _: None)
+    assert "judge.base_url" in raised.value.where and sum(log.requests.values()) == 1
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_after_an_answer_a_page_is_tried_again(tmp_path: Path, page: bytes) -> None:
+    log = Log()
+    with serving(lambda m, n: Reply(body=page) if m == "Q1" and n == 1 else GOOD, log) as server:
+        assert {v.choice for v in ask(judge_at(server.url, tmp_path), pairs(2))} == {FIRST}
+    assert log.requests == Counter(Q0=1, Q1=2)
 
 
 def test_bounded_concurrency(tmp_path: Path) -> None:
@@ -277,7 +475,7 @@ def test_a_server_that_dies_midway_and_comes_back(tmp_path: Path) -> None:
             return Reply(delay=0.01)
 
         server.script = dying
-        with pytest.raises(UserError, match="does not answer any more") as raised:
+        with pytest.raises(UserError, match="does not answer") as raised:
             judge_at(url, tmp_path, concurrency=4).judge(pairs(30), lambda _: None)
     kept = sum(log.answered.values())
     assert 6 <= kept <= 10 and f"{kept} answers are kept" in raised.value.fix
@@ -295,23 +493,26 @@ def test_a_server_that_only_fails_is_given_up(tmp_path: Path) -> None:
     log = Log()
     with (
         serving(lambda *_: Reply(status=500), log) as server,
-        pytest.raises(UserError, match=r"does not answer any more.*scripted 500"),
+        pytest.raises(UserError, match=r"does not answer.*scripted 500"),
     ):
         judge_at(server.url, tmp_path, concurrency=2, retries=1).judge(pairs(50), lambda _: None)
     assert sum(log.requests.values()) <= 2 * (4 + 1)  # four given up, one more in flight
 
 
 def test_a_stopping_run_waits_for_no_retry(tmp_path: Path) -> None:
-    """Q0's key is refused while Q1 was told to come back in an hour."""
+    """Q2's key is refused while Q1 was told to come back in a minute and 59 seconds."""
     log = Log()
-    busy = Reply(status=429, headers={"Retry-After": "3600"})
-    with serving(
-        lambda mark, _: busy if mark == "Q1" else Reply(status=401, delay=0.2), log
-    ) as server:
-        start = time.monotonic()
-        with pytest.raises(UserError, match="HTTP 401"):
-            judge_at(server.url, tmp_path, concurrency=2).judge(pairs(2), lambda _: None)
-    assert time.monotonic() - start < 600  # not an hour
+    script = {
+        "Q0": GOOD,
+        "Q1": Reply(status=429, headers={"Retry-After": "119"}),
+        "Q2": Reply(status=401, delay=0.2),
+    }
+    with (
+        serving(lambda mark, _: script[mark], log) as server,
+        pytest.raises(UserError, match="HTTP 401"),
+    ):
+        judge_at(server.url, tmp_path, concurrency=2).judge(pairs(3), lambda _: None)
+    assert log.requests == Counter(Q0=1, Q1=1, Q2=1)
 
 
 def test_a_disk_that_takes_nothing_ends_it(tmp_path: Path) -> None:
@@ -431,6 +632,9 @@ def test_a_missing_key_is_told_before_anything_is_asked(
         "http:///v1",
         "https://me:secret@x/v1",
         "https://x/v1?api-key=secret",
+        "http://x:99999/v1",
+        "http://x:port/v1",
+        "http://[::1/v1",
     ],
 )
 def test_an_address_that_is_none_or_holds_a_secret(tmp_path: Path, url: str) -> None:
@@ -442,8 +646,24 @@ def test_an_address_that_is_none_or_holds_a_secret(tmp_path: Path, url: str) -> 
 def test_nobody_listens(tmp_path: Path) -> None:
     with serving(lambda *_: GOOD, Log()) as server:
         url = server.url
-    with pytest.raises(UserError, match="cannot connect"):
-        judge_at(url, tmp_path, retries=1).judge(pairs(3), lambda _: None)
+    for address in (url, url.replace("127.0.0.1", "no-such-host.invalid")):
+        judge = judge_at(address, tmp_path, retries=9)
+        with pytest.raises(UserError, match="3 attempts: cannot connect") as raised:
+            judge.judge(pairs(3), lambda _: None)
+        assert raised.value.where == f"judge.base_url {address}"
+        assert judge.counts["attempts"] == 3
+
+
+def test_a_server_without_tls(tmp_path: Path) -> None:
+    with serving(lambda *_: GOOD, Log()) as server:
+        judge = judge_at(server.url.replace("http", "https", 1), tmp_path)
+        with pytest.raises(UserError, match=r"cannot connect: .*SSL"):
+            judge.judge(pairs(3), lambda _: None)
+
+
+def test_a_host_name_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be used: Invalid IDNA"):
+        judge_at("http://xn--\u00e9\u2028/v1", tmp_path).judge(pairs(1), lambda _: None)
 
 
 def test_a_recipe_block_builds_it(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from gipo_megatron.evaluation.results import (
     build_results,
     comparisons_from_verdicts,
+    incomplete,
     pairs_in_both_orders,
     write_results,
 )
@@ -124,6 +125,19 @@ def test_results(evaluation: dict, tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == written
 
 
+def test_what_is_incomplete() -> None:
+    """More than half of a cell's prompts failed; half did not. Without any judged prompt, all."""
+
+    def tasks(*cells: tuple[int, int]) -> dict:
+        return {f"t{i}": {"ppo": {"n": n, "failed": f}} for i, (n, f) in enumerate(cells)}
+
+    assert incomplete(tasks((5, 5), (4, 5), (0, 0))) == ["t1 against ppo: 4 of 9 prompts judged"]
+    assert incomplete(tasks((10, 0), (0, 1))) == ["t1 against ppo: 0 of 1 prompts judged"]
+    assert len(incomplete(tasks((0, 0), (0, 0)))) == 2
+    marked = small() | {"incomplete": ["tl_dr against ppo: 4 of 9 prompts judged"]}
+    assert "\n\nIncomplete: tl\\_dr against ppo: 4 of 9" in markdown_table(marked)
+
+
 def small() -> dict:
     def cell(win: int, tie: int, lose: int, failed: int, flipped: int) -> dict:
         n = win + tie + lose
@@ -143,7 +157,8 @@ def small() -> dict:
         }
 
     tasks = {"tl_dr": {"ppo|kl": cell(5, 2, 1, 2, 1)}, "a&b": {"ppo|kl": cell(0, 0, 0, 3, 0)}}
-    return {"subject": "gipo*", "judge": {"name": "rule<1>"}, "tasks": tasks}
+    about = {"judge": {"name": "rule<1>"}, "incomplete": []}
+    return {"subject": "gipo*", **about, "tasks": tasks}
 
 
 def cells(line: str) -> list[str]:
@@ -181,7 +196,8 @@ def test_latex() -> None:
 
 
 def test_tables_without_a_baseline() -> None:
-    empty = {"subject": "a", "judge": {"name": "rule"}, "tasks": {"t": {}}}
+    about = {"judge": {"name": "rule"}, "incomplete": []}
+    empty = {"subject": "a", **about, "tasks": {"t": {}}}
     assert len(markdown_table(empty).splitlines()) == 4
     assert latex_table(empty).splitlines()[-2:] == [r"\bottomrule", r"\end{tabular}"]
 

@@ -100,14 +100,14 @@ def test_verdicts_by_order_the_last_one_counts(tmp_path: Path) -> None:
     with open(file, "ab") as torn:
         torn.write(b'{"task": "hh", "oppo')
     assert VerdictStore(file).read() == found
-    # the keys on disk, which earlier evaluations have
+    # the keys on disk
     assert json.loads(file.read_text().splitlines()[1]) == {
         "task": "hh",
-        "opponent": "sft",
+        "baseline": "sft",
         "prompt_id": "a",
-        "subject_first": True,
+        "model_first": True,
         "choice": FAILED,
-        "said": "timed out",
+        "text": "timed out",
         "prompt_tokens": 0,
         "completion_tokens": 0,
         "cached": False,

@@ -292,5 +292,5 @@ def test_generation_is_outside_fp8(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) 
     seen = spied(chunk, "delayed", monkeypatch)
     ids = torch.arange(1)
     prompts = Prompts(torch.tensor([[5, 6, 7]]), torch.tensor([3]), ids, ids, ("",), ({},))
-    generate([chunk], ARCHITECTURE, mesh, prompts, Sampling(4, temperature=0.0), -1, 0, str)
+    generate([chunk], ARCHITECTURE, mesh, prompts, Sampling(4, temperature=0.0), [-1], 0, str)
     assert seen == {}

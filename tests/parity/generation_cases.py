@@ -92,7 +92,7 @@ def respond(
     eos: int,
     cache: int = 2**30,
 ) -> Rollout:
-    return generate(chunks, architecture, mesh, rows, sampling, eos, PAD, spell, room=Room(cache))
+    return generate(chunks, architecture, mesh, rows, sampling, [eos], PAD, spell, room=Room(cache))
 
 
 def responses(rollout: Rollout) -> list[list[int]]:

@@ -154,6 +154,7 @@ def test_a_full_run(done: tuple[Path, Any, Any]) -> None:
         "subject",
         "judge",
         "bootstrap",
+        "incomplete",
         "policies",
     }
     for task, count in (("short", PROMPTS), ("posts", 3)):

@@ -46,9 +46,11 @@ def main() -> None:
             with contextlib.redirect_stdout(printed), report("+report" in case):
                 if isinstance(recipe, EvaluationRecipe):
                     # seconds, which training need not wait
-                    from gipo_megatron.evaluation.run import evaluate_on
+                    from gipo_megatron.evaluation.run import conclude, respond
 
-                    evaluate_on(mesh, recipe)
+                    prompts = respond(mesh, recipe)
+                    if mesh.is_main:
+                        conclude(recipe, prompts)
                 else:
                     train_on(mesh, recipe)
         except UserError as problem:

@@ -1,10 +1,9 @@
-"""A language model's answers on disk: no request is paid for twice."""
+"""A language model's replies on disk: no request is paid for twice."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,45 +12,51 @@ from gipo_megatron.evaluation.store import Lines
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The model's text and its finish reason (stop, length, …; "refused": rejected as a whole)."""
+class Reply:
+    """A server's reply as it came: it is read after it was stored, so no fault of the reader
+    loses it.
 
-    text: str
-    finish: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    `body`: the chat completion, or {"refused": reason}. `changes`: of the request
+    (chat_refusals.CHANGES). `max_tokens`: of the request; 0 is the server's default.
+    """
+
+    model: str
+    body: dict[str, Any]
+    max_tokens: int = 0
+    changes: tuple[str, ...] = ()
 
 
 def request_key(request: dict[str, Any]) -> str:
-    """Return the sha256 of everything that decides the answer: model, messages, settings."""
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+    """Return the sha256 of what decides an answer: model, messages, settings.
+
+    max_tokens is left out: an answer that ended by itself does not depend on it.
+    """
+    decisive = {name: value for name, value in request.items() if name != "max_tokens"}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-class AnswerCache:
-    """Answers by request_key. `put` returns when the answer is on disk; errors as in Lines."""
+class ReplyCache:
+    """Replies by request_key, the last one counts. Errors as in Lines."""
 
     def __init__(self, path: str | Path) -> None:
-        self._lines = Lines(path, "judge answers 1")
-        self._answers: dict[str, tuple[str, Answer]] = {}
+        self._lines = Lines(path, "judge replies 2")
+        self._by_request: dict[str, Reply] = {}
+        self.all: list[Reply] = []
         for number, row in self._lines.read():
             try:
-                text = row["answer"].pop("said")
-                self._answers[row["request"]] = row["model"], Answer(text, **row["answer"])
-            except (KeyError, TypeError, AttributeError) as error:
-                raise self._lines.broken(number, "not an answer") from error
+                request, changes = row.pop("request"), tuple(row.pop("changes"))
+                self._keep(request, Reply(**row, changes=changes))
+            except (KeyError, TypeError) as error:
+                raise self._lines.broken(number, "not a reply") from error
 
-    def __len__(self) -> int:
-        return len(self._answers)
+    def get(self, request: str) -> Reply | None:
+        return self._by_request.get(request)
 
-    def get(self, request: str) -> Answer | None:
-        return self._answers.get(request, ("", None))[1]
+    def put(self, request: str, reply: Reply) -> None:
+        """Return when the reply is on disk."""
+        self._lines.append([{"request": request, **asdict(reply)}])
+        self._keep(request, reply)
 
-    def put(self, request: str, model: str, answer: Answer) -> None:
-        values = asdict(answer)
-        on_disk = {"said": values.pop("text"), **values}
-        self._lines.append([{"request": request, "model": model, "answer": on_disk}])
-        self._answers[request] = model, answer
-
-    def of(self, model: str) -> Iterator[Answer]:
-        """Return every answer of `model` in this run folder."""
-        return (answer for name, answer in self._answers.values() if name == model)
+    def _keep(self, request: str, reply: Reply) -> None:
+        self._by_request[request] = reply
+        self.all.append(reply)

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.judges import prompts
-from gipo_megatron.evaluation.judges.cache import Answer, AnswerCache, request_key
+from gipo_megatron.evaluation.judges.answers import Answer, read_answer
+from gipo_megatron.evaluation.judges.cache import ReplyCache, request_key
 from gipo_megatron.evaluation.types import FAILED, Judge, Pair, Verdict
 from gipo_megatron.registry import Range, from_runtime, register
 
@@ -27,9 +28,10 @@ CACHE = "judge_cache.jsonl"
 class OpenAIJudge(Judge):
     """The model explains its choice and ends with [[A]], [[B]] or [[C]].
 
-    Every answer is written to judge_cache.jsonl before the next request. An answer without a
-    verdict, or cut at max_tokens, is FAILED and kept; a request that failed after all retries is
-    FAILED too, and is sent again by the next run.
+    Every reply is written to judge_cache.jsonl before it is read. An answer without a verdict is
+    FAILED and kept; one that was cut is requested again with another max_tokens; a request that
+    failed after all retries is FAILED too, and is sent again by the next run. A setting that the
+    server refuses is changed for the run (chat_refusals.CHANGES).
     """
 
     model: str  # the endpoint's name of the model
@@ -42,7 +44,8 @@ class OpenAIJudge(Judge):
     max_tokens: Annotated[int, Range(0)] = 1024  # of an answer; 0: the server's default
     timeout: Annotated[float, Range(0, open=True)] = 120.0  # seconds for one attempt
     retries: Annotated[int, Range(0)] = 6  # after 429, 5xx, a time-out, a dropped connection
-    # seconds before the first retry, doubled each time, with jitter; Retry-After takes precedence
+    # seconds before the first retry, doubled each time, with jitter; a Retry-After of up to 120 s
+    # takes precedence, a longer one ends the evaluation
     backoff: Annotated[float, Range(0)] = 1.0
     prompt_price: Annotated[float, Range(0)] = 0.0  # US dollars for a million tokens
     completion_price: Annotated[float, Range(0)] = 0.0
@@ -50,38 +53,44 @@ class OpenAIJudge(Judge):
 
     name: ClassVar[str] = "openai"
     transport: ClassVar[tuple[str, ...]] = (
-        "base_url", "api_key_env", "concurrency", "timeout", "retries", "backoff",
+        "base_url", "api_key_env", "concurrency", "max_tokens", "timeout", "retries", "backoff",
         "prompt_price", "completion_price",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        url, where = urlsplit(self.base_url), "judge.base_url"
-        if url.scheme not in ("http", "https") or not url.hostname:
+        where = "judge.base_url"
+        try:
+            url = urlsplit(self.base_url)
+            known = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        except ValueError:  # of a port or brackets
+            known = False
+        if not known:
             fix = "use an address such as http://localhost:8000/v1"
             raise UserError("is not the address of a server", where=where, fix=fix)
         if "@" in url.netloc or url.query:
             fix = "put the key into an environment variable, and its name into judge.api_key_env"
             raise UserError("contains a password or a query", where=where, fix=fix)
         self.counts: Counter[str] = Counter()
+        self.changes: list[str] = []  # of requests, after a refusal
 
     @cached_property
-    def cache(self) -> AnswerCache:
+    def cache(self) -> ReplyCache:
         """Open the cache on first use: a recipe is checked without a run folder."""
-        return AnswerCache(Path(self.directory) / CACHE)
+        return ReplyCache(Path(self.directory) / CACHE)
 
     def check_ready(self) -> None:
         self.secret()
 
     def judge(self, pairs: Sequence[Pair], done: Callable[[int], None]) -> list[Verdict | None]:
-        """Raise UserError if the server is unreachable or rejects the request.
+        """Raise UserError if the server is unreachable or refuses the settings.
 
-        All answers received before that are in the cache.
+        All replies received before that are in the cache.
         """
         from gipo_megatron.evaluation.chat_requests import Requests  # imports the openai client
 
         requests = [self._request(pair) for pair in pairs]
         keys = [request_key(request) for request in requests]
-        missing = {k: r for k, r in zip(keys, requests, strict=True) if self.cache.get(k) is None}
+        missing = {k: r for k, r in zip(keys, requests, strict=True) if self._kept(k) is None}
         fresh, uses = set(missing), Counter(keys)
         done(sum(count for key, count in uses.items() if key not in fresh))
         failed: dict[str, str] = {}
@@ -90,23 +99,32 @@ class OpenAIJudge(Judge):
             failed = asyncio.run(sending.send_all())
         verdicts: list[Verdict | None] = []
         for key in keys:
-            answer = self.cache.get(key)
+            answer = self._kept(key)
             if answer is None:
                 verdict = Verdict(FAILED, failed[key])
             else:
-                verdict = self._verdict(answer, cached=key not in fresh)
+                verdict = _verdict(answer, cached=key not in fresh)
             fresh.discard(key)  # a pair that occurs twice in `pairs` was sent once
             self.counts["failed"] += verdict.choice == FAILED
             self.counts["from_cache"] += verdict.cached
             verdicts.append(verdict)
         return verdicts
 
+    def _kept(self, key: str) -> Answer | None:
+        """Return the stored answer; None without one, or if another max_tokens may complete it."""
+        reply = self.cache.get(key)
+        answer = read_answer(reply.body) if reply else None
+        if reply and answer and answer.cut and reply.max_tokens != self.max_tokens:
+            return None
+        return answer
+
     def about(self) -> dict[str, Any]:
         """Return settings, tokens and cost of all answers of this model in this run folder.
 
         `this_run`: the counts of this process.
         """
-        answers = list(self.cache.of(self.model))
+        replies = [reply for reply in self.cache.all if reply.model == self.model]
+        answers = [read_answer(reply.body) for reply in replies]
         prompt = sum(a.prompt_tokens for a in answers)
         completion = sum(a.completion_tokens for a in answers)
         about: dict[str, Any] = {
@@ -116,6 +134,7 @@ class OpenAIJudge(Judge):
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
             "prompts": prompts.fingerprint(),
+            "changes": sorted({change for reply in replies for change in reply.changes}),
             "answers": len(answers),
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -136,17 +155,6 @@ class OpenAIJudge(Judge):
             request["max_tokens"] = self.max_tokens
         return request
 
-    def _verdict(self, answer: Answer, cached: bool) -> Verdict:
-        choice, text = prompts.choice(answer.text), answer.text
-        if answer.finish == "length":
-            choice, text = None, f"(cut at max_tokens, so without a verdict) {text}"
-        elif answer.finish == "refused":
-            choice = None
-        elif choice is None:
-            text = f"(no verdict; finish_reason {answer.finish or 'not given'}) {text}"
-        tokens = (answer.prompt_tokens, answer.completion_tokens)
-        return Verdict(choice or FAILED, text, *tokens, cached)
-
     def secret(self) -> str:
         """Return the key. It is read where it is used and stored in no object that is shown."""
         if not self.api_key_env:
@@ -160,3 +168,9 @@ class OpenAIJudge(Judge):
             where="judge.api_key_env",
             fix=f'export {self.api_key_env}=…, or judge.api_key_env="" for a server without keys',
         )
+
+
+def _verdict(answer: Answer, cached: bool) -> Verdict:
+    text = f"({answer.fault}) {answer.text}" if answer.fault else answer.text
+    tokens = (answer.prompt_tokens, answer.completion_tokens)
+    return Verdict(answer.choice or FAILED, text, *tokens, cached)

@@ -46,6 +46,11 @@ def choice(text: str) -> str | None:
     return VERDICTS[tokens[-1]] if tokens else None
 
 
+def ends_with_verdict(text: str) -> bool:
+    """Return whether a verdict token is the last thing in the text, markup aside."""
+    return re.search(rf"{_TOKEN.pattern}\W*\Z", text) is not None
+
+
 def fingerprint() -> str:
     """Return a hash that changes with any judge prompt."""
     return hashlib.sha256(json.dumps([SYSTEM, CRITERIA, TITLES]).encode()).hexdigest()[:16]
