@@ -13,7 +13,7 @@ from gipo_megatron.local.roles import _noise
 from gipo_megatron.roles import DataParallel
 from gipo_megatron.specs import Sampling
 from tests import bandit as real
-from tools.studies import bandit
+from tools.studies import bandit, networks
 from tools.studies.systems import System
 
 SEEDS, STEPS = [0, 1, 2], 12
@@ -66,11 +66,11 @@ def test_three_seeds_agree_with_the_real_page(name: str) -> None:
     parts, system, eta = PAIRS[name]
     spec = bandit.WorldSpec("easy", hack_proxy=1.0, hack_odds=ODDS)
     world = bandit.World.make(spec, SEEDS)
-    start = bandit.imitate(bandit.policy_weights(SEEDS), world.reference)
+    start = networks.imitate(networks.policy_weights(SEEDS), world.reference)
     runs = bandit.Runs(system, world, start, [eta], SEEDS, SameDraws(), reward_clip=0.8)
     for step in range(STEPS):
         runs.step(step)
-    policies = bandit.log_policy(runs.actor.weights).detach().exp()
+    policies = networks.log_policy(runs.actor.weights).detach().exp()
     for seed, policy, gold in zip(SEEDS, policies, world.gold, strict=True):
         other = real.make(parts, seed, hacks=real.HACKS, hack_odds=ODDS)
         assert torch.equal(other.world.gold, gold)

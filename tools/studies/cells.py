@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gipo_megatron.files import append_jsonl, read_jsonl
-from tools.studies.bandit import Draws, Runs, World, WorldSpec, imitate, policy_weights, train
+from tools.studies.bandit import Draws, Runs, World, WorldSpec, train
+from tools.studies.networks import imitate, policy_weights
 from tools.studies.systems import SYSTEMS
 
 WORLDS = [
