@@ -125,7 +125,8 @@ def test_the_launchers_set_them_before_torch_is_imported(launcher: str, recipe: 
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=200, check=False
     )
-    assert (done.returncode, done.stdout) == (2, "1 pytorch\n")
+    # a library may look for torch before another imports it: a line each time
+    assert (done.returncode, {*done.stdout.splitlines()}) == (2, {"1 pytorch"})
     assert "no_such_key" in done.stderr
 
 
