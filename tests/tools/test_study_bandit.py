@@ -18,6 +18,7 @@ from tools.studies.systems import System
 
 SEEDS, STEPS = [0, 1, 2], 12
 ODDS = 0.1
+SHARED_PRICE = GroupVariance(beta=0.3, weigh_kl=True, min_weight=0.0)
 
 
 class SameDraws:
@@ -46,11 +47,12 @@ class SameDraws:
 
 
 def given(dp: DataParallel) -> real.Parts:
-    return LabelledGroups(sources=("easy", "hard")), GroupVariance(beta=0.3), FixedKL(0.05)
+    return LabelledGroups(sources=("easy", "hard")), SHARED_PRICE, FixedKL(0.05)
 
 
 def shared(dp: DataParallel) -> real.Parts:
-    return CriticHead(lr=1e-2, detach_trunk=True), GroupVariance(beta=0.3), FixedKL(0.05)
+    head = CriticHead(lr=1e-2, detach_trunk=True, entropy=0.0)
+    return head, SHARED_PRICE, FixedKL(0.05)
 
 
 PAIRS = {
