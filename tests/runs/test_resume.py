@@ -14,7 +14,7 @@ from tests.runs import chain
 
 
 def tree(directory: Path) -> dict[str, str]:
-    """Every file and link with its content, but the lock, which a refused run takes for a moment."""
+    """Every file and link with its content, but a killed run's lock, which is taken."""
     found = {}
     for path in sorted(directory.rglob("*")):
         if path.is_symlink():
