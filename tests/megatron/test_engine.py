@@ -134,4 +134,5 @@ def test_padding_beyond_the_models_positions_changes_nothing(
         (values.values, wide.values),
     ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-    torch.testing.assert_close(values.group_logits, wide.group_logits, atol=2e-6, rtol=0)
+    # the head's first weights are 1.9 times as large as at width 128
+    torch.testing.assert_close(values.group_logits, wide.group_logits, atol=4e-6, rtol=0)

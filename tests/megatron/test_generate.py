@@ -8,6 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import generate as module
@@ -81,19 +87,26 @@ def test_greedy_is_hugging_faces(mesh: Mesh, family: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_logprobs_are_the_tempered_models(
+def test_logprobs_are_of_the_distribution_drawn_from(
     mesh: Mesh, llama: tuple[list[nn.Module], Architecture], name: str
 ) -> None:
+    """By transformers' own processors, at each response token."""
     rows, sampling = prompts("ragged"), SAMPLINGS[name]
     rollout = respond(*llama, mesh, rows, sampling, NEVER)
-    with torch.no_grad():
-        logp = (
-            families.hf_model("llama")(rollout.tokens).logits[:, :-1] / sampling.temperature
-        ).log_softmax(-1)
-    expected = (
-        torch.nn.functional.pad(logp.gather(2, rollout.tokens[:, 1:, None])[..., 0], (1, 0))
-        * rollout.mask
+    processors = (
+        RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
+        TemperatureLogitsWarper(sampling.temperature),
+        TopKLogitsWarper(sampling.top_k or llama[1].vocab_size),
+        TopPLogitsWarper(sampling.top_p),
     )
+    with torch.no_grad():
+        logits = families.hf_model("llama")(rollout.tokens).logits
+    expected = torch.zeros(rollout.tokens.shape)
+    for row, at in rollout.mask.nonzero().tolist():
+        scores = logits[row, at - 1 : at]
+        for process in processors:
+            scores = process(rollout.tokens[row : row + 1, :at], scores)
+        expected[row, at] = scores.log_softmax(-1)[0, rollout.tokens[row, at]]
     assert rollout.generation_logprobs is not None and int(rollout.mask.sum()) == len(rows) * STEPS
     torch.testing.assert_close(rollout.generation_logprobs, expected, atol=2e-5, rtol=0)
 
