@@ -69,7 +69,7 @@ def launch(command: Sequence[str], processes: int) -> int:
     end_with_parent = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         for rank in range(processes):
-            variables = {**os.environ, **_variables(rank, processes, store.port)}
+            variables = {**os.environ, **world_variables(rank, processes, store.port)}
             # a session of its own: a signal of the terminal arrives once, through this process
             ranks.append(
                 subprocess.Popen(
@@ -89,7 +89,7 @@ def launch(command: Sequence[str], processes: int) -> int:
             signal.signal(number, handler)
 
 
-def _variables(rank: int, processes: int, port: int) -> dict[str, str]:
+def world_variables(rank: int, processes: int, port: int) -> dict[str, str]:
     """Return the variables by which torch.distributed finds the world."""
     return {
         "RANK": str(rank),

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from gipo_megatron.launcher import world_variables
+
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preloaded"])
@@ -42,12 +44,14 @@ def run(
     """
     # where the ranks meet; it is made here, so its port cannot be taken in between
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def world(rank: int) -> dict[str, str]:
+        return world_variables(rank, ranks, store.port) if ranks > 1 else {}
+
     with tempfile.TemporaryDirectory() as scratch:
         outputs = [Path(scratch) / str(rank) for rank in range(ranks)]
         started = [
-            CONTEXT.Process(
-                target=_run, args=(script, arguments, folder, output, _world(rank, ranks, store))
-            )
+            CONTEXT.Process(target=_run, args=(script, arguments, folder, output, world(rank)))
             for rank, output in enumerate(outputs)
         ]
         for process in started:
@@ -61,22 +65,6 @@ def run(
     tail = f"{stdout[-3000:]}\n{stderr[-6000:]}"
     assert not late, f"{script.name}: no end after {timeout} s\n{tail}"
     return Finished(next((code for code in codes if code), 0), stdout, stderr)
-
-
-def _world(rank: int, ranks: int, store: TCPStore) -> dict[str, str]:
-    """Environment variables of a rank, as torchrun sets them; none for one process."""
-    if ranks == 1:
-        return {}
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
 
 
 def _join(started: list[multiprocessing.context.ForkServerProcess], end: float) -> bool:

@@ -6,6 +6,9 @@ import gc
 
 import torch
 
+import gipo_megatron.evaluation.run
+import gipo_megatron.planning.planner
+import gipo_megatron.training.runner  # noqa: F401
 import tests.parity.worker  # noqa: F401
 
 torch.set_num_threads(1)

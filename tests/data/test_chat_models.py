@@ -167,7 +167,7 @@ def test_what_is_not_jinja_names_its_place(broken: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(("opening", "count"), [("{{ bos_token }}", 1), ("", 0)])
 def test_one_bos_at_most(opening: str, count: int) -> None:
-    """The template writes bos or nobody does, as with apply_chat_template; never a second one."""
+    """Only the template writes bos, as with apply_chat_template: there is no second one."""
     tokenizer = byte_tokenizer()
     assert tokenizer.begins_with_bos
     ids, _ = encoder(opening + WORDS, tokenizer).prompt(row(("user", "q")), 0)

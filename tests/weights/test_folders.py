@@ -84,7 +84,7 @@ def test_stale_shards_beside_a_single_file(folder: Path) -> None:
 
 def test_an_index_of_the_single_file_is_no_second_model(folder: Path) -> None:
     write_index(folder, dict.fromkeys(tensors(), "model.safetensors"))
-    save_file({"old": torch.zeros(1)}, folder / "model-00001-of-00003.safetensors")  # nobody's
+    save_file({"old": torch.zeros(1)}, folder / "model-00001-of-00003.safetensors")  # in no index
     assert open_weights(folder).shapes.keys() == tensors().keys()
 
 
