@@ -17,6 +17,7 @@ from gipo_megatron.environment import commit, variables
 from gipo_megatron.environment import line as environment_line
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_json, write_text
+from gipo_megatron.recipe.length import describe_length
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import plain
 from gipo_megatron.statistics import wilson_interval
@@ -106,6 +107,7 @@ def announce(
         f" data {data}; writes to {recipe.run.dir}"
     )
     print(f"  {environment_line()}")
+    print(f"  {describe_length(recipe, len(train))}")
     for split, rows in (("train", train), ("held out", held_out)):
         for line in rows.report:
             print(f"  {split}: {line}")
@@ -117,7 +119,8 @@ def announce(
 def announce_complete(recipe: Recipe, checkpoint: Path) -> None:
     """Print that nothing is left to do, and how to get the Hugging Face folder where it lacks."""
     folder = recipe.run.dir
-    print(f"{recipe.name}: complete already, {checkpoint}; a larger run.steps continues it")
+    longer = "run.steps" if recipe.run.steps is not None else "run.epochs"
+    print(f"{recipe.name}: complete already, {checkpoint}; a larger {longer} continues it")
     if recipe.run.export_hf and not Path(folder, "hf").exists():
         print(
             "  its Hugging Face folder: gipo convert to-hf"

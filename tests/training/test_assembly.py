@@ -62,6 +62,23 @@ def test_a_policy_alone(tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]])
     assert parts.sequences_per_step == recipe.batch.minibatch
 
 
+def test_steps_follow_from_the_rows_that_are_kept(
+    tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]
+) -> None:
+    """7 of 8 rows are kept: two passes in batches of 4 are 4 steps, where the cosine ends, too."""
+    rows = [{"prompt": f"q{i}", "response": "a" if i else ""} for i in range(8)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    words = ["data.format=sft", f"data.path={file}", "data.held_out=0", "run.eval_every=0"]
+    words += ["run.steps=null", "run.epochs=2", "batch.minibatch=4", "batch.micro_batch=4"]
+    words += ["models.actor.schedule=cosine", "models.actor.warmup_steps=3"]
+    parts = assembled(small(tmp_path, *words, text=SFT), mesh)
+    assert len(parts.train) == 7 and parts.steps == 4
+    assert built[0]["optimisation"].total_steps == 4
+    words[-1] = "models.actor.warmup_steps=4"
+    with pytest.raises(UserError, match="ends at step 4, before its warm-up of 4"):
+        assembled(small(tmp_path, *words, text=SFT), mesh)
+
+
 def test_no_held_out_rows_without_evaluations(
     tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]
 ) -> None:
