@@ -21,7 +21,7 @@ from gipo_megatron.telemetry.alerts import Alerts
 
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[int, Range(0)]
-ROLES = ("actor", "reference", "reward", "critic")
+ROLES = ("actor", "reference", "reward", "critic", "gold")
 
 
 @dataclass(frozen=True)

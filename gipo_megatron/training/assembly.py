@@ -102,6 +102,7 @@ class Providers:
                 "critic": self._critic,
                 "reward": lambda: self._reward("reward"),
                 "reward_models": self._reward_models,
+                "gold": self._gold,
                 "dp": lambda: self.dp,
                 "seed": lambda: recipe.run.seed,
                 "sources": lambda: tuple(sorted({*self.train.sources, *self.test.sources})),
@@ -234,6 +235,9 @@ class Providers:
     def _reward_models(self) -> dict[str, MegatronRewardModel]:
         roles = [role for role in self.recipe.models if base_role(role) == "reward"]
         return {role: self._reward(role) for role in roles}
+
+    def _gold(self) -> MegatronRewardModel | None:
+        return self._reward("gold") if "gold" in self.recipe.models else None
 
     # ----------------------------------------------------------------------------------------- data
 

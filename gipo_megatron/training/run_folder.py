@@ -23,7 +23,7 @@ from gipo_megatron.recipe.source import plain
 from gipo_megatron.statistics import wilson_interval
 
 # the held-out metric that chooses the best checkpoint: the first that a run has, and its sign
-JUDGED_BY = (("eval/score", 1), ("eval/accuracy", 1), ("eval/loss", -1))
+JUDGED_BY = (("eval/gold", 1), ("eval/score", 1), ("eval/accuracy", 1), ("eval/loss", -1))
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -130,9 +130,14 @@ def announce_complete(recipe: Recipe, checkpoint: Path) -> None:
 
 
 def close_run(directory: Path, recipe: Recipe) -> None:
-    """Write figures/ and report.html."""
-    from gipo_megatron.reports.run_report import write_report  # matplotlib: a second at start-up
+    """Write figures/ and report.html, and print the course of the gold reward, if there is one."""
+    # matplotlib: a second at start-up
+    from gipo_megatron.reports.gold import gold_course
+    from gipo_megatron.reports.run_report import write_report
+    from gipo_megatron.reports.runs import load_run
 
     write_report(
         [directory], directory / "report.html", title=recipe.name, figures_to=directory / "figures"
     )
+    if course := gold_course(load_run(directory)):
+        print(f"{recipe.name}: held-out gold: {course}")

@@ -68,7 +68,7 @@ class Progress:
     """The loop's own state, kept over a restart."""
 
     step: int = 0  # iterations done
-    best: float | None = None  # best held-out score, accuracy or -loss so far
+    best: float | None = None  # best held-out gold, score, accuracy or -loss so far
     best_step: int = 0  # its step
     stale: int = 0  # evaluations since then
     skipped: int = 0  # consecutive steps with a non-finite loss or gradient
@@ -208,7 +208,7 @@ class Run:
         return run_folder.with_interval(reduce_metrics(metrics, self.mesh.data_parallel)), samples
 
     def _judge(self, held_out: Mapping[str, float]) -> bool:
-        """Return whether this evaluation is the best so far: score or accuracy up, or loss
+        """Return whether this evaluation is the best so far: gold, score or accuracy up, or loss
         down."""
         figure = next(
             (sign * held_out[name] for name, sign in run_folder.JUDGED_BY if name in held_out),

@@ -110,6 +110,19 @@ def test_roles_of_ppo(tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]) -
     assert page.held_out.gold is gold_reward and page.sampling.seed == recipe.run.seed
 
 
+def test_a_gold_model_where_the_recipe_gives_one(
+    tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]
+) -> None:
+    """It is frozen, and no other part of the page has it."""
+    assert assembled(small(tmp_path), mesh).algorithm.gold is None and len(built) == 4
+    recipe = small(tmp_path, "models.gold.load=random", "models.gold.offload=cpu")
+    page = assembled(recipe, mesh).algorithm
+    (gold,) = [call for call in built if call["role"] == "gold"]
+    assert len(built) == 9 and gold["optimisation"] is None and gold["offload"] == "cpu"
+    assert page.gold.engine.role == "gold" and "gold" not in recipe.trained
+    assert page.reward.reward_models.keys() == {"reward"}
+
+
 def test_no_critic(tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]) -> None:
     recipe = replace(small(tmp_path), trained=("actor",))
     parts = assembled(recipe, mesh)
