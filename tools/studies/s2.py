@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_text
 from tools.studies import figure, tables
 from tools.studies.cells import WORLDS, etas_of, load, run_all
 from tools.studies.compare import by_world, findings
+from tools.studies.options import Options
 from tools.studies.systems import SYSTEMS
 
 
-def main(seeds: int, steps: int, train: bool, out: Path, docs: Path) -> None:
+def main(options: Options) -> None:
     """Write s2_tables.md, s2.svg and s2.csv to `docs`; raises UserError without a whole curve."""
-    file = out / "cells.jsonl"
-    cells = run_all(file, seeds, steps) if train else load(file, seeds, steps)
+    seeds, steps, docs = options.seeds, options.steps, options.docs
+    file = options.out / "cells.jsonl"
+    cells = run_all(file, seeds, steps) if options.train else load(file, seeds, steps)
     worlds = by_world(cells)
     if not worlds:
         raise UserError(
