@@ -22,8 +22,12 @@ class Difference:
     values: np.ndarray
     etas: list[float]
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        return interval(self.values)
+
     def text(self) -> str:
-        low, high = interval(self.values)
+        low, high = self.interval
         return f"{self.values.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
@@ -122,11 +126,11 @@ class Finding:
         if self.worse is None or self.mean is None or self.p is None:
             return "not shown: outside of the curve"
         reasons = []
-        if interval(self.worse.values)[0] <= 0:
+        if self.worse.interval[0] <= 0:
             reasons.append("the worse group's lower bound is not above 0")
         elif self.p >= self.alpha:
             reasons.append(f"p after Holm is not below {self.alpha:g}")
-        if interval(self.mean.values)[0] <= -MARGIN:
+        if self.mean.interval[0] <= -MARGIN:
             reasons.append(f"the mean's lower bound is not above −{MARGIN:g}")
         return f"not shown: {'; '.join(reasons)}" if reasons else "shown"
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.files import append_jsonl, read_jsonl
+from gipo_megatron.files import append_jsonl, read_jsonl, write_text
 from tools.studies.chains import Job, run_all
+from tools.studies.compare import findings
 from tools.studies.curves import Cell, curve_of
 from tools.studies.options import Options
+from tools.studies.s3_figure import draw
+from tools.studies.s3_report import RULE, as_world, csv, default_classifier, page
 
 EVERY = 10  # iterations between evaluations
 LIGHT = ("run.save_every=0", "run.keep=1", "run.loggers=[]")
@@ -129,6 +134,34 @@ def _ended(cell_of: dict[Job, Cell], file: Path, job: Job) -> None:
     print(f"{job.name}: done", flush=True)
 
 
+def whole_seeds(cells: Sequence[Cell], steps: int) -> list[Cell]:
+    """Return the cells of the seeds that have all of theirs."""
+    count = Counter(cell.seed for cell in cells)
+    return [cell for cell in cells if count[cell.seed] == len(cells_of(cell.seed, steps))]
+
+
 def main(options: Options) -> None:
+    """Write s3_tables.md, s3.svg and s3.csv to `docs`; raises UserError without two whole seeds."""
     if options.train:
         train(options)
+    file, steps, docs = options.out / "cells.jsonl", options.steps, options.docs
+    cells = whole_seeds(load(file, options.seeds, steps), steps)
+    seeds = sorted({cell.seed for cell in cells})
+    if len(seeds) < 2:
+        raise UserError(
+            f"{len(seeds)} seeds have all their cells with steps={steps}; an interval needs two",
+            where=str(file),
+            fix="start without train=false, or with the same seeds= and steps=",
+        )
+    world, labels = as_world(cells), {name: system.label for name, system in SYSTEMS.items()}
+    found, chosen = findings([world], RULE), default_classifier(world)
+    setting = (
+        f"Written by `python tools/study.py s3 seeds={options.seeds} steps={steps}`:"
+        f" {len(seeds)} seeds × {steps} iterations, {len(cells)} cells (seed × system × η)."
+    )
+    write_text(docs / "s3_tables.md", page(world, found, labels, setting))
+    write_text(docs / "s3.csv", csv(cells))
+    draw(docs / "s3.svg", world, cells, labels, chosen)
+    for finding in found:
+        print(f"{labels[finding.system]}: {finding.verdict}")
+    print(f"default by the rule: {labels[chosen]}")
