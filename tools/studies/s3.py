@@ -44,11 +44,11 @@ SYSTEMS = {
     "gipo_head": System("GIPO, learned head", (0.1,)),
     "gipo_value": System("GIPO, value split", (0.1,), overrides=(CLASSIFIER + "value_split",)),
     "adaptive": System(
-        "adaptive KL alone, value split", (0.1,),
+        "adaptive KL alone", (0.1,),
         overrides=(CLASSIFIER + "value_split", "algorithm.variance_regulariser.name=none"),
     ),
     "gipo_shared": System(
-        "GIPO, learned head, the weight multiplies KL, too", (0.1,),
+        "GIPO, shared price", (0.1,),
         overrides=("algorithm.variance_regulariser.weigh_kl=true",),
     ),
     "oracle": System("GIPO, given groups", (0.1,), overrides=(CLASSIFIER + "labelled",)),
