@@ -65,7 +65,10 @@ def parse(argv: Sequence[str]) -> Options:
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    STUDIES[argv[0]][0](options)
+    try:
+        STUDIES[argv[0]][0](options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command continues") from None
 
 
 if __name__ == "__main__":

@@ -219,6 +219,7 @@ def test_tables_need_a_whole_curve(tmp_path: Path) -> None:
         (["s2", "steps=x"], "steps=x"),
         (["s2", "out="], "out="),
         (["s2", "train=maybe"], "train=maybe"),
+        (["s3", "workers=0"], "workers=0"),
     ],
 )
 def test_mistakes_on_the_command_line(words: list[str], match: str) -> None:
