@@ -99,7 +99,7 @@ def highest(x: float, points: np.ndarray, y: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """What was registered before the run: which comparisons, and what decides them."""
+    """The comparisons that were registered before the run, and what decides them."""
 
     comparisons: Sequence[tuple[str, str, str]]  # world, system, at what it is compared
     p_value: Callable[[np.ndarray, np.ndarray], float]  # of the differences: worse group, mean
