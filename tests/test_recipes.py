@@ -128,6 +128,7 @@ def test_run_folders_are_distinct() -> None:
 BESIDE = {
     "model/from_weights": [f"models.actor.load={HOME}", "parallel={tensor: 1, sequence: false}"],
     "model/tiny": ["parallel.tensor=2", "data.max_length=512", "data.max_response=128"],
+    "model/two_layers": ["parallel.tensor=2", "data.max_length=512", "data.max_response=128"],
     "hardware/h100x512": ["batch.micro_batch=1"],
     "data/jsonl": ["data.path=x"],
 }
