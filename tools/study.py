@@ -7,6 +7,8 @@ s2: the planted bandit, all worlds, systems and prices (docs/studies/s2.md). Eac
 line of OUT/cells.jsonl, and a second start continues there; train=false only reads them. The tables
 and the figure go to FOLDER, without it to OUT; docs/studies is where they are published.
 `seeds=2 steps=20` takes about a minute.
+
+s4: SmolLM2 on Anthropic HH, for a GPU; its options are in tools/studies/s4.py.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def parse(argv: Sequence[str]) -> Options:
         raise UserError(
             f"no study {argv[0]!r}" if argv else "no study is named",
             where="command line",
-            fix=f"python tools/study.py {'|'.join(STUDIES)} [seeds=10] [steps=300]",
+            fix=f"python tools/study.py {'|'.join(STUDIES)}|s4 [seeds=10] [steps=300]",
         )
     found: dict[str, Any] = {}
     for word in argv[1:]:
@@ -64,6 +66,11 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def main(argv: Sequence[str]) -> None:
+    if argv[:1] == ["s4"]:  # it has models, and options, of its own
+        from tools.studies import s4
+
+        s4.main(argv[1:])
+        return
     options = parse(argv)
     out = options.out or Path("runs") / options.study
     run = STUDIES[options.study]
