@@ -249,7 +249,7 @@ def cells_of(seeds: Sequence[int], count: int = PROMPTS, above: float = 0.5) -> 
 def test_a_difference_at_equal_kl_by_hand() -> None:
     """At KL 1.5 the curve is half-way from 0.2 to 0.6; the system has 0.9."""
     found = Study(cells_of([0, 1, 2]))
-    difference = found.difference("gipo_head", found.gold)
+    difference = found.difference("gipo_head", found.mean)
     assert difference is not None and difference.value == pytest.approx(0.5)
     assert difference.interval == pytest.approx((0.5, 0.5))
     assert difference.p == pytest.approx(1 / 2001)
@@ -291,13 +291,13 @@ def test_the_interval_is_over_prompts_and_over_seeds() -> None:
     noise = np.random.default_rng(5).normal(0.4, 1, 400)
     base = [c for c in cells_of([0], count=400) if c.system != "gipo_head"]
     one = Study([*base, cell(0, "gipo_head", 0.05, 1.5, noise)])
-    found = one.difference("gipo_head", one.gold)
+    found = one.difference("gipo_head", one.mean)
     assert found is not None
     low, high = found.interval
     assert (high - low) / 2 == pytest.approx(1.96 * noise.std() / 20, rel=0.1)
     assert found.value == pytest.approx(noise.mean() - 0.4, abs=1e-6)
     two = Study([*cells_of([0], above=0.5), *cells_of([1], above=-0.3)])
-    both = two.difference("gipo_head", two.gold)
+    both = two.difference("gipo_head", two.mean)
     assert both is not None and both.value == pytest.approx(0.1)
     assert both.interval == pytest.approx((-0.3, 0.5))
 

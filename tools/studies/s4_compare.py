@@ -63,6 +63,7 @@ class Study:
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.of = {cell.key: cell for cell in cells}
+        self._shares: dict[tuple[int, str, str], np.ndarray] = {}
         self.seeds = sorted({seed for seed, system, _ in self.of if system == AGAIN})
 
     @property
@@ -81,31 +82,40 @@ class Study:
     # ------------------------------------------------------------------------------------ measures
 
     def groups(self, seed: int, kind: str) -> dict[str, np.ndarray]:
-        """Return {name: bool [P]}. Difficulty: the first responses of the start, which nothing else
-        uses, have at most the median of gold, or more."""
+        """Return {name: bool [P]}. Difficulty: the half of the prompts where responses of the start
+        that nothing else uses have less gold, and the other half."""
         again = self.of[seed, AGAIN, 0.0]
         if kind == DIFFICULTY:
-            gold = array(again.gold)
-            return {"hard": gold <= np.median(gold), "easy": gold > np.median(gold)}
+            order = np.argsort(array(again.gold), kind="stable")
+            hard = np.isin(np.arange(len(order)), order[: (len(order) + 1) // 2])
+            return {"hard": hard, "easy": ~hard}
         names = sorted(set(again.source))
         return {name: np.array([s == name for s in again.source]) for name in names}
 
-    def mean(self, values: Sequence[float], rows: np.ndarray | None = None) -> np.ndarray:
-        """Return the mean over the drawn prompts, of a group or of all, [R]. Where none of a group
-        was drawn, it is the mean of the whole group."""
-        weights = self.counts if rows is None else self.counts * rows
-        none = weights.sum(1) == 0
-        weights = np.where(none[:, None], 1.0 if rows is None else rows, weights)
-        found: np.ndarray = weights @ array(values) / weights.sum(1)
+    def shares(self, seed: int, kind: str, group: str) -> np.ndarray:
+        """Return the share of each prompt in the mean of a resample, of a group or of all prompts
+        (kind and group ""), [R, P]. Where none of a group was drawn, all of it counts."""
+        key = seed, kind, group
+        if key not in self._shares:
+            rows = self.groups(seed, kind)[group] if kind else np.ones(self.counts.shape[1])
+            counts = self.counts * rows
+            counts = np.where(counts.any(1, keepdims=True), counts, rows)
+            self._shares[key] = counts / counts.sum(1, keepdims=True)
+        return self._shares[key]
+
+    def mean(self, cell: Cell, kind: str = "", group: str = "") -> np.ndarray:
+        """Return the mean gold over the drawn prompts, of a group or of all, [R]."""
+        found: np.ndarray = self.shares(cell.seed, kind, group) @ array(cell.gold)
         return found
 
-    def gold(self, cell: Cell) -> np.ndarray:
-        return self.mean(cell.gold)
+    def kl(self, cell: Cell) -> np.ndarray:
+        found: np.ndarray = self.shares(cell.seed, "", "") @ array(cell.kl)
+        return found
 
     def worse(self, cell: Cell, kind: str) -> np.ndarray:
         """Return the mean gold of the group where it is lowest, [R]."""
-        groups = self.groups(cell.seed, kind).values()
-        worst: np.ndarray = np.min([self.mean(cell.gold, rows) for rows in groups], axis=0)
+        groups = self.groups(cell.seed, kind)
+        worst: np.ndarray = np.min([self.mean(cell, kind, group) for group in groups], axis=0)
         return worst
 
     # --------------------------------------------------------------------------------- comparisons
@@ -134,8 +144,8 @@ class Study:
 
     def _of_a_seed(self, cell: Cell, measure: Measure) -> np.ndarray:
         points = self.curve(cell.seed)
-        x, y = self.mean(cell.kl), measure(cell)
-        curve = np.stack([self.mean(point.kl) for point in points], 1)  # [R, points]
+        x, y = self.kl(cell), measure(cell)
+        curve = np.stack([self.kl(point) for point in points], 1)  # [R, points]
         gold = np.stack([measure(point) for point in points], 1)
         inside = np.clip(x, curve.min(1), curve.max(1))
         inside[0] = x[0]
@@ -191,7 +201,7 @@ class Finding:
     p: float
 
     def verdict(self, needed: int) -> str:
-        """Return "shown", or the reasons why not; `needed` seeds are asked for."""
+        """Return "shown", or the reasons why not; `needed`: least number of complete seeds."""
         if self.worse is None or self.mean is None:
             return "not shown: not run, or outside of the curve"
         reasons = []
@@ -212,7 +222,7 @@ def findings(study: Study) -> list[Finding]:
     """Return the pre-registered comparisons. One that cannot be made counts with p = 1."""
     names = [(system, kind) for system in REGISTERED for kind in (SOURCES, DIFFICULTY)]
     worse = [study.difference(s, partial(study.worse, kind=kind)) for s, kind in names]
-    mean = {system: study.difference(system, study.gold) for system in REGISTERED}
+    mean = {system: study.difference(system, study.mean) for system in REGISTERED}
     adjusted = holm([1.0 if found is None else found.p for found in worse])
     seeds, prompts = len(study.complete), study.counts.shape[1]
     return [

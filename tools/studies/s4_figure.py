@@ -20,7 +20,7 @@ def draw(path: Path, study: Study) -> None:
     """One panel for the mean, and one for the worse group of each kind."""
     plt.rcParams.update({"svg.hashsalt": "s4", "svg.fonttype": "none", "font.size": 8})
     panels: dict[str, Measure] = {
-        "mean gold": study.gold,
+        "mean gold": study.mean,
         "gold of the worse source": partial(study.worse, kind=SOURCES),
         "gold of the worse half by difficulty": partial(study.worse, kind=DIFFICULTY),
     }
@@ -42,7 +42,7 @@ def panel(axis: plt.Axes, study: Study, measure: Measure) -> None:
     for seed in study.seeds:
         curve = study.curve(seed)
         label = f"{SYSTEMS[BASELINE].label}, from the start on" if seed == study.seeds[0] else None
-        kl = [float(study.mean(cell.kl)[0]) for cell in curve]
+        kl = [float(study.kl(cell)[0]) for cell in curve]
         gold = [float(measure(cell)[0]) for cell in curve]
         axis.plot(kl, gold, "o-", color="black", markersize=2.5, linewidth=1, label=label)
     systems = [s for s in SYSTEMS if s != BASELINE and any(key[1] == s for key in study.of)]
@@ -52,7 +52,7 @@ def panel(axis: plt.Axes, study: Study, measure: Measure) -> None:
         ]
         for cell in cells:
             found = measure(cell)
-            x, y = study.mean(cell.kl)[0], found[0]
+            x, y = study.kl(cell)[0], found[0]
             low, high = np.percentile(found[1:], [2.5, 97.5])
             bars = [[max(y - low, 0)], [max(high - y, 0)]]
             axis.errorbar(

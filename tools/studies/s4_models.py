@@ -49,6 +49,7 @@ SYSTEMS: dict[str, list[str]] = {
     "random": ["recipe=smollm/gipo", "algorithm.group_classifier={name: random}"],
     "return_variance": [
         "recipe=smollm/gipo",
+        "algorithm.group_classifier.detach_trunk=true",  # a head that is measured, never used
         "algorithm.variance_regulariser={name: return_variance}",
     ],
     "group_dro": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def compared(study: Study) -> str:
     for system in [name for name, _ in (*CELLS, *CONTROLS) if name != BASELINE]:
         if not any(key[1] == system for key in study.of):
             continue
-        texts = [_text(study, system, None, "")]
+        texts = [_text(study, system, "", "")]
         for kind in (SOURCES, DIFFICULTY):
             names = study.groups(study.seeds[0], kind)
             texts.append(", ".join(f"{name} {_text(study, system, kind, name)}" for name in names))
@@ -102,11 +103,8 @@ def compared(study: Study) -> str:
     return markdown_table(["system", "mean", "by source", "by difficulty"], rows)
 
 
-def _text(study: Study, system: str, kind: str | None, name: str) -> str:
-    def measure(cell: Cell) -> np.ndarray:
-        return study.mean(cell.gold, study.groups(cell.seed, kind)[name] if kind else None)
-
-    found = study.difference(system, measure)
+def _text(study: Study, system: str, kind: str, group: str) -> str:
+    found = study.difference(system, partial(study.mean, kind=kind, group=group))
     return found.text() if found else OUTSIDE
 
 
@@ -132,8 +130,8 @@ def _numbers(study: Study, cells: Sequence[Cell]) -> list[str]:
     for kind in (SOURCES, DIFFICULTY):
         found: dict[str, list[float]] = {}
         for cell in cells:
-            for name, rows in study.groups(cell.seed, kind).items():
-                found.setdefault(name, []).append(float(study.mean(cell.gold, rows)[0]))
+            for name in study.groups(cell.seed, kind):
+                found.setdefault(name, []).append(float(study.mean(cell, kind, name)[0]))
         groups.append(", ".join(f"{name} {np.mean(x):.3f}" for name, x in found.items()))
     return [
         str(len(cells)),
