@@ -213,7 +213,7 @@ def test_smollms_chain_and_its_two_judges() -> None:
         for r, role in ((rm, "reward"), (gold, "reward"), (gipo, "actor"), (dpo, "actor"))
     } == {f"{sft.run.dir}/final"}
     assert gipo.models["reward"].load == gipo.models["critic"].load == f"{rm.run.dir}/final"
-    assert gold.run.seed != rm.run.seed and gold.run.steps > rm.run.steps
+    assert gold.run.seed != rm.run.seed
     assert [r.data.part for r in recipes] == ["3/3", "1/3", "2/3", "3/3", "3/3", "1/3"]
     assert {r.algorithm["reward"]["anchor"] for r in (gipo, ppo_kl)} == {"chosen"}
     assert {r.algorithm["centre"] for r in (rm, gold)} == {0.01}

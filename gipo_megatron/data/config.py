@@ -52,6 +52,9 @@ class DataConfig:
     held_out: Share = 0.1
     # k/n: train on the k-th of n parts alone, by another hash of the first human turn; "": on all
     part: str = ""
+    # about how many training rows there are, all parts together; 0: not stated. For `recipe check`
+    # and plans alone: a run counts its rows
+    rows: Annotated[int, Range(0)] = 0
     allow_drops: bool = False  # true: train although more than half of the rows is dropped
     planted: PlantedConfig = field(default_factory=PlantedConfig)
 

@@ -98,7 +98,7 @@ def first_turns(folder: Path, part: str) -> set[str]:
 def test_the_whole_chain_and_its_resume(tmp_path: Path) -> None:
     write_hf(tmp_path / "model", "llama2", num_hidden_layers=1, max_position_embeddings=128)
     data(tmp_path / "data", learnable=True)
-    start(tmp_path, "steps=2", "rm_steps=12")
+    start(tmp_path, "steps=2", "rm_epochs=3")
     out = tmp_path / "out"
     cells = load_cells(out / "cells.jsonl")
     every = [("start", 0.0), ("start_again", 0.0), *CELLS, *CONTROLS]
@@ -144,7 +144,7 @@ def test_the_whole_chain_and_its_resume(tmp_path: Path) -> None:
     file = out / "cells.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:-1]) + lines[-1][:50])
-    done = start(tmp_path, "steps=2", "rm_steps=12")
+    done = start(tmp_path, "steps=2", "rm_epochs=3")
     assert re.findall(r"seed 0: (\S+) is done", done.stdout) == ["group_dro_0.05"]
     repeated = load_cells(file)
     assert [cell.key for cell in repeated] == [cell.key for cell in cells]
@@ -152,7 +152,7 @@ def test_the_whole_chain_and_its_resume(tmp_path: Path) -> None:
 
     shutil.rmtree(out / "seed_0")  # a fresh machine with a copy of the small files
     file.write_bytes(b"".join(lines[:-1]))
-    done = start(tmp_path, "steps=2", "rm_steps=12")
+    done = start(tmp_path, "steps=2", "rm_epochs=3")
     assert "seed 0: its reward models are not in" in done.stdout
     assert len(load_cells(file)) == len(cells) - 1
 
@@ -160,7 +160,7 @@ def test_the_whole_chain_and_its_resume(tmp_path: Path) -> None:
 def test_gold_models_that_are_no_better_than_chance_end_the_study(tmp_path: Path) -> None:
     write_hf(tmp_path / "model", "llama2", num_hidden_layers=1, max_position_embeddings=128)
     data(tmp_path / "data", learnable=False)
-    done = start(tmp_path, "rm_steps=2")
+    done = start(tmp_path, "rm_epochs=1")
     out = tmp_path / "out"
     (models,) = load_models(out / "models.jsonl").values()
     assert models.gold.low <= 0.55 and f"{models.gold.share:.3f}" in done.stdout

@@ -1,6 +1,6 @@
 """Study S4: SmolLM2-135M on Anthropic HH, judged by gold reward models on test prompts.
 
-python tools/study.py s4 [minutes=12] [steps=100] [seeds=3] [rm_steps=36] [out=runs/s4]
+python tools/study.py s4 [minutes=12] [steps=100] [seeds=3] [rm_epochs=2] [out=runs/s4]
                          [docs=FOLDER] [train=false] [RECIPE.KEY=VALUE …]
 
 Needs a GPU, SmolLM2 (tools/fetch_smollm.py runs/smollm2) and HH; model.hub=FOLDER and
@@ -51,7 +51,7 @@ TIMED = 4  # iterations after the critic's warm-up that are timed
 FIRST = 4  # cells of the first seed that should fit into the minutes
 LEAST = 40  # iterations of a cell; where they do not fit, there are fewer cells
 PUBLISHED = 3  # seeds
-NUMBERS = {"minutes": 0, "steps": 1, "seeds": 1, "rm_steps": 2}  # and the least that they may be
+NUMBERS = {"minutes": 0, "steps": 1, "seeds": 1, "rm_epochs": 1}  # and the least that they may be
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Options:
     minutes: int = 12
     steps: int = 100  # iterations of a cell at most
     seeds: int = 3
-    rm_steps: int = 36  # two epochs of a third of a sample of 3,400 pairs
+    rm_epochs: int = 2  # of the reward models, each over its part
     out: Path = Path("runs/s4")
     docs: Path | None = None
     train: bool = True
@@ -92,7 +92,7 @@ def parse(argv: Sequence[str]) -> Options:
             raise UserError(
                 f"cannot use {word!r}",
                 where="command line",
-                fix="minutes=N steps=N seeds=N rm_steps=N out=FOLDER docs=FOLDER train=true|false,"
+                fix="minutes=N steps=N seeds=N rm_epochs=N out=FOLDER docs=FOLDER train=true|false,"
                 " and recipe keys such as data.path=FOLDER",
             )
     return Options(**found, words=tuple(words))
@@ -166,7 +166,7 @@ class Session:
         before = [] if known else self._models()[-1:]
         if not self._fits(sum(models.seconds for models in before)):
             return False
-        chain = Chain(self.mesh, folder, seed, self.options.words, self.options.rm_steps)
+        chain = Chain(self.mesh, folder, seed, self.options.words, self.options.rm_epochs)
         judge = self._prepared(chain, known)
         return judge is not None and all(self._cell(chain, judge, *cell) for cell in missing)
 

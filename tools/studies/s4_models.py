@@ -74,7 +74,7 @@ class Chain:
     folder: Path
     seed: int
     words: Sequence[str]
-    rm_steps: int
+    rm_epochs: int
 
     # ------------------------------------------------------------------------------------- training
 
@@ -101,10 +101,9 @@ class Chain:
         """Train the proxy, or one member of the gold ensemble on pairs of its own part."""
         recipe = "rm" if name == PROXY else "rm_gold"
         seed = (1 + len(GOLD)) * self.seed + [PROXY, *GOLD].index(name)
-        settings = [f"run.steps={self.rm_steps}", f"run.seed={seed}", *QUIET]
-        warm_up = f"models.reward.warmup_steps={max(1, self.rm_steps // 8)}"
-        load = "models.reward.load=${model.hub}"
-        self.train(name, [f"recipe=smollm/{recipe}", load, warm_up, *settings, *self.given("rm:")])
+        settings = [f"run.epochs={self.rm_epochs}", f"run.seed={seed}", *QUIET]
+        weights = ["models.reward.load=${model.hub}", "models.reward.warmup_steps=4"]
+        self.train(name, [f"recipe=smollm/{recipe}", *weights, *settings, *self.given("rm:")])
 
     def policy_words(self, system: str, eta: float, iterations: int) -> list[str]:
         loads = ["models.actor.load=${model.hub}", f"models.reward.load={self.final(PROXY)}"]
