@@ -36,7 +36,7 @@ from tools.gpu.runs import RECIPES, Rows, run
 from tools.studies.s4_cells import AGAIN, START, Accuracy, Cell, Models, array
 
 PROXY, GOLD = "rm", ("rm_gold_1", "rm_gold_2", "rm_gold_3")
-PROMPTS = 600  # test prompts, if there are so many
+PROMPTS, ALL = 600, 10**9  # test prompts, if there are so many; all that there are
 QUIET = ["run.loggers=[]", "run.eval_every=0", "run.save_every=0"]
 VALUE_SPLIT = "algorithm.group_classifier={name: value_split}"
 # system -> its recipe and what differs from it; η follows
@@ -142,7 +142,7 @@ class Chain:
         from the responses."""
         data, recipe = self.recipe.data, self.recipe
         task: dict[str, Any] = {"name": "test", "kind": "helpful", "data": data.path}
-        task |= {"prompts": PROMPTS, "template": data.template, "max_length": data.max_length}
+        task |= {"prompts": ALL, "template": data.template, "max_length": data.max_length}
         task["source"] = list(data.source)
         policies = {name: {"load": str(self.start)} for name in (START, AGAIN)}
         generation = {"temperature": 1.0, "top_p": 1.0, "max_response": data.max_response}
@@ -204,11 +204,14 @@ class Judge:
         self.scale = {name: rms(margin) for name, margin in self.margins.items()}
         texts = [self.encoder.prompt(pair, row)[1] for row, pair in enumerate(self.pairs)]
         row_of = {text: row for row, text in reversed(list(enumerate(texts)))}
-        # a prompt whose pair was dropped, because both responses are equal, has no anchor
-        self.prompts = [prompt for prompt in chain.task.prompts if prompt.text in row_of]
-        self.places = [row_of[prompt.text] for prompt in self.prompts]
-        if not self.places:
+        # a prompt whose pair was dropped, because both responses are equal, has no anchor; of a
+        # single file all prompts are read, and its held-out pairs are those that no run has seen
+        usable = [prompt for prompt in chain.task.prompts if prompt.text in row_of]
+        if not usable:
             raise UserError("no test prompt has a usable pair", where=data.path)
+        count = min(PROMPTS, len(usable))
+        self.prompts = [usable[i * len(usable) // count] for i in range(count)]
+        self.places = [row_of[prompt.text] for prompt in self.prompts]
         self.anchors = {name: scores[self.places] for name, scores in chosen.items()}
 
     def _raw(self, rows: Sequence[Example], place: int) -> dict[str, np.ndarray]:
