@@ -300,6 +300,10 @@ def test_the_interval_is_over_prompts_and_over_seeds() -> None:
     both = two.difference("gipo_head", two.mean)
     assert both is not None and both.value == pytest.approx(0.1)
     assert both.interval == pytest.approx((-0.3, 0.5))
+    cut = [c for c in cells_of([2], above=9.0) if c.system != "adaptive"]
+    three = Study([*cells_of([0], above=0.5), *cells_of([1], above=-0.3), *cut])
+    kept = three.difference("gipo_head", three.mean)
+    assert kept is not None and kept.value == pytest.approx(0.1), "a cut seed does not count"
 
 
 def test_many_curves_at_once_are_one_curve_each() -> None:

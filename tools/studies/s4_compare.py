@@ -127,12 +127,13 @@ class Study:
         return [self.of[seed, START, 0.0], *(self.of[seed, BASELINE, eta] for eta in etas)]
 
     def difference(self, system: str, measure: Measure) -> Difference | None:
-        """Return system - PPO with KL at the system's KL; None where no seed has the system, or a
-        seed's KL lies outside of its curve.
+        """Return system - PPO with KL at the system's KL, over the complete seeds, or over all while
+        none is complete; None where none has the system, or one's KL lies outside of its curve.
 
         Resampled KL just outside of the resampled curve counts at the curve's end.
         """
-        seeds = [seed for seed in self.seeds if (seed, system, MIDDLE) in self.of]
+        chosen = self.complete or self.seeds
+        seeds = [seed for seed in chosen if (seed, system, MIDDLE) in self.of]
         found = [self._of_a_seed(self.of[seed, system, MIDDLE], measure) for seed in seeds]
         if not found or any(np.isnan(x[0]) for x in found):
             return None
