@@ -127,8 +127,8 @@ class Study:
         return [self.of[seed, START, 0.0], *(self.of[seed, BASELINE, eta] for eta in etas)]
 
     def difference(self, system: str, measure: Measure) -> Difference | None:
-        """Return system - PPO with KL at the system's KL, over the complete seeds, or over all while
-        none is complete; None where none has the system, or one's KL lies outside of its curve.
+        """Return system - PPO with KL at equal KL, over the complete seeds, or over all while
+        none is complete; None where none has the system, or one's KL is outside of its curve.
 
         Resampled KL just outside of the resampled curve counts at the curve's end.
         """
