@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from tools.studies import tables
 from tools.studies.compare import BASELINE, MARGIN, Difference, Finding, Rule, WorldCells
 from tools.studies.curves import Cell, outcomes, stacked
