@@ -42,6 +42,9 @@ def _lines(groups: list[SeedGroup], titles: Mapping[str, str], columns: int = 2)
     for axis, metric in zip(axes, have, strict=True):
         for i, group in enumerate(groups):
             _line(axis, group, i, metric, group.label)
+        low, high = axis.get_ylim()
+        if high - low < 1e-3 * abs(low):  # a constant and its rounding
+            axis.set_ylim(*sorted((0.9 * low, 1.1 * low)))
     _legend(figure, axes, groups)
     return figure
 

@@ -9,13 +9,7 @@ import numpy as np
 from gipo_megatron.reports.curves import names
 from gipo_megatron.reports.runs import RunFolder, SeedGroup, finite
 
-WORSE, MEAN = "worse", "mean"  # columns beside the sources: the lowest of them, all prompts
-CAPTION = (
-    "Worse: the source with the lowest gold; mean: all prompts; gap: highest − lowest source; KL to"
-    " the reference in nats per response. ±: one standard error, of one seed over its held-out"
-    " prompts, of several over the seeds. A peak is the highest of several noisy evaluations, so it"
-    " is biased upwards; a final far below it is over-optimisation."
-)
+WORSE, MEAN = "worse group", "all prompts"  # columns beside the sources; worse: the lowest
 
 
 def sources_of(groups: Sequence[SeedGroup]) -> list[str]:
@@ -24,8 +18,7 @@ def sources_of(groups: Sequence[SeedGroup]) -> list[str]:
 
 
 def curve(run: RunFolder, column: str, sources: Sequence[str]) -> dict[int, float]:
-    """Return step -> gold of a source, of all prompts (`mean`) or of the lowest source
-    (`worse`)."""
+    """Return step -> gold of a source, of all prompts, or of the lowest source."""
     if column != WORSE:
         metric = "eval/gold" if column == MEAN else f"eval/gold/{column}"
         return dict(zip(*run.series(metric), strict=True))
@@ -41,7 +34,7 @@ def worst_source(run: RunFolder, sources: Sequence[str]) -> str:
 
 
 def by_prompt(run: RunFolder, column: str) -> dict[str, float]:
-    """Return prompt -> gold at the last evaluation, of a source or of all prompts (`mean`)."""
+    """Return prompt -> gold at the last evaluation, of a source or of all prompts."""
     last = run.series("eval/gold")[0][-1:]
     return {
         row["prompt"]: row["gold"]
@@ -53,8 +46,8 @@ def by_prompt(run: RunFolder, column: str) -> dict[str, float]:
 def error_over_prompts(run: RunFolder, column: str, gold: Sequence[float]) -> float | None:
     """Return s / √n of gold or of differences of gold; None for fewer than two.
 
-    s is theirs. n is the number of held-out prompts of the source, or of all (`mean`): of several
-    replicas held_out.jsonl has the first's prompts alone.
+    s is theirs. n is the number of held-out prompts behind the column: of several replicas
+    held_out.jsonl has the first's prompts alone.
     """
     counted = [name for name in run.names if name.startswith("eval/prompts/")]
     if column != MEAN:
@@ -112,6 +105,6 @@ def _rows(group: SeedGroup, columns: Sequence[str], sources: Sequence[str]) -> l
 
 
 def with_error(value: float, noise: float | None, sign: str = "") -> str:
-    """Write 0.467 ± 0.064; without ± where the noise is not known."""
+    """Write 0.467 ± 0.064; without ± where the noise is not known, or 0: all prompts alike."""
     shown = f"{value:{sign}.3f}"
-    return shown if noise is None else f"{shown} ± {noise:.3f}"
+    return f"{shown} ± {noise:.3f}" if noise else shown

@@ -55,8 +55,8 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class Claim:
-    """What a report states under its gold figure: a verdict, the sentences behind it, and a table
-    of other runs (a header and rows; may be empty) with its caption."""
+    """Verdict under the gold figure, the sentences behind it, and a table of other runs (a header
+    and rows; may be empty) with its caption."""
 
     verdict: str
     sentences: Sequence[str]
@@ -101,7 +101,6 @@ def write_report(
         rows=[list(row.values()) for row in rows],
         figures=shown,
         gold=gold.table(group_by_seed(runs)),
-        gold_caption=gold.CAPTION,
         claim=claim,
         missing=sorted((name.replace("_", " "), why) for name, why in figures.missing.items()),
         runs=[_shown(run) for run in runs],

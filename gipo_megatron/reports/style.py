@@ -37,6 +37,7 @@ RC: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "axes.edgecolor": NEUTRAL,
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.6,

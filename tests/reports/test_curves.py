@@ -148,6 +148,13 @@ def test_a_cold_critic_does_not_flatten_the_curve(tmp_path: Path) -> None:
     assert draw([load_run(tmp_path)]).drawn["explained_variance"].axes[0].get_ylim() == (-1.0, 1.0)
 
 
+def test_a_constant_is_drawn_flat(tmp_path: Path) -> None:
+    rows = [{"step": s, "kl/mean": 1.0 * s, "kl/coef_mean": 0.05 + s % 2 * 1e-9} for s in (1, 2, 3)]
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    low, high = draw([load_run(tmp_path)]).drawn["kl"].axes[1].get_ylim()
+    assert low == pytest.approx(0.045, rel=1e-3) and high == pytest.approx(0.055, rel=1e-3)
+
+
 def with_kl(folder: Path, kl: dict[int, float | None]) -> Path:
     """Held-out KL at these steps."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
