@@ -75,11 +75,11 @@ def test_kl_is_beside_the_claim() -> None:
 
 def test_the_table_of_several_seeds_is_read_from_its_page(tmp_path: Path) -> None:
     runs = [load_run(r) for r in demo(tmp_path, {"easy": [0.2, 0.9], "hard": [0.0, 0.7]})]
-    missing = judge(runs, tmp_path / "s3_tables.md")
+    missing = judge(runs, tmp_path / "s2_tables.md")
     assert missing is not None and not missing.table and "is missing" in missing.caption
-    (tmp_path / "s3_tables.md").write_text(STUDY, encoding="utf-8")
-    claim = judge(runs, tmp_path / "s3_tables.md")
-    assert claim is not None and claim.caption.endswith("s3_tables.md:")
+    (tmp_path / "s2_tables.md").write_text(STUDY, encoding="utf-8")
+    claim = judge(runs, tmp_path / "s2_tables.md")
+    assert claim is not None and claim.caption.endswith("s2_tables.md:")
     assert claim.table == [
         ["system", "worse group", "verdict"],
         ["GIPO", "+0.150 [+0.100, +0.200]", "shown"],
