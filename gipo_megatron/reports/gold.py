@@ -1,4 +1,5 @@
-"""Gold reward of held-out prompts: last evaluation, highest, difference, and standard errors."""
+"""Gold reward of held-out prompts: last evaluation, highest, difference, and standard errors. A
+final far below the peak is over-optimisation."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gipo_megatron.reports.curves import names
+from gipo_megatron.reports.pages import number
 from gipo_megatron.reports.runs import RunFolder, SeedGroup, finite
 
 WORSE, MEAN = "worse group", "all prompts"  # columns beside the sources; worse: the lowest
@@ -108,3 +110,16 @@ def with_error(value: float, noise: float | None, sign: str = "") -> str:
     """Write 0.467 ± 0.064; without ± where the noise is not known, or 0: all prompts alike."""
     shown = f"{value:{sign}.3f}"
     return f"{shown} ± {noise:.3f}" if noise else shown
+
+
+def gold_course(run: RunFolder) -> str:
+    """Return `peak … at step …, final …, lost …` of eval/gold; "" for a run without it.
+
+    Lost is peak - final: 0 where the last evaluation is the best one.
+    """
+    steps, values = run.series("eval/gold")
+    if not values:
+        return ""
+    peak, final = max(values), values[-1]
+    step = steps[values.index(peak)]
+    return f"peak {number(peak)} at step {step}, final {number(final)}, lost {number(peak - final)}"
