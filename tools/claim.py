@@ -3,12 +3,10 @@ PPO with KL, and its mean is not lower.
 
 python tools/claim.py PPO_KL GIPO [--also RUN …] [--report PATH]
 
-Prints the gold of both, whether the claim holds on this run, both KL, and the table of several
-seeds from study S3. --report writes the report of all runs with the same words. Without gold in the
-runs (data of your own) no claim is checked.
-
-Exit code 0, whether the claim holds or not: one seed decides nothing, and a demo that ran to its
-end has not failed. 2: a mistake in the command or in a run folder.
+Prints the gold and the KL of both, whether the claim holds on this run, and study S3's table of
+several seeds; --report writes the report of all runs with the same words. Without gold in the runs
+(data of your own) no claim is checked. Exit code 0, whether the claim holds or not: one seed
+decides nothing, and a demo that ran to its end has not failed. 2: a mistake in the command.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from pathlib import Path
 from gipo_megatron.cli import run
 from gipo_megatron.commands.plot import print_table
 from gipo_megatron.reports import gold
-from gipo_megatron.reports.gold import MEAN, WORSE, with_error
 from gipo_megatron.reports.run_report import Claim, write_report
 from gipo_megatron.reports.runs import RunFolder, SeedGroup, load_run
 
@@ -33,41 +30,37 @@ EQUAL_KL = 0.1  # of the larger KL: below, two KL count as equal
 STUDY = Path(__file__).resolve().parent.parent / "docs/studies/s3_tables.md"
 
 
-def difference(
-    runs: Sequence[RunFolder], column: str, sources: list[str]
-) -> tuple[float, float | None]:
+def difference(runs: list[RunFolder], column: str, names: list[str]) -> tuple[float, float | None]:
     """Return GIPO's final gold − PPO's, and its standard error over prompts: paired, but where the
     worse group of one run is not that of the other."""
-    ends = [[*gold.curve(run, column, sources).values()][-1] for run in runs]
-    places = [gold.worst_source(r, sources) if column == WORSE else column for r in runs]
-    a, b = (gold.by_prompt(run, place) for run, place in zip(runs, places, strict=True))
+    ends = [[*gold.curve(run, column, names).values()][-1] for run in runs]
+    places = [gold.worst_source(r, names) if column == gold.WORSE else column for r in runs]
     if places[0] == places[1]:
+        a, b = (gold.by_prompt(run, places[0]) for run in runs)
         pairs = [b[prompt] - a[prompt] for prompt in a if prompt in b]
-        return ends[1] - ends[0], gold.error_over_prompts(runs[1], places[1], pairs)
-    first = gold.error_over_prompts(runs[0], places[0], [*a.values()])
-    second = gold.error_over_prompts(runs[1], places[1], [*b.values()])
-    noise = None if first is None or second is None else hypot(first, second)
-    return ends[1] - ends[0], noise
+        return ends[1] - ends[0], gold.error_over_prompts(runs[1], places[0], pairs)
+    apart = [gold.error(SeedGroup("", [run]), column, names) for run in runs]
+    known = [noise for noise in apart if noise is not None]
+    return ends[1] - ends[0], hypot(*known) if len(known) == 2 else None
 
 
-def judge(runs: Sequence[RunFolder], study: Path = STUDY) -> Claim | None:
+def judge(runs: list[RunFolder], study: Path = STUDY) -> Claim | None:
     """Return the verdict on [PPO with KL, GIPO] with what it rests on; None without gold by
     source in both."""
     sources, others = (gold.sources_of([SeedGroup(run.name, [run])]) for run in runs)
     if not sources or sources != others:
         return None
-    worse, noise = difference(runs, WORSE, sources)
-    mean, mean_noise = difference(runs, MEAN, sources)
-    holds = worse > 0 and mean >= -TOLERANCE
+    worse, noise = difference(runs, gold.WORSE, sources)
+    mean, mean_noise = difference(runs, gold.MEAN, sources)
+    holds = "holds" if worse > 0 and mean >= -TOLERANCE else "does NOT hold"
     verdict = (
         "Claim: GIPO's final gold on the worse group is higher than that of PPO with KL, and the"
-        f" mean is not lower (tolerance {TOLERANCE})."
-        f" It {'holds' if holds else 'does NOT hold'} on this run."
+        f" mean is not lower (tolerance {TOLERANCE}). It {holds} on this run."
     )
     sentences = [
-        f"GIPO − PPO with KL: worse group {with_error(worse, noise, '+')}, mean"
-        f" {with_error(mean, mean_noise, '+')}. ±: one standard error over the same held-out"
-        " prompts; another seed differs by more.",
+        f"GIPO − PPO with KL: worse group {gold.with_error(worse, noise, '+')}, mean"
+        f" {gold.with_error(mean, mean_noise, '+')}. ±: one standard error over the same held-out"
+        " prompts, without the spread over seeds.",
         equal_kl(*(run.last("eval/kl") for run in runs)),
     ]
     if noise is None or abs(worse) < 2 * noise:
@@ -98,7 +91,7 @@ def several_seeds(study: Path) -> tuple[str, list[list[str]]]:
 
 
 def show(table: Sequence[Sequence[str]]) -> None:
-    if table:
+    if len(table) > 1:
         print_table([dict(zip(table[0], row, strict=False)) for row in table[1:]])
 
 
@@ -117,8 +110,8 @@ def main(arguments: list[str]) -> int:
         print("\n".join(["", claim.verdict, *claim.sentences, "", claim.caption]))
         show(claim.table)
     if options.report:
-        folders = [*options.also, *options.runs]
-        print(f"report: {write_report(folders, options.report, claim=claim)}")
+        report = write_report([*options.also, *options.runs], options.report, claim=claim)
+        print(f"report: {report}")
     return 0
 
 
