@@ -83,7 +83,8 @@ def equal_kl(ppo: float | None, gipo: float | None) -> str:
 def several_seeds(study: Path) -> tuple[str, list[list[str]]]:
     """Return a caption and the first table of the study's page, its header first."""
     if not study.is_file():
-        return f"Several seeds: {study.name} is missing; `python tools/study.py s3` writes it.", []
+        command = "python tools/study.py s3 docs=docs/studies"
+        return f"Several seeds: {study.name} is missing; `{command}` writes it.", []
     lines = study.read_text(encoding="utf-8").splitlines()
     table = takewhile(lambda x: x.startswith("|"), dropwhile(lambda x: x[:1] != "|", lines))
     rows = [[cell.strip(" *") for cell in line.strip()[1:-1].split("|")] for line in table]
