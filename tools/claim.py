@@ -45,10 +45,10 @@ def difference(runs: list[RunFolder], column: str, names: list[str]) -> tuple[fl
 
 
 def judge(runs: list[RunFolder], study: Path = STUDY) -> Claim | None:
-    """Return the verdict on [PPO with KL, GIPO] with what it rests on; None without gold by
-    source in both."""
+    """Return the verdict on [PPO with KL, GIPO] with what it rests on; None without the data's
+    gold by source in both."""
     sources, others = (gold.sources_of([SeedGroup(run.name, [run])]) for run in runs)
-    if not sources or sources != others:
+    if not sources or sources != others or not all(map(gold.of_the_data, runs)):
         return None
     worse, noise = difference(runs, gold.WORSE, sources)
     mean, mean_noise = difference(runs, gold.MEAN, sources)
@@ -82,12 +82,13 @@ def equal_kl(ppo: float | None, gipo: float | None) -> str:
 
 def several_seeds(study: Path) -> tuple[str, list[list[str]]]:
     """Return a caption and the first table of the study's page, its header first."""
-    if not study.is_file():
-        command = "python tools/study.py s3 docs=docs/studies"
-        return f"Several seeds: {study.name} is missing; `{command}` writes it.", []
-    lines = study.read_text(encoding="utf-8").splitlines()
-    table = takewhile(lambda x: x.startswith("|"), dropwhile(lambda x: x[:1] != "|", lines))
+    text = study.read_text(encoding="utf-8") if study.is_file() else ""
+    lines = dropwhile(lambda x: not x.startswith("|"), text.splitlines())
+    table = takewhile(lambda x: x.startswith("|"), lines)
     rows = [[cell.strip(" *") for cell in line.strip()[1:-1].split("|")] for line in table]
+    if not rows:
+        command = "python tools/study.py s3 docs=docs/studies"
+        return f"Several seeds: no table in {study.name} yet; `{command}` writes it.", []
     return f"Several seeds, from docs/studies/{study.name}:", rows[:1] + rows[2:]
 
 
@@ -105,7 +106,7 @@ def main(arguments: list[str]) -> int:
     runs = [load_run(folder) for folder in options.runs]
     claim = judge(runs)
     if claim is None:
-        print("No gold reward in these runs: the demo's claim is not checked.")
+        print("These data have no gold reward: the claim is not checked.")
     else:
         show(gold.table([SeedGroup(run.name, [run]) for run in runs]))
         print("\n".join(["", claim.verdict, *claim.sentences, "", claim.caption]))

@@ -19,6 +19,13 @@ def sources_of(groups: Sequence[SeedGroup]) -> list[str]:
     return names(list(groups), "eval/gold/", "")
 
 
+def of_the_data(run: RunFolder) -> bool:
+    """Check that gold is not a model's score: those of different sources have no common zero, so
+    none is the worse group and there is no gap."""
+    models = (run.recipe or {}).get("models") or {}
+    return not (models.get("gold") or {}).get("load")
+
+
 def curve(run: RunFolder, column: str, sources: Sequence[str]) -> dict[int, float]:
     """Return step -> gold of a source, of all prompts, or of the lowest source."""
     if column != WORSE:
@@ -72,7 +79,8 @@ def table(groups: Sequence[SeedGroup]) -> list[list[str]]:
     """Return a header and three rows a system: last evaluation, peak, last − peak. Empty without
     gold by source."""
     sources = sources_of(groups)
-    columns = [*sources, WORSE, MEAN]
+    common = all(of_the_data(run) for group in groups for run in group.runs)
+    columns = [*sources, WORSE, MEAN] if common else [*sources, MEAN]
     rows = [["system", "held-out gold", *columns, "gap", "KL"]]
     for group in groups:
         if all(curve(run, x, sources) for run in group.runs for x in (WORSE, MEAN)):
@@ -97,7 +105,7 @@ def _rows(group: SeedGroup, columns: Sequence[str], sources: Sequence[str]) -> l
         peaks.append(f"{peak:.3f}")
         falls.append(f"{final - peak:+.3f}")
         ends += [final] if column in sources else []
-    gap = f"{max(ends) - min(ends):.3f}" if ends else "–"
+    gap = f"{max(ends) - min(ends):.3f}" if ends and WORSE in columns else "–"
     kl = group.band("eval/kl")[1]
     return [
         [group.label, f"final, step {shared[-1]}", *finals, gap, f"{kl[-1]:.2f}" if kl else "–"],

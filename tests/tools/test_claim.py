@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gipo_megatron.reports.runs import load_run
+from gipo_megatron.reports.gold import table
+from gipo_megatron.reports.runs import SeedGroup, load_run
 from tests.reports.synthetic import ppo_run, sft_run, with_gold
 from tools.claim import equal_kl, judge, main
 
@@ -76,7 +77,9 @@ def test_kl_is_beside_the_claim() -> None:
 def test_the_table_of_several_seeds_is_read_from_its_page(tmp_path: Path) -> None:
     runs = [load_run(r) for r in demo(tmp_path, {"easy": [0.2, 0.9], "hard": [0.0, 0.7]})]
     missing = judge(runs, tmp_path / "s2_tables.md")
-    assert missing is not None and not missing.table and "is missing" in missing.caption
+    assert missing is not None and not missing.table and "no table" in missing.caption
+    (tmp_path / "s2_tables.md").write_text("# Tables\n\nNot run yet.\n", encoding="utf-8")
+    assert judge(runs, tmp_path / "s2_tables.md") == missing
     (tmp_path / "s2_tables.md").write_text(STUDY, encoding="utf-8")
     claim = judge(runs, tmp_path / "s2_tables.md")
     assert claim is not None and claim.caption.endswith("s2_tables.md:")
@@ -98,10 +101,23 @@ def test_the_report_opens_with_the_figure_and_the_same_words(tmp_path: Path, cap
     assert page.index("at equal KL") > at[2]
 
 
+def test_scores_of_a_gold_model_have_no_worse_group(tmp_path: Path) -> None:
+    """Its level in a source is arbitrary."""
+    folders = demo(tmp_path, {"easy": [0.2, 0.9], "hard": [0.0, 0.7]})
+    for folder in folders:
+        with Path(folder, "recipe.yaml").open("a", encoding="utf-8") as recipe:
+            recipe.write("models: {gold: {load: runs/rm_gold/final}}\n")
+    runs = [load_run(folder) for folder in folders]
+    assert judge(runs) is None
+    header, final, *_ = table([SeedGroup(run.name, [run]) for run in runs])
+    assert header == ["system", "held-out gold", "easy", "hard", "all prompts", "gap", "KL"]
+    assert final[-2] == "–" and len(final) == len(header)
+
+
 def test_without_gold_no_claim(tmp_path: Path, capsys) -> None:
     runs = [str(ppo_run(tmp_path / name, steps=12)) for name in ("ppo_kl", "gipo")]
     report = tmp_path / "report.html"
     assert main([*runs, "--report", str(report)]) == 0
-    assert "the demo's claim is not checked" in capsys.readouterr().out
+    assert "the claim is not checked" in capsys.readouterr().out
     page = report.read_text(encoding="utf-8")
     assert "<h2>Gold" not in page and "Claim" not in page
