@@ -82,9 +82,8 @@ def equal_kl(ppo: float | None, gipo: float | None) -> str:
 
 def several_seeds(study: Path) -> tuple[str, list[list[str]]]:
     """Return a caption and the first table of the study's page, its header first."""
-    text = study.read_text(encoding="utf-8") if study.is_file() else ""
-    lines = dropwhile(lambda x: not x.startswith("|"), text.splitlines())
-    table = takewhile(lambda x: x.startswith("|"), lines)
+    lines = study.read_text(encoding="utf-8").splitlines() if study.is_file() else []
+    table = takewhile(lambda x: x[:1] == "|", dropwhile(lambda x: x[:1] != "|", lines))
     rows = [[cell.strip(" *") for cell in line.strip()[1:-1].split("|")] for line in table]
     if not rows:
         command = "python tools/study.py s3 docs=docs/studies"
