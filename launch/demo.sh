@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# SFT -> reward model -> PPO with KL -> GIPO at tiny size, and one report of all four.
+# SFT -> reward model -> PPO with KL -> GIPO at tiny size, one report of all four, and whether GIPO's
+# claim holds on them (on PREFERENCE_DATA, which has no gold reward, it is not checked).
 # Run it again and it continues.
 #
 # bash launch/demo.sh [PREFERENCE_DATA]
@@ -45,5 +46,5 @@ stage ppo_kl "$DIR/ppo_kl" "${LOADS[@]}" "${PPO_MORE[@]}"
 stage gipo "$DIR/gipo" "${LOADS[@]}" "${PPO_MORE[@]}"
 
 echo
-python tools/plot.py "$SFT" "$RM" "$DIR/ppo_kl" "$DIR/gipo" \
-    "out=$DIR/figures" "report=$DIR/report.html"
+python tools/plot.py "$SFT" "$RM" "$DIR/ppo_kl" "$DIR/gipo" "out=$DIR/figures"
+python tools/claim.py "$DIR/ppo_kl" "$DIR/gipo" --also "$SFT" "$RM" --report "$DIR/report.html"

@@ -53,10 +53,10 @@ def evaluate_policy(
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     """Respond to held-out prompts, with the same noise every time; return metrics and sample rows.
 
-    eval/{score, kl, length, truncated}, eval/score/<source>, and eval/gold[/<source>]: the score of
-    the model `gold`, or without it the gold reward that the data define. The score is the reward's
-    raw one. kl is k1, nats per response: an estimate of KL(pi || ref) only on samples of pi, so it
-    has responses of its own, to the first batch of prompts, drawn as `trained`.
+    eval/{score, kl, length, truncated}, eval/{score, prompts}/<source>, and eval/gold[/<source>]:
+    the score of the model `gold`, or without it the gold reward that the data define. The score is
+    the reward's raw one. kl is k1, nats per response: an estimate of KL(pi || ref) only on samples
+    of pi, so it has responses of its own, to the first batch of prompts, drawn as `trained`.
     """
     metrics: Metrics = {}
     samples: list[dict[str, Any]] = []
@@ -79,18 +79,18 @@ def evaluate_policy(
         new = {f"eval/{name}": Metric.mean(value, weights) for name, value in values.items()}
         for source in sources:
             rows = weights * _is_from(source, rollout.source, weights)
+            new[f"eval/prompts/{source}"] = Metric.sum(rows)
             new |= {
                 f"eval/{name}/{source}": Metric.mean(value, rows)
                 for name, value in by_source.items()
             }
         metrics = merge_metrics(metrics, new)
-        samples += [
-            {"prompt": extras["prompt"], "response": response, "score": score}
-            for extras, response, score, counts in zip(
-                rollout.extras, rollout.response_text, raw.tolist(), weights.tolist(), strict=True
-            )
-            if counts
-        ]
+        texts = zip(rollout.extras, rollout.source, rollout.response_text, strict=True)
+        for i, (extras, source, response) in enumerate(texts):
+            if weights[i]:
+                own = {name: value[i].item() for name, value in by_source.items()}
+                row = {"prompt": extras["prompt"], "source": source, "response": response}
+                samples.append(row | own)
     return metrics, samples
 
 

@@ -18,6 +18,7 @@ from gipo_megatron.reports.style import (
     Drawn,
     colour,
     dash,
+    label_ends,
     marker,
     panels,
     shared_legend,
@@ -41,6 +42,9 @@ def _lines(groups: list[SeedGroup], titles: Mapping[str, str], columns: int = 2)
     for axis, metric in zip(axes, have, strict=True):
         for i, group in enumerate(groups):
             _line(axis, group, i, metric, group.label)
+        low, high = axis.get_ylim()
+        if high - low < 1e-3 * abs(low):  # a constant and its rounding
+            axis.set_ylim(*sorted((0.9 * low, 1.1 * low)))
     _legend(figure, axes, groups)
     return figure
 
@@ -54,11 +58,13 @@ def _line(
     steps, mean, low, high = group.band(metric)
     if not steps:
         return
+    line = linestyle or dash(index)
     axis.plot(
         *in_bins(steps, mean),
         color=colour(index),
-        linestyle=linestyle or dash(index),
-        marker="o" if len(steps) <= 12 else None,
+        linestyle=line,
+        zorder=2 if line == "-" else 2.1,  # an equal solid line would hide it
+        marker=marker(index) if len(steps) <= 12 else None,
         label=visible(label),
     )
     if len(group.runs) > 1:
@@ -84,7 +90,7 @@ def _legend(figure: Figure, axes: list[Axes], groups: list[SeedGroup]) -> None:
 
 def losses(groups: list[SeedGroup]) -> Drawn:
     """Draw each `<name>/loss` but the policy's, whose value has no meaning; held-out last."""
-    have = [name for name in _names(groups, "", "/loss") if name != "policy"]
+    have = [name for name in names(groups, "", "/loss") if name != "policy"]
     titles = {f"{n}/loss": "held-out loss" if n == "eval" else f"{n} loss" for n in have}
     return _lines(groups, titles) if titles else "no <name>/loss"
 
@@ -93,12 +99,12 @@ def accuracies(groups: list[SeedGroup]) -> Drawn:
     """Draw each `<name>/accuracy`; held-out last."""
     titles = {
         f"{name}/accuracy": f"accuracy, {'held-out' if name == 'eval' else 'training'} pairs"
-        for name in _names(groups, "", "/accuracy")
+        for name in names(groups, "", "/accuracy")
     }
     return _lines(groups, titles) if titles else "no <name>/accuracy"
 
 
-def _names(groups: list[SeedGroup], prefix: str, suffix: str) -> list[str]:
+def names(groups: list[SeedGroup], prefix: str, suffix: str) -> list[str]:
     """Return <name> of the metrics <prefix><name><suffix> that some run has, in order of first
     appearance, `eval` last."""
     found = []
@@ -180,57 +186,73 @@ def explained_variance(groups: list[SeedGroup]) -> Drawn:
     return drawn
 
 
+GROUP_LINES = (
+    ("groups/return_high", "high group", "-"),
+    ("groups/return_low", "low group", "--"),
+    ("groups/gap", "gap", ":"),
+)
+
+
 def group_returns(groups: list[SeedGroup]) -> Drawn:
-    """Draw the return of the high-scoring (easy, solid) and the low-scoring (hard, dashed) group,
-    then their gap."""
-    high, low, gap = "groups/return_high", "groups/return_low", "groups/gap"
-    several = len(groups) > 1
-    titles = {}
-    if any(g.band(high)[0] and g.band(low)[0] for g in groups):
-        titles[high] = f"group returns ({'high solid, low dashed' if several else 'raw score'})"
-    if any(g.band(gap)[0] for g in groups):
-        titles[gap] = "gap between the groups"
-    if not titles:
-        return f"no {high}, {low}, {gap}"
-    figure, axes = panels(list(titles.values()))
-    for axis, metric in zip(axes, titles, strict=True):
-        for i, group in enumerate(groups):
-            if metric == gap:
-                _line(axis, group, i, gap, group.label if several else "")
-            else:
-                _line(axis, group, i, high, group.label + ("" if several else ", high group"), "-")
-                _line(axis, group, i, low, "" if several else f"{group.label}, low group", "--")
-        if metric == gap:
-            axis.axhline(0, color=NEUTRAL, linewidth=0.8)
-    _legend(figure, axes, groups)
+    """Draw the returns of the high-scoring and of the low-scoring group and their gap, a panel per
+    run with one scale: the groups of two runs are those of two classifiers."""
+    metrics = [metric for metric, _, _ in GROUP_LINES]
+    have = [(i, g) for i, g in enumerate(groups) if any(g.band(metric)[0] for metric in metrics)]
+    if not have:
+        return f"no {', '.join(metrics)}"
+    have = have[:MAX_SMALL]
+    figure, axes = panels([visible(g.label) for _, g in have], sharey=True)
+    for axis, (i, group) in zip(axes, have, strict=True):
+        for metric, label, linestyle in GROUP_LINES:
+            _line(axis, group, i, metric, label, linestyle)
+        axis.axhline(0, color=NEUTRAL, linewidth=0.8)
+    axes[0].set_ylabel("return (raw score)")
+    shared_legend(figure, axes, ink=NEUTRAL)
     return figure
 
 
-def by_source(prefix: str, suffix: str, quantity: str) -> Draw:
-    """Return a figure of a metric per data source: one run has its sources in one panel, several
-    runs have a panel per source."""
-    return lambda groups: _by_source(groups, prefix, suffix, quantity)
-
-
-def _by_source(groups: list[SeedGroup], prefix: str, suffix: str, quantity: str) -> Drawn:
-    names = _names(groups, prefix, suffix)
-    if not names:
-        return f"no {prefix}<name>{suffix}"
-    shown, rest = names[:MAX_SOURCES], names[MAX_SOURCES:]
+def sources(groups: list[SeedGroup]) -> Drawn:
+    """Draw the score by data source: one run has its sources in one panel, several runs have a
+    panel per source."""
+    found = names(groups, "source/", "/score")
+    if not found:
+        return "no source/<name>/score"
+    shown = found[:MAX_SOURCES]
     if len(groups) == 1:
-        figure, axes = panels([f"{quantity} by data source"])
+        figure, axes = panels(["score by data source"])
         for i, name in enumerate(shown):
-            _line(axes[0], groups[0], i, f"{prefix}{name}{suffix}", name)
+            _line(axes[0], groups[0], i, f"source/{name}/score", name)
     else:
-        figure, axes = panels([f"{name}: {quantity}" for name in shown], sharey=True)
+        figure, axes = panels([f"{name}: score" for name in shown], sharey=True)
         for axis, name in zip(axes, shown, strict=True):
             for i, group in enumerate(groups):
-                _line(axis, group, i, f"{prefix}{name}{suffix}", group.label)
+                _line(axis, group, i, f"source/{name}/score", group.label)
     shared_legend(figure, axes, at_least=1)
-    if rest:
+    _name_rest(figure, found)
+    return figure
+
+
+def gold_by_source(groups: list[SeedGroup]) -> Drawn:
+    """Draw held-out gold, a panel per data source and one for all prompts, with one scale and the
+    last values in figures."""
+    found = names(groups, "eval/gold/", "")
+    titles = {f"eval/gold/{name}": f"{name} prompts" for name in found[:MAX_SOURCES]}
+    drawn = _lines(groups, titles | {"eval/gold": "all prompts"}, columns=3)
+    if not found or isinstance(drawn, str):
+        return "no eval/gold/<name>"
+    limits = [limit for axis in drawn.axes for limit in axis.get_ylim()]
+    for axis in drawn.axes:
+        axis.set_ylim(min(limits), max(limits))
+        label_ends(axis)
+    drawn.axes[0].set_ylabel("gold reward, held-out")
+    _name_rest(drawn, found)
+    return drawn
+
+
+def _name_rest(figure: Figure, found: list[str]) -> None:
+    if rest := found[MAX_SOURCES:]:
         text = f"{len(rest)} more not shown: {', '.join(rest)[:60]}"
         figure.suptitle(text, fontsize=7, color=NEUTRAL)
-    return figure
 
 
 def weights(groups: list[SeedGroup]) -> Drawn:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from gipo_megatron.reports.runs import SeedGroup
 from gipo_megatron.reports.style import (
@@ -113,6 +114,7 @@ def scatter_p_high(systems: Sequence[tuple[str, np.ndarray]]) -> Drawn:
             axis.scatter(thinned[:, k], thinned[:, 0], **look)
             axis.set_xlabel(label)
             axis.set_ylim(-0.03, 1.03)
+        axes[2 * row + 1].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[2 * row].set_ylabel("p(high group)")
     return figure
 
@@ -168,7 +170,7 @@ def _histogram(
     clipped = np.clip(values, bins[0], bins[-1])
     share = np.full(len(values), 1 / len(values))
     axis.hist(clipped, bins.tolist(), weights=share, color=ink, alpha=alpha, label=label)
-    axis.axvline(values.mean(), color=ink, linewidth=1.2, linestyle=line)
+    axis.axvline(values.mean(), color=ink, linewidth=1.2, linestyle=line, ymax=0.77)
 
 
 def _note(axis: Axes, text: str, ink: str, line: int) -> None:

@@ -18,6 +18,7 @@ from gipo_megatron.reports.style import style
 
 FORMATS = ("png", "svg", "pdf")
 FIGURES: dict[str, curves.Draw] = {
+    "gold_by_source": curves.gold_by_source,
     "reward": curves.lines(
         {
             "reward/score_mean": "score, training prompts",
@@ -35,8 +36,7 @@ FIGURES: dict[str, curves.Draw] = {
     ),
     "frontier": curves.frontier,
     "group_returns": curves.group_returns,
-    "sources": curves.by_source("source/", "/score", "score"),
-    "gold_by_source": curves.by_source("eval/gold/", "", "held-out gold reward"),
+    "sources": curves.sources,
     "weights": curves.weights,
     "p_high": distributions.p_high,
     "explained_variance": curves.explained_variance,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gipo_megatron.files import write_bytes, write_text
+from gipo_megatron.reports import gold
 from gipo_megatron.reports.figures import FORMATS, draw, rendered, save
 from gipo_megatron.reports.gold import gold_course
 from gipo_megatron.reports.pages import number, printable, render
-from gipo_megatron.reports.runs import RunFolder, load_run
+from gipo_megatron.reports.runs import RunFolder, group_by_seed, load_run
 from gipo_megatron.reports.style import pixels
 from gipo_megatron.statistics import wilson_interval
 from gipo_megatron.telemetry.console import duration
@@ -31,11 +33,15 @@ CAPTIONS = {
     "kl": "KL to the reference policy, and the KL coefficient.",
     "frontier": "Reward against the root of the KL to the reference, over training.",
     "group_returns": (
-        "Mean return of the high-scoring (easy) and the low-scoring (hard) group, and the gap. "
-        "A gap that closes because the high group falls is levelling down."
+        "Mean return of the high-scoring (easy) and the low-scoring (hard) group, and the gap. Each"
+        " run's groups are those of its own classifier, so returns and gaps of two runs are not"
+        " comparable: compare runs by data source. A gap that closes because the high group falls"
+        " is levelling down."
     ),
-    "sources": "Mean score by data source.",
-    "gold_by_source": "Gold reward of held-out prompts by data source.",
+    "sources": "Mean score by data source: the same prompts in every run, so runs compare here.",
+    "gold_by_source": (
+        "True (gold) reward of held-out prompts over training, by data source and of all of them."
+    ),
     "weights": "Weight of a sequence in the policy's update.",
     "p_high": (
         "Probability of the high-scoring group against score and length, which it should not merely"
@@ -48,16 +54,29 @@ CAPTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Claim:
+    """Verdict under the gold figure, the sentences behind it, and a table of other runs (a header
+    and rows; may be empty) with its caption."""
+
+    verdict: str
+    sentences: Sequence[str]
+    caption: str = ""
+    table: Sequence[Sequence[str]] = ()
+
+
 def write_report(
     run_dirs: Sequence[str | Path],
     out: str | Path,
     *,
     title: str = "",
     figures_to: str | Path | None = None,
+    claim: Claim | None = None,
 ) -> Path:
     """Write the page to `out`, and the figures as PNG, SVG and PDF to the folder `figures_to`.
 
-    Raises UserError as load_run does; then nothing is written.
+    Where runs have held-out gold by source, the page opens with its figure, its table and the
+    claim. Raises UserError as load_run does; then nothing is written.
     """
     runs = [load_run(folder) for folder in run_dirs]
     figures = draw(runs)
@@ -82,6 +101,8 @@ def write_report(
         header=list(rows[0]),
         rows=[list(row.values()) for row in rows],
         figures=shown,
+        gold=gold.table(group_by_seed(runs)),
+        claim=claim,
         missing=sorted((name.replace("_", " "), why) for name, why in figures.missing.items()),
         runs=[_shown(run) for run in runs],
         sample_columns=SAMPLE_COLUMNS,

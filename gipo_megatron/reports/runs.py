@@ -28,6 +28,7 @@ class RunFolder:
     name: str
     rows: list[dict[str, Any]]  # metrics.jsonl, by step
     samples: list[dict[str, Any]] = field(default_factory=list)
+    held_out: list[dict[str, Any]] = field(default_factory=list)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     recipe: dict[str, Any] | None = None
     recipe_text: str = ""
@@ -92,6 +93,7 @@ def load_run(path: str | Path) -> RunFolder:
         name=folder.name if folder.name not in ("", "..") else folder.resolve().name,
         rows=read_rows(folder / "metrics.jsonl"),
         samples=read_rows(folder / "samples.jsonl"),
+        held_out=read_rows(folder / "held_out.jsonl"),
         alerts=read_rows(folder / "alerts.jsonl"),
         recipe=recipe,
         recipe_text=recipe_text,

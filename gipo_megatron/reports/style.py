@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-# Okabe and Ito (2008), without yellow; when they repeat, the line style differs
+# Okabe and Ito (2008), without yellow
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
@@ -34,6 +37,7 @@ RC: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "axes.edgecolor": NEUTRAL,
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.6,
@@ -60,7 +64,8 @@ def colour(index: int) -> str:
 
 
 def dash(index: int) -> str:
-    return DASHES[index // len(COLOURS) % len(DASHES)]
+    """Return a line style that differs between neighbours: of two equal curves both are seen."""
+    return DASHES[index % 2 + 2 * (index // (2 * len(COLOURS)) % 2)]
 
 
 def marker(index: int) -> str:
@@ -91,8 +96,13 @@ def panels(
     return figure, axes[: len(titles)]
 
 
-def shared_legend(figure: Figure, axes: list[Axes], at_least: int = 2) -> None:
-    """Put one legend under all panels, each label once; none for fewer labels than `at_least`."""
+def shared_legend(
+    figure: Figure, axes: list[Axes], at_least: int = 2, ink: str | None = None
+) -> None:
+    """Put one legend under all panels, each label once; none for fewer labels than `at_least`.
+
+    ink: colour of its lines where a label has another colour in each panel.
+    """
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -101,7 +111,35 @@ def shared_legend(figure: Figure, axes: list[Axes], at_least: int = 2) -> None:
         width = figure.get_figwidth()
         longest = max(len(label) for label in found)
         columns = max(1, min(len(found), int(width / (0.45 + 0.068 * longest))))
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
+        legend = figure.legend(
+            list(found.values()), list(found), loc="outside lower center", ncols=columns
+        )
+        if ink is not None:
+            for line in legend.get_lines():
+                line.set_color(ink)
+
+
+def label_ends(axis: Axes) -> None:
+    """Write each line's last value right of its end, in its colour, none over another."""
+    low, high = axis.get_ylim()
+    inches = axis.get_window_extent().height / axis.figure.dpi  # before the layout takes its part
+    room = 1.2 * RC["font.size"] / (72 * inches) * (high - low)  # of one label, in units of y
+    place = -math.inf
+    for line in sorted(axis.lines, key=_end):
+        place = max(_end(line)[0], place + room)
+        axis.annotate(
+            f"{_end(line)[0]:.2f}",
+            (_end(line)[1], place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            color=line.get_color(),
+        )
+
+
+def _end(line: Line2D) -> tuple[float, float]:
+    """Return the last y and its x."""
+    return float(np.asarray(line.get_ydata())[-1]), float(np.asarray(line.get_xdata())[-1])
 
 
 def visible(label: str) -> str:

@@ -66,8 +66,8 @@ class Guarded(Sink):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._call(self._sink.log, step, values)
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._call(self._sink.samples, step, rows)
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]], kind: str = "samples") -> None:
+        self._call(self._sink.samples, step, rows, kind)
 
     def alert(self, step: int, message: str) -> None:
         self._call(self._sink.alert, step, message)
@@ -119,12 +119,12 @@ class TensorBoard(Sink):
             self._events().add_scalar(name, value, step)
         self._events().flush()
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]], kind: str = "samples") -> None:
         for i, row in enumerate(rows[:TEXT_SAMPLES]):
             text = "\n\n".join(f"{key}: {value}" for key, value in row.items())
             # indented, so that Markdown shows it unchanged
             self._events().add_text(
-                f"samples/{i}", "\n".join("    " + line for line in text.splitlines()), step
+                f"{kind}/{i}", "\n".join("    " + line for line in text.splitlines()), step
             )
 
     def alert(self, step: int, message: str) -> None:
@@ -163,12 +163,12 @@ class Wandb(Sink):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]], kind: str = "samples") -> None:
         import wandb
 
         columns = list(rows[0])
         data = [[row[c] for c in columns] for row in rows[:TEXT_SAMPLES]]
-        self._run.log({"samples": wandb.Table(columns=columns, data=data)}, step=step)
+        self._run.log({kind: wandb.Table(columns=columns, data=data)}, step=step)
 
     def alert(self, step: int, message: str) -> None:
         if self._run.settings.mode == "online":

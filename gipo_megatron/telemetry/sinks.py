@@ -23,7 +23,8 @@ class Sink:
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]], kind: str = "samples") -> None:
+        """Take responses of a step; kind: samples (of training) | held_out."""
 
     def alert(self, step: int, message: str) -> None: ...
 
@@ -37,9 +38,10 @@ class Sink:
 
 
 class Jsonl(Sink):
-    """metrics.jsonl (one object a step), samples.jsonl, alerts.jsonl. NaN and infinity are null."""
+    """metrics.jsonl (one object a step), samples.jsonl, held_out.jsonl, alerts.jsonl. NaN and
+    infinity are null."""
 
-    FILES = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl")
+    FILES = ("metrics.jsonl", "samples.jsonl", "held_out.jsonl", "alerts.jsonl")
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -47,8 +49,8 @@ class Jsonl(Sink):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._write("metrics.jsonl", [{"step": step, **values}])
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._write("samples.jsonl", [{"step": step, **row} for row in rows])
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]], kind: str = "samples") -> None:
+        self._write(f"{kind}.jsonl", [{"step": step, **row} for row in rows])
 
     def alert(self, step: int, message: str) -> None:
         self._write("alerts.jsonl", [{"step": step, "message": message}])

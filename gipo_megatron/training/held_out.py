@@ -15,9 +15,9 @@ from gipo_megatron.roles import DataParallel
 @dataclass
 class HeldOut:
     """`rows` held-out rows, evenly spread over all of them (files hold one source after the other),
-    `batch` at a time.
+    at most `batch` at a time, and each batch is spread as evenly: the KL is that of the first.
 
-    Both counts are global. The last batch is padded with rows that do not count.
+    Both counts are global. A batch is padded with rows that do not count.
     """
 
     data: Dataset
@@ -43,7 +43,7 @@ class HeldOut:
         """Yield (rows of this replica, float weights [b]: 0 for padding)."""
         data, indices = self.data, self.indices
         at = {"sft": data.examples_at, "preference": data.pairs_at, "prompt": data.prompts_at}
-        for start in range(0, len(indices), self.batch):
-            some = indices[start : start + self.batch]
-            rows, valid = at[data.kind](some, self.dp.rank, self.dp.size)
+        count = -(-len(indices) // self.batch)
+        for first in range(count):
+            rows, valid = at[data.kind](indices[first::count], self.dp.rank, self.dp.size)
             yield rows, valid.double()

@@ -165,22 +165,23 @@ class Run:
         origin = f"resumed from {start_from}" if start_from is not None else "started"
         self.mesh.on_main(partial(self._begin, origin))
         if run.eval_every and progress.step == 0:
-            values, samples = self._evaluate()
-            self._log(0, values, samples)
+            evaluated, responses = self._evaluate()
+            self._log(0, evaluated, held_out=responses)
         self.timer.metrics()  # the set-up is no part of the first step
         ending = "" if progress.step < steps else "complete"
         while not ending:
             result = self.parts.algorithm.step(progress.step)
             progress.step += 1
-            values, samples = self._values(result), result.samples
+            values = self._values(result)
+            held_out: list[dict[str, Any]] = []
             improved = False
             if run.eval_every and (progress.step % run.eval_every == 0 or progress.step == steps):
-                held_out, _ = self._evaluate()
-                improved = self._judge(held_out)
-                values |= held_out
+                evaluated, held_out = self._evaluate()
+                improved = self._judge(evaluated)
+                values |= evaluated
             self._watch(values, result)
             ending = self._ending(values)
-            self._log(progress.step, values, samples)
+            self._log(progress.step, values, samples=result.samples, held_out=held_out)
             if ending or improved or (run.save_every and progress.step % run.save_every == 0):
                 self._save(best=improved)
             self.timer.metrics()  # evaluations and checkpoints are no part of the next step
@@ -238,11 +239,13 @@ class Run:
             for message in messages:
                 sink.alert(progress.step, message)
 
-    def _log(self, step: int, values: Mapping[str, float], samples: list[dict[str, Any]]) -> None:
+    def _log(self, step: int, values: Mapping[str, float], **responses: list[Any]) -> None:
+        """Write a row of the log, and responses by their kind: samples, held_out."""
         for sink in self.sinks:
             sink.log(step, values)
-            if samples:
-                sink.samples(step, samples)
+            for kind, rows in responses.items():
+                if rows:
+                    sink.samples(step, rows, kind)
 
     # ---------------------------------------------------------------------------------- how it ends
 

@@ -326,6 +326,32 @@ def test_the_kl_of_an_evaluation_is_of_responses_drawn_from_the_policy() -> None
     assert metrics["eval/kl"].result() == pytest.approx(float(ratio.sum(1).mean()), rel=1e-6)
 
 
+class WithGold:
+    """One batch of held-out prompts whose last row is padding; gold is the response's length."""
+
+    sources = SOURCES
+
+    @staticmethod
+    def gold(prompt: str, response: str) -> float:
+        return float(len(prompt) + 10 * len(response))
+
+    def batches(self) -> Any:
+        yield prompts_at(100, DP), torch.tensor([1.0] * (BATCH - 1) + [0.0])
+
+
+def test_an_evaluation_returns_each_prompts_gold() -> None:
+    ppo = gipo()
+    ppo.held_out = WithGold()  # type: ignore[assignment]
+    ppo.sampling = Sampling(max_response=RESPONSES, seed=5)
+    metrics, rows = ppo.evaluate()
+    assert len(rows) == BATCH - 1 and len({row["source"] for row in rows}) == 2
+    assert all(row["gold"] == WithGold.gold(row["prompt"], row["response"]) for row in rows)
+    for source in SOURCES:
+        mine = [row["gold"] for row in rows if row["source"] == source]
+        assert metrics[f"eval/prompts/{source}"].result() == len(mine) > 0
+        assert metrics[f"eval/gold/{source}"].result() == pytest.approx(sum(mine) / len(mine))
+
+
 class Lengths:
     """A gold model that scores a response by its length."""
 

@@ -109,3 +109,38 @@ def sft_run(folder: Path, *, steps: int = 8) -> Path:
     about = {"stage": SFT.stage, "headline": SFT.headline}
     (folder / "environment.json").write_text(json.dumps(about), encoding="utf-8")
     return folder
+
+
+EVALUATED = 60  # held-out prompts of a source
+
+
+def with_gold(folder: Path, curves: dict[str, list[float]], kl: float = 3.0) -> Path:
+    """Add evaluations to a run's rows, evenly over its steps, and its last evaluation's responses.
+
+    curves: source -> share of its EVALUATED prompts whose gold is 1; the first ones are right, the
+    others have gold 0.
+    """
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    count = len(next(iter(curves.values())))
+    every = rows[-1]["step"] // (count - 1)
+    for row in rows:
+        row.pop("eval/gold", None)
+    by_step = {row["step"]: row for row in [{"step": 0}, *rows]}
+    responses = []
+    for i in range(count):
+        right = {source: round(shares[i] * EVALUATED) for source, shares in curves.items()}
+        row = by_step[i * every]
+        row["eval/kl"] = kl * i / (count - 1)
+        row["eval/gold"] = sum(right.values()) / (EVALUATED * len(curves))
+        for source, number in right.items():
+            row[f"eval/gold/{source}"] = number / EVALUATED
+            row[f"eval/prompts/{source}"] = EVALUATED
+            responses += [
+                {"step": i * every, "prompt": f"{source} {k}", "source": source}
+                | {"response": "a", "score": 1.0, "gold": float(k < number)}
+                for k in range(EVALUATED)
+            ]
+    write_rows(file, list(by_step.values()))
+    write_rows(folder / "held_out.jsonl", responses)
+    return folder

@@ -8,8 +8,14 @@ import pytest
 
 from gipo_megatron.reports.curves import MAX_SOURCES
 from gipo_megatron.reports.figures import FIGURES, draw
+from gipo_megatron.reports.run_report import CAPTIONS
 from gipo_megatron.reports.runs import load_run
-from tests.reports.synthetic import ppo_run, sft_run, write_rows
+from gipo_megatron.reports.style import style
+from tests.reports.synthetic import ppo_run, sft_run, with_gold, write_rows
+
+
+def titles(figure) -> list[str]:
+    return [axis.get_title(loc="left") for axis in figure.axes]
 
 
 def legend(figure) -> list[str]:
@@ -19,10 +25,11 @@ def legend(figure) -> list[str]:
 def test_lines_are_the_runs_numbers(tmp_path: Path) -> None:
     run = load_run(ppo_run(tmp_path / "gipo", steps=15))
     figures = draw([run])
-    high, low = figures.drawn["group_returns"].axes[0].lines
+    high, low, gap, _ = figures.drawn["group_returns"].axes[0].lines
     assert list(high.get_ydata()) == run.series("groups/return_high")[1]
     assert list(low.get_ydata()) == run.series("groups/return_low")[1]
-    assert legend(figures.drawn["group_returns"]) == ["gipo, high group", "gipo, low group"]
+    assert list(gap.get_ydata()) == run.series("groups/gap")[1]
+    assert legend(figures.drawn["group_returns"]) == ["high group", "low group", "gap"]
     assert legend(figures.drawn["sources"]) == ["harmless", "helpful"]
     assert legend(figures.drawn["kl"]) == []  # one line needs no legend
 
@@ -53,7 +60,73 @@ def test_source_names_may_have_slashes(tmp_path: Path) -> None:
         tmp_path / "metrics.jsonl",
         [{"step": 1, "eval/gold": 0.0, "eval/gold/easy": 1.0, "eval/gold/hard": 2.0}],
     )
-    assert legend(draw([load_run(tmp_path)]).drawn["gold_by_source"]) == ["easy", "hard"]
+    figure = draw([load_run(tmp_path)]).drawn["gold_by_source"]
+    assert titles(figure) == ["easy prompts", "hard prompts", "all prompts"]
+
+
+def test_learned_groups_are_drawn_per_run_and_sources_between_runs(tmp_path: Path) -> None:
+    """The groups of two runs are those of two classifiers; the prompts of a source are the same."""
+    runs = [
+        load_run(ppo_run(tmp_path / name, beta=beta))
+        for name, beta in (("ppo", 0.0), ("gipo", 0.3))
+    ]
+    figures = draw(runs).drawn
+    per_run, between = figures["group_returns"], figures["sources"]
+    assert titles(per_run) == ["ppo", "gipo"] and legend(per_run) == [
+        "high group",
+        "low group",
+        "gap",
+    ]
+    for axis, run in zip(per_run.axes, runs, strict=True):
+        drawn = [list(line.get_ydata()) for line in axis.lines[:3]]
+        assert drawn == [
+            run.series(f"groups/{name}")[1] for name in ("return_high", "return_low", "gap")
+        ]
+        assert len({line.get_color() for line in axis.lines[:3]}) == 1
+    assert per_run.axes[0].get_ylim() == per_run.axes[1].get_ylim()
+    assert "own classifier" in CAPTIONS["group_returns"]
+    assert titles(between) == ["harmless: score", "helpful: score"]
+    assert legend(between) == ["ppo", "gipo"]
+    learned = [
+        name
+        for name, figure in figures.items()
+        for axis in figure.axes
+        if "gap" in axis.get_title(loc="left") or "group" in axis.get_ylabel()
+    ]
+    assert set(learned) == {"p_high"}  # a row per run
+
+
+def test_equal_curves_are_both_seen(tmp_path: Path) -> None:
+    runs = [load_run(ppo_run(tmp_path / name, steps=20, recipe=False)) for name in "ab"]
+    first, other = draw(runs).drawn["kl"].axes[0].lines
+    assert list(first.get_ydata()) == list(other.get_ydata())
+    assert first.get_linestyle() == "-" and other.get_linestyle() == "--"
+    assert first.get_zorder() < other.get_zorder()
+
+
+def test_gold_has_one_scale_and_its_last_values_in_figures(tmp_path: Path) -> None:
+    golds = {"ppo": [0.1, 0.5, 0.5], "gipo": [0.1, 0.5, 0.65]}
+    runs = [
+        load_run(
+            with_gold(
+                ppo_run(tmp_path / name, recipe=False), {"easy": [0.2, 0.8, 0.8], "hard": gold}
+            )
+        )
+        for name, gold in golds.items()
+    ]
+    figure = draw(runs).drawn["gold_by_source"]
+    assert titles(figure) == ["easy prompts", "hard prompts", "all prompts"]
+    assert legend(figure) == ["ppo", "gipo"] and len({a.get_ylim() for a in figure.axes}) == 1
+    labels = [{text.get_text() for text in axis.texts} for axis in figure.axes]
+    assert labels == [{"0.80"}, {"0.50", "0.65"}, {"0.65", "0.72"}]  # 0.725 in binary is below it
+    with style():
+        figure.draw_without_rendering()
+    boxes = [[text.get_window_extent() for text in axis.texts] for axis in figure.axes]
+    assert all(len(pair) == 2 and not pair[0].overlaps(pair[1]) for pair in boxes)
+    hidden = figure.legends[0].get_window_extent()
+    assert not any(
+        box.overlaps(hidden) or box.x1 > figure.bbox.x1 for pair in boxes for box in pair
+    )
 
 
 def test_many_sources_are_named_not_dropped_silently(tmp_path: Path) -> None:
@@ -73,6 +146,13 @@ def test_a_cold_critic_does_not_flatten_the_curve(tmp_path: Path) -> None:
         [{"step": s, "value/explained_variance": v} for s, v in ((1, -4000.0), (2, 0.5))],
     )
     assert draw([load_run(tmp_path)]).drawn["explained_variance"].axes[0].get_ylim() == (-1.0, 1.0)
+
+
+def test_a_constant_is_drawn_flat(tmp_path: Path) -> None:
+    rows = [{"step": s, "kl/mean": 1.0 * s, "kl/coef_mean": 0.05 + s % 2 * 1e-9} for s in (1, 2, 3)]
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    low, high = draw([load_run(tmp_path)]).drawn["kl"].axes[1].get_ylim()
+    assert low == pytest.approx(0.045, rel=1e-3) and high == pytest.approx(0.055, rel=1e-3)
 
 
 def with_kl(folder: Path, kl: dict[int, float | None]) -> Path:

@@ -27,7 +27,7 @@ def test_all_figures_of_two_systems_with_seeds(tmp_path: Path) -> None:
         == set(FIGURES) - set(figures.missing)
     )
     assert "<name>/accuracy" in figures.missing["accuracy"]
-    for name in ("reward", "kl", "group_returns", "sources", "explained_variance"):
+    for name in ("reward", "kl", "sources", "explained_variance"):
         assert legend(figures.drawn[name]) == ["gipo (2 seeds)", "ppo (2 seeds)"], name
     titles = [axis.get_title(loc="left") for axis in figures.drawn["reward"].axes]
     assert titles == [

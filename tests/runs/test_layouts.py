@@ -55,6 +55,7 @@ def test_run_folder(base: Path) -> None:
         "environment.json",
         "metrics.jsonl",
         "samples.jsonl",
+        "held_out.jsonl",
         "log.txt",
         "report.html",
         "figures",

@@ -40,7 +40,7 @@ class Broken(Sink):
 METHODS: Mapping[str, tuple[Any, ...]] = {
     "resume": (0,),
     "log": (1, {"x": 1.0}),
-    "samples": (1, [{"a": "b"}]),
+    "samples": (1, [{"a": "b"}], "held_out"),
     "alert": (1, "!"),
     "phase": ("rollout",),
     "close": (),

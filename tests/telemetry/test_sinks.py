@@ -47,6 +47,7 @@ def filled(folder: Path) -> Jsonl:
     for step in (1, 2, 3):
         sink.log(step, {"x": step / 3})
         sink.samples(step, [{"response": "a"}, {"response": "b"}])
+        sink.samples(step, [{"response": "c"}], "held_out")
         sink.alert(step, "!")
     sink.close()
     return sink
@@ -64,9 +65,11 @@ def test_resume_cuts_later_rows_and_a_half_written_line(tmp_path: Path) -> None:
     sink.close()
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
     assert [row["step"] for row in lines(tmp_path / "samples.jsonl")] == [1, 1, 2, 2]
+    assert lines(tmp_path / "held_out.jsonl") == [{"step": s, "response": "c"} for s in (1, 2)]
     assert [row["step"] for row in lines(tmp_path / "alerts.jsonl")] == [1, 2]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "alerts.jsonl",
+        "held_out.jsonl",
         "metrics.jsonl",
         "samples.jsonl",
     ]
