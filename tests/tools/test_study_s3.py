@@ -180,7 +180,7 @@ def test_one_cell_with_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     cell = Cell(**row)
     assert (cell.seed, cell.system, cell.curve["step"]) == (0, "gipo_value", [0, 2])
     assert {len(numbers) for numbers in cell.curve.values()} == {2}
-    assert [x.name for x in (tmp_path / "seed0/gipo_value_0.1").iterdir()] == ["metrics.jsonl"]
+    assert [x.name for x in (tmp_path / "seed0/gipo_value_0.2").iterdir()] == ["metrics.jsonl"]
 
     def nothing(jobs: Sequence[Job], workers: int, ended: Callable[[Job], None]) -> list[Job]:
         assert not jobs
