@@ -60,7 +60,8 @@ def register(slot: str, name: str) -> Callable[[type[C]], type[C]]:
 def from_runtime(name: str, optional: bool = False, roles_key: str = "") -> Any:
     """A field that is not a recipe key: training passes the object called `name`.
 
-    optional: a role that stays None unless a component of the recipe lists it in its `needs`.
+    optional: a role that stays None unless a component of the recipe lists it in its `needs`, or,
+    for `gold`, unless the recipe gives its weights.
     roles_key: the component's key that lists the models to load for it.
     """
     about = {"runtime": name, "optional": optional, "roles_key": roles_key}

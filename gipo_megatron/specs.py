@@ -213,7 +213,13 @@ class Sampling:
 
 
 # role -> what stands in place of the output layer; None: a language model
-HEADS = {"actor": None, "reference": None, "reward": "score", "critic": "value"}
+HEADS = {
+    "actor": None,
+    "reference": None,
+    "reward": "score",
+    "critic": "value",
+    "gold": "score",
+}
 
 
 def base_role(role: str) -> str:

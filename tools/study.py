@@ -1,40 +1,37 @@
-"""Run a study and write its table and figure.
+"""Run a study and write its tables and figure.
 
-python tools/study.py s2 [seeds=10] [steps=300] [out=runs/s2] [docs=FOLDER]
-                          [train=false]
+python tools/study.py s2 [seeds=10] [steps=300] [out=runs/s2] [docs=FOLDER] [train=false]
+python tools/study.py s3 [seeds=5] [steps=180] [out=runs/s3] [docs=FOLDER] [train=false] [workers=N]
 
-s2: the planted bandit, all worlds, systems and prices (docs/studies/s2.md). Each finished cell is a
-line of OUT/cells.jsonl, and a second start continues there; train=false only reads them. The tables
-and the figure go to FOLDER, without it to OUT; docs/studies is where they are published.
-`seeds=2 steps=20` takes about a minute.
+s2: the planted bandit, all worlds, systems and prices (docs/studies/s2.md).
+s3: the planted language world with the real trainer, N runs at once (docs/studies/s3.md).
+
+Each finished cell is a line of OUT/cells.jsonl, and a second start continues there; train=false
+only reads them. The tables and the figure go to FOLDER, without it to OUT; docs/studies is where
+they are published. `s2 seeds=2 steps=20` takes about a minute.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gipo_megatron.cli import run
 from gipo_megatron.errors import UserError
-from gipo_megatron.recipe.problems import fail
-from tools.studies import s2
+from tools.studies import s2, s3
+from tools.studies.options import Options
 
-STUDIES = {"s2": s2.main}
-LEAST = {"seeds": 2, "steps": 1}  # an interval over seeds needs two
-
-
-@dataclass(frozen=True)
-class Options:
-    study: str
-    seeds: int = 10
-    steps: int = 300
-    out: Path | None = None
-    docs: Path | None = None
-    train: bool = True
+# study -> its command, default seeds, default steps
+STUDIES: dict[str, tuple[Callable[[Options], None], int, int]] = {
+    "s2": (s2.main, 10, 300),
+    "s3": (s3.main, 5, 180),
+}
+LEAST = {"seeds": 2, "steps": 1, "workers": 1}  # an interval over seeds needs two
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -43,9 +40,11 @@ def parse(argv: Sequence[str]) -> Options:
         raise UserError(
             f"no study {argv[0]!r}" if argv else "no study is named",
             where="command line",
-            fix=f"python tools/study.py {'|'.join(STUDIES)} [seeds=10] [steps=300]",
+            fix=f"python tools/study.py {'|'.join(STUDIES)} [seeds=5] [steps=180]",
         )
-    found: dict[str, Any] = {}
+    _, seeds, steps = STUDIES[argv[0]]
+    out = Path("runs") / argv[0]
+    found: dict[str, Any] = {"seeds": seeds, "steps": steps, "out": out}
     for word in argv[1:]:
         key, _, text = word.partition("=")
         if key in LEAST and text.isdigit() and int(text) >= LEAST[key]:
@@ -58,20 +57,19 @@ def parse(argv: Sequence[str]) -> Options:
             raise UserError(
                 f"cannot use {word!r}",
                 where="command line",
-                fix="seeds=N (2 or more), steps=N, out=FOLDER, docs=FOLDER, train=true|false",
+                fix="seeds=N (2 or more), steps=N, out=FOLDER, docs=FOLDER, train=true|false,"
+                " workers=N",
             )
-    return Options(argv[0], **found)
+    return Options(**{"docs": found["out"], **found})
 
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
-    out = options.out or Path("runs") / options.study
-    run = STUDIES[options.study]
-    run(options.seeds, options.steps, options.train, out, options.docs or out)
+    try:
+        STUDIES[argv[0]][0](options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command continues") from None
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        fail(error)
+    sys.exit(run(partial(main, sys.argv[1:])))

@@ -11,7 +11,7 @@ from torch import Tensor
 from gipo_megatron import ops
 from gipo_megatron.components.reward import Reward
 from gipo_megatron.metrics import Metric, Metrics, merge_metrics
-from gipo_megatron.roles import Actor, HeldOut, Reference
+from gipo_megatron.roles import Actor, HeldOut, Reference, RewardModel
 from gipo_megatron.specs import Sampling
 from gipo_megatron.types import Pairs, Rollout
 
@@ -45,6 +45,7 @@ def evaluate_policy(
     actor: Actor,
     reference: Reference,
     reward: Reward,
+    gold: RewardModel | None,
     held_out: HeldOut,
     sources: Sequence[str],
     sampling: Sampling,
@@ -52,10 +53,10 @@ def evaluate_policy(
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     """Respond to held-out prompts, with the same noise every time; return metrics and sample rows.
 
-    eval/{score, kl, length, truncated}, eval/score/<source>, and eval/gold[/<source>] where the
-    data define a gold reward. The score is the reward's raw one. kl is k1, nats per response: an
-    estimate of KL(pi || ref) only on samples of pi, so it has responses of its own, to the first
-    batch of prompts, drawn as `trained`.
+    eval/{score, kl, length, truncated}, eval/score/<source>, and eval/gold[/<source>]: the score of
+    the model `gold`, or without it the gold reward that the data define. The score is the reward's
+    raw one. kl is k1, nats per response: an estimate of KL(pi || ref) only on samples of pi, so it
+    has responses of its own, to the first batch of prompts, drawn as `trained`.
     """
     metrics: Metrics = {}
     samples: list[dict[str, Any]] = []
@@ -69,7 +70,9 @@ def evaluate_policy(
             "truncated": (~rollout.finished).double(),
         }
         by_source = {"score": raw}
-        if held_out.gold is not None:
+        if gold is not None:
+            values["gold"] = by_source["gold"] = gold.score(rollout)
+        elif held_out.gold is not None:
             values["gold"] = by_source["gold"] = raw.new_tensor(_gold(held_out.gold, rollout))
         if not metrics:
             values["kl"] = _kl(actor, reference, actor.generate(prompts, trained))

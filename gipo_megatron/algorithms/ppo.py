@@ -38,6 +38,7 @@ from gipo_megatron.roles import (
     DataParallel,
     HeldOut,
     Reference,
+    RewardModel,
     Stateful,
     Trainable,
     gather_rows,
@@ -100,6 +101,7 @@ class PPO:
     actor: Actor = from_runtime("actor")
     reference: Reference = from_runtime("reference")
     critic: Critic | None = from_runtime("critic", optional=True)
+    gold: RewardModel | None = from_runtime("gold", optional=True)  # scores held-out responses
     dp: DataParallel = from_runtime("dp")
     minibatch: int = from_runtime("minibatch")  # sequences per optimizer step, global
     prompts: Callable[[int], Prompts] = from_runtime("prompts")  # step -> this replica's rows
@@ -185,6 +187,7 @@ class PPO:
             self.actor,
             self.reference,
             self.reward,
+            self.gold,
             self.held_out,
             self.sources,
             self.sampling,

@@ -19,7 +19,7 @@ from rich.table import Table
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import expand
 from gipo_megatron.reports.figures import write_figures
-from gipo_megatron.reports.run_report import summary, write_report
+from gipo_megatron.reports.run_report import summaries, write_report
 from gipo_megatron.reports.runs import load_run
 
 
@@ -59,7 +59,7 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     runs, out, report = parse(argv)
-    print_table([summary(load_run(run)) for run in runs])
+    print_table(summaries([load_run(run) for run in runs]))
     if report is not None:
         print(f"report: {write_report(runs, report)}")
     written, missing = write_figures(runs, out)

@@ -34,6 +34,7 @@ def composed(name: str, settings: Sequence[str]) -> Recipe | EvaluationRecipe:
 def summary(recipe: Recipe | EvaluationRecipe) -> str:
     """Return one line: `ok hh_gipo: ppo; 8 processes = tensor 4 × pipeline 1 × data 2; …`"""
     from gipo_megatron.evaluation.recipe import EvaluationRecipe
+    from gipo_megatron.recipe.length import stated_length
 
     parallel = recipe.parallel
     shares = (
@@ -59,7 +60,8 @@ def summary(recipe: Recipe | EvaluationRecipe) -> str:
             f"{batch.prompts} prompts × {batch.responses} responses = {rows // batch.minibatch}"
             f" minibatches; {step}"
         )
-    return f"ok {recipe.name}: {recipe.algorithm['name']}; {world}; {step}"
+    length, _ = stated_length(recipe)
+    return f"ok {recipe.name}: {recipe.algorithm['name']}; {world}; {step}; {length}"
 
 
 def check(names: Sequence[str], settings: Sequence[str]) -> None:

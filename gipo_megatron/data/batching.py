@@ -12,10 +12,11 @@ from torch import Tensor
 
 from gipo_megatron.data.config import FORMATS, DataConfig
 from gipo_megatron.data.encoding import Encoded, Encoder
-from gipo_megatron.data.examples import KINDS, Example, Tally
-from gipo_megatron.data.planted import gold_reward, planted_examples
+from gipo_megatron.data.examples import KINDS, Example, Tally, Turn
+from gipo_megatron.data.planted import World, gold_reward, planted_examples
 from gipo_megatron.data.rows import read_rows
 from gipo_megatron.data.sources import open_sources
+from gipo_megatron.data.splits import part_of
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.types import Pairs, Prompts, Sequences
@@ -191,8 +192,8 @@ def load_data(
 
     A preference source serves all three: each of its prompts once, its chosen responses, its pairs.
     An sft source serves prompts, too. Raises UserError for a format that cannot serve the kind, for
-    the errors of sources.py and schemas.py, when more than half of the rows is dropped and
-    data.allow_drops is false, and when no row of a `needed` split is left.
+    the errors of sources.py and schemas.py, for a `data.part` without rows, when more than half of
+    the rows is dropped and data.allow_drops is false, and when no row of a `needed` split is left.
     """
     if config.format not in FORMATS:
         raise UserError(
@@ -221,6 +222,8 @@ def load_data(
             where=config.path,
             fix=f"{tally.reasons()}\n         if that is right: data.allow_drops=true",
         )
+    if split == "train":
+        examples = _part(examples, config, tally)
     if not examples and (needed or too_many):
         other = "give a test file, or another data.held_out; run.eval_every=0 needs no test rows"
         raise UserError(
@@ -229,6 +232,34 @@ def load_data(
             fix=tally.reasons() if tally.dropped else other,
         )
     return Dataset(examples, encoder, seed, kind, tally, gold)
+
+
+def expected_rows(config: DataConfig, kind: str) -> int:
+    """Return how many training rows there are before any is read: exactly for planted data, about
+    as many as `data.rows` states for others; 0: not stated."""
+    k, n = config.numbered_part
+    if config.format != "planted":
+        return config.rows // n
+    prompts = [Turn("text", text) for text in World(config.planted).prompts["train"]]
+    count = sum(part_of((prompt,), n) == k for prompt in prompts)
+    return count * (1 if kind == "prompt" else config.planted.pairs_per_prompt)
+
+
+def _part(examples: list[Example], config: DataConfig, tally: Tally) -> list[Example]:
+    """Return the rows of `data.part`. Raises UserError where rows are left, but none of them in
+    it."""
+    k, n = config.numbered_part
+    if n == 1:
+        return examples
+    chosen = [example for example in examples if part_of(example.prompt, n) == k]
+    tally.part = f"part {config.part} by the first human turn: {len(chosen)} rows"
+    if examples and not chosen:
+        raise UserError(
+            f"no train rows in part {config.part}: rows with one first human turn are in one part",
+            where="data.part",
+            fix="use fewer parts, or data.part='' for all rows",
+        )
+    return chosen
 
 
 def _seed(seed: int, epoch: int) -> int:

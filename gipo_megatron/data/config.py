@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from gipo_megatron.errors import UserError
 from gipo_megatron.specs import OneOf, PathText, Range, Size
 
 FORMATS = ("preference", "prompt", "sft", "planted")
@@ -48,5 +50,27 @@ class DataConfig:
     max_response: Size = 512  # tokens of a response, its end-of-text token included
     # share held back for evaluation where the data have no test split, by a hash of the beginning
     held_out: Share = 0.1
+    # k/n: train on the k-th of n parts alone, by another hash of the first human turn; "": on all
+    part: str = ""
+    # about how many training rows there are, all parts together; 0: not stated. For `recipe check`
+    # and plans alone: a run counts its rows
+    rows: Annotated[int, Range(0)] = 0
     allow_drops: bool = False  # true: train although more than half of the rows is dropped
     planted: PlantedConfig = field(default_factory=PlantedConfig)
+
+    def __post_init__(self) -> None:
+        k, n = self.numbered_part
+        if not 1 <= k <= n:
+            raise UserError(
+                f"{self.part!r} is no part",
+                where="data.part",
+                fix="k/n with k from 1 to n, such as 1/2, or an empty text for all rows",
+            )
+
+    @property
+    def numbered_part(self) -> tuple[int, int]:
+        """Return (k, n) of `part`; all rows are part 1 of 1, and text of another form is part 0."""
+        if not self.part:
+            return 1, 1
+        found = re.fullmatch(r"([0-9]+)/([0-9]+)", self.part)
+        return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -52,6 +52,7 @@ class Tally:
     first: dict[str, str] = field(default_factory=dict)
     shown: dict[str, str] = field(default_factory=dict)
     files: Counter[tuple[str, str]] = field(default_factory=Counter)  # (file, side) -> rows
+    part: str = ""  # how many of the kept rows are in the part that is trained on
     unread_files: tuple[str, ...] = ()
     unread_columns: dict[str, None] = field(default_factory=dict)  # an ordered set
 
@@ -75,8 +76,10 @@ class Tally:
         self.first.setdefault(reason, where)
 
     def lines(self) -> list[str]:
-        """Return `kept K of N rows`, then one line per reason."""
+        """Return `kept K of N rows`, the part of them, then one line per reason."""
         lines = [f"kept {self.kept} of {self.read} rows"]
+        if self.part:
+            lines.append(self.part)
         for verb, counts in (("dropped", self.dropped), ("changed", self.changed)):
             for reason, count in sorted(counts.items()):
                 lines.append(f"{verb} {count}: {reason} (first: {self.first[reason]})")

@@ -1,5 +1,5 @@
-"""The rule by which rows are trained on or held out: by the marks of their names, or by a hash of
-their prompts."""
+"""The rules by which rows are trained on or held out, and by which training rows form parts: by the
+marks of their names, or by a hash of their prompts."""
 
 from __future__ import annotations
 
@@ -91,6 +91,12 @@ def hold_out(prompts: Sequence[tuple[Turn, ...]], share: float) -> list[bool]:
         first, *_, last = sorted(hashes.values())
         bound = min(max(bound, first + 1), last)
     return [hashes[key] < bound for key in keys]
+
+
+def part_of(prompt: tuple[Turn, ...], parts: int) -> int:
+    """Return the part, 1 to `parts`, of a prompt's first human turn: a hash that is independent of
+    `hold_out`'s."""
+    return 1 + (_hash("part\0" + _beginning(prompt, 1)) * parts >> 64)
 
 
 def _beginning(prompt: tuple[Turn, ...], turns: int) -> str:

@@ -68,6 +68,7 @@ def write_comparison(
         title=f"{given.model}: win / tie / lose",
         model=given.model,
         incomplete=results["incomplete"],
+        warnings=results["warnings"],
         outcomes=OUTCOMES,
         cells=cells,
         percent=percent,

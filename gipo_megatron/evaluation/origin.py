@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import yaml
+
+from gipo_megatron import registry
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.recipe import EvaluationRecipe
 from gipo_megatron.files import write_json
+from gipo_megatron.specs import base_role
 from gipo_megatron.weights.checkpoints import read_meta, weights_kind
 from gipo_megatron.weights.sources import (
     check_tokenizer,
@@ -35,6 +39,49 @@ def find_weights(recipe: EvaluationRecipe) -> dict[str, Path]:
             if weights_kind(found[key]) == "checkpoint":
                 read_meta(found[key])  # every file exists and has its size
     return found
+
+
+def not_independent(recipe: EvaluationRecipe) -> list[str]:
+    """Return a warning for each policy whose recipe shows that it was trained against the reward
+    model that judges: such a policy may have learnt to please it."""
+    if "reward" not in getattr(registry.lookup("judge", recipe.judge["name"]), "needs", ()):
+        return []
+    judge = recipe.models["reward"].load
+    return [
+        f"{name} was trained against the reward model that judges ({judge}); judge with one that"
+        " was trained on other pairs"
+        for name, weights in recipe.policies.items()
+        if any(
+            load == judge or _run_of(place) == _run_of(Path(judge))
+            for load, place in _teachers(Path(weights.load))
+        )
+    ]
+
+
+def _teachers(policy: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the reward models of a policy's run: as its recipe names them, and their places."""
+    run = _run_of(policy)
+    marked = ((policy, "meta.json"), (run, "metrics.jsonl"))  # by this project alone
+    records = [folder / "recipe.yaml" for folder, mark in marked if (folder / mark).is_file()]
+    found = [record for record in records if record.is_file()]  # a converted model has none
+    if not found:
+        return
+    record = yaml.safe_load(found[0].read_bytes())
+    # a recipe's paths begin where the run was started
+    own = Path(record["run"]["dir"]).parts
+    inside = own and run.parts[-len(own) :] == own
+    start = Path(*run.parts[: -len(own)]) if inside else Path()
+    for role, model in record["models"].items():
+        if base_role(role) == "reward":
+            yield model["load"], start / model["load"]
+
+
+def _run_of(weights: Path) -> Path:
+    """Return the run folder of a checkpoint (RUN/final, RUN/checkpoints/step_N) or an export
+    (RUN/hf); other weights are a folder of their own."""
+    home = weights.resolve()
+    folders = (home, *home.parents[:2])
+    return next((folder for folder in folders if (folder / "metrics.jsonl").is_file()), home)
 
 
 def shared_tokenizer(

@@ -18,7 +18,7 @@ from gipo_megatron.evaluation.types import (
 from gipo_megatron.files import write_json
 
 # names in results.json that no task may have
-RESERVED = ("subject", "judge", "bootstrap", "incomplete", "policies")
+RESERVED = ("subject", "judge", "bootstrap", "incomplete", "warnings", "policies")
 
 
 def pairs_in_both_orders(given: HeadToHead) -> dict[PairOrder, Pair]:
@@ -92,9 +92,10 @@ def build_results(
     *,
     bootstrap: int,
     seed: int,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return {subject, judge, bootstrap, incomplete, tasks: {task: {baseline: cell}}, policies:
-    {name: {task: figures}}}.
+    """Return {subject, judge, bootstrap, incomplete, warnings, tasks: {task: {baseline: cell}},
+    policies: {name: {task: figures}}}.
 
     Counts are over the n judged prompts, ci95 in shares of n. `bootstrap`: resamples.
     """
@@ -116,6 +117,7 @@ def build_results(
         "judge": dict(judge_about),
         "bootstrap": {"resamples": bootstrap, "seed": seed},
         "incomplete": incomplete(compared),
+        "warnings": list(warnings),
         "tasks": compared,
         "policies": {
             name: {

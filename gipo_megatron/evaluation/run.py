@@ -23,7 +23,13 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.audit import audit_responses
 from gipo_megatron.evaluation.comparison_report import write_comparison
 from gipo_megatron.evaluation.evaluation_figures import write_evaluation_figures
-from gipo_megatron.evaluation.origin import check_origin, find_weights, origin, shared_tokenizer
+from gipo_megatron.evaluation.origin import (
+    check_origin,
+    find_weights,
+    not_independent,
+    origin,
+    shared_tokenizer,
+)
 from gipo_megatron.evaluation.recipe import EvaluationRecipe
 from gipo_megatron.evaluation.respond import Responder
 from gipo_megatron.evaluation.results import (
@@ -89,7 +95,7 @@ def respond(mesh: Mesh, recipe: EvaluationRecipe) -> list[TaskPrompt]:
     stores: dict[str, ResponseStore] = {}
     if mesh.is_main:
         stores = open_folder(recipe, prompts, origin(recipe, weights, tokenizer))
-        announce(recipe, tasks, notes)
+        announce(recipe, tasks, [*notes, *not_independent(recipe)])
     done = _from_main(mesh, {name: store.done for name, store in stores.items()})
     left = {name: [p for p in prompts if p.prompt_id not in done[name]] for name in recipe.policies}
     scores = responder.load_scores() if any(left.values()) else None
@@ -249,7 +255,12 @@ def write(
     """
     directory, report = Path(recipe.run.dir), recipe.report
     results = build_results(
-        given, comparisons, judge.about(), bootstrap=report.bootstrap, seed=report.seed
+        given,
+        comparisons,
+        judge.about(),
+        bootstrap=report.bootstrap,
+        seed=report.seed,
+        warnings=not_independent(recipe),
     )
     write_results(directory / "results.json", results)
     write_text(directory / "table.md", markdown_table(results))

@@ -55,6 +55,7 @@ def markdown_table(results: Mapping[str, Any]) -> str:
         " with bootstrap 95 % intervals."
     )
     notes = "".join(f"Incomplete: {markdown(cell)}.\n\n" for cell in results["incomplete"])
+    notes += "".join(f"Warning: {markdown(text)}.\n\n" for text in results["warnings"])
     return f"{title}\n\n{notes}{table}\n"
 
 

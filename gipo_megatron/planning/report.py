@@ -12,6 +12,7 @@ from gipo_megatron.planning.memory import CONTEXT_BYTES, FRAGMENTATION, GIB, Pha
 from gipo_megatron.planning.planner import Plan, Planner
 from gipo_megatron.planning.verdict import Change, Verdict, judge
 from gipo_megatron.recipe.compose import compose
+from gipo_megatron.recipe.length import stated_length
 from gipo_megatron.recipe.schema import Recipe
 
 WIDTH = 100
@@ -48,10 +49,11 @@ def plan_text(argv: Sequence[str], root: Path, world: int | None = None) -> str:
 
 
 def render(plan: Plan, verdict: Verdict) -> str:
-    batch = [part for line in plan.iteration.lines() for part in wrapped(line, "  ")]
+    length, steps = stated_length(plan.recipe)
+    batch = [part for line in (*plan.iteration.lines(), length) for part in wrapped(line, "  ")]
     sections = [_layout(plan), _models(plan), _phases(plan), ["batch", *batch]]
     if plan.time is not None:
-        sections.append(_time(plan, plan.time))
+        sections.append(_time(plan, plan.time, steps))
     sections.append(_verdict(plan, verdict))
     return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
@@ -158,7 +160,7 @@ def _meanings(plan: Plan) -> dict[str, str]:
     }
 
 
-def _time(plan: Plan, time: Timing) -> list[str]:
+def _time(plan: Plan, time: Timing, steps: int) -> list[str]:
     recipe, gpu = plan.recipe, time.gpu
     rows = [["", "PFLOP", "again", "seconds"]]
     for work in time.works:
@@ -178,11 +180,11 @@ def _time(plan: Plan, time: Timing) -> list[str]:
         " GB/s a GPU between nodes. FLOP: 2 · parameters · tokens a pass, without attention's own"
         " products; again: recomputed activations."
     )
-    hours = time.seconds * recipe.run.steps / 3600
+    hours = time.seconds * steps / 3600
     return [
         "work and time of an iteration, all GPUs",
         *table(rows),
-        f"  {recipe.run.steps} iterations: {hours:.1f} hours",
+        *([f"  {steps} iterations: {hours:.1f} hours"] if steps else []),
         *wrapped(assumed, "  "),
     ]
 

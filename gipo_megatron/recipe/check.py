@@ -223,10 +223,16 @@ def unread(d: Draft) -> Found:
 
 
 def run(d: Draft) -> Found:
-    """A folder to write to, and evaluations to count."""
-    if not d.run.dir:
+    """A folder to write to, one length, and evaluations to count."""
+    run = d.run
+    if not run.dir:
         yield d.problem("run.dir", "is empty", "run.dir=runs/my_run")
-    if d.run.stop.score_patience is not None and not d.run.eval_every:
+    if run.steps is None and run.epochs is None:
+        yield d.problem("run.steps", "missing, and so is run.epochs", "run.epochs=1")
+    if run.steps is not None and run.epochs is not None:
+        what = f"{run.steps}, and run.epochs {run.epochs}: only one of them can be set"
+        yield d.problem("run.steps", what, "run.epochs=null, or run.steps=null")
+    if run.stop.score_patience is not None and not run.eval_every:
         what = "counts evaluations, and run.eval_every is 0"
         yield d.problem("run.stop.score_patience", what, "set run.eval_every")
 

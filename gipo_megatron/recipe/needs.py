@@ -26,7 +26,8 @@ class Needs:
     runtime: frozenset[str]  # names of from_runtime fields
     roles: tuple[str, ...]  # models to load
     trained: tuple[str, ...]  # those of them that the algorithm updates
-    optional: tuple[str, ...]  # roles that are loaded only where a component needs them
+    # roles that are loaded only where a component needs them; gold: where its load is not empty
+    optional: tuple[str, ...]
 
     @property
     def rollout(self) -> bool:
@@ -54,6 +55,8 @@ def needed(tree: Block) -> Needs:
             listed = block.value(about["roles_key"]) if about["roles_key"] else []
             roles += map(str, listed) if isinstance(listed, list) else []
         roles += getattr(cls, "needs", ())
+    if "gold" in optional and tree.value("models.gold.load"):
+        roles.append("gold")
     needed = tuple(dict.fromkeys(roles))
     trained = getattr(components.get("algorithm"), "trained", ())
     updated = tuple(role for role in trained if role in needed)

@@ -21,7 +21,7 @@ from gipo_megatron.telemetry.alerts import Alerts
 
 Count = Annotated[int, Range(1)]
 NotNegative = Annotated[int, Range(0)]
-ROLES = ("actor", "reference", "reward", "critic")
+ROLES = ("actor", "reference", "reward", "critic", "gold")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ class Stop:
 @dataclass(frozen=True)
 class Run:
     dir: PathText  # where everything of this run is written
-    steps: Count  # iterations; for SFT, reward models and DPO, optimizer steps
+    # exactly one of the two is set. steps: iterations; for SFT, reward models and DPO, optimizer
+    # steps. epochs: passes over the training rows, from which the steps follow at the start
+    steps: Count | None = None
+    epochs: Count | None = None
     seed: NotNegative = 0
     save_every: NotNegative = 100  # iterations between checkpoints; 0: only at the end
     keep: Count = 2  # newest checkpoints that stay; `best` and `final` stay anyway

@@ -8,6 +8,7 @@ from typing import Any
 
 from gipo_megatron.files import write_bytes, write_text
 from gipo_megatron.reports.figures import FORMATS, draw, rendered, save
+from gipo_megatron.reports.gold import gold_course
 from gipo_megatron.reports.pages import number, printable, render
 from gipo_megatron.reports.runs import RunFolder, load_run
 from gipo_megatron.reports.style import pixels
@@ -74,7 +75,7 @@ def write_report(
         }
         for name, figure in figures.drawn.items()
     ]
-    rows = [summary(run) for run in runs]
+    rows = summaries(runs)
     page = render(
         "run_report.html.j2",
         title=title or " · ".join(run.name for run in runs),
@@ -87,6 +88,13 @@ def write_report(
     )
     write_text(out, page)
     return Path(out)
+
+
+def summaries(runs: Sequence[RunFolder]) -> list[dict[str, str]]:
+    """Return each run's summary, with the course of its gold reward where any run has one."""
+    courses = [gold_course(run) for run in runs]
+    more = [{"held-out gold": course or "–"} if any(courses) else {} for course in courses]
+    return [summary(run) | column for run, column in zip(runs, more, strict=True)]
 
 
 def summary(run: RunFolder) -> dict[str, str]:

@@ -28,6 +28,7 @@ from gipo_megatron.megatron.roles import (
     MegatronReference,
     MegatronRewardModel,
 )
+from gipo_megatron.recipe.length import num_steps
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.registry import Lazy
 from gipo_megatron.specs import Optimisation, Sampling, base_role
@@ -51,6 +52,7 @@ class Assembly:
     algorithm: Any
     trained: dict[str, Engine]  # role -> what a checkpoint holds
     sequences_per_step: int
+    steps: int  # of the whole run
     notes: list[str]  # warnings that only the weights can give
 
 
@@ -69,6 +71,7 @@ def assemble(recipe: Recipe, mesh: Mesh, timer: Timer) -> Assembly:
         registry.build("algorithm", recipe.algorithm, given.runtime, given.components),
         {role: given.runtime[role].engine for role in recipe.trained},
         given.rows,
+        given.steps,
         given.notes,
     )
 
@@ -90,6 +93,7 @@ class Providers:
         # global rows of one iteration, and the optimizer steps made on them
         on_prompts = self.kind == "prompt"
         self.rows = batch.prompts * batch.responses if on_prompts else batch.minibatch
+        self.steps = num_steps(recipe, len(self.train))
         self.updates = block.get("epochs", 1) * (self.rows // batch.minibatch)
         self.runtime = Lazy(
             {
@@ -98,6 +102,7 @@ class Providers:
                 "critic": self._critic,
                 "reward": lambda: self._reward("reward"),
                 "reward_models": self._reward_models,
+                "gold": self._gold,
                 "dp": lambda: self.dp,
                 "seed": lambda: recipe.run.seed,
                 "sources": lambda: tuple(sorted({*self.train.sources, *self.test.sources})),
@@ -145,14 +150,14 @@ class Providers:
         }
 
     def _optimisation(self, role: str) -> Optimisation:
-        model, total = self.recipe.models[role], self.recipe.run.steps * self.updates
+        model, total = self.recipe.models[role], self.steps * self.updates
         assert model.lr is not None, "the recipe check requires it"
         if model.schedule != "constant" and total <= model.warmup_steps:
             raise UserError(
                 f"the {model.schedule} schedule ends at step {total}, before its warm-up of"
                 f" {model.warmup_steps} steps does",
                 where=f"models.{role}.warmup_steps",
-                fix="fewer warm-up steps, more run.steps, or schedule: constant",
+                fix="fewer warm-up steps, a longer run, or schedule: constant",
             )
         return Optimisation(
             lr=model.lr,
@@ -195,7 +200,7 @@ class Providers:
         """A reference whose model is built later and not kept. Its weights are checked now."""
         recipe, train, size = self.recipe, self.train, self.rows
         settings = self._settings("reference")
-        steps = min(recipe.run.steps, -(-len(train) // size))
+        steps = min(self.steps, -(-len(train) // size))
         used = sorted({row for step in range(steps) for row in train.order(step, size)})
         held_out = self._held_out().indices if recipe.run.eval_every else []
         identity = (
@@ -230,6 +235,9 @@ class Providers:
     def _reward_models(self) -> dict[str, MegatronRewardModel]:
         roles = [role for role in self.recipe.models if base_role(role) == "reward"]
         return {role: self._reward(role) for role in roles}
+
+    def _gold(self) -> MegatronRewardModel | None:
+        return self._reward("gold") if "gold" in self.recipe.models else None
 
     # ----------------------------------------------------------------------------------------- data
 

@@ -17,12 +17,13 @@ from gipo_megatron.environment import commit, variables
 from gipo_megatron.environment import line as environment_line
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_json, write_text
+from gipo_megatron.recipe.length import describe_length
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import plain
 from gipo_megatron.statistics import wilson_interval
 
 # the held-out metric that chooses the best checkpoint: the first that a run has, and its sign
-JUDGED_BY = (("eval/score", 1), ("eval/accuracy", 1), ("eval/loss", -1))
+JUDGED_BY = (("eval/gold", 1), ("eval/score", 1), ("eval/accuracy", 1), ("eval/loss", -1))
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -106,6 +107,7 @@ def announce(
         f" data {data}; writes to {recipe.run.dir}"
     )
     print(f"  {environment_line()}")
+    print(f"  {describe_length(recipe, len(train))}")
     for split, rows in (("train", train), ("held out", held_out)):
         for line in rows.report:
             print(f"  {split}: {line}")
@@ -117,7 +119,8 @@ def announce(
 def announce_complete(recipe: Recipe, checkpoint: Path) -> None:
     """Print that nothing is left to do, and how to get the Hugging Face folder where it lacks."""
     folder = recipe.run.dir
-    print(f"{recipe.name}: complete already, {checkpoint}; a larger run.steps continues it")
+    longer = "run.steps" if recipe.run.steps is not None else "run.epochs"
+    print(f"{recipe.name}: complete already, {checkpoint}; a larger {longer} continues it")
     if recipe.run.export_hf and not Path(folder, "hf").exists():
         print(
             "  its Hugging Face folder: gipo convert to-hf"
@@ -127,9 +130,14 @@ def announce_complete(recipe: Recipe, checkpoint: Path) -> None:
 
 
 def close_run(directory: Path, recipe: Recipe) -> None:
-    """Write figures/ and report.html."""
-    from gipo_megatron.reports.run_report import write_report  # matplotlib: a second at start-up
+    """Write figures/ and report.html, and print the course of the gold reward, if there is one."""
+    # matplotlib: a second at start-up
+    from gipo_megatron.reports.gold import gold_course
+    from gipo_megatron.reports.run_report import write_report
+    from gipo_megatron.reports.runs import load_run
 
     write_report(
         [directory], directory / "report.html", title=recipe.name, figures_to=directory / "figures"
     )
+    if course := gold_course(load_run(directory)):
+        print(f"{recipe.name}: held-out gold: {course}")

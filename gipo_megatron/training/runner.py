@@ -19,6 +19,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh, mesh_session
 from gipo_megatron.metrics import Metric, Metrics
+from gipo_megatron.recipe.length import rows_a_step
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.roles import Stateful
 from gipo_megatron.telemetry.console import Display
@@ -67,7 +68,7 @@ class Progress:
     """The loop's own state, kept over a restart."""
 
     step: int = 0  # iterations done
-    best: float | None = None  # best held-out score, accuracy or -loss so far
+    best: float | None = None  # best held-out gold, score, accuracy or -loss so far
     best_step: int = 0  # its step
     stale: int = 0  # evaluations since then
     skipped: int = 0  # consecutive steps with a non-finite loss or gradient
@@ -138,8 +139,12 @@ def find_checkpoint(recipe: Recipe, directory: Path) -> Path | None:
 
 def is_complete(recipe: Recipe, directory: Path, newest: Path) -> bool:
     """Return whether the last step is done and `final` is its checkpoint."""
-    final = directory / "final"
-    return read_meta(newest).step >= recipe.run.steps and final.exists() and final.samefile(newest)
+    run, final, meta = recipe.run, directory / "final", read_meta(newest)
+    if run.steps is not None:
+        done = meta.step >= run.steps
+    else:
+        done = run.epochs is not None and meta.epochs >= run.epochs
+    return done and final.exists() and final.samefile(newest)
 
 
 @dataclass
@@ -154,7 +159,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
 
     def run(self, start_from: Path | None) -> None:
-        run, progress = self.recipe.run, self.progress
+        run, steps, progress = self.recipe.run, self.parts.steps, self.progress
         self._resume(start_from)
         origin = f"resumed from {start_from}" if start_from is not None else "started"
         self.mesh.on_main(partial(self._begin, origin))
@@ -162,15 +167,13 @@ class Run:
             values, samples = self._evaluate()
             self._log(0, values, samples)
         self.timer.metrics()  # the set-up is no part of the first step
-        ending = "" if progress.step < run.steps else "complete"
+        ending = "" if progress.step < steps else "complete"
         while not ending:
             result = self.parts.algorithm.step(progress.step)
             progress.step += 1
             values, samples = self._values(result), result.samples
             improved = False
-            if run.eval_every and (
-                progress.step % run.eval_every == 0 or progress.step == run.steps
-            ):
+            if run.eval_every and (progress.step % run.eval_every == 0 or progress.step == steps):
                 held_out, _ = self._evaluate()
                 improved = self._judge(held_out)
                 values |= held_out
@@ -205,7 +208,7 @@ class Run:
         return run_folder.with_interval(reduce_metrics(metrics, self.mesh.data_parallel)), samples
 
     def _judge(self, held_out: Mapping[str, float]) -> bool:
-        """Return whether this evaluation is the best so far: score or accuracy up, or loss
+        """Return whether this evaluation is the best so far: gold, score or accuracy up, or loss
         down."""
         figure = next(
             (sign * held_out[name] for name, sign in run_folder.JUDGED_BY if name in held_out),
@@ -270,7 +273,7 @@ class Run:
                 f"no better held-out score in {progress.stale} evaluations"
                 " (run.stop.score_patience)"
             )
-        return "complete" if progress.step >= run.steps else ""
+        return "complete" if progress.step >= self.parts.steps else ""
 
     def _end(self, ending: str) -> None:
         """Write links, figures, the Hugging Face folder, the last line. An interrupted run gets no
@@ -290,7 +293,7 @@ class Run:
             run_folder.close_run(self.directory, self.recipe)
         advice = "" if done else "; the same command continues"
         print(
-            f"{self.recipe.name}: {ending} at step {self.progress.step} of {self.recipe.run.steps};"
+            f"{self.recipe.name}: {ending} at step {self.progress.step} of {self.parts.steps};"
             f" {last}{advice}",
             flush=True,
         )
@@ -328,9 +331,10 @@ class Run:
 
     def _meta(self) -> CheckpointMeta:
         """Step and origin of a checkpoint written now."""
-        recipe, tokenizer = self.recipe, self.parts.tokenizer
+        recipe, tokenizer, step = self.recipe, self.parts.tokenizer, self.progress.step
         return CheckpointMeta(
-            step=self.progress.step,
+            step=step,
+            epochs=step * rows_a_step(recipe) / len(self.parts.train),
             recipe=recipe.name,
             hub=recipe.model.hub,
             commit=commit(),
@@ -374,7 +378,7 @@ class Run:
         recipe, directory, step = self.recipe, self.directory, self.progress.step
         run_folder.open_run(recipe, directory)
         checkpoint.discard_after(directory / "checkpoints", step)
-        if step < recipe.run.steps:
+        if step < self.parts.steps:
             (directory / "final").unlink(missing_ok=True)
         best = directory / "checkpoints" / f"step_{self.progress.best_step}"
         if best.is_dir():
@@ -384,7 +388,7 @@ class Run:
         self.sinks += make_sinks(
             recipe.run.loggers,
             directory,
-            recipe.run.steps,
+            self.parts.steps,
             name=recipe.name,
             headline=self.parts.algorithm.headline,
             config=run_folder.plain_recipe(recipe),

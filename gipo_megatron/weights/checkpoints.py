@@ -44,6 +44,7 @@ class CheckpointMeta:
     roles: dict[str, RoleMeta] = field(default_factory=dict)
     files: dict[str, int] | None = None  # path in the folder -> bytes
     version: int = VERSION
+    epochs: float = 0.0  # passes over the training rows up to this step
     recipe: str = ""  # its name; empty for a converted model
     hub: str = ""
     commit: str = ""

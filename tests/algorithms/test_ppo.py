@@ -326,6 +326,29 @@ def test_the_kl_of_an_evaluation_is_of_responses_drawn_from_the_policy() -> None
     assert metrics["eval/kl"].result() == pytest.approx(float(ratio.sum(1).mean()), rel=1e-6)
 
 
+class Lengths:
+    """A gold model that scores a response by its length."""
+
+    def score(self, rollout: Rollout) -> torch.Tensor:
+        return rollout.response_lengths.double()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_gold_model_is_used_before_the_gold_of_the_data(given: bool) -> None:
+    """By source, too. Without either there is no gold."""
+    ppo = gipo()
+    held_out = TwoBatches()
+    ppo.held_out = held_out  # type: ignore[assignment]
+    ppo.sampling = Sampling(max_response=RESPONSES, seed=5)
+    assert not [name for name in ppo.evaluate()[0] if "gold" in name]
+    held_out.gold = lambda prompt, response: -7.0  # type: ignore[assignment]
+    ppo.gold = Lengths() if given else None  # type: ignore[assignment]
+    metrics = {name: metric.result() for name, metric in ppo.evaluate()[0].items()}
+    assert metrics["eval/gold"] == (metrics["eval/length"] if given else -7.0)
+    by_source = [metrics[f"eval/gold/{source}"] for source in SOURCES]
+    assert min(by_source) <= metrics["eval/gold"] <= max(by_source)
+
+
 # -------------------------------------------------------------------------------- what a step shows
 
 

@@ -172,6 +172,54 @@ def test_without_a_test_file_a_hash_splits(tmp_path: Path) -> None:
     assert 0.15 < len(test) / 400 < 0.35
 
 
+def test_parts_divide_the_training_rows_alone(tmp_path: Path) -> None:
+    """They are disjoint by the first human turn and cover everything; held-out rows stay."""
+    rows = [
+        {
+            "chosen": dialogue(f"h: question {i // 3}", "a: x", f"h: more {i}", "a: yes"),
+            "rejected": dialogue(f"h: question {i // 3}", "a: x", f"h: more {i}", "a: no"),
+        }
+        for i in range(120)
+    ]
+    path = str(write_rows(tmp_path / "a.jsonl", rows))
+
+    def load(part: str, split: str) -> Dataset:
+        return load_data(DataConfig(path=path, part=part), TOKENIZER, split, 0, "preference")
+
+    whole = load("", "train")
+    parts = [load(f"{k}/3", "train") for k in (1, 2, 3)]
+    assert {row.prompt for part in parts for row in part.rows} == {row.prompt for row in whole.rows}
+    assert sum(map(len, parts)) == len(whole) and all(map(len, parts))
+    turns = [{row.prompt[0].text for row in part.rows} for part in parts]
+    assert len(set.union(*turns)) == sum(map(len, turns))
+    assert [row for row in whole.rows if row in parts[1].rows] == list(parts[1].rows)
+    assert load("1/3", "test").rows == load("2/3", "test").rows == load("", "test").rows
+    kept = parts[0].report.index(f"kept {len(whole)} of {len(whole)} rows")
+    assert parts[0].report[kept + 1] == f"part 1/3 by the first human turn: {len(parts[0])} rows"
+
+
+@pytest.mark.parametrize(
+    "part", ["0/2", "3/2", "1/0", "1", "a/b", "1/2/3", "-1/2", " 1/2", "1.5/2"]
+)
+def test_a_part_that_is_none(part: str) -> None:
+    with pytest.raises(UserError, match="is no part") as raised:
+        DataConfig(part=part)
+    assert raised.value.where == "data.part"
+
+
+def test_a_part_without_rows_is_an_error(tmp_path: Path) -> None:
+    rows = [{"prompt": "one question", "response": str(i)} for i in range(4)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    loaded = []
+    for k in (1, 2):
+        config = DataConfig(format="sft", path=str(tmp_path), part=f"{k}/2")
+        try:
+            loaded.append(len(load_data(config, TOKENIZER, "train", 0, "sft")))
+        except UserError as error:
+            assert f"no train rows in part {k}/2" in error.what and "fewer parts" in error.fix
+    assert loaded == [4]
+
+
 def test_nothing_left_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "a"}])
     with pytest.raises(UserError, match="no train rows left of 1") as raised:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gipo_megatron.data.examples import Turn
 from gipo_megatron.data.sources import open_sources
-from gipo_megatron.data.splits import divide, hold_out, is_hidden, split_of
+from gipo_megatron.data.splits import divide, hold_out, is_hidden, part_of, split_of
 from gipo_megatron.errors import UserError
 from tests.data.fixtures import write_rows
 
@@ -137,3 +137,31 @@ def test_a_rows_own_mark_wins() -> None:
     rows = [chat(f"q{i}") for i in range(4)]
     sides = divide(["train", "test", "", "validation"], rows, 0.0)
     assert sides == [False, True, False, True]
+
+
+@given(
+    st.lists(st.tuples(st.text(max_size=4), st.text(max_size=2)), max_size=30), st.integers(1, 5)
+)
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_no_first_turn_is_in_two_parts(turns: list[tuple[str, str]], parts: int) -> None:
+    """Each row is in one part of 1 … n, whatever system turn precedes and whatever turns follow."""
+    for first, later in turns:
+        user = Turn("user", first)
+        plain = part_of((user,), parts)
+        assert 1 <= plain <= parts
+        assert part_of((Turn("system", later), user), parts) == plain
+        assert part_of((user, Turn("assistant", later), Turn("user", later)), parts) == plain
+
+
+def test_parts_are_even_and_independent_of_what_is_held_out() -> None:
+    """Of 4000 prompts: every cell of held out × part has its expected size within 4 deviations."""
+    prompts = [(Turn("user", f"question {i}"),) for i in range(4000)]
+    held_out = hold_out(prompts, 0.25)
+    for parts in (2, 4):
+        found = [part_of(prompt, parts) for prompt in prompts]
+        for side, share in ((True, 0.25), (False, 0.75)):
+            for part in range(1, parts + 1):
+                expected = share / parts
+                count = sum(h == side and p == part for h, p in zip(held_out, found, strict=True))
+                deviation = (4000 * expected * (1 - expected)) ** 0.5
+                assert abs(count - 4000 * expected) < 4 * deviation

@@ -32,7 +32,8 @@ def evaluate(folder: Path, *, n: int = 30, model: str = "gipo <b>") -> Path:
     given = head_to_head(model, baselines, asked, markup=True)
     comparisons = comparisons_from_verdicts(given, verdicts(baselines, asked, 2))
     about = {"name": "rule <script>", "notes": ["a note of the judge <i>"], "cost": 0.0}
-    results = build_results(given, comparisons, about, bootstrap=200, seed=3)
+    warning = "ppo<i> was trained against the reward model that judges"
+    results = build_results(given, comparisons, about, bootstrap=200, seed=3, warnings=[warning])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text("run: {dir: <runs>}\n")
     (folder / "environment.json").write_text(
@@ -54,6 +55,7 @@ def report(tmp_path_factory) -> tuple[Page, str]:
 
 def test_nothing_is_fetched_and_nothing_runs(report) -> None:
     page, text = report
+    assert "Warning: ppo<i> was trained against the reward model that judges" in page.text
     assert not {"script", "iframe", "object", "form", "b", "i", "u", "runs", "dr"} & set(page.tags)
     images = [value for _, key, value in page.attributes if key == "src"]
     # the last one: the audit's

@@ -136,6 +136,8 @@ def test_what_is_incomplete() -> None:
     assert len(incomplete(tasks((0, 0), (0, 0)))) == 2
     marked = small() | {"incomplete": ["tl_dr against ppo: 4 of 9 prompts judged"]}
     assert "\n\nIncomplete: tl\\_dr against ppo: 4 of 9" in markdown_table(marked)
+    warned = small() | {"warnings": ["ppo_kl was trained against …"]}
+    assert "\n\nWarning: ppo\\_kl was trained against" in markdown_table(warned)
 
 
 def small() -> dict:
@@ -157,7 +159,7 @@ def small() -> dict:
         }
 
     tasks = {"tl_dr": {"ppo|kl": cell(5, 2, 1, 2, 1)}, "a&b": {"ppo|kl": cell(0, 0, 0, 3, 0)}}
-    about = {"judge": {"name": "rule<1>"}, "incomplete": []}
+    about = {"judge": {"name": "rule<1>"}, "incomplete": [], "warnings": []}
     return {"subject": "gipo*", **about, "tasks": tasks}
 
 
@@ -196,7 +198,7 @@ def test_latex() -> None:
 
 
 def test_tables_without_a_baseline() -> None:
-    about = {"judge": {"name": "rule"}, "incomplete": []}
+    about = {"judge": {"name": "rule"}, "incomplete": [], "warnings": []}
     empty = {"subject": "a", **about, "tasks": {"t": {}}}
     assert len(markdown_table(empty).splitlines()) == 4
     assert latex_table(empty).splitlines()[-2:] == [r"\bottomrule", r"\end{tabular}"]

@@ -54,6 +54,15 @@ def test_a_reference_is_called_for_each_batch_or_once() -> None:
     assert [(call.verb, call.role) for call in first.once] == [("forward", "reference")]
 
 
+def test_a_gold_model_takes_memory_but_no_time() -> None:
+    """It is built with the others, and scores no row of an iteration."""
+    plain = counted("recipe=hh_gipo")
+    found = counted("recipe=hh_gipo", "models.gold.load=runs/hh_rm_gold/final")
+    assert "gold" not in plain.built and set(found.built) == {*plain.built, "gold"}
+    assert brief(found.calls) == [*brief(plain.calls), ("forward", "gold", 0, 0)]
+    assert forward_equivalents(found) == forward_equivalents(plain)
+
+
 def test_a_rollout_and_its_updates() -> None:
     """64 prompts x 4 responses, minibatches of 64, two epochs, groups that are learned. The chosen
     responses are scored, too."""

@@ -10,8 +10,9 @@ import pytest
 
 from gipo_megatron.algorithms.reward_model import RewardModelling
 from gipo_megatron.errors import UserError
+from gipo_megatron.reports.gold import gold_course
 from gipo_megatron.reports.pages import number, printable
-from gipo_megatron.reports.run_report import summary, write_report
+from gipo_megatron.reports.run_report import summaries, summary, write_report
 from gipo_megatron.reports.runs import load_run
 from tests.reports.synthetic import MARKUP, ppo_run, sft_run, write_rows
 
@@ -91,6 +92,28 @@ def test_summary_and_what_is_missing(report) -> None:
     assert "loss 5 → 0.625 (step 8)" in words and "0:04" in words and "0:30" in words
     assert "accuracy: no <name>/accuracy" in words
     assert "groups/return_high" in words
+
+
+@pytest.mark.parametrize(
+    ("values", "course"),
+    [
+        ([0.5, 0.75, 0.25], "peak 0.75 at step 10, final 0.25, lost 0.5"),
+        ([0.5, 0.25, 0.75], "peak 0.75 at step 20, final 0.75, lost 0"),
+        ([0.5, 0.25, 0.5], "peak 0.5 at step 0, final 0.5, lost 0"),
+        ([], ""),
+    ],
+)
+def test_the_course_of_gold(tmp_path: Path, values: list[float], course: str) -> None:
+    """By hand. A run without gold has a dash beside one that has it, and no column alone."""
+    rows = [{"step": 10 * i, "eval/gold": value} for i, value in enumerate(values)]
+    for name in ("gold", "none"):
+        (tmp_path / name).mkdir()
+    write_rows(tmp_path / "gold" / "metrics.jsonl", rows)
+    write_rows(tmp_path / "none" / "metrics.jsonl", [{"step": 1, "sft/loss": 1.0}])
+    gold, none = load_run(tmp_path / "gold"), load_run(tmp_path / "none")
+    assert gold_course(gold) == course and gold_course(none) == ""
+    shown = [row.get("held-out gold") for row in summaries([gold, none])]
+    assert shown == ([course, "–"] if values else [None, None])
 
 
 def test_key_figures(tmp_path: Path) -> None:

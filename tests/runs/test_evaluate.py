@@ -156,8 +156,12 @@ def test_a_full_run(done: tuple[Path, Any, Any]) -> None:
         "judge",
         "bootstrap",
         "incomplete",
+        "warnings",
         "policies",
     }
+    (warning,) = results["warnings"]
+    assert warning.startswith("gipo was trained against the reward model that judges")
+    assert f"Warning: {warning}" in (folder / "report.html").read_text()
     for task, count in (("short", PROMPTS), ("posts", 3)):
         assert set(results[task]) == {"sft", "other"}
         for cell in results[task].values():

@@ -31,7 +31,7 @@ def test_two_mistakes_in_one_process_are_one_screen_and_exit_code_2(tmp_path: Pa
         "algorithm.kl_controler: unknown key",
         "  where: command line",
         "  fix:   did you mean 'kl_controller'?",
-        "run.steps: needs a whole number, not 'many' (text)",
+        "run.steps: needs a whole number or null, not 'many' (text)",
         "  where: command line",
     ]
 
@@ -43,6 +43,7 @@ def test_a_sound_recipe_is_exit_code_0_from_any_folder(tmp_path: Path) -> None:
         "ok hh_gipo: ppo; 16 processes = tensor 4 × pipeline 1 × data 4; 64 prompts × 4 responses ="
         " 4 minibatches;"
     )
+    assert "; 2,000 steps × 64 prompts = 1.48 epochs of about 86,400 (data.rows)\n" in done.stdout
 
 
 def test_check_of_everything(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,7 @@ WORLD = compare.WorldCells(
             0.3: outcome([1, 9], [9.0, 9.0], 2.0),
         },
     },
+    cells.ETAS,
 )
 
 
@@ -123,14 +125,14 @@ def test_where_the_curve_turns_back_the_higher_gold_counts() -> None:
 
 
 def test_nothing_is_extrapolated() -> None:
-    far = compare.WorldCells("", {**WORLD.of, "adaptive": {0.3: WORLD.of["adaptive"][0.3]}})
+    far = replace(WORLD, of={**WORLD.of, "adaptive": {0.3: WORLD.of["adaptive"][0.3]}})
     assert far.difference("adaptive", "mean", "kl") is None
 
 
 def test_the_best_price_of_a_seed_is_chosen_on_the_other() -> None:
     """The first seed's gold is best at η 0.1, the second's at 1: each gets the other's choice."""
     cells_ = {0.1: outcome([1, 1], [0.9, 0.1], 0.1), 1.0: outcome([1, 1], [0.2, 0.6], 1.0)}
-    values, etas = compare.WorldCells("", {"x": cells_}).best("x")
+    values, etas = compare.WorldCells("", {"x": cells_}, []).best("x")
     assert etas == [1.0, 0.1]
     assert values["mean"].tolist() == [0.2, 0.1]
 
@@ -155,7 +157,7 @@ def test_verdicts(
     p: float | None,
     verdict: str,
 ) -> None:
-    found = compare.Finding(True, "", "adaptive", "kl", worse, mean, p).verdict
+    found = compare.Finding(True, "", "adaptive", "kl", worse, mean, p, 0.05).verdict
     assert found == "shown" if verdict == "shown" else verdict in found
 
 
@@ -164,7 +166,7 @@ def test_verdicts(
 
 @pytest.fixture
 def one_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (cells, compare, s2):
+    for module in (cells, s2):
         monkeypatch.setattr(module, "WORLDS", [WorldSpec("easy", 1.0)])
     threads = torch.get_num_threads()
     yield
@@ -217,6 +219,7 @@ def test_tables_need_a_whole_curve(tmp_path: Path) -> None:
         (["s2", "steps=x"], "steps=x"),
         (["s2", "out="], "out="),
         (["s2", "train=maybe"], "train=maybe"),
+        (["s3", "workers=0"], "workers=0"),
     ],
 )
 def test_mistakes_on_the_command_line(words: list[str], match: str) -> None:

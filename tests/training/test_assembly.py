@@ -62,6 +62,23 @@ def test_a_policy_alone(tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]])
     assert parts.sequences_per_step == recipe.batch.minibatch
 
 
+def test_steps_follow_from_the_rows_that_are_kept(
+    tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]
+) -> None:
+    """7 of 8 rows are kept: two passes in batches of 4 are 4 steps, where the cosine ends, too."""
+    rows = [{"prompt": f"q{i}", "response": "a" if i else ""} for i in range(8)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    words = ["data.format=sft", f"data.path={file}", "data.held_out=0", "run.eval_every=0"]
+    words += ["run.steps=null", "run.epochs=2", "batch.minibatch=4", "batch.micro_batch=4"]
+    words += ["models.actor.schedule=cosine", "models.actor.warmup_steps=3"]
+    parts = assembled(small(tmp_path, *words, text=SFT), mesh)
+    assert len(parts.train) == 7 and parts.steps == 4
+    assert built[0]["optimisation"].total_steps == 4
+    words[-1] = "models.actor.warmup_steps=4"
+    with pytest.raises(UserError, match="ends at step 4, before its warm-up of 4"):
+        assembled(small(tmp_path, *words, text=SFT), mesh)
+
+
 def test_no_held_out_rows_without_evaluations(
     tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]
 ) -> None:
@@ -91,6 +108,19 @@ def test_roles_of_ppo(tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]) -
     assert calls["reward"]["optimisation"] is None is calls["reference"]["optimisation"]
     assert page.examples is None and parts.sequences_per_step == 32
     assert page.held_out.gold is gold_reward and page.sampling.seed == recipe.run.seed
+
+
+def test_a_gold_model_where_the_recipe_gives_one(
+    tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]
+) -> None:
+    """It is frozen, and no other part of the page has it."""
+    assert assembled(small(tmp_path), mesh).algorithm.gold is None and len(built) == 4
+    recipe = small(tmp_path, "models.gold.load=random", "models.gold.offload=cpu")
+    page = assembled(recipe, mesh).algorithm
+    (gold,) = [call for call in built if call["role"] == "gold"]
+    assert len(built) == 9 and gold["optimisation"] is None and gold["offload"] == "cpu"
+    assert page.gold.engine.role == "gold" and "gold" not in recipe.trained
+    assert page.reward.reward_models.keys() == {"reward"}
 
 
 def test_no_critic(tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]) -> None:

@@ -243,6 +243,7 @@ def words(bench: Bench, name: str, model: Path) -> list[str]:
     found += ["run.save_every=0", "run.loggers=[]"]
     if name == "rm":
         found += [
+            "run.epochs=null",
             f"models.reward.load={model}",
             "models.reward.warmup_steps=1",
             "run.steps=60",

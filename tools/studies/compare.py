@@ -1,41 +1,18 @@
-"""Comparisons of S2 with PPO with KL: at equal KL, at equal price, at each system's best price."""
+"""Comparisons with PPO with KL: at equal KL, at equal price, at each system's best price."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from tools.studies.cells import ETAS, WORLDS, Cell, etas_of
-from tools.studies.inference import holm, interval, sign_flip
+from tools.studies.inference import holm, interval
 
 CLAIMED = ("worse", "mean")  # gold of the worse half, and of both
 BASELINE = "ppo_kl"
 MARGIN = 0.02  # the mean may be lower by less than this
-# system and at what it is compared, in each world: written before the run (docs/studies/s2.md)
-REGISTERED = (
-    ("gipo_head", "kl"),
-    ("gipo_value", "kl"),
-    ("gipo_both", "kl"),
-    ("adaptive", "price"),
-)
-
-
-def last(cell: Cell) -> dict[str, np.ndarray]:
-    """Return gold's outcomes, KL and price at the end of training, one number per seed each."""
-    end = {name: np.array(rows[-1]) for name, rows in cell.trace.items()}
-    easy, hard = end["gold_easy"], end["gold_hard"]
-    return {
-        "easy": easy,
-        "hard": hard,
-        "mean": (easy + hard) / 2,
-        "worse": np.minimum(easy, hard),
-        "gap": easy - hard,
-        "kl": (end["kl_easy"] + end["kl_hard"]) / 2,
-        "price": end["price"],
-    }
 
 
 @dataclass(frozen=True)
@@ -45,22 +22,27 @@ class Difference:
     values: np.ndarray
     etas: list[float]
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        return interval(self.values)
+
     def text(self) -> str:
-        low, high = interval(self.values)
+        low, high = self.interval
         return f"{self.values.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 @dataclass(frozen=True)
 class WorldCells:
-    """All cells of one world; `of[system][eta]` are outcomes."""
+    """All cells of one world; `of[system][eta]` are outcomes, a number per seed each."""
 
     name: str
     of: dict[str, dict[float, dict[str, np.ndarray]]]
+    etas: Sequence[float]  # of the differences; the curve of PPO with KL may have more
 
     @cached_property
     def points(self) -> dict[float, dict[str, np.ndarray]]:
-        """Return the outcomes of PPO with KL by η; PPO is the point at η 0."""
-        return dict(sorted({**self.of["ppo"], **self.of[BASELINE]}.items()))
+        """Return the outcomes of PPO with KL by η; PPO, where there is one, is the point at η 0."""
+        return dict(sorted({**self.of.get("ppo", {}), **self.of[BASELINE]}.items()))
 
     def expected(self, system: str, eta: float, outcome: str, at: str) -> np.ndarray:
         """Return, for each seed, the outcome of PPO with KL at equal `at` (kl, or price on log η);
@@ -80,7 +62,7 @@ class WorldCells:
         """Return the mean over the η of all systems of system - PPO with KL; None if every η lies
         outside of the curve of a seed."""
         kept = {}
-        for eta in (eta for eta in ETAS if eta in self.of[system]):
+        for eta in (eta for eta in self.etas if eta in self.of[system]):
             found = self.of[system][eta][outcome] - self.expected(system, eta, outcome, at)
             if np.isfinite(found).all():
                 kept[eta] = found
@@ -115,17 +97,13 @@ def highest(x: float, points: np.ndarray, y: np.ndarray) -> float:
     return float(values.max()) if len(values) else np.nan
 
 
-def by_world(cells: Sequence[Cell]) -> list[WorldCells]:
-    """Return the worlds whose curve is complete."""
-    worlds = {spec.name: WorldCells(spec.name, {}) for spec in WORLDS}
-    for cell in cells:
-        worlds[cell.world].of.setdefault(cell.system, {})[cell.eta] = last(cell)
-    whole = {"ppo": etas_of("ppo"), BASELINE: etas_of(BASELINE)}
-    return [
-        world
-        for world in worlds.values()
-        if all(set(etas) <= set(world.of.get(system, {})) for system, etas in whole.items())
-    ]
+@dataclass(frozen=True)
+class Rule:
+    """What was registered before the run: which comparisons, and what decides them."""
+
+    comparisons: Sequence[tuple[str, str, str]]  # world, system, at what it is compared
+    p_value: Callable[[np.ndarray, np.ndarray], float]  # of the differences: worse group, mean
+    alpha: float  # "shown" needs a p after Holm below this; inf: the intervals alone decide
 
 
 @dataclass(frozen=True)
@@ -139,6 +117,7 @@ class Finding:
     worse: Difference | None
     mean: Difference | None
     p: float | None  # after Holm
+    alpha: float  # of the rule
 
     @property
     def verdict(self) -> str:
@@ -147,27 +126,26 @@ class Finding:
         if self.worse is None or self.mean is None or self.p is None:
             return "not shown: outside of the curve"
         reasons = []
-        if interval(self.worse.values)[0] <= 0:
+        if self.worse.interval[0] <= 0:
             reasons.append("the worse group's lower bound is not above 0")
-        elif self.p >= 0.05:
-            reasons.append("p after Holm is not below 0.05")
-        if interval(self.mean.values)[0] <= -MARGIN:
+        elif self.p >= self.alpha:
+            reasons.append(f"p after Holm is not below {self.alpha:g}")
+        if self.mean.interval[0] <= -MARGIN:
             reasons.append(f"the mean's lower bound is not above −{MARGIN:g}")
         return f"not shown: {'; '.join(reasons)}" if reasons else "shown"
 
 
-def findings(worlds: Sequence[WorldCells]) -> list[Finding]:
+def findings(worlds: Sequence[WorldCells], rule: Rule) -> list[Finding]:
     """Return the pre-registered comparisons. One that could not be made counts in Holm's number of
     comparisons, with p = 1."""
     of = {world.name: world for world in worlds}
-    names = [(spec.name, *comparison) for spec in WORLDS for comparison in REGISTERED]
-    ran = [name in of and system in of[name].of for name, system, _ in names]
+    ran = [name in of and system in of[name].of for name, system, _ in rule.comparisons]
     pairs = [
-        tuple(of[name].difference(system, outcome, at) if done else None for outcome in CLAIMED)
-        for (name, system, at), done in zip(names, ran, strict=True)
+        [of[name].difference(system, outcome, at) if done else None for outcome in CLAIMED]
+        for (name, system, at), done in zip(rule.comparisons, ran, strict=True)
     ]
-    adjusted = holm([1.0 if worse is None else sign_flip(worse.values) for worse, _ in pairs])
+    adjusted = holm([1.0 if not (a and b) else rule.p_value(a.values, b.values) for a, b in pairs])
     return [
-        Finding(done, *name, worse, mean, None if worse is None else p)
-        for done, name, (worse, mean), p in zip(ran, names, pairs, adjusted, strict=True)
+        Finding(done, *name, worse, mean, None if worse is None else p, rule.alpha)
+        for done, name, (worse, mean), p in zip(ran, rule.comparisons, pairs, adjusted, strict=True)
     ]

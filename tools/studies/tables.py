@@ -1,15 +1,13 @@
-"""The Markdown page of S2's tables, and its numbers as CSV."""
+"""Markdown tables of comparisons. `labels`: what each system is called, in the order of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from tools.studies.cells import ETAS
 from tools.studies.compare import BASELINE, Finding, WorldCells
 from tools.studies.inference import interval
-from tools.studies.systems import SYSTEMS
 
 OUTSIDE = "outside of the curve"
 OWN_POINT = (
@@ -25,35 +23,11 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def page(
-    worlds: Sequence[WorldCells], findings: Sequence[Finding], command: str, setting: str
-) -> str:
-    """Return the whole page."""
-    parts = [
-        "# Study S2: tables",
-        f"Written by `{command}`; [the question and the falsifier](s2.md). {setting} Intervals"
-        " are 95 % bootstrap intervals over seeds. A difference is system − PPO with KL, paired by"
-        " seed, averaged over the η that lie on the curve of every seed.",
-        "![Worse-group gold against KL, and gold and proxy against iterations](s2.svg)",
-        "## The pre-registered comparisons",
-        registered(findings),
-    ]
-    for at in ("kl", "price"):
-        parts += [f"## All systems at {AT[at]}", OWN_POINT, compared(worlds, at)]
-    parts += [
-        "## Each system at its best η",
-        "η is chosen by mean gold on the other half of the seeds; so no number was used to choose"
-        " itself. Mean over seeds.",
-        best(worlds),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def registered(findings: Sequence[Finding]) -> str:
+def registered(findings: Sequence[Finding], labels: Mapping[str, str]) -> str:
     rows = [
         [
             f.world,
-            SYSTEMS[f.system].label,
+            labels[f.system],
             AT[f.at],
             ", ".join(f"{eta:g}" for eta in f.worse.etas) if f.worse else "",
             f.worse.text() if f.worse else "",
@@ -67,32 +41,37 @@ def registered(findings: Sequence[Finding]) -> str:
     return markdown_table(head, rows)
 
 
-def compared(worlds: Sequence[WorldCells], at: str) -> str:
-    outcomes = ("worse", "mean", "easy", "hard")
+def compared(
+    worlds: Sequence[WorldCells],
+    labels: Mapping[str, str],
+    at: str,
+    outcomes: Sequence[str] = ("worse", "mean", "easy", "hard"),
+) -> str:
     rows = []
     for world in worlds:
-        for system in [x for x in SYSTEMS if x in world.of and x != "ppo"]:
+        for system in [x for x in labels if x in world.of and x != "ppo"]:
             found = [world.difference(system, outcome, at) for outcome in outcomes]
             texts = [d.text() if d else OUTSIDE for d in found]
             kept = found[0]
-            count = f"{len(kept.etas) if kept else 0} of {len(ETAS)}"
-            label = f"{SYSTEMS[system].label}, own point left out" if system == BASELINE else ""
-            rows.append([world.name, label or SYSTEMS[system].label, count, *texts])
+            trained = sum(eta in world.of[system] for eta in world.etas)
+            count = f"{len(kept.etas) if kept else 0} of {trained}"
+            own = ", own point left out" if system == BASELINE else ""
+            rows.append([world.name, labels[system] + own, count, *texts])
     return markdown_table(["world", "system", "η on the curve", *outcomes], rows)
 
 
-def best(worlds: Sequence[WorldCells]) -> str:
+def best(worlds: Sequence[WorldCells], labels: Mapping[str, str]) -> str:
     rows = []
     for world in worlds:
-        for system in [x for x in SYSTEMS if x in world.of]:
+        for system in [x for x in labels if x in world.of]:
             outcome, etas = world.best(system)
             numbers = [f"{outcome[x].mean():.3f}" for x in ("easy", "hard", "gap", "kl")]
             rows.append(
                 [
                     world.name,
-                    SYSTEMS[system].label,
+                    labels[system],
                     " / ".join(f"{eta:g}" for eta in etas),
-                    *(_with_interval(outcome[x]) for x in ("mean", "worse")),
+                    *(with_interval(outcome[x]) for x in ("mean", "worse")),
                     *numbers,
                 ]
             )
@@ -100,19 +79,6 @@ def best(worlds: Sequence[WorldCells]) -> str:
     return markdown_table(head, rows)
 
 
-def _with_interval(x: np.ndarray) -> str:
+def with_interval(x: np.ndarray) -> str:
     low, high = interval(x)
     return f"{x.mean():.3f} [{low:.3f}, {high:.3f}]"
-
-
-def csv(worlds: Sequence[WorldCells]) -> str:
-    """Return the mean over seeds of every cell, one a line."""
-    names = ("easy", "hard", "mean", "worse", "gap", "kl", "price")
-    lines = [",".join(("hacks", "offset", "system", "eta", *names))]
-    for world in worlds:
-        words = world.name.replace(",", "").split()
-        for system in SYSTEMS:
-            for eta, cell in sorted(world.of.get(system, {}).items()):
-                numbers = [f"{cell[name].mean():.4f}" for name in names]
-                lines.append(",".join([words[1], words[3], system, f"{eta:g}", *numbers]))
-    return "\n".join(lines) + "\n"

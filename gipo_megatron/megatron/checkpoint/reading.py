@@ -27,6 +27,7 @@ _SOURCES = {
     "reference": ("actor",),
     "reward": ("reward", "actor"),
     "critic": ("critic", "reward", "actor"),
+    "gold": ("reward",),  # a judge with a head that never learnt would be noise
 }
 
 
