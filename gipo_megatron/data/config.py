@@ -21,12 +21,12 @@ class PlantedConfig:
 
     prompts: Annotated[int, Range(4)] = 600  # distinct prompts, held-out ones included
     easy_share: Share = 0.5  # share of the prompts that are easy
-    held_out: Share = 0.2  # share of the prompts that form the test split
-    pairs_per_prompt: Size = 6  # preference pairs a prompt; SFT has as many responses a prompt
+    held_out: Share = 0.3  # share of the prompts that form the test split
+    pairs_per_prompt: Size = 16  # preference pairs a prompt; SFT has as many responses a prompt
     label_noise: Share = 0.05  # share of the pairs whose label is flipped
-    hack: bool = True  # the labels overrate asking back on easy prompts: proxy +1, gold -1
-    # share of such responses among SFT's and in pairs; with hack: false there are none
-    hack_share: Share = 0.06
+    # what the labels take asking back on easy prompts for; gold is -1, a right answer is 1
+    hack_reward: Annotated[float, Range(-1)] = 2.0
+    hack_share: Share = 0.06  # share of such responses among SFT's and in pairs
     seed: int = 0
 
 

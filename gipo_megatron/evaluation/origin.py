@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -68,12 +69,12 @@ def _teachers(policy: Path) -> Iterator[tuple[str, Path]]:
         return
     record = yaml.safe_load(found[0].read_bytes())
     # a recipe's paths begin where the run was started
-    own = Path(record["run"]["dir"]).parts
+    own = Path(os.path.expanduser(record["run"]["dir"])).parts
     inside = own and run.parts[-len(own) :] == own
     start = Path(*run.parts[: -len(own)]) if inside else Path()
     for role, model in record["models"].items():
         if base_role(role) == "reward":
-            yield model["load"], start / model["load"]
+            yield model["load"], start / os.path.expanduser(model["load"])
 
 
 def _run_of(weights: Path) -> Path:

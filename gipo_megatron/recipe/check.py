@@ -235,6 +235,9 @@ def run(d: Draft) -> Found:
     if run.stop.score_patience is not None and not run.eval_every:
         what = "counts evaluations, and run.eval_every is 0"
         yield d.problem("run.stop.score_patience", what, "set run.eval_every")
+    if "gold" in d.needs.roles and not run.eval_every:
+        what = "scores held-out responses, and run.eval_every is 0"
+        yield d.problem("models.gold.load", what, "set run.eval_every, or models.gold.load=''")
 
 
 PROBLEMS: tuple[Check, ...] = (

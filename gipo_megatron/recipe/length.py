@@ -1,4 +1,4 @@
-"""How long a run is: its steps, and the passes over the training rows that they make."""
+"""The length of a run: its steps, and the passes over the training rows that they make."""
 
 from __future__ import annotations
 

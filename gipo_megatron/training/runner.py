@@ -69,6 +69,7 @@ class Progress:
 
     step: int = 0  # iterations done
     best: float | None = None  # best held-out gold, score, accuracy or -loss so far
+    judged_by: str = ""  # its metric
     best_step: int = 0  # its step
     stale: int = 0  # evaluations since then
     skipped: int = 0  # consecutive steps with a non-finite loss or gradient
@@ -210,18 +211,15 @@ class Run:
     def _judge(self, held_out: Mapping[str, float]) -> bool:
         """Return whether this evaluation is the best so far: gold, score or accuracy up, or loss
         down."""
-        figure = next(
-            (sign * held_out[name] for name, sign in run_folder.JUDGED_BY if name in held_out),
-            math.nan,
-        )
-        if math.isnan(figure) or (self.progress.best is not None and figure <= self.progress.best):
-            self.progress.stale += 1
+        progress = self.progress
+        metric, sign = next(((m, s) for m, s in run_folder.JUDGED_BY if m in held_out), ("", 1))
+        figure = sign * held_out.get(metric, math.nan)
+        if metric != progress.judged_by:  # a resumed run that has another scorer now
+            progress.judged_by, progress.best = metric, None
+        if math.isnan(figure) or (progress.best is not None and figure <= progress.best):
+            progress.stale += 1
             return False
-        self.progress.best, self.progress.best_step, self.progress.stale = (
-            figure,
-            self.progress.step,
-            0,
-        )
+        progress.best, progress.best_step, progress.stale = figure, progress.step, 0
         return True
 
     def _watch(self, values: Mapping[str, float], result: StepResult) -> None:

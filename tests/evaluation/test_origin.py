@@ -66,6 +66,12 @@ def test_relative_paths_and_hub_names(root: Path, monkeypatch: pytest.MonkeyPatc
     assert warned("owner/rm", *policies) == policies[2:]
 
 
+def test_a_home_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(root))
+    home = run(root, "at_home", ", reward: {load: ~/runs/rm/final}")
+    assert warned(f"{root}/runs/rm/final", str(home)) == [str(home)]
+
+
 def test_a_checkpoint_that_has_left_its_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its recipe's paths then begin where the evaluation is started."""
     moved = (root / "runs" / "ppo" / "checkpoints" / "step_3").rename(root / "policy")

@@ -39,6 +39,14 @@ def test_one_of_the_two_is_set(tmp_path: Path, words: list[str]) -> None:
     assert small(tmp_path, "run.steps=3", "run.epochs=null", text=SFT).run.steps == 3
 
 
+def test_a_gold_model_needs_evaluations(tmp_path: Path) -> None:
+    gold = ["data.format=planted", "models.gold.load=random"]
+    assert "gold" in small(tmp_path, *gold, text=PROMPTS).models
+    assert "gold" not in small(tmp_path, *gold, "models.gold.load=''", text=PROMPTS).models
+    (problem,) = problems(tmp_path, *gold, "run.eval_every=0", text=PROMPTS)
+    assert problem.key == "models.gold.load" and "run.eval_every is 0" in problem.what
+
+
 @pytest.mark.parametrize(
     ("rows", "epochs", "steps"), [(8, 1, 2), (9, 1, 3), (10, 2, 5), (11, 2, 6), (1, 1, 1)]
 )

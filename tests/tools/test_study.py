@@ -124,6 +124,19 @@ def test_where_the_curve_turns_back_the_higher_gold_counts() -> None:
     assert np.isnan(compare.highest(5.0, kl, gold))
 
 
+def test_of_an_outcome_that_should_be_low_the_lowest_counts() -> None:
+    """The curve of the test before, as gold and as gap."""
+    curve = {0.0: (2.0, 1.0), 0.05: (4.0, 0.4), 0.1: (0.0, 0.0)}
+    points = {
+        eta: outcome([kl, kl], [y, y], eta) | {"gap": np.array([y, y])}
+        for eta, (kl, y) in curve.items()
+    }
+    system = {0.3: outcome([3, 3], [0, 0], 0.3)}
+    world = compare.WorldCells("", {"ppo_kl": points, "x": system}, [0.3])
+    assert world.expected("x", 0.3, "mean", "kl") == pytest.approx([0.7, 0.7])
+    assert world.expected("x", 0.3, "gap", "kl") == pytest.approx([0.3, 0.3])
+
+
 def test_nothing_is_extrapolated() -> None:
     far = replace(WORLD, of={**WORLD.of, "adaptive": {0.3: WORLD.of["adaptive"][0.3]}})
     assert far.difference("adaptive", "mean", "kl") is None

@@ -40,7 +40,7 @@ def test_a_curve_is_read_from_a_run(tmp_path: Path) -> None:
         "proxy": [1.5, 1.5],
         "kl": [2.0, 3.5],
         "eval_kl": [0.0, 3.0],
-        "asked": [0.0, 0.5],
+        "questions": [0.0, 0.5],
         "label": [None, pytest.approx(0.8)],
     }
 
@@ -48,7 +48,7 @@ def test_a_curve_is_read_from_a_run(tmp_path: Path) -> None:
 def curve(easy: Sequence[float], hard: Sequence[float], kl: float) -> dict[str, list[float | None]]:
     """Return a curve with these golds."""
     zeros: list[float | None] = [0.0] * len(easy)
-    named = dict.fromkeys(("step", "proxy", "eval_kl", "asked"), zeros)
+    named = dict.fromkeys(("step", "proxy", "eval_kl", "questions"), zeros)
     label = [None, *zeros[1:]]
     return {**named, "easy": [*easy], "hard": [*hard], "kl": [kl] * len(easy), "label": label}
 
@@ -133,12 +133,12 @@ def test_tables_of_the_whole_seeds(tmp_path: Path, capsys: pytest.CaptureFixture
 # ----------------------------------------------------------------------------------------- the runs
 
 
-def test_what_is_left_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_are_left_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seed by seed; seed 0 has all its cells, seed 1 its SFT run."""
-    asked: list[Job] = []
+    left: list[Job] = []
 
     def record(jobs: Sequence[Job], workers: int, ended: Callable[[Job], None]) -> list[Job]:
-        asked.extend(jobs)
+        left.extend(jobs)
         return []
 
     monkeypatch.setattr(s3, "run_all", record)
@@ -146,15 +146,15 @@ def test_what_is_left_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     cells = [f"{name}_{eta:g}" for name, system in s3.SYSTEMS.items() for eta in system.etas]
     s3.train(options)
     stages = ["sft", "rm", *cells]
-    assert [job.name for job in asked] == [f"seed {n} {name}" for n in (0, 1) for name in stages]
-    assert not asked[1].ready and not asked[2].ready
+    assert [job.name for job in left] == [f"seed {n} {name}" for n in (0, 1) for name in stages]
+    assert not left[1].ready and not left[2].ready
 
     write_jsonl(tmp_path / "cells.jsonl", map(asdict, synthetic(1, 180)))
     (tmp_path / "seed1/sft/final").mkdir(parents=True)
-    asked.clear()
+    left.clear()
     s3.train(options)
-    assert [job.name for job in asked] == [f"seed 1 {name}" for name in stages[1:]]
-    assert asked[0].ready and not asked[1].ready
+    assert [job.name for job in left] == [f"seed 1 {name}" for name in stages[1:]]
+    assert left[0].ready and not left[1].ready
 
 
 def test_a_failed_run_holds_back_what_needs_it(

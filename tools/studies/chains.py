@@ -20,7 +20,10 @@ from types import FrameType
 from gipo_megatron import cli, environment
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["gipo_megatron.training.runner", "gipo_megatron.reports.run_report", "tools.study"]
+PRELOAD = [
+    "gipo_megatron.training.runner", "gipo_megatron.algorithms.ppo",
+    "gipo_megatron.reports.run_report", "tools.study",
+]  # fmt: skip
 Process = multiprocessing.context.ForkServerProcess
 
 

@@ -13,6 +13,7 @@ from tools.studies.inference import holm, interval
 CLAIMED = ("worse", "mean")  # gold of the worse half, and of both
 BASELINE = "ppo_kl"
 MARGIN = 0.02  # the mean may be lower by less than this
+LOWER = ("gap", "decline", "questions")  # outcomes of which less is better
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class WorldCells:
         curve = scale(np.stack([point[at] for point in known]))  # [η, seeds], as y
         y = np.stack([point[outcome] for point in known])
         x = scale(self.of[system][eta][at])
-        return np.array([highest(x[s], curve[:, s], y[:, s]) for s in range(len(x))])
+        sign = -1 if outcome in LOWER else 1
+        best = [highest(x[s], curve[:, s], sign * y[:, s]) for s in range(len(x))]
+        return sign * np.array(best)
 
     def difference(self, system: str, outcome: str, at: str) -> Difference | None:
         """Return the mean over the η of all systems of system - PPO with KL; None if every η lies
@@ -87,8 +90,8 @@ class WorldCells:
 def highest(x: float, points: np.ndarray, y: np.ndarray) -> float:
     """Return the highest y at x on the lines from each point to the next; NaN where none passes.
 
-    At low η the KL of PPO with KL turns back, so that several η have one KL; gold is y, so the
-    highest is the strictest choice.
+    At low η the KL of PPO with KL turns back, so that several η have one KL; y is gold, or what
+    else should be high, so the highest is the strictest choice.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         share = (x - points[:-1]) / np.diff(points)
@@ -99,7 +102,7 @@ def highest(x: float, points: np.ndarray, y: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """What was registered before the run: which comparisons, and what decides them."""
+    """The comparisons that were registered before the run, and what decides them."""
 
     comparisons: Sequence[tuple[str, str, str]]  # world, system, at what it is compared
     p_value: Callable[[np.ndarray, np.ndarray], float]  # of the differences: worse group, mean

@@ -1,4 +1,4 @@
-"""A cell of study S3: what one run measured, and the outcomes that are compared."""
+"""A cell of study S3: the numbers of one run, and the outcomes that are compared."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Cell:
 def curve_of(run: Path, every: int) -> Curve:
     """Read the evaluations of a run, one each `every` iterations.
 
-    easy, hard, proxy and eval_kl are those of held-out prompts. The others are of the responses to
-    training prompts: kl is the mean over the iterations nearest to the evaluation (a thousand
-    responses; eval_kl has one batch); asked, the share with a question mark, and label, how far the
-    labels agree with the sources, are those of the last iteration before it.
+    easy, hard, proxy and eval_kl are those of held-out prompts; the others are of the responses to
+    training prompts. kl is the mean over the iterations nearest to the evaluation: a thousand
+    responses, where eval_kl has one batch. questions, the share with a question mark, and label,
+    how far the labels agree with the sources, are those of the last iteration before it.
     """
     rows = {row["step"]: row for _, row in read_jsonl(run / "metrics.jsonl")}
     evaluated = sorted(step for step, row in rows.items() if "eval/gold" in row)
-    asked = _asked(run / "samples.jsonl", evaluated)
+    questions = _questions(run / "samples.jsonl", evaluated)
     curve: Curve = {
         name: []
-        for name in ("step", "easy", "hard", "proxy", "kl", "eval_kl", "asked", "label")
+        for name in ("step", "easy", "hard", "proxy", "kl", "eval_kl", "questions", "label")
     }  # fmt: skip
     for step in evaluated:
         row = rows[step]
@@ -54,7 +54,7 @@ def curve_of(run: Path, every: int) -> Curve:
             "proxy": row["eval/score"],
             "kl": float(np.mean(near)),
             "eval_kl": row["eval/kl"],
-            "asked": asked[step],
+            "questions": questions[step],
             "label": None if easy is None or hard is None else (easy + 1 - hard) / 2,
         }
         for name, number in numbers.items():
@@ -62,7 +62,7 @@ def curve_of(run: Path, every: int) -> Curve:
     return curve
 
 
-def _asked(file: Path, steps: list[int]) -> dict[int, float]:
+def _questions(file: Path, steps: list[int]) -> dict[int, float]:
     found: dict[int, list[bool]] = {step: [] for step in steps}
     for _, row in read_jsonl(file):
         if row["step"] in found:

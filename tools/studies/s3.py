@@ -22,10 +22,9 @@ EVERY = 10  # iterations between evaluations
 LIGHT = ("run.save_every=0", "run.keep=1", "run.loggers=[]")
 SFT = ("recipe=tiny/sft", *LIGHT)
 RM = ("recipe=tiny/rm", *LIGHT)
-# Held-out responses are drawn from the policy whose KL is measured. A micro-batch of 32 is faster
-# on a CPU.
+# Held-out responses are drawn from the policy whose KL is measured.
 POLICY = (
-    *LIGHT, f"run.eval_every={EVERY}", "run.eval_prompts=240", "batch.micro_batch=32",
+    *LIGHT, f"run.eval_every={EVERY}", "run.eval_prompts=180",
     "evaluation.temperature=1", "evaluation.top_p=1",
 )  # fmt: skip
 
@@ -40,19 +39,21 @@ class System:
 
 CLASSIFIER = "algorithm.group_classifier.name="
 SYSTEMS = {
-    "ppo_kl": System("PPO with KL", (0.02, 0.05, 0.1, 0.2, 0.4), "tiny/ppo_kl"),
-    "gipo_head": System("GIPO, learned head", (0.1,)),
-    "gipo_value": System("GIPO, value split", (0.1,), overrides=(CLASSIFIER + "value_split",)),
+    "ppo_kl": System("PPO with KL", (0.1, 0.2, 0.35, 0.6), "tiny/ppo_kl"),
+    "gipo_head": System("GIPO, learned head", (0.2, 0.4)),
+    "gipo_value": System(
+        "GIPO, value split", (0.2, 0.4), overrides=(CLASSIFIER + "value_split",)
+    ),
     "adaptive": System(
-        "adaptive KL alone", (0.1,),
+        "adaptive KL alone", (0.3,),
         overrides=(CLASSIFIER + "value_split", "algorithm.variance_regulariser.name=none"),
     ),
     "gipo_shared": System(
-        "GIPO, shared price", (0.1,),
+        "GIPO, shared price", (0.3,),
         overrides=("algorithm.variance_regulariser.weigh_kl=true",),
     ),
-    "oracle": System("GIPO, given groups", (0.1,), overrides=(CLASSIFIER + "labelled",)),
-    "random": System("GIPO, random groups", (0.1,), overrides=(CLASSIFIER + "random",)),
+    "oracle": System("GIPO, given groups", (0.3,), overrides=(CLASSIFIER + "labelled",)),
+    "random": System("GIPO, random groups", (0.3,), overrides=(CLASSIFIER + "random",)),
 }  # fmt: skip
 
 

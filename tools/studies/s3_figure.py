@@ -30,8 +30,9 @@ def draw(
         for name, at, colour in ((BASELINE, nearest(world, kl), "black"), (system, eta, "C1")):
             label = f"{labels[name]}, η {at:g}: KL {world.of[name][at]['kl'].mean():.2f}"
             curves = [c.curve for c in cells if (c.system, c.eta) == (name, at)]
+            steps = np.array(curves[0]["step"], dtype=float).tolist()
             rows = list(np.array([curve[source] for curve in curves], dtype=float).T)
-            band(panel, curves[0]["step"], rows, colour, "-", label)
+            band(panel, steps, rows, colour, "-", label)
         panel.set_title(f"{source} prompts", fontsize=9)
         panel.set_xlabel("iteration")
     easy.set_ylabel("gold")

@@ -20,7 +20,7 @@ RULE = Rule(
     alpha=np.inf,  # five seeds cannot give a p below 0.05 after Holm
 )
 PRIMARY = ("worse", "mean", "easy", "hard")
-SECONDARY = ("peak", "decline", "gap", "proxy", "asked")
+SECONDARY = ("peak", "decline", "gap", "proxy", "questions")
 NUMBERS = ("kl", *PRIMARY, *SECONDARY, "label")
 
 
