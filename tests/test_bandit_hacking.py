@@ -13,7 +13,6 @@ SEEDS = range(3)
 OVERRATED = WorldSpec("easy", hack_proxy=2.5, hack_odds=0.3)
 
 
-@pytest.mark.timeout(300)
 def test_a_price_per_group_prevents_hacks_that_one_price_cannot_prevent() -> None:
     """At an equal mean coefficient, on both halves; random groups do nothing.
 

@@ -22,7 +22,6 @@ SEEDS, STEPS = range(3), 80
 OFFSET = WorldSpec("none", offset=1.0)
 
 
-@pytest.mark.timeout(300)
 def test_offsets_mislead_learned_groups_unless_scores_are_anchored() -> None:
     """PPO with KL has the same reward, anchored or not, as the GIPO that it is compared with."""
     found = {
