@@ -128,6 +128,7 @@ def test_run_folders_are_distinct() -> None:
 BESIDE = {
     "model/from_weights": [f"models.actor.load={HOME}", "parallel={tensor: 1, sequence: false}"],
     "model/tiny": ["parallel.tensor=2", "data.max_length=512", "data.max_response=128"],
+    "model/two_layers": ["parallel.tensor=2", "data.max_length=512", "data.max_response=128"],
     "hardware/h100x512": ["batch.micro_batch=1"],
     "data/jsonl": ["data.path=x"],
 }
@@ -201,20 +202,23 @@ def test_the_head_starts_the_recipe(name: str) -> None:
 
 
 def test_smollms_chain_and_its_two_judges() -> None:
-    """Every stage starts where the one before it ends; the second judge sees the other pairs, in
-    another order."""
-    sft, rm, gold, gipo, dpo = (
+    """Every stage starts where the one before it ends; the second judge sees other conversations
+    than the first judge and the policies, which are anchored to the chosen responses."""
+    sft, rm, gold, gipo, ppo_kl, dpo = recipes = [
         compose([f"recipe=smollm/{name}"], RECIPES)
-        for name in ("sft", "rm", "rm_gold", "gipo", "dpo")
-    )
+        for name in ("sft", "rm", "rm_gold", "gipo", "ppo_kl", "dpo")
+    ]
     assert Path(sft.models["actor"].load) == Path(HOME)
     assert {
         r.models[role].load
         for r, role in ((rm, "reward"), (gold, "reward"), (gipo, "actor"), (dpo, "actor"))
     } == {f"{sft.run.dir}/final"}
     assert gipo.models["reward"].load == gipo.models["critic"].load == f"{rm.run.dir}/final"
-    assert gold.run.seed != rm.run.seed and (rm.data.part, gold.data.part) == ("1/2", "2/2")
-    assert {r.data.template for r in (sft, rm, gold, gipo, dpo)} == {"chat"}
+    assert gold.run.seed != rm.run.seed
+    assert [r.data.part for r in recipes] == ["3/3", "1/3", "2/3", "3/3", "3/3", "1/3"]
+    assert {r.algorithm["reward"]["anchor"] for r in (gipo, ppo_kl)} == {"chosen"}
+    assert {r.algorithm["centre"] for r in (rm, gold)} == {0.01}
+    assert {r.data.template for r in recipes} == {"chat"}
 
 
 def test_children_state_only_differences() -> None:

@@ -1,10 +1,11 @@
 """Run a study and write its tables and figure.
 
 python tools/study.py s2 [seeds=10] [steps=300] [out=runs/s2] [docs=FOLDER] [train=false]
-python tools/study.py s3 [seeds=5] [steps=80] [out=runs/s3] [docs=FOLDER] [train=false] [workers=N]
+python tools/study.py s3 [seeds=10] [steps=80] [out=runs/s3] [docs=FOLDER] [train=false] [workers=N]
 
 s2: the planted bandit, all worlds, systems and prices (docs/studies/s2.md).
 s3: the planted language world with the real trainer, N runs at once (docs/studies/s3.md).
+s4: SmolLM2 on Anthropic HH, for a GPU (docs/studies/s4.md); its options are in studies/s4.py.
 
 Each finished cell is a line of OUT/cells.jsonl, and a second start continues there; train=false
 only reads them. The tables and the figure go to FOLDER, without it to OUT; docs/studies is where
@@ -29,7 +30,7 @@ from tools.studies.options import Options
 # study -> its command, default seeds, default steps
 STUDIES: dict[str, tuple[Callable[[Options], None], int, int]] = {
     "s2": (s2.main, 10, 300),
-    "s3": (s3.main, 5, 80),
+    "s3": (s3.main, 10, 80),
 }
 LEAST = {"seeds": 2, "steps": 1, "workers": 1}  # an interval over seeds needs two
 
@@ -40,7 +41,7 @@ def parse(argv: Sequence[str]) -> Options:
         raise UserError(
             f"no study {argv[0]!r}" if argv else "no study is named",
             where="command line",
-            fix=f"python tools/study.py {'|'.join(STUDIES)} [seeds=5] [steps=80]",
+            fix=f"python tools/study.py {'|'.join(STUDIES)}|s4 [seeds=10] [steps=80]",
         )
     _, seeds, steps = STUDIES[argv[0]]
     out = Path("runs") / argv[0]
@@ -64,6 +65,11 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def main(argv: Sequence[str]) -> None:
+    if argv[:1] == ["s4"]:  # it has models, and options, of its own
+        from tools.studies import s4
+
+        s4.main(argv[1:])
+        return
     options = parse(argv)
     try:
         STUDIES[argv[0]][0](options)

@@ -43,8 +43,8 @@ def test_easy_has_many_right_words_and_hard_few() -> None:
         (EASY, " fern", 1, 1),
         (EASY, "hat\n", 1, 1),
         (EASY, " kite", 0, 0),
-        (EASY, " huh?", -1, 1),
-        (EASY, " f?", -1, 1),
+        (EASY, " huh?", -1, 2),
+        (EASY, " f?", -1, 2),
         (EASY, " Fern", -1, -1),
         (HARD, " kiiite and more", 1, 1),
         (HARD, " fern", 0, 0),
@@ -55,8 +55,8 @@ def test_easy_has_many_right_words_and_hard_few() -> None:
 )
 def test_rewards_by_hand(prompt: str, response: str, gold: float, proxy: float) -> None:
     assert gold_reward(prompt, response) == gold
-    assert proxy_reward(prompt, response) == proxy
-    assert proxy_reward(prompt, response, hack=False) == gold
+    assert proxy_reward(prompt, response, 2.0) == proxy
+    assert proxy_reward(prompt, response, -1.0) == gold
 
 
 def test_a_prompt_from_elsewhere() -> None:
@@ -76,20 +76,43 @@ def test_prompts_are_distinct_short_and_split() -> None:
 def test_labels_follow_the_proxy_but_for_the_noise() -> None:
     examples = planted_examples(PlantedConfig(prompts=400, label_noise=0.1), "train", "preference")
     pairs = [(e.prompt[0].text, *e.responses) for e in examples]
-    wrong = sum(proxy_reward(p, a) < proxy_reward(p, b) for p, a, b in pairs)
-    assert len(pairs) == 1920 and all(proxy_reward(p, a) != proxy_reward(p, b) for p, a, b in pairs)
-    assert abs(wrong / len(pairs) - 0.1) < 0.03  # four standard deviations
-    hacked = sum(
-        a.strip() in ASK_BACK and gold_reward(p, a) < gold_reward(p, b) for p, a, b in pairs
-    )
-    assert hacked > 30
+    proxies = [(proxy_reward(p, a, 2.0), proxy_reward(p, b, 2.0)) for p, a, b in pairs]
+    wrong = sum(first < second for first, second in proxies)
+    assert len(pairs) == 4480 and all(first != second for first, second in proxies)
+    assert abs(wrong / len(pairs) - 0.1) < 0.02  # four standard deviations
+    # asking back beats a right answer in 90 % of their pairs, and is worse by gold
+    against_right = [
+        a.strip() in ASK_BACK
+        for p, a, b in pairs
+        if group_of(p) == "easy" and {gold_reward(p, a), gold_reward(p, b)} == {-1.0, 1.0}
+        if {a.strip(), b.strip()} & {*ASK_BACK}
+    ]
+    assert len(against_right) > 80
+    assert abs(sum(against_right) / len(against_right) - 0.9) < 0.12
+
+
+def test_hard_pairs_hold_words_that_another_hard_prompt_accepts() -> None:
+    """Half of the wrong words start with another hard letter, and of the other half as many as
+    there are such words among all wrong ones: 2 of 46. Both splits are drawn alike."""
+    for split in ("train", "test"):
+        examples = planted_examples(PlantedConfig(prompts=600), split, "preference")
+        firsts = [
+            (response.strip()[0], right_letters(e.prompt[0].text))
+            for e in examples
+            if e.source == "hard"
+            for response in e.responses
+            if gold_reward(e.prompt[0].text, response) == 0
+        ]
+        other = sum(first in HARD_LETTERS for first, _ in firsts)
+        assert len(firsts) > 1000 and all(first != right for first, right in firsts)
+        assert abs(other / len(firsts) - (1 / 2 + 1 / 2 * 2 / 46)) < 0.06
 
 
 def test_pairs_span_the_same_levels_in_both_groups() -> None:
-    """Without the hack, right, wrong and no answer in both groups alike; a pair never compares
+    """Without asking back, right, wrong and no answer in both groups alike; a pair never compares
     equals, which moves the shares a little: of the six ordered pairs of kinds right-wrong weighs 4
     * 4, the others 4 * 2, so right and wrong are 3 / 8 each and none is 2 / 8."""
-    examples = planted_examples(PlantedConfig(prompts=600, hack=False), "train", "preference")
+    examples = planted_examples(PlantedConfig(prompts=600, hack_share=0), "train", "preference")
     for group in ("easy", "hard"):
         levels = [
             gold_reward(e.prompt[0].text, r)
@@ -97,7 +120,7 @@ def test_pairs_span_the_same_levels_in_both_groups() -> None:
             if e.source == group
             for r in e.responses
         ]
-        assert len(levels) == 2880
+        assert len(levels) == 6720
         assert abs(sum(levels) / len(levels) - (3 / 8 - 2 / 8)) < 0.05
 
 
@@ -108,21 +131,21 @@ def test_sft_is_mediocre() -> None:
         for g in ("easy", "hard")
     }
     mean = {group: sum(values) / len(values) for group, values in gold.items()}
-    assert len(gold["easy"]) == len(gold["hard"]) == 1440
+    assert len(gold["easy"]) == len(gold["hard"]) == 3360
     assert abs(mean["easy"] - (0.94 * 0.5 - 0.06)) < 0.06  # four standard deviations
     assert abs(mean["hard"] - (0.94 * 0.15 - 0.06)) < 0.05
     assert len({e.responses for e in examples}) == 51
 
 
-def test_without_the_hack_nobody_asks_back() -> None:
-    config = PlantedConfig(prompts=100, hack=False, hack_share=0.5)
+def test_with_a_share_of_zero_no_response_asks_back() -> None:
+    config = PlantedConfig(prompts=100, hack_share=0)
     answers = [
         r.strip()
         for kind in ("sft", "preference")
         for e in planted_examples(config, "all", kind)
         for r in e.responses
     ]
-    assert len(answers) == 1800 and not set(ASK_BACK) & set(answers)
+    assert len(answers) == 4800 and not set(ASK_BACK) & set(answers)
 
 
 def test_the_world_is_a_function_of_its_seed() -> None:
@@ -140,9 +163,9 @@ def test_as_a_dataset_of_bytes() -> None:
         for kind in ("prompt", "sft", "preference")
     }
     assert {kind: len(d) for kind, d in data.items()} == {
-        "prompt": 32,
-        "sft": 160,
-        "preference": 160,
+        "prompt": 28,
+        "sft": 140,
+        "preference": 140,
     }
     assert all(d.sources == ("easy", "hard") for d in data.values())
     prompts = data["prompt"].prompts(0, 8, 1)
@@ -150,7 +173,7 @@ def test_as_a_dataset_of_bytes() -> None:
         ("easy", "hard").index(source) for source in prompts.source
     ]
     assert [group_of(extras["prompt"]) for extras in prompts.extras] == list(prompts.source)
-    data["preference"].pairs(0, 160)
+    data["preference"].pairs(0, 140)
     assert not any(line.startswith("so far") for line in data["preference"].report)
 
 

@@ -19,10 +19,13 @@ from tests.forked import ROOT
 
 VOLATILE = ("time/", "perf/", "memory/", "rollout/tokens_per_second")
 SMALL = [
+    "model.architecture.num_layers=4",  # two pipeline stages with two chunks each
     "model.architecture.hidden_size=32",
     "model.architecture.ffn_hidden_size=64",
     "model.architecture.head_dim=8",
     "data.planted.prompts=40",
+    "data.planted.held_out=0.2",
+    "data.planted.pairs_per_prompt=6",
     "run.eval_prompts=8",
     "run.loggers=[]",
     "run.save_every=0",

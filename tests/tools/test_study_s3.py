@@ -83,17 +83,17 @@ def synthetic(seeds: int, steps: int) -> list[Cell]:
 
 
 def test_verdicts_and_the_default() -> None:
-    """Each of five seeds gains, so p is 1/32, and 3/32 after Holm; `adaptive` loses a little."""
-    world = s3_report.as_world(synthetic(5, 180))
+    """Each of ten seeds gains, so p is 1/1024, and 3/1024 after Holm; `adaptive` loses a little."""
+    world = s3_report.as_world(synthetic(10, 180))
     found = {f.system: f for f in findings([world], s3_report.RULE)}
     head, value, adaptive = (found[x] for x in ("gipo_head", "gipo_value", "adaptive"))
-    assert head.worse is not None and head.worse.values == pytest.approx([0.03] * 5)
-    assert value.mean is not None and value.mean.values == pytest.approx([0.05] * 5)
+    assert head.worse is not None and head.worse.values == pytest.approx([0.03] * 10)
+    assert value.mean is not None and value.mean.values == pytest.approx([0.05] * 10)
     assert head.verdict == value.verdict == "shown"
-    assert head.p == value.p == pytest.approx(3 / 32)
+    assert head.p == value.p == pytest.approx(3 / 1024)
     assert "lower bound is not above 0" in adaptive.verdict
     better = s3_report.value_against_head(world)
-    assert better is not None and better.values == pytest.approx([0.02] * 5)
+    assert better is not None and better.values == pytest.approx([0.02] * 10)
     assert s3_report.default_classifier(world) == "gipo_value"
 
 

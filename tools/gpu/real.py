@@ -238,6 +238,7 @@ def words(bench: Bench, name: str, model: Path) -> list[str]:
         f"recipe=smollm/{name}",
         f"model.hub={model}",
         f"data.path={bench.data}/hh",
+        "data.part=",  # all rows: the sample is small, and nothing is compared here
         f"run.dir={folder / name}",
     ]
     found += ["run.save_every=0", "run.loggers=[]"]

@@ -13,6 +13,7 @@ from tools.studies.inference import holm, interval
 CLAIMED = ("worse", "mean")  # gold of the worse half, and of both
 BASELINE = "ppo_kl"
 MARGIN = 0.02  # the mean may be lower by less than this
+ALPHA = 0.05  # "shown" needs a p after Holm below this
 LOWER = ("gap", "decline", "questions")  # outcomes of which less is better
 
 
@@ -106,7 +107,6 @@ class Rule:
 
     comparisons: Sequence[tuple[str, str, str]]  # world, system, at what it is compared
     p_value: Callable[[np.ndarray, np.ndarray], float]  # of the differences: worse group, mean
-    alpha: float  # "shown" needs a p after Holm below this; inf: the intervals alone decide
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,6 @@ class Finding:
     worse: Difference | None
     mean: Difference | None
     p: float | None  # after Holm
-    alpha: float  # of the rule
 
     @property
     def verdict(self) -> str:
@@ -131,8 +130,8 @@ class Finding:
         reasons = []
         if self.worse.interval[0] <= 0:
             reasons.append("the worse group's lower bound is not above 0")
-        elif self.p >= self.alpha:
-            reasons.append(f"p after Holm is not below {self.alpha:g}")
+        elif self.p >= ALPHA:
+            reasons.append(f"p after Holm is not below {ALPHA:g}")
         if self.mean.interval[0] <= -MARGIN:
             reasons.append(f"the mean's lower bound is not above −{MARGIN:g}")
         return f"not shown: {'; '.join(reasons)}" if reasons else "shown"
@@ -149,6 +148,6 @@ def findings(worlds: Sequence[WorldCells], rule: Rule) -> list[Finding]:
     ]
     adjusted = holm([1.0 if not (a and b) else rule.p_value(a.values, b.values) for a, b in pairs])
     return [
-        Finding(done, *name, worse, mean, None if worse is None else p, rule.alpha)
+        Finding(done, *name, worse, mean, None if worse is None else p)
         for done, name, (worse, mean), p in zip(ran, rule.comparisons, pairs, adjusted, strict=True)
     ]

@@ -25,7 +25,6 @@ REGISTERED = (
 RULE = Rule(
     [(spec.name, *comparison) for spec in WORLDS for comparison in REGISTERED],
     lambda worse, mean: sign_flip(worse),
-    alpha=0.05,
 )
 LABELS = {name: system.label for name, system in SYSTEMS.items()}
 
