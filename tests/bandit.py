@@ -2,14 +2,17 @@
 real components.
 
 A prompt is one token, a response one of 50 tokens. Half the prompts are easy (15 rewarded actions),
-half hard (2).
+half hard (2). The worlds are those of tools/studies/bandit.py, one seed of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import astuple, dataclass
+from functools import lru_cache, partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,44 +21,26 @@ from torch import Tensor
 from gipo_megatron.algorithms.ppo import PPO
 from gipo_megatron.components import protocols
 from gipo_megatron.components.advantage import GeneralisedAdvantage
-from gipo_megatron.components.groups import CriticHead, LabelledGroups, NoGroups
-from gipo_megatron.components.kl import FixedKL, NoKL
+from gipo_megatron.components.groups import (
+    CriticHead,
+    LabelledGroups,
+    NoGroups,
+    RandomGroups,
+    ValueSplit,
+)
+from gipo_megatron.components.kl import FixedKL, GroupAdaptiveKL
 from gipo_megatron.components.reward import ModelReward
 from gipo_megatron.components.rollout import SamplingRollout
-from gipo_megatron.components.variance import GroupVariance, NoVariance, ReturnVariance
+from gipo_megatron.components.variance import GroupVariance, NoVariance
 from gipo_megatron.local.roles import TorchActor, TorchCritic
 from gipo_megatron.roles import DataParallel, SingleReplica
-from gipo_megatron.specs import HeadSpec
-from gipo_megatron.types import Prompts, Sequences, StepResult
+from gipo_megatron.types import Prompts, Rollout, Rows, Sequences, StepResult
+from tools.studies.bandit import NOISE, World, WorldSpec
 
 NUM_PROMPTS, NUM_ACTIONS, BATCH = 64, 50, 256
 VOCAB = NUM_ACTIONS + NUM_PROMPTS  # actions are tokens 0 … 49, prompts the tokens after them
-EASY_ACTIONS, HARD_ACTIONS, HACKS = 15, 2, 3
-NOISE = 0.3
-
-
-@dataclass(frozen=True)
-class World:
-    """gold and proxy [prompts, actions]: mean rewards; they differ only where there are hacks."""
-
-    gold: Tensor
-    proxy: Tensor
-
-    @staticmethod
-    def make(seed: int, hacks: int = 0) -> World:
-        """`hacks` actions of every easy prompt score +1 with the proxy and -1 with gold."""
-        generator = torch.Generator().manual_seed(10_000 + seed)
-        gold = torch.zeros(NUM_PROMPTS, NUM_ACTIONS)
-        proxy = torch.zeros(NUM_PROMPTS, NUM_ACTIONS)
-        for prompt in range(NUM_PROMPTS):
-            order = torch.randperm(NUM_ACTIONS, generator=generator)
-            easy = is_easy(prompt)
-            good = order[: EASY_ACTIONS if easy else HARD_ACTIONS]
-            gold[prompt, good] = proxy[prompt, good] = 1.0
-            if easy and hacks:
-                bad = order[-hacks:]
-                gold[prompt, bad], proxy[prompt, bad] = -1.0, 1.0
-        return World(gold, proxy)
+HIDDEN, LR = 64, 3e-3
+PLAIN = WorldSpec("none")
 
 
 def is_easy(prompt: int) -> bool:
@@ -63,17 +48,32 @@ def is_easy(prompt: int) -> bool:
 
 
 class NoisyProxy:
-    """A reward model: the proxy's mean plus noise that is a pure function of (seed, sample_id)."""
+    """A reward model: the proxy's mean plus noise that is a pure function of the seed and the row:
+    of sample_id in a rollout, of the prompt in chosen responses."""
 
     def __init__(self, world: World, seed: int) -> None:
-        self.world, self.seed = world, seed
+        self.proxy, self.seed = world.proxy[0], seed
 
-    def score(self, batch: Any) -> Tensor:
-        sample_id = int(batch.sample_id[0])
-        generator = torch.Generator().manual_seed(77_000_000 + self.seed * 1_000_003 + sample_id)
-        noise = NOISE * torch.randn(len(batch), generator=generator)
-        action = batch.tokens[:, 1]
-        return self.world.proxy[batch.prompt_id, action] + noise
+    def score(self, batch: Rows) -> Tensor:
+        tokens = batch.sequences.tokens
+        prompt = tokens[:, 0] - NUM_ACTIONS
+        if isinstance(batch, Rollout):
+            first = int(batch.sample_id[0])
+            noise = self._noise(77_000_000 + self.seed * 1_000_003 + first, len(batch))
+        else:
+            noise = self._noise(88_000_000 + self.seed, NUM_PROMPTS)[prompt]
+        return self.proxy[prompt, tokens[:, 1]] + noise
+
+    @staticmethod
+    def _noise(key: int, count: int) -> Tensor:
+        return NOISE * torch.randn(count, generator=torch.Generator().manual_seed(key))
+
+
+def chosen(gold: Tensor, prompt_id: Tensor) -> Sequences:
+    """Return each prompt with a right action, as preference data have it."""
+    two = torch.full_like(prompt_id, 2)
+    tokens = torch.stack([prompt_id + NUM_ACTIONS, gold[prompt_id].argmax(1)], 1)
+    return Sequences(tokens, torch.tensor([False, True]).expand(len(two), 2), two - 1, two, two)
 
 
 def prompts_of(step: int, seed: int) -> Prompts:
@@ -101,101 +101,120 @@ def all_prompts() -> Sequences:
 # ------------------------------------------------------------------------------------------ systems
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """True (gold) mean reward of the easy and of the hard half, and KL to the reference."""
+
+    easy: float
+    hard: float
+    kl: float
+
+    @property
+    def gap(self) -> float:
+        return self.easy - self.hard
+
+    @property
+    def mean(self) -> float:
+        return (self.easy + self.hard) / 2
+
+
 @dataclass
 class Bandit:
     """One system on one world; `ppo.step(k)` is the real algorithm."""
 
     world: World
     actor: TorchActor
+    reference: TorchActor
     ppo: PPO
 
     @torch.no_grad()
     def policy(self) -> Tensor:
         """[prompts, actions]"""
-        tokens = torch.stack(
-            [torch.arange(NUM_PROMPTS) + NUM_ACTIONS, torch.zeros(NUM_PROMPTS, dtype=torch.int64)],
-            1,
-        )
-        return self.actor.logits(tokens)[:, 1].softmax(-1)
+        return action_logits(self.actor).softmax(-1)
 
-    def value(self) -> tuple[float, float]:
-        """True (gold) mean reward of the easy and of the hard half."""
-        expected = (self.policy() * self.world.gold).sum(1)
-        return float(expected[: NUM_PROMPTS // 2].mean()), float(
-            expected[NUM_PROMPTS // 2 :].mean()
-        )
+    def outcome(self) -> Outcome:
+        """Return exact expectations under today's policy."""
+        policy = self.policy()
+        halves = (policy * self.world.gold[0]).sum(1).view(2, -1).mean(1).tolist()
+        with torch.no_grad():
+            reference = action_logits(self.reference).log_softmax(-1)
+        kl = (policy * (policy.log() - reference)).sum(1).mean()
+        return Outcome(*halves, float(kl))
+
+
+def action_logits(actor: TorchActor) -> Tensor:
+    """[prompts, actions]"""
+    prompt = torch.arange(NUM_PROMPTS) + NUM_ACTIONS
+    return actor.logits(torch.stack([prompt, torch.zeros_like(prompt)], 1))[:, 1]
 
 
 Parts = tuple[protocols.GroupClassifier, protocols.VarianceRegulariser, protocols.KLController]
+Classifier = Callable[[DataParallel], protocols.GroupClassifier]
+System = Callable[[DataParallel], Parts]
 
 
-def ppo_no_kl(dp: DataParallel) -> Parts:
-    return NoGroups(), NoVariance(), NoKL()
+def head(dp: DataParallel) -> protocols.GroupClassifier:
+    return CriticHead(lr=1e-2, detach_trunk=True)
 
 
-def ppo_kl(dp: DataParallel) -> Parts:
-    return NoGroups(), NoVariance(), FixedKL(0.05)
+def given(dp: DataParallel) -> protocols.GroupClassifier:
+    return LabelledGroups(sources=("easy", "hard"))
 
 
-def gipo_prompt(dp: DataParallel) -> Parts:
-    return CriticHead(lr=1e-2, detach_trunk=True), GroupVariance(beta=0.3), FixedKL(0.05)
+def value_split(dp: DataParallel) -> protocols.GroupClassifier:
+    return ValueSplit(dp=dp)
 
 
-def oracle(dp: DataParallel) -> Parts:
-    return LabelledGroups(sources=("easy", "hard")), GroupVariance(beta=0.3), FixedKL(0.05)
+def random_groups(dp: DataParallel) -> protocols.GroupClassifier:
+    return RandomGroups()
 
 
-def no_groups(dp: DataParallel) -> Parts:
-    return NoGroups(), ReturnVariance(beta=0.1), FixedKL(0.05)
+def ppo_kl(eta: float = 0.05) -> System:
+    return lambda dp: (NoGroups(), NoVariance(), FixedKL(eta))
 
 
-SYSTEMS: dict[str, Callable[[DataParallel], Parts]] = {
-    "ppo_no_kl": ppo_no_kl,
-    "ppo_kl": ppo_kl,
-    "gipo_prompt": gipo_prompt,
-    "oracle": oracle,
-    "no_groups": no_groups,
-}
+def gipo(groups: Classifier, eta: float = 0.05, **settings: Any) -> System:
+    """The KL coefficient is over the weight; settings: of the regulariser."""
+    return lambda dp: (groups(dp), GroupVariance(dp=dp, **settings), FixedKL(eta))
+
+
+def adaptive(groups: Classifier, eta: float) -> System:
+    """A KL coefficient for each group, whose mean is eta; all weights are 1."""
+    return lambda dp: (groups(dp), NoVariance(), GroupAdaptiveKL(eta=eta, dp=dp))
 
 
 def imitate(actor: TorchActor, target: Tensor, steps: int = 150) -> None:
     """Supervised: the policy becomes `target` [prompts, actions], as SFT would make it."""
-    tokens = torch.stack(
-        [torch.arange(NUM_PROMPTS) + NUM_ACTIONS, torch.zeros(NUM_PROMPTS, dtype=torch.int64)], 1
-    )
     optimizer = torch.optim.Adam(actor.parameters, lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
-        (-(target * actor.logits(tokens)[:, 1].log_softmax(-1)).sum(1).mean()).backward()
+        (-(target * action_logits(actor).log_softmax(-1)).sum(1).mean()).backward()
         optimizer.step()
     for p in actor.parameters:
         p.grad = None
 
 
+@lru_cache
+def first_policy(spec: WorldSpec, seed: int) -> TorchActor:
+    """Return the policy that training starts from. Do not change it: the next run starts there,
+    too."""
+    actor = TorchActor(VOCAB, HIDDEN, lr=LR, seed=1000 * seed, num_actions=NUM_ACTIONS)
+    target = World.make(spec, [seed]).reference[0]
+    if float(target.std()) > 0:  # the first weights give equal probabilities
+        imitate(actor, target)
+    return actor
+
+
 def make(
-    parts: Callable[[DataParallel], Parts],
-    seed: int,
-    hacks: int = 0,
-    clip: float = 0.8,
-    hidden: int = 64,
-    hack_odds: float = 1.0,
+    system: System, seed: int, spec: WorldSpec = PLAIN, clip: float = 0.8, anchor: str = "none"
 ) -> Bandit:
     """Everything but the three exchanged components is the same, and drawn alike, for every system
-    of a seed.
-
-    hack_odds < 1: policy and reference start as a policy that is uniform but for the hacks, which
-    are that much rarer.
-    """
+    of a seed. clip, anchor: of the reward."""
     dp = SingleReplica()
-    world = World.make(seed, hacks)
-    classifier, regulariser, controller = parts(dp)
-    head: HeadSpec | None = classifier.head
-    actor = TorchActor(VOCAB, hidden, lr=3e-3, seed=1000 * seed, num_actions=NUM_ACTIONS)
-    reference = TorchActor(VOCAB, hidden, seed=1000 * seed, num_actions=NUM_ACTIONS)
-    if hack_odds < 1:
-        odds = torch.where(world.gold < 0, hack_odds, 1.0)
-        for policy in (actor, reference):
-            imitate(policy, odds / odds.sum(1, keepdim=True))
+    world = World.make(spec, [seed])
+    classifier, regulariser, controller = system(dp)
+    reference = first_policy(spec, seed)
+    actor = deepcopy(reference)
     ppo = PPO(
         epochs=2,
         critic_warmup=0,
@@ -203,6 +222,8 @@ def make(
         reward=ModelReward(
             missing_eos_penalty=0.0,  # a response is one action
             clip=clip,
+            anchor=anchor,
+            chosen=partial(chosen, world.gold[0]),
             reward_models={"reward": NoisyProxy(world, seed)},
             dp=dp,
         ),
@@ -213,7 +234,7 @@ def make(
         actor=actor,
         reference=reference,
         critic=TorchCritic(
-            VOCAB, head, hidden, lr=3e-3, seed=1000 * seed + 100, group_hidden=hidden
+            VOCAB, classifier.head, HIDDEN, LR, seed=1000 * seed + 100, group_hidden=HIDDEN
         ),
         dp=dp,
         minibatch=BATCH,
@@ -223,8 +244,18 @@ def make(
         sources=("easy", "hard"),
         timer=lambda name: contextlib.nullcontext(),
     )
-    return Bandit(world, actor, ppo)
+    return Bandit(world, actor, reference, ppo)
 
 
 def train(bandit: Bandit, steps: int) -> list[StepResult]:
     return [bandit.ppo.step(step) for step in range(steps)]
+
+
+def average(system: System, seeds: Iterable[int], steps: int, **setting: Any) -> Outcome:
+    """Train one run for each seed; return the means of their outcomes. setting: of `make`."""
+    found = []
+    for seed in seeds:
+        bandit = make(system, seed, **setting)
+        train(bandit, steps)
+        found.append(astuple(bandit.outcome()))
+    return Outcome(*(fmean(column) for column in zip(*found, strict=True)))

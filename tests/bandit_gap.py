@@ -11,22 +11,29 @@ from __future__ import annotations
 import sys
 from statistics import fmean, stdev
 
+from gipo_megatron.components.groups import NoGroups
+from gipo_megatron.components.kl import FixedKL
+from gipo_megatron.components.variance import ReturnVariance
+from gipo_megatron.roles import DataParallel
 from tests import bandit
 
-NAMES = {
-    "oracle": "given groups (oracle), β 0.3",
-    "gipo_prompt": "GIPO, prompt input, β 0.3",
-    "ppo_kl": "PPO with KL",
-    "no_groups": "return variance without groups, β 0.1",
+
+def return_variance(dp: DataParallel) -> bandit.Parts:
+    return NoGroups(), ReturnVariance(beta=0.1), FixedKL(0.05)
+
+
+SYSTEMS: dict[str, bandit.System] = {
+    "given groups (oracle), β 0.3": bandit.gipo(bandit.given, beta=0.3),
+    "GIPO, prompt input, β 0.3": bandit.gipo(bandit.head, beta=0.3),
+    "PPO with KL": bandit.ppo_kl(),
+    "return variance without groups, β 0.1": return_variance,
 }
 
 
-def values(name: str, seed: int, steps: int) -> tuple[float, float]:
-    """(gap, mean) of the true reward over easy and hard prompts after training."""
-    system = bandit.make(bandit.SYSTEMS[name], seed)
-    bandit.train(system, steps)
-    easy, hard = system.value()
-    return easy - hard, (easy + hard) / 2
+def outcome(system: bandit.System, seed: int, steps: int) -> bandit.Outcome:
+    run = bandit.make(system, seed)
+    bandit.train(run, steps)
+    return run.outcome()
 
 
 def interval(numbers: list[float]) -> str:
@@ -35,6 +42,7 @@ def interval(numbers: list[float]) -> str:
 
 if __name__ == "__main__":
     seeds, steps = (int(word) for word in (sys.argv[1:] + ["5", "60"][len(sys.argv) - 1 :]))
-    for name, words in NAMES.items():
-        gaps, means = zip(*(values(name, seed, steps) for seed in range(seeds)), strict=True)
-        print(f"| {words} | {interval(list(gaps))} | {interval(list(means))} |", flush=True)
+    for words, system in SYSTEMS.items():
+        found = [outcome(system, seed, steps) for seed in range(seeds)]
+        columns = [[x.gap for x in found], [x.mean for x in found], [x.kl for x in found]]
+        print(f"| {words} | {' | '.join(interval(column) for column in columns)} |", flush=True)

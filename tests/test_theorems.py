@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from gipo_megatron import ops
 from gipo_megatron.algorithms.ppo import PPO
-from gipo_megatron.components.groups import CriticHead, NoGroups
+from gipo_megatron.components.advantage import GeneralisedAdvantage
+from gipo_megatron.components.groups import CriticHead, LabelledGroups, NoGroups
 from gipo_megatron.components.kl import FixedKL, GroupAdaptiveKL
 from gipo_megatron.components.protocols import Observer
 from gipo_megatron.components.tracker import GroupTracker, group_loss_coefficients
@@ -26,8 +28,8 @@ from gipo_megatron.local.replicas import replica_rows, run_replicas
 from gipo_megatron.local.roles import TorchActor, TorchCritic
 from gipo_megatron.metrics import Metrics
 from gipo_megatron.roles import SingleReplica
-from gipo_megatron.types import Groups
-from tests.small_ppo import make_ppo, scores_of, stored_rollout
+from gipo_megatron.types import Groups, Rollout
+from tests.small_ppo import SOURCES, make_ppo, scores_of, stored_rollout
 
 KINDS = ("mass", "uniform")
 REGULARISERS: dict[str, Any] = {
@@ -272,6 +274,42 @@ def test_price_over_weight_leaves_the_weighted_reward_and_the_whole_kl() -> None
     assert (weights - 1).abs().min() > 0.05
     (exact,) = torch.autograd.grad((weights * returns - 0.3 * kl).sum(), theta)
     assert relative(policy_gradient(theta, reward, reference, 0.3), exact) < 1e-9
+
+
+@dataclass
+class SeenRewards:
+    """An advantage estimator that keeps the rewards of the page."""
+
+    inner: GeneralisedAdvantage
+    needs: ClassVar[tuple[str, ...]] = ("critic",)
+
+    def estimate(
+        self, rewards: Tensor, values: Tensor | None, batch: Rollout
+    ) -> tuple[Tensor, Tensor]:
+        self.found = rewards
+        return self.inner.estimate(rewards, values, batch)
+
+
+@pytest.mark.parametrize("weigh_kl", [False, True])
+def test_the_pages_reward_times_the_weight(weigh_kl: bool) -> None:
+    """w r_t = w s [last token] - eta log pi / pi_ref with the price over the weight; with a shared
+    price w multiplies the penalty, too."""
+    seen, eta = SeenRewards(GeneralisedAdvantage(dp=SingleReplica())), 0.3
+    regulariser = GroupVariance(beta=0.5, weigh_kl=weigh_kl)
+    groups = LabelledGroups(sources=SOURCES)
+    ppo = make_ppo(SingleReplica(), groups, regulariser, FixedKL(eta), advantage=seen)
+    for step in range(3):
+        ppo.step(step)
+    rollout = stored_rollout(ppo, 3)
+    log_ratio = ppo.actor.logprobs(rollout).logprobs - ppo.reference.logprobs(rollout).logprobs
+    shaped = deepcopy(ppo.reward).score(rollout).shaped
+    w = torch.tensor([row["weight"] for row in ppo.step(3).samples])[:, None]
+    position = torch.arange(rollout.mask.shape[1])
+    score = torch.where(position == rollout.lengths[:, None] - 1, shaped[:, None], 0.0)
+    kl = torch.where(rollout.mask, log_ratio, 0.0)
+    expected = w * score - eta * (w if weigh_kl else 1.0) * kl
+    torch.testing.assert_close(w * seen.found, expected, rtol=0, atol=1e-6)
+    assert (w - 1).abs().max() > 0.05 and kl.abs().max() > 0.05
 
 
 def test_a_weighted_kl_penalty_does_not_move_the_optimum() -> None:

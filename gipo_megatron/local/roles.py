@@ -138,7 +138,8 @@ class TorchActor:
             finished=finished,
             generation_logprobs=logprobs,
             response_text=tuple(
-                " ".join(str(int(x)) for x in row[m]) for row, m in zip(tokens, mask, strict=True)
+                " ".join(str(token) for token, inside in zip(row, m, strict=True) if inside)
+                for row, m in zip(tokens.tolist(), mask.tolist(), strict=True)
             ),
             prompt_id=prompts.prompt_id,
             sample_id=prompts.sample_id,
