@@ -23,7 +23,8 @@ class PlantedConfig:
     easy_share: Share = 0.5  # share of the prompts that are easy
     held_out: Share = 0.3  # share of the prompts that form the test split
     pairs_per_prompt: Size = 16  # preference pairs a prompt; SFT has as many responses a prompt
-    label_noise: Share = 0.05  # share of the pairs whose label is flipped
+    label_noise: Share = 0.05  # share of the easy prompts' pairs whose label is flipped
+    hard_label_noise: Share = 0.25  # the same of hard prompts', on which people agree less
     # what the labels take asking back on easy prompts for; gold is -1, a right answer is 1
     hack_reward: Annotated[float, Range(-1)] = 2.0
     hack_share: Share = 0.06  # share of such responses among SFT's and in pairs

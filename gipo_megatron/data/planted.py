@@ -45,7 +45,7 @@ HARD_LETTERS = "kp"
 OTHER_HARD_SHARE = 0.5
 GROUPS = ("easy", "hard")
 # of SFT's words, for a mediocre policy that has seen right answers to all prompts
-RIGHT_SHARE = {"easy": 0.5, "hard": 0.15}
+RIGHT_SHARE = {"easy": 0.5, "hard": 0.3}
 # of the words in pairs, so that the reward model has seen strings that are no words
 GARBLED_SHARE = 0.4
 GARBLE = ("abcdefghi", "jklmnopqr", "stuvwxyz ")
@@ -141,14 +141,16 @@ class World:
         return " " + self._word(prompt, right, noise)
 
     def pair(self, prompt: str, noise: torch.Generator) -> tuple[str, str]:
-        """Draw (chosen, rejected) with different proxy rewards; a share `label_noise` of the pairs
-        is swapped."""
+        """Draw (chosen, rejected) with different proxy rewards; a share of the pairs is swapped:
+        `label_noise` of easy prompts', `hard_label_noise` of hard prompts'."""
+        easy = group_of(prompt) == "easy"
+        noisy = self.config.label_noise if easy else self.config.hard_label_noise
         better = 0.0
         while not better:
             a, b = (self._compared(prompt, noise) for _ in range(2))
             first, second = (proxy_reward(prompt, x, self.config.hack_reward) for x in (a, b))
             better = first - second
-        if (better < 0) != (_uniform(noise) < self.config.label_noise):
+        if (better < 0) != (_uniform(noise) < noisy):
             a, b = b, a
         return a, b
 
