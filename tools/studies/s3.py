@@ -40,20 +40,20 @@ class System:
 CLASSIFIER = "algorithm.group_classifier.name="
 SYSTEMS = {
     "ppo_kl": System("PPO with KL", (0.1, 0.2, 0.35, 0.6), "tiny/ppo_kl"),
-    "gipo_head": System("GIPO, learned head", (0.2, 0.4)),
+    "gipo_head": System("GIPO, learned head", (0.2, 0.35)),
     "gipo_value": System(
-        "GIPO, value split", (0.2, 0.4), overrides=(CLASSIFIER + "value_split",)
+        "GIPO, value split", (0.2, 0.35), overrides=(CLASSIFIER + "value_split",)
     ),
     "adaptive": System(
-        "adaptive KL alone", (0.3,),
+        "adaptive KL alone", (0.35,),
         overrides=(CLASSIFIER + "value_split", "algorithm.variance_regulariser.name=none"),
     ),
     "gipo_shared": System(
-        "GIPO, shared price", (0.3,),
+        "GIPO, shared price", (0.35,),
         overrides=("algorithm.variance_regulariser.weigh_kl=true",),
     ),
-    "oracle": System("GIPO, given groups", (0.3,), overrides=(CLASSIFIER + "labelled",)),
-    "random": System("GIPO, random groups", (0.3,), overrides=(CLASSIFIER + "random",)),
+    "oracle": System("GIPO, given groups", (0.35,), overrides=(CLASSIFIER + "labelled",)),
+    "random": System("GIPO, random groups", (0.35,), overrides=(CLASSIFIER + "random",)),
 }  # fmt: skip
 
 
