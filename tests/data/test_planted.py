@@ -74,12 +74,17 @@ def test_prompts_are_distinct_short_and_split() -> None:
 
 
 def test_labels_follow_the_proxy_but_for_the_noise() -> None:
-    examples = planted_examples(PlantedConfig(prompts=400, label_noise=0.1), "train", "preference")
+    config = PlantedConfig(prompts=400, label_noise=0.1, hard_label_noise=0.3)
+    examples = planted_examples(config, "train", "preference")
     pairs = [(e.prompt[0].text, *e.responses) for e in examples]
     proxies = [(proxy_reward(p, a, 2.0), proxy_reward(p, b, 2.0)) for p, a, b in pairs]
-    wrong = sum(first < second for first, second in proxies)
     assert len(pairs) == 4480 and all(first != second for first, second in proxies)
-    assert abs(wrong / len(pairs) - 0.1) < 0.02  # four standard deviations
+    for group, noise in (("easy", 0.1), ("hard", 0.3)):
+        wrong = [
+            x < y for (p, *_), (x, y) in zip(pairs, proxies, strict=True) if group_of(p) == group
+        ]
+        assert len(wrong) == 2240
+        assert abs(sum(wrong) / len(wrong) - noise) < 0.04  # four standard deviations
     # asking back beats a right answer in 90 % of their pairs, and is worse by gold
     against_right = [
         a.strip() in ASK_BACK
@@ -133,7 +138,7 @@ def test_sft_is_mediocre() -> None:
     mean = {group: sum(values) / len(values) for group, values in gold.items()}
     assert len(gold["easy"]) == len(gold["hard"]) == 3360
     assert abs(mean["easy"] - (0.94 * 0.5 - 0.06)) < 0.06  # four standard deviations
-    assert abs(mean["hard"] - (0.94 * 0.15 - 0.06)) < 0.05
+    assert abs(mean["hard"] - (0.94 * 0.3 - 0.06)) < 0.05
     assert len({e.responses for e in examples}) == 51
 
 

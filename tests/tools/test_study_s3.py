@@ -30,7 +30,7 @@ def test_a_curve_is_read_from_a_run(tmp_path: Path) -> None:
     labels = {"source/easy/p_high": 0.9, "source/hard/p_high": 0.3}
     rows[4] |= LAST | labels | {"eval/kl": 3.0, "eval/gold/hard": -0.2}
     write_jsonl(tmp_path / "metrics.jsonl", rows)
-    texts = [(0, "bean"), (3, "what?"), (4, "huh?"), (4, "ant"), (4, "egg"), (4, "which?")]
+    texts = [(3, "what?"), (4, "huh?"), (4, "ant"), (4, "egg"), (4, "which?")]
     samples = [{"step": step, "response": text} for step, text in texts]
     write_jsonl(tmp_path / "samples.jsonl", samples)
     assert curve_of(tmp_path, every=4) == {
@@ -40,7 +40,7 @@ def test_a_curve_is_read_from_a_run(tmp_path: Path) -> None:
         "proxy": [1.5, 1.5],
         "kl": [2.0, 3.5],
         "eval_kl": [0.0, 3.0],
-        "questions": [0.0, 0.5],
+        "questions": [None, 0.5],
         "label": [None, pytest.approx(0.8)],
     }
 

@@ -62,12 +62,13 @@ def curve_of(run: Path, every: int) -> Curve:
     return curve
 
 
-def _questions(file: Path, steps: list[int]) -> dict[int, float]:
+def _questions(file: Path, steps: list[int]) -> dict[int, float | None]:
+    """Return None for step 0, before which there are no training responses."""
     found: dict[int, list[bool]] = {step: [] for step in steps}
     for _, row in read_jsonl(file):
         if row["step"] in found:
             found[row["step"]].append("?" in row["response"])
-    return {step: float(np.mean(answers)) for step, answers in found.items()}
+    return {step: float(np.mean(answers)) if answers else None for step, answers in found.items()}
 
 
 def outcomes(curve: Curve) -> dict[str, float]:
