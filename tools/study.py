@@ -1,7 +1,7 @@
 """Run a study and write its tables and figure.
 
 python tools/study.py s2 [seeds=10] [steps=300] [out=runs/s2] [docs=FOLDER] [train=false]
-python tools/study.py s3 [seeds=7] [steps=80] [out=runs/s3] [docs=FOLDER] [train=false] [workers=N]
+python tools/study.py s3 [seeds=6] [steps=80] [out=runs/s3] [docs=FOLDER] [train=false] [workers=N]
 
 s2: the planted bandit, all worlds, systems and prices (docs/studies/s2.md).
 s3: the planted language world with the real trainer, N runs at once (docs/studies/s3.md).
@@ -30,7 +30,7 @@ from tools.studies.options import Options
 # study -> its command, default seeds, default steps
 STUDIES: dict[str, tuple[Callable[[Options], None], int, int]] = {
     "s2": (s2.main, 10, 300),
-    "s3": (s3.main, 7, 80),
+    "s3": (s3.main, 6, 80),
 }
 LEAST = {"seeds": 2, "steps": 1, "workers": 1}  # an interval over seeds needs two
 
