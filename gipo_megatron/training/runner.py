@@ -210,8 +210,7 @@ class Run:
         return run_folder.with_interval(reduce_metrics(metrics, self.mesh.data_parallel)), samples
 
     def _judge(self, held_out: Mapping[str, float]) -> bool:
-        """Return whether this evaluation is the best so far: gold, score or accuracy up, or loss
-        down."""
+        """Return whether this evaluation is the best so far, by the first of JUDGED_BY it has."""
         progress = self.progress
         metric, sign = next(((m, s) for m, s in run_folder.JUDGED_BY if m in held_out), ("", 1))
         figure = sign * held_out.get(metric, math.nan)
