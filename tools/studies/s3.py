@@ -39,7 +39,7 @@ class System:
 
 CLASSIFIER = "algorithm.group_classifier.name="
 SYSTEMS = {
-    "ppo_kl": System("PPO with KL", (0.1, 0.2, 0.35, 0.6), "tiny/ppo_kl"),
+    "ppo_kl": System("PPO with KL", (0.0, 0.1, 0.2, 0.35, 0.6), "tiny/ppo_kl"),
     "gipo_head": System("GIPO, learned head", (0.35,)),
     "gipo_value": System(
         "GIPO, value split", (0.35,), overrides=(CLASSIFIER + "value_split",)
