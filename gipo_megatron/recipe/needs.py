@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from gipo_megatron import registry
 from gipo_megatron.recipe.schema import ROLES, TRAINING_KEYS, Evaluation
-from gipo_megatron.recipe.source import Block, Node
+from gipo_megatron.recipe.source import MISSING, Block, Node
 from gipo_megatron.recipe.validate import with_name
 
 ROLLOUT_KEYS = (
@@ -55,7 +55,7 @@ def needed(tree: Block) -> Needs:
             listed = block.value(about["roles_key"]) if about["roles_key"] else []
             roles += map(str, listed) if isinstance(listed, list) else []
         roles += getattr(cls, "needs", ())
-    if "gold" in optional and tree.value("models.gold.load"):
+    if "gold" in optional and tree.value("models.gold.load") not in ("", MISSING):
         roles.append("gold")
     needed = tuple(dict.fromkeys(roles))
     trained = getattr(components.get("algorithm"), "trained", ())

@@ -29,7 +29,12 @@ batch: {prompts: 8, responses: 2, minibatch: 8, micro_batch: 2}
 data: {max_length: 64, max_response: 16}
 run: {dir: runs/small, steps: 10}
 """
-PLANTED = ["data.format=planted", "data.planted.prompts=40"]
+PLANTED = [
+    "data.format=planted",
+    "data.planted.prompts=40",
+    "data.planted.held_out=0.2",
+    "data.planted.pairs_per_prompt=6",
+]
 
 
 @pytest.mark.parametrize("words", [["run.steps=3"], ["run.epochs=null"]])

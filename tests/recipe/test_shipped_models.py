@@ -136,6 +136,7 @@ def test_every_shipped_model_is_compared() -> None:
     assert {path.stem for path in (RECIPES / "model").glob("*.yaml")} == {
         *PUBLISHED,
         "tiny",
+        "two_layers",
         "from_weights",
     }
 
