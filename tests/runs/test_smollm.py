@@ -239,6 +239,7 @@ def assembled(name: str, mesh: Mesh, model: Path, folder: Path, *words: str) -> 
 def test_sft_lowers_the_held_out_loss(model: Path, mesh: Mesh, tmp_path: Path) -> None:
     """By more than a tenth of a nat in two steps of eight rows."""
     words = [
+        "run.epochs=null",
         "models.actor.warmup_steps=1",
         "batch.minibatch=8",
         "batch.micro_batch=4",
