@@ -104,7 +104,7 @@ def test_diff_names_keys_that_one_side_lacks(capsys: pytest.CaptureFixture[str])
     assert any(
         line.startswith("models.actor: {load: random, ") and line.endswith("→ -") for line in lines
     )
-    assert "algorithm: sft → reward_model {centre: 0.05}" in lines
+    assert "algorithm: sft → reward_model {centre: 0.01}" in lines
 
 
 def test_show_says_where_each_value_was_written(capsys: pytest.CaptureFixture[str]) -> None:

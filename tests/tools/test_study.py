@@ -170,7 +170,7 @@ def test_verdicts(
     p: float | None,
     verdict: str,
 ) -> None:
-    found = compare.Finding(True, "", "adaptive", "kl", worse, mean, p, 0.05).verdict
+    found = compare.Finding(True, "", "adaptive", "kl", worse, mean, p).verdict
     assert found == "shown" if verdict == "shown" else verdict in found
 
 
