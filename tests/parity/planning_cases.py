@@ -27,8 +27,8 @@ DTYPES = ("fp32", "bf16")
 
 
 def tiny_architecture() -> Architecture:
-    """The tiny recipes'."""
-    return compose(["recipe=tiny/gipo"], RECIPES, world=1).model.architecture
+    """That of model/tiny: its four layers are two pipeline stages with two chunks each."""
+    return compose(["recipe=tiny/gipo", "with=model/tiny"], RECIPES, world=1).model.architecture
 
 
 def held(tensors: Iterable[Tensor]) -> dict[int, int]:
