@@ -247,7 +247,7 @@ def test_recomputation_without_need_is_a_warning(plans: dict[str, Any]) -> None:
 
 
 def test_shipped_recipes_fit_and_compute_nothing_twice_without_need(plans: dict[str, Any]) -> None:
-    assert plans["shipped"] == {name: [True, []] for name in shipped()} and len(shipped()) == 26
+    assert plans["shipped"] == {name: [True, []] for name in shipped()} and len(shipped()) == 28
 
 
 def test_the_printed_plan(plans: dict[str, Any]) -> None:
