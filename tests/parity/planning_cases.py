@@ -28,7 +28,9 @@ DTYPES = ("fp32", "bf16")
 
 def tiny_architecture() -> Architecture:
     """That of model/tiny: its four layers are two pipeline stages with two chunks each."""
-    return compose(["recipe=tiny/gipo", "with=model/tiny"], RECIPES, world=1).model.architecture
+    random = ["models.actor.load=random", "models.reward.load=random"]  # no run is read
+    words = ["recipe=tiny/gipo", "with=model/tiny", *random]
+    return compose(words, RECIPES, world=1).model.architecture
 
 
 def held(tensors: Iterable[Tensor]) -> dict[int, int]:
