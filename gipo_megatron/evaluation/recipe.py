@@ -47,7 +47,7 @@ class Weights:
 class EvaluationBatch:
     # exactly one of the two is set: rows of one forward pass on one replica, or its tokens with
     # their padding, in which the longest row has room
-    micro_batch: Count | None = None
+    micro_batch: Count | None = 4
     micro_tokens: Count | None = None
 
 

@@ -65,7 +65,7 @@ class Batch:
     minibatch: Count = 64  # rows of one optimizer step
     # exactly one of the two is set: rows of one forward pass on one replica, or its tokens with
     # their padding, in which the longest row has room
-    micro_batch: Count | None = None
+    micro_batch: Count | None = 4
     micro_tokens: Count | None = None
 
     @property
