@@ -1,11 +1,12 @@
 """Ratios measured in one run, the two sides taking turns: python tools/benchmark.py
-generate|readout|update|convert [options]
+generate|readout|update|padding|convert [options]
 
 generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and
 response length
 readout    memory of log-probs and entropies with a large vocabulary, against log_softmax in fp32:
 peak, and the largest tensor ever made
 update     seconds of a GIPO iteration over those of PPO with KL: the tiny recipes, whole iterations
+padding    micro-batches, padding and seconds of an SFT update, by rows and by tokens
 convert    peak memory of the two converters, over the bytes of the model and of one shard
 
 On a GPU: tools/gpu_verify.py.
@@ -246,6 +247,13 @@ def main(arguments: list[str]) -> None:
         two.add_argument(name, type=int, default=default)
     three = commands.add_parser("update")
     three.add_argument("--repeats", type=int, default=15)
+    four = commands.add_parser("padding")
+    for name, default in (("--rows", 32), ("--repeats", 5)):
+        four.add_argument(name, type=int, default=default)
+    four.add_argument(
+        "--data", default="", help="folder of preference data; else lengths like HH's"
+    )
+    four.add_argument("--tokenizer", default="bytes")
     commands.add_parser("convert")
     inner = commands.add_parser("measure")
     inner.add_argument("side", choices=("naive", "readout"))
@@ -259,6 +267,10 @@ def main(arguments: list[str]) -> None:
         run_readout(options)
     elif options.command == "update":
         run_update(options)
+    elif options.command == "padding":
+        from tools.benchmark_padding import run_padding
+
+        run_padding(options)
     elif options.command == "convert":
         from tools.benchmark_convert import run_convert
 

@@ -125,7 +125,6 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=stages if stages > 1 else None,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
-        variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # mcore needs it for variable lengths
         calculate_per_token_loss=True,
         perform_initialization=False,  # see initialise_weights
