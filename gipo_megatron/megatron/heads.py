@@ -12,7 +12,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
@@ -33,8 +32,8 @@ class LanguageHead(ColumnParallelLinear):
     """The output layer of a language model. It multiplies nothing and hands on the hidden states:
     `outputs.token_stats` multiplies those that it reads.
 
-    Each tensor rank has all positions and a share of the vocabulary, so the backward pass sums
-    their gradients over the group.
+    Under sequence parallelism the shards of the positions are gathered. Each rank then gets the
+    whole gradient, and takes its shard.
     """
 
     @classmethod
@@ -52,8 +51,8 @@ class LanguageHead(ColumnParallelLinear):
     ) -> tuple[Tensor, None]:
         """[s, b, H] (this rank's shard of s under sequence parallel) -> [s, b, H], whole"""
         if self.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden, group=self.tp_group), None
-        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group), None
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden, None
 
 
 def output_weight(chunk: nn.Module) -> nn.Parameter:

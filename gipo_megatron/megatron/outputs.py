@@ -64,7 +64,8 @@ def token_stats(
     the loss does not use costs nothing in the backward pass.
 
     Logits exist for masked positions only, and of these in blocks of BLOCK_BYTES, which the
-    backward pass computes again. Collective: two small all-reduces.
+    backward pass computes again. Collective: two small all-reduces, and one of the read positions'
+    gradient.
     """
     assert temperature > 0, "training samples at a temperature above 0"
     mask = sequences.mask
@@ -131,8 +132,8 @@ class _TokenStats(torch.autograd.Function):
     Both passes go through the vocabulary in blocks of columns, of all rows h at once. Forward:
     `sums` are Σ e^(x-m), Σ e^(x-m) (x-m) and x_y, and a block with a larger m rescales the first
     two. Backward: x again, from h, W and log z, except where one block is all, which is kept. A
-    block's part of W's gradient is final; h's is summed over the blocks in fp32. It has no
-    collective, and gets None as the gradient of an output that the loss does not use.
+    block's part of W's gradient is final; h's is summed over the blocks in fp32, then over the
+    tensor group. The gradient of an output that the loss does not use is None.
     """
 
     @staticmethod
@@ -206,7 +207,8 @@ class _TokenStats(torch.autograd.Function):
             _add_product(grad_rows, g, weight[block])
             del g
         grad = rows.new_zeros(ctx.shape)
-        grad.view(-1, rows.shape[1])[read] = grad_rows.to(rows.dtype)
+        whole = shard.reduce(grad_rows.to(rows.dtype), dist.ReduceOp.SUM)
+        grad.view(-1, rows.shape[1])[read] = whole
         return grad, grad_weight, None, None, None, None, None
 
 

@@ -297,14 +297,9 @@ def test_blocks_that_are_held_at_once(mesh: Mesh, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.multiprocess
 def test_token_stats_with_a_split_vocabulary(model_cells: list[dict[str, Any]]) -> None:
-    limits = {
-        "token_stats/logprobs": 3e-6,
-        "token_stats/entropy": 3e-6,
-        "token_stats/hidden": 1e-6,
-        "token_stats/weight": 1e-6,
-    }
-    checked = [cells[name] < limit for cells in model_cells for name, limit in limits.items()]
-    assert all(checked) and len(checked) == 8, model_cells
+    names = ("logprobs", "entropy", "hidden", "weight")
+    found = [cells[f"token_stats/{name}"] for cells in model_cells for name in names]
+    assert len(found) == 8 and max(found) < 1e-6, found
 
 
 def by_hand() -> Sequences:
