@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gipo_megatron.data.config import FORMATS, DataConfig
 from gipo_megatron.data.encoding import Encoded, Encoder
-from gipo_megatron.data.examples import KINDS, Example, Tally, Turn
-from gipo_megatron.data.planted import World, gold_reward, planted_examples
+from gipo_megatron.data.examples import KINDS, Example, Tally
+from gipo_megatron.data.planted import gold_reward, planted_examples
 from gipo_megatron.data.rows import read_rows
 from gipo_megatron.data.sources import open_sources
 from gipo_megatron.data.splits import part_of
@@ -253,17 +253,6 @@ def load_data(
             fix=tally.reasons() if tally.dropped else other,
         )
     return Dataset(examples, encoder, seed, kind, tally, gold)
-
-
-def expected_rows(config: DataConfig, kind: str) -> int:
-    """Return how many training rows there are before any is read: exactly for planted data, about
-    as many as `data.rows` states for others; 0: not stated."""
-    k, n = config.numbered_part
-    if config.format != "planted":
-        return config.rows // n
-    prompts = [Turn("text", text) for text in World(config.planted).prompts["train"]]
-    count = sum(part_of((prompt,), n) == k for prompt in prompts)
-    return count * (1 if kind == "prompt" else config.planted.pairs_per_prompt)
 
 
 def _part(examples: list[Example], config: DataConfig, tally: Tally) -> list[Example]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from gipo_megatron import registry
 from gipo_megatron.evaluation import judges
-from gipo_megatron.evaluation.results import RESERVED
 from gipo_megatron.evaluation.tasks import Task
+from gipo_megatron.evaluation.types import RESERVED
 from gipo_megatron.recipe import check
 from gipo_megatron.recipe.check import Draft, Found
 from gipo_megatron.recipe.compose import drafted, load_components

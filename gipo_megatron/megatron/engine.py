@@ -240,12 +240,16 @@ class Engine:
         """Return mcore's triple. The integer count 0 keeps mcore from dividing: each term has its
         own count."""
         assert slot.loss is not None and slot.counts is not None
-        loss = slot.loss(_answer(readout, slot, raw), slot.rows)
+        answer = _answer(readout, slot, raw)
+        loss = slot.loss(answer, slot.rows)
         total = torch.zeros((), device=raw.device)
         for value, unit in loss.terms.values():
             total = total + value.float() / max(slot.counts[unit], 1.0)
         if slot.idle or not total.requires_grad:
-            total = raw.flatten()[0].float() * 0.0
+            # from the answer, so that the head's weight, too, gets a gradient of zero
+            first = tensors(answer)[0]
+            assert first is not None
+            total = first.flatten()[0].float() * 0.0
         return (
             total,
             torch.zeros((), dtype=torch.int, device=raw.device),
