@@ -217,7 +217,9 @@ def gone(pid: int) -> None:
 
 
 def test_ctrl_c_kills_the_workers_and_prints_the_table(tmp_path: Path) -> None:
-    code = "import sys; from tests.tools import parts; from tools.gpu_verify import main; "
+    # a shell starts background jobs with SIGINT ignored, and Python keeps that
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from tests.tools import parts; from tools.gpu_verify import main; "
     code += (
         "hang = (parts.part('good'), parts.part('hangs'), parts.part('last'));"
         " sys.exit(main(sys.argv[1:], hang))"
