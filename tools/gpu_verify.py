@@ -1,7 +1,7 @@
 """Prove the GPU path on this machine: python tools/gpu_verify.py [options]
 
-One command and one GPU; about six minutes on an H100. It needs this checkout and an environment in
-which megatron-core and this project's other needs are installed (docs/gpu.md).
+One command and one GPU; about eight minutes on an H100. It needs this checkout and an environment
+in which megatron-core and this project's other needs are installed (docs/gpu.md).
 
 Each part runs in a worker process and reports figures beside their targets. Every figure is on disk
 at once (OUT/results.jsonl). A part that hangs, or kills its worker, costs itself alone.

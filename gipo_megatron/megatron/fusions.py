@@ -36,9 +36,10 @@ class Rotation:
         """
         kind, length = (query.device, query.dtype), len(query)
         if kind not in self._tables or len(self._tables[kind][0]) < length:
-            positions = torch.arange(length, device=query.device, dtype=torch.float32)
-            angles = torch.outer(positions, self.frequencies.to(query.device))[:, None]
-            self._tables[kind] = angles.cos().to(query.dtype), angles.sin().to(query.dtype)
+            with torch.inference_mode(False):  # a later training pass reads the same tables
+                positions = torch.arange(length, device=query.device, dtype=torch.float32)
+                angles = torch.outer(positions, self.frequencies.to(query.device))[:, None]
+                self._tables[kind] = angles.cos().to(query.dtype), angles.sin().to(query.dtype)
         cos, sin = self._tables[kind]
         q, k = rotate(query.flatten(1, 2), key.flatten(1, 2), cos[:length], sin[:length])
         return q.view_as(query), k.view_as(key)

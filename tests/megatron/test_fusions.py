@@ -68,10 +68,12 @@ def rotated_by_mcore(x: Tensor, frequencies: Tensor) -> Tensor:
 def test_rotation_is_megatrons_bit_for_bit(
     dtype: torch.dtype, heads: int, groups: int, width: int
 ) -> None:
-    """Outputs and gradients; lengths that grow and shrink, with tables kept from one to the next;
-    keys that are a view of a fused projection."""
+    """Outputs and gradients; lengths that grow and shrink, with tables kept from one to the next,
+    the first from a pass in inference mode; keys that are a view of a fused projection."""
     frequencies = rope_frequencies(replace(ARCHITECTURE, head_dim=width))
     turn, checked = Rotation(frequencies), 0
+    with torch.inference_mode():
+        turn(random(3, 1, heads, width, dtype=dtype), random(3, 1, groups, width, dtype=dtype))
     for length, batch in ((1, 3), (5, 1), (33, 2), (7, 2)):
         found: list[Tensor] = []
         expected: list[Tensor] = []

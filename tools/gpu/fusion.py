@@ -44,6 +44,9 @@ def normal(bench: Bench, *size: int, dtype: torch.dtype = torch.bfloat16, seed: 
 def weight_gradient(bench: Bench) -> Iterator[Figure]:
     """total += gᵀ x twice, in place, against a product in double; then the four matrices of a 7B
     layer, fused and in two passes."""
+    if bench.cuda and torch.__version__ < fusions.TORCH:
+        yield figure("weight gradients", f"in two passes: torch is older than {fusions.TORCH}")
+        return
     rows, wide = (64, 48) if bench.tiny else (2048, 1024)
     x, g = normal(bench, rows, wide), normal(bench, rows, 2 * wide, seed=1)
     total = normal(bench, 2 * wide, wide, dtype=torch.float32, seed=2)
