@@ -89,6 +89,7 @@ PARTS = (
     Part("mfu", "tools.gpu.training:mfu", 30, 90, golden=True),
     Part("profile", "tools.gpu.training:profile", 8, 30),
     Part("fusion", "tools.gpu.fusion:fusion", 25, 80),
+    Part("head", "tools.gpu.head:head", 6, 30),
     Part("decode", "tools.gpu.decoding:decode", 25, 80),
     Part("hf", "tools.gpu.decoding:hf", 20, 50),
     Part("te", "tools.gpu.te:te", 20, 60, te=True, cpu=False),
