@@ -200,7 +200,7 @@ def gradients(mesh: Mesh, **changes: Any) -> tuple[dict[str, Tensor], set[str]]:
     """Of four micro-batches, twice, so that the second pass starts from old sums; and the names of
     weights that are added in a layer's own backward pass."""
     actor = MegatronActor(engine("actor", mesh, **changes), eos_id=1, pad_id=0, decode=str)
-    assert len(weighted().inner) == 4 * actor.engine.micro_batch
+    assert (len(weighted().inner), actor.engine.micro_batch) == (8, 2)
     for _ in range(2):
         actor.engine.backward([(weighted(), ppo_loss)], actor.readout)
     (chunk,) = actor.engine.chunks
