@@ -43,7 +43,7 @@ class Pace:
 
 # a read on a CPU is free and time grows with the rows; a GPU waits for a read, reads its weights
 # for any number of rows, and needs a graph per shape
-PACES = {"cpu": Pace(1, 16, 7 / 8), "cuda": Pace(16, 256, 1 / 2)}
+PACES = {"cpu": Pace(1, 8, 7 / 8), "cuda": Pace(16, 256, 1 / 2)}
 
 
 def respond(
@@ -131,9 +131,9 @@ class Loop:
     def prefill(self, lengths: list[int]) -> Tensor | None:
         """Write the prompts into the cache, in blocks of their own width. Returns the logits of the
         first response tokens, as `Decoder.step` does."""
-        parts, start = [], 0
+        parts, start, block = [], 0, PREFILL_TOKENS[self.mesh.device.type]
         while start < len(lengths):
-            rows = slice(start, start + max(1, PREFILL_TOKENS // lengths[start]))
+            rows = slice(start, start + max(1, block // lengths[start]))
             tokens = self.prompts.tokens[rows, : lengths[start]]
             parts.append(
                 self.decoder.prefill(tokens, self.prompts.lengths[rows], self.cache, start)

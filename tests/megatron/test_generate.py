@@ -18,6 +18,7 @@ from transformers import (
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import decode_loop
 from gipo_megatron.megatron.decode_loop import Pace
+from gipo_megatron.megatron.kv_budget import PREFILL_TOKENS
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Architecture, Sampling
 from gipo_megatron.types import Rollout
@@ -149,7 +150,7 @@ def test_rows_do_not_depend_on_the_rows_beside_them(
         for cache in (1, 2 * row_bytes, 4 * row_bytes):
             assert responses(respond(*llama, mesh, rows, sampling, eos, cache)) == base
         with monkeypatch.context() as patch:
-            patch.setattr(decode_loop, "PREFILL_TOKENS", 24)
+            patch.setitem(PREFILL_TOKENS, "cpu", 24)
             for pace in (Pace(1, 1, 0.999), Pace(1, 1000, 0.0), Pace(5, 8, 0.5)):
                 patch.setitem(decode_loop.PACES, "cpu", pace)
                 assert responses(respond(*llama, mesh, rows, sampling, eos)) == base
