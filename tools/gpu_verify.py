@@ -88,7 +88,7 @@ PARTS = (
     Part("memory", "tools.gpu.memory:memory", 25, 80, golden=True),
     Part("mfu", "tools.gpu.training:mfu", 30, 90, golden=True),
     Part("profile", "tools.gpu.training:profile", 8, 30),
-    Part("decode", "tools.gpu.decoding:decode", 25, 80),
+    Part("decode", "tools.gpu.decoding:decode", 40, 110),
     Part("hf", "tools.gpu.decoding:hf", 20, 50),
     Part("te", "tools.gpu.te:te", 20, 60, te=True, cpu=False),
     Part("fp8", "tools.gpu.fp8:fp8", 60, 140, te=True, cpu=False),

@@ -34,7 +34,7 @@ from gipo_megatron.types import Prompts
 
 @dataclass(frozen=True)
 class Pace:
-    """How often the host reads the device, and which shapes a step has."""
+    """The number of tokens between two reads of the device, and the edges of a step's shapes."""
 
     read: int  # tokens from one read to the next
     slots: int  # attention covers a multiple of so many slots

@@ -82,12 +82,14 @@ HOST_ROOM = Room(4 * 2**30)  # on a CPU, whose memory other processes use, too
 def room_in(free: int, total: int, need: Need, prompt: int, sampling: Sampling) -> Room:
     """Return the room in a GPU with `free` of `total` bytes, for prompts up to `prompt` tokens.
 
-    One tensor of the cache exists twice at most, while rows move (decode_loop.Loop).
+    One tensor of the cache exists twice at most, while rows move (decode_loop.Loop). CUDA graphs
+    have memory of their own: where there are some, logits exist twice.
     """
     prefill = need.prefill(max(PREFILL_TOKENS["cuda"], prompt))
     spare = free - int(FRAGMENTATION * total) - prefill
     tensors = 2 * need.layers
-    return Room(max(0, spare) * tensors // (tensors + 1), need.logits(sampling))
+    row = need.logits(sampling) * (2 if need.parallel.model == 1 else 1)
+    return Room(max(0, spare) * tensors // (tensors + 1), row)
 
 
 def free_memory(device: torch.device) -> tuple[int, int] | None:

@@ -37,6 +37,8 @@ def test_a_gpus_room_by_hand() -> None:
         "one prompt may be longer than a block"
     )
     assert room_in(4 * GIB, 80 * GIB, SEVEN_B, 1536, PLAIN).size == 0
+    alone = replace(SEVEN_B, parallel=Parallel())  # has CUDA graphs
+    assert room_in(36 * GIB, 80 * GIB, alone, 1536, PLAIN).row == 2 * 32000 * 20
 
 
 def test_rows_pay_for_their_cache_and_their_logits() -> None:
@@ -116,7 +118,7 @@ def test_generation_takes_the_free_memory(mesh: Mesh, monkeypatch: pytest.Monkey
     chunks, architecture = load("llama", mesh)
     rows, sizes = prompts("equal"), []
     need = Need(architecture, Parallel(), 4)
-    row = (7 + STEPS) * need.token + need.logits(GREEDY)
+    row = (7 + STEPS) * need.token + 2 * need.logits(GREEDY)
     spare = 2.5 * row * (2 * need.layers + 1) / (2 * need.layers)
     respond = generation.respond
 
