@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import cpu_compat
 from gipo_megatron.megatron import precision as number_formats
-from gipo_megatron.megatron.heads import ScalarHead
+from gipo_megatron.megatron.heads import LanguageHead, ScalarHead
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import EMBEDDING, OUTPUT, SCORE, placements
 from gipo_megatron.specs import Architecture, Parallel, Precision, split_problems
@@ -61,9 +61,9 @@ def build_chunks(
     model), "value" or "score".
 
     Without `initialise` only a head is initialised; a load of the other weights follows. On the
-    last stage a chunk returns logits [b, s, V / tensor] in the model's dtype, or the head's
-    [b, s, 1] in fp32. Raises UserError for an architecture that cannot be split over the mesh or is
-    not supported.
+    last stage a chunk returns hidden states [b, s, H] in the model's dtype, for
+    `outputs.token_stats`, or the head's [b, s, 1] in fp32. Raises UserError for an architecture
+    that cannot be split over the mesh or is not supported.
     """
     assert head is None or head in HEADS, head
     check_split(architecture, mesh.parallel)
@@ -125,7 +125,6 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=stages if stages > 1 else None,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
-        variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # mcore needs it for variable lengths
         calculate_per_token_loss=True,
         perform_initialization=False,  # see initialise_weights
@@ -159,7 +158,9 @@ def _chunk(
         vp_stage=virtual,
     )
     model.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(mesh.device)
-    if head is not None and model.post_process:
+    if model.post_process and head is None:
+        LanguageHead.replace(model)
+    elif model.post_process:
         model.output_layer = ScalarHead(config, mesh.device)
     return model.to(mesh.device)
 
