@@ -115,6 +115,16 @@ class Sides:
         return counts, nn.functional.pad(out, (0, self.load.response - out.shape[1]), value=PAD)
 
 
+def restless(chunks: list[nn.Module]) -> list[nn.Module]:
+    """Return the chunks with matrices three times as large: greedy responses of random weights then
+    do not repeat themselves after a few tokens, and end as sampled ones do."""
+    for chunk in chunks:
+        for p in chunk.parameters():
+            if p.ndim > 1:
+                p.data.mul_(3)
+    return chunks
+
+
 def measure(sides: Sides, temperature: float, repeats: int) -> list[object]:
     """Return one line of the table: mean response length, both tokens/s, and their ratio in each
     round. A side's tokens are those of its own responses: sampled ones differ."""
@@ -134,7 +144,7 @@ def measure(sides: Sides, temperature: float, repeats: int) -> list[object]:
 
 def run_generate(shape: str, rows: int, prompt: int, response: int, repeats: int) -> None:
     architecture, mesh = SHAPES[shape], Mesh.create(Parallel(), seed=0)
-    chunks = list(build_chunks(architecture, mesh, Precision("fp32"), seed=0))
+    chunks = restless(list(build_chunks(architecture, mesh, Precision("fp32"), seed=0)))
     model = hugging_face(dict(export_weights(chunks, mesh, architecture)), architecture)
     print(
         f"{shape}: {architecture.num_layers} layers, hidden {architecture.hidden_size}, vocabulary"
