@@ -51,6 +51,9 @@ with warnings.catch_warnings(), _no_compiler(), _without("wandb"):
     # Megatron-Core warns of every optional package that is not installed
     warnings.simplefilter("ignore")
     try:
+        from gipo_megatron.megatron import fusions
+
+        fusions.provide_extension()
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer  # noqa: F401
     except Exception as error:

@@ -58,8 +58,8 @@ class Engine:
     """A model and, with an `optimisation`, all it takes to train it.
 
     head: None for a language model, "value" or "score"; group: a group head beside the value head;
-    offload: none | cpu. Every method is collective: all ranks call it, the ranks of a replica with
-    the same rows.
+    micro_batch or micro_tokens: rows or tokens of a micro-batch; offload: none | cpu. Every method
+    is collective: all ranks call it, the ranks of a replica with the same rows.
     """
 
     def __init__(

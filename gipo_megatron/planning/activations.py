@@ -69,9 +69,8 @@ def layer_kept(slot: Slot, recompute: str) -> int:
         attention += (slot.query if a.num_heads > a.num_kv_heads else 0) + rows * (
             a.num_heads + a.num_kv_heads
         ) // slot.parallel.tensor
-    rope = 4 * slot.length * a.head_dim * slot.itemsize  # cos and sin, for queries and for keys
     statistics = rows * a.num_heads // slot.parallel.tensor  # log-sum-exp
-    return norms + attention + rope + statistics + (3 * slot.feed if recompute == "none" else 0)
+    return norms + attention + statistics + (3 * slot.feed if recompute == "none" else 0)
 
 
 def in_flight(parallel: Parallel, stage: int, slots: int) -> int:

@@ -4,7 +4,8 @@ reads only between them."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -17,7 +18,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import decode_loop
 from gipo_megatron.megatron.decode_loop import PACES, Graphs, Loop, Pace, _fewer
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.specs import Architecture, Sampling
+from gipo_megatron.specs import Architecture, Parallel, Sampling
 from tests.parity.generation_cases import (
     GREEDY,
     NEVER,
@@ -235,8 +236,17 @@ def test_numbers_of_rows_by_hand() -> None:
     assert _fewer(64, 50, 7 / 8) == 56 and _fewer(64, 1, 0.0) == 64 and _fewer(5, 2, 0.5) == 2
 
 
-def test_steps_with_messages_are_never_graphs(mesh: Mesh) -> None:
-    assert mesh.device.type == "cpu" and not Graphs(mesh).on
+def test_graphs_are_for_a_replica_of_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages between ranks stay outside of graphs."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+
+    def on(device: str, parallel: Parallel) -> bool:
+        place = SimpleNamespace(device=torch.device(device), parallel=parallel)
+        return Graphs(cast(Mesh, place)).on
+
+    assert on("cuda", Parallel())
+    assert not on("cuda", Parallel(tensor=2)) and not on("cuda", Parallel(pipeline=2))
+    assert not on("cpu", Parallel())
     assert PACES["cuda"].read == 16 and PACES.keys() == {"cpu", "cuda"}
 
 

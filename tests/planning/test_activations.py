@@ -106,12 +106,12 @@ def test_tensor_and_sequence_parallel_divide() -> None:
     4 + 16 / 4, feed-forward 3 · 43 / 4."""
     a = Architecture(32, 4096, 11008, 32, 32, 128, 32000, 4096)
     mib = 2**20
-    rope, statistics = 4 * 2048 * 128 * 2, 2 * 2048 * 4
+    statistics = 2 * 2048 * 4
     whole = layer_kept(Slot(a, Parallel(tensor=4), BF16, 1, 2048), "none")
     shared = layer_kept(Slot(a, Parallel(tensor=4, sequence=True), BF16, 1, 2048), "none")
     split = (6 * 16 + 3 * 43) * mib // 4 + 2048 * 32 * 4 // 4
-    assert whole == 4 * 16 * mib + split + rope + statistics
-    assert shared == 16 * mib + split + rope + statistics // 4
+    assert whole == 4 * 16 * mib + split + statistics
+    assert shared == 16 * mib + split + statistics // 4
     assert layer_kept(Slot(a, Parallel(tensor=4, sequence=True), BF16, 1, 2048), "full") == 4 * mib
 
 

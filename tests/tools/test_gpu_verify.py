@@ -71,7 +71,7 @@ def test_every_part_that_a_cpu_can_run(golden: Path, tmp_path: Path) -> None:
     found = state(out)
     assert found.keys() == {part.name for part in PARTS}
     ran = found.keys() - NOT_ON_A_CPU - NEED_DATA
-    assert len(ran) == 9
+    assert len(ran) == 10
     for name, part in found.items():
         expected = "done" if name in ran else "not run"
         assert part["state"] == expected, f"{name}: {part}"
@@ -87,6 +87,7 @@ def test_every_part_that_a_cpu_can_run(golden: Path, tmp_path: Path) -> None:
         "parity",
         "chain",
         "profile",
+        "fusion",
         "head",
     }, "parts whose figures have targets that a CPU must meet"
     rows = [line for line in done.stdout.splitlines() if line.endswith("not run")]

@@ -31,7 +31,7 @@ from tools.gpu.models import (
 )
 from tools.gpu.plans import LAYERS, SLOPES, fingerprint, step
 
-AIM = {"7B": 0.45}  # MFU of the whole model
+AIM = {"7B": 0.50}  # MFU of the whole model
 TERA = 1e12
 
 
