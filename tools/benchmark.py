@@ -1,5 +1,5 @@
 """Ratios measured in one run, the two sides taking turns: python tools/benchmark.py
-generate|readout|update|convert [options]
+generate|readout|update|convert|peers|growth [options]
 
 generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and
 response length
@@ -7,6 +7,8 @@ readout    memory of log-probs and entropies with a large vocabulary, against lo
 peak, and the largest tensor ever made
 update     seconds of a GIPO iteration over those of PPO with KL: the tiny recipes, whole iterations
 convert    peak memory of the two converters, over the bytes of the model and of one shard
+peers      samples/s and peak memory of a training step, against TRL's SFT, reward and DPO trainers
+growth     seconds and peak memory of a training step against vocabulary, length, batch and layers
 
 On a GPU: tools/gpu_verify.py.
 """
@@ -44,6 +46,7 @@ from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
 from gipo_megatron.training.assembly import assemble
 from gipo_megatron.types import Prompts, Sequences
+from tools import benchmark_growth, benchmark_peers
 from tools.benchmark_common import hugging_face, interleave, ratio, show
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -247,6 +250,8 @@ def main(arguments: list[str]) -> None:
     three = commands.add_parser("update")
     three.add_argument("--repeats", type=int, default=15)
     commands.add_parser("convert")
+    benchmark_peers.add_arguments(commands.add_parser("peers"))
+    benchmark_growth.add_arguments(commands.add_parser("growth"))
     inner = commands.add_parser("measure")
     inner.add_argument("side", choices=("naive", "readout"))
     for name in ("rows", "length", "vocabulary"):
@@ -263,6 +268,10 @@ def main(arguments: list[str]) -> None:
         from tools.benchmark_convert import run_convert
 
         run_convert(show)
+    elif options.command == "peers":
+        benchmark_peers.run_peers(options)
+    elif options.command == "growth":
+        benchmark_growth.run_growth(options)
     else:
         measure_readout(options.side, options.rows, options.length, options.vocabulary)
 
