@@ -43,15 +43,15 @@ class Model:
 
 MODELS = {
     "tiny": Model("tiny", Architecture(2, 32, 64, 4, 2, 8, 512, 128), 8, 48, 4, 1),
-    "8M": Model("8M", Architecture(8, 256, 688, 8, 4, 32, 4096, 512), 16, 512, 4, 5),
+    "8M": Model("8M", Architecture(8, 256, 688, 8, 4, 32, 4096, 512), 16, 512, 4, 3),
     "smollm2": Model(
         "SmolLM2-135M",
         Architecture(
             30, 576, 1536, 9, 3, 64, 49152, 8192, rope_base=100000.0, tied_embeddings=True
         ),
-        6,
+        12,
         256,
-        2,
+        4,
         3,
     ),
 }
@@ -88,9 +88,12 @@ class Cell:
 
 
 def cells(model: Model) -> list[Cell]:
-    """Return the lines of a model's table; the last two show what the padding costs TRL."""
+    """Return the lines of a model's table; of a small one the last two show what padding costs
+    TRL."""
     sft = Cell(model, "sft")
     found = [sft, replace(sft, masked=True), Cell(model, "rm"), Cell(model, "dpo")]
+    if model.architecture.num_layers > 8:
+        return found
     return [*found, replace(sft, accumulate=True), replace(sft, equal=True)]
 
 
