@@ -173,7 +173,6 @@ def run_peers(options: Namespace) -> None:
 
 def prepare(threads: int) -> None:
     """Set what the processes of both sides inherit. Call it before the first of them starts."""
-    os.environ.update(
-        OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error"
-    )
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    os.environ.update(OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE="1", **quiet)
     preload([module for module, _ in SIDES.values()])

@@ -43,7 +43,7 @@ class Model:
 
 MODELS = {
     "tiny": Model("tiny", Architecture(2, 32, 64, 4, 2, 8, 512, 128), 8, 48, 4, 1),
-    "8M": Model("8M", Architecture(8, 256, 688, 8, 4, 32, 4096, 512), 16, 512, 4, 3),
+    "8M": Model("8M", Architecture(8, 256, 688, 8, 4, 32, 4096, 512), 16, 512, 2, 3),
     "smollm2": Model(
         "SmolLM2-135M",
         Architecture(
@@ -51,7 +51,7 @@ MODELS = {
         ),
         12,
         256,
-        4,
+        2,
         3,
     ),
 }

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import multiprocessing
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -61,6 +62,7 @@ class Worker:
 
 
 def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    warnings.simplefilter("ignore")  # of libraries about each other
     try:
         served = make(*arguments)
         pipe.send((False, None))
