@@ -110,7 +110,6 @@ def draw(curves: dict[str, list[Point]]) -> Figure:
             powers = range(math.ceil(math.log2(straight[-1])) + 1)
             axis.yaxis.set_major_locator(FixedLocator([2.0**power for power in powers]))
             axis.set_yticklabels([f"{2**power}×" for power in powers])
-            axis.set_xlabel(name)
         shared_legend(figure, axes)
     return figure
 
