@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,21 +56,20 @@ def launch(command: Sequence[str], processes: int) -> int:
     Signals of FORWARDED go to all ranks. After a failure the other ranks are ended. The ranks do
     not outlive this process.
     """
-    from torch.distributed import TCPStore  # slow to import
-
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
     before = {number: signal.signal(number, receive) for number in FORWARDED}
-    # rendezvous of the ranks; as in torchrun it outlives each of them
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # where the ranks meet; they may connect before the store is there
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
     ranks: list[subprocess.Popen[bytes]] = []
     end_with_parent = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         for rank in range(processes):
-            variables = {**os.environ, **world_variables(rank, processes, store.port)}
+            variables = {**os.environ, **world_variables(rank, processes, port)}
             # a session of its own: a signal of the terminal arrives once, through this process
             ranks.append(
                 subprocess.Popen(
@@ -79,6 +79,17 @@ def launch(command: Sequence[str], processes: int) -> int:
                     preexec_fn=end_with_parent,
                 )
             )
+        from torch.distributed import TCPStore  # slow to import: while the ranks import it, too
+
+        # as in torchrun it outlives each rank
+        store = TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        assert store.port == port
         return _wait(ranks, received)
     finally:
         for process in ranks:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from gipo_megatron.tensors import Tensor, torch
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from gipo_megatron.tensors import Tensor, torch
 
 Reduce = Callable[[Tensor], Tensor]  # sum over data parallel replicas
 
@@ -112,9 +110,9 @@ def preference_loss(log_ratio: Tensor, beta: float, label_smoothing: float = 0.0
     h = log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x).   (Rafailov et al. 2023, eq. 7;
     with labels wrong eps of the time)
     """
-    return -(1 - label_smoothing) * logsigmoid(beta * log_ratio) - label_smoothing * logsigmoid(
-        -beta * log_ratio
-    )
+    logsigmoid = torch.nn.functional.logsigmoid
+    right, wrong = logsigmoid(beta * log_ratio), logsigmoid(-beta * log_ratio)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
 
 
 def ipo_loss(log_ratio: Tensor, tau: float) -> Tensor:

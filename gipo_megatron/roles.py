@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
-
 from gipo_megatron.specs import Sampling
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import BatchLoss, CriticOutput, Prompts, Rollout, Rows, TokenStats, Update
 
 

@@ -12,10 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
-import torch
-from torch import Tensor
-
 from gipo_megatron.metrics import Metrics, merge_metrics
+from gipo_megatron.tensors import Tensor, torch
 
 # ---------------------------------------------------------------------------------- rows of a batch
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sklearn.metrics  # noqa: F401  (its import draws from `random`; ours is in a function)
 import torch
 from xdist.scheduler import LoadScopeScheduling
 

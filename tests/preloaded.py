@@ -1,10 +1,17 @@
-"""Modules that the server of tests/forked.py imports once."""
+"""Modules that the server of tests/forked.py imports once: ours, and the packages that functions of
+ours import when they need them."""
 
 from __future__ import annotations
 
 import gc
 
+import datasets  # noqa: F401
+import pyarrow.parquet  # noqa: F401
+import safetensors.torch  # noqa: F401
+import sklearn.linear_model
+import sklearn.metrics  # noqa: F401
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 import gipo_megatron.evaluation.run
 import gipo_megatron.planning.planner

@@ -16,9 +16,10 @@ CODE = sorted([*MODULES, *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglo
 # The rooms (folders and single files of the package), floor by floor: a room imports rooms of lower
 # floors only.
 FLOORS = [
-    {"errors", "environment", "metrics", "ops", "statistics"},
-    {"capabilities", "files", "launcher", "specs", "types"},
-    {"data", "registry", "roles"},
+    {"errors", "environment", "statistics", "tensors"},
+    {"capabilities", "files", "launcher", "metrics", "ops", "specs"},
+    {"registry", "types"},
+    {"data", "roles"},
     {"components", "local", "telemetry", "weights"},
     {"algorithms", "megatron", "reports"},
     {"conversion", "recipe"},
@@ -73,12 +74,12 @@ def arrows() -> set[tuple[str, str]]:
 
 
 def test_rooms_import_lower_floors_only() -> None:
-    """Nine floors, no arrow up, so no cycle."""
+    """Ten floors, no arrow up, so no cycle."""
     floor = {name: number for number, names in enumerate(FLOORS) for name in names}
     found = arrows()
     unknown = {name for arrow in found for name in arrow} - floor.keys()
     assert not unknown, f"on no floor: {unknown}; add them to FLOORS, and think where they belong"
-    assert len(FLOORS) <= 9 and len(found) > 60
+    assert len(FLOORS) <= 10 and len(found) > 60
     assert not [f"{a} imports {b}" for a, b in sorted(found) if floor[a] <= floor[b]]
     assert not [f"{a} imports {b}" for a, b in APART if (a, b) in found]
 

@@ -76,7 +76,7 @@ def test_every_weight_comes_from_a_recipe() -> None:
 
 @pytest.mark.parametrize("stage", ["hh_sft", "hh_rm"])
 def test_the_70b_stages_before_gipo(stage: str) -> None:
-    words = ["with=model/llama3_1_70b,hardware/h100x512", "batch.micro_batch=1"]
+    words = ["with=model/llama3_1_70b,hardware/h100x512", "batch.micro_tokens=4096"]
     assert compose([f"recipe={stage}", *words], RECIPES).world == 512
 
 
@@ -129,7 +129,6 @@ BESIDE = {
     "model/from_weights": [f"models.actor.load={HOME}", "parallel={tensor: 1, sequence: false}"],
     "model/tiny": ["parallel.tensor=2", "data.max_length=512", "data.max_response=128"],
     "model/two_layers": ["parallel.tensor=2", "data.max_length=512", "data.max_response=128"],
-    "hardware/h100x512": ["batch.micro_batch=1"],
     "data/jsonl": ["data.path=x"],
 }
 

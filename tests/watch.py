@@ -21,13 +21,13 @@ class Reads(TorchDispatchMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """`peak`: the most bytes held at once by tensors made in the block. Temporaries inside one
-    operation are not counted."""
+    """`peak`: the most bytes held at once by tensors made in the block; `largest`: those of one.
+    Temporaries inside one operation are not counted. Meta tensors count as if they had memory."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
-        self.peak = 0
+        self.peak = self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
@@ -39,6 +39,7 @@ class LiveBytes(TorchDispatchMode):
             ):
                 key = x.untyped_storage()._cdata
                 self.sizes[key] = x.untyped_storage().nbytes()
+                self.largest = max(self.largest, self.sizes[key])
                 weakref.finalize(x.untyped_storage(), self.sizes.pop, key, None)
         self.peak = max(self.peak, sum(self.sizes.values()))
         return out

@@ -1,11 +1,12 @@
 """Ratios measured in one run, the two sides taking turns: python tools/benchmark.py
-generate|readout|update|convert|peers|growth [options]
+generate|readout|update|padding|convert|peers|growth [options]
 
 generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and
 response length
-readout    memory of log-probs and entropies with a large vocabulary, against log_softmax in fp32:
-peak, and the largest tensor ever made
+readout    memory of log-probs and entropies with gradients, from hidden states, against log_softmax
+of whole logits, at growing vocabularies: peak, and the largest tensor ever made
 update     seconds of a GIPO iteration over those of PPO with KL: the tiny recipes, whole iterations
+padding    micro-batches, padding and seconds of an SFT update, by rows and by tokens
 convert    peak memory of the two converters, over the bytes of the model and of one shard
 peers      samples/s and peak memory of a training step, against TRL's SFT, reward and DPO trainers
 growth     seconds and peak memory of a training step against vocabulary, length, batch and layers
@@ -52,6 +53,7 @@ from tools.benchmark_common import hugging_face, interleave, ratio, show
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 TINY = Architecture(8, 256, 688, 8, 4, 32, 4096, 512)
 MIB = 2**20
+NAIVE_BYTES = 2**30  # of whole logits, of which log_softmax and its gradient hold about five
 
 # ------------------------------------------------------------------------------------------- update
 
@@ -153,37 +155,33 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most bytes of one dtype that an operation returned in new memory."""
+    """Remembers the most bytes that an operation returned in new memory."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype, self.largest = dtype, 0
+    largest = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor) and x.dtype == self.dtype:
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
                 self.largest = max(self.largest, x.untyped_storage().nbytes())
         return out
 
 
-def naive_stats(logits: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
-    logp = logits[:, :-1].float().log_softmax(-1)
+def naive_stats(hidden: Tensor, weight: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    logp = (hidden[:, :-1] @ weight.T).log_softmax(-1)
     picked = logp.gather(2, sequences.tokens[:, 1:, None])[..., 0]
     return picked * sequences.mask[:, 1:], -(logp.exp() * logp).sum(-1) * sequences.mask[:, 1:]
 
 
-def measure_readout(side: str, rows: int, length: int, vocabulary: int) -> None:
-    """Prints three numbers: extra peak MiB, largest fp32 tensor in MiB, seconds of forward +
+def measure_readout(side: str, rows: int, length: int, hidden_size: int, vocabulary: int) -> None:
+    """Prints three numbers: extra peak MiB, largest new tensor in MiB, seconds of forward +
     backward."""
     g = torch.Generator().manual_seed(0)
-    logits = (
-        torch.empty(rows, length, vocabulary, dtype=torch.bfloat16)
-        .normal_(generator=g)
-        .requires_grad_()
-    )
+    hidden = torch.randn(rows, length, hidden_size, generator=g).requires_grad_()
+    weight = torch.randn(vocabulary, hidden_size, generator=g).mul_(0.02).requires_grad_()
     tokens = torch.randint(0, vocabulary, (rows, length), generator=g)
     mask = (torch.arange(length) > 0).expand(rows, -1)
     sequences = Sequences(
@@ -195,12 +193,13 @@ def measure_readout(side: str, rows: int, length: int, vocabulary: int) -> None:
     )
     mesh = Mesh.create(Parallel(), seed=0)
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
-    with LargestTensor(torch.float32) as watch:
+    with LargestTensor() as watch:
         if side == "naive":
-            logprobs, entropy = naive_stats(logits, sequences)
+            logprobs, entropy = naive_stats(hidden, weight, sequences)
         else:
             stats = token_stats(
-                logits,
+                hidden,
+                weight,
                 sequences,
                 response_positions(mask),
                 vocab_size=vocabulary,
@@ -217,18 +216,21 @@ def measure_readout(side: str, rows: int, length: int, vocabulary: int) -> None:
 
 
 def run_readout(options: argparse.Namespace) -> None:
-    size = [str(options.batch), str(options.length), str(options.vocabulary)]
     table: list[list[object]] = [
-        ["", "extra peak MiB", "largest fp32 tensor MiB", "forward + backward s"]
+        ["vocabulary", "", "extra peak MiB", "largest new tensor MiB", "forward + backward s"]
     ]
-    for side in ("naive", "readout"):  # a process each: a peak is never forgotten
-        command = [sys.executable, __file__, "measure", side, *size]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
-        table.append([side, *done.stdout.split()[-3:]])
-    whole = options.batch * options.length * options.vocabulary / MIB
+    for vocabulary in options.vocabulary:
+        sides = ["naive", "readout"]
+        if 4 * options.batch * options.length * vocabulary > NAIVE_BYTES:
+            sides.remove("naive")
+        for side in sides:  # a process each: a peak is never forgotten
+            size = [options.batch, options.length, options.hidden, vocabulary]
+            command = [sys.executable, __file__, "measure", side, *map(str, size)]
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+            table.append([vocabulary, side, *done.stdout.split()[-3:]])
     print(
-        f"logits [{', '.join(size)}] in bf16: {2 * whole:.0f} MiB, their gradient again; in fp32"
-        f" {4 * whole:.0f} MiB"
+        f"fp32, {options.batch} × {options.length} tokens, hidden size {options.hidden}; the"
+        " weight's gradient is one of the new tensors"
     )
     show(table)
 
@@ -245,16 +247,25 @@ def main(arguments: list[str]) -> None:
     for name, default in (("--batch", 64), ("--prompt", 32), ("--response", 64), ("--repeats", 7)):
         one.add_argument(name, type=int, default=default)
     two = commands.add_parser("readout")
-    for name, default in (("--batch", 4), ("--length", 512), ("--vocabulary", 32000)):
+    for name, default in (("--batch", 4), ("--length", 1024), ("--hidden", 256)):
         two.add_argument(name, type=int, default=default)
+    sizes = [4096, 32000, 151936]
+    two.add_argument("--vocabulary", type=int, nargs="+", default=sizes)
     three = commands.add_parser("update")
     three.add_argument("--repeats", type=int, default=15)
+    four = commands.add_parser("padding")
+    for name, default in (("--rows", 32), ("--repeats", 5)):
+        four.add_argument(name, type=int, default=default)
+    four.add_argument(
+        "--data", default="", help="folder of preference data; else lengths like HH's"
+    )
+    four.add_argument("--tokenizer", default="bytes")
     commands.add_parser("convert")
     benchmark_peers.add_arguments(commands.add_parser("peers"))
     benchmark_growth.add_arguments(commands.add_parser("growth"))
     inner = commands.add_parser("measure")
     inner.add_argument("side", choices=("naive", "readout"))
-    for name in ("rows", "length", "vocabulary"):
+    for name in ("rows", "length", "hidden", "vocabulary"):
         inner.add_argument(name, type=int)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -264,6 +275,10 @@ def main(arguments: list[str]) -> None:
         run_readout(options)
     elif options.command == "update":
         run_update(options)
+    elif options.command == "padding":
+        from tools.benchmark_padding import run_padding
+
+        run_padding(options)
     elif options.command == "convert":
         from tools.benchmark_convert import run_convert
 
@@ -273,7 +288,8 @@ def main(arguments: list[str]) -> None:
     elif options.command == "growth":
         benchmark_growth.run_growth(options)
     else:
-        measure_readout(options.side, options.rows, options.length, options.vocabulary)
+        size = options.rows, options.length, options.hidden, options.vocabulary
+        measure_readout(options.side, *size)
 
 
 if __name__ == "__main__":

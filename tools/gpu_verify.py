@@ -1,7 +1,7 @@
 """Prove the GPU path on this machine: python tools/gpu_verify.py [options]
 
-One command and one GPU; about six minutes on an H100. It needs this checkout and an environment in
-which megatron-core and this project's other needs are installed (docs/gpu.md).
+One command and one GPU; about eight minutes on an H100. It needs this checkout and an environment
+in which megatron-core and this project's other needs are installed (docs/gpu.md).
 
 Each part runs in a worker process and reports figures beside their targets. Every figure is on disk
 at once (OUT/results.jsonl). A part that hangs, or kills its worker, costs itself alone.
@@ -88,6 +88,8 @@ PARTS = (
     Part("memory", "tools.gpu.memory:memory", 25, 80, golden=True),
     Part("mfu", "tools.gpu.training:mfu", 30, 90, golden=True),
     Part("profile", "tools.gpu.training:profile", 8, 30),
+    Part("fusion", "tools.gpu.fusion:fusion", 25, 80),
+    Part("head", "tools.gpu.head:head", 6, 30),
     Part("decode", "tools.gpu.decoding:decode", 25, 80),
     Part("hf", "tools.gpu.decoding:hf", 20, 50),
     Part("te", "tools.gpu.te:te", 20, 60, te=True, cpu=False),

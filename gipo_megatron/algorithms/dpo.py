@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.algorithms.held_out import evaluate_pairs
 from gipo_megatron.algorithms.pair_reference import PairReference, ReferredPairs, response_sums
@@ -17,6 +15,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.metrics import Metric, Metrics, prefixed
 from gipo_megatron.registry import OneOf, Range, from_runtime, register
 from gipo_megatron.roles import Actor, HeldOut, Stateful
+from gipo_megatron.tensors import Tensor
 from gipo_megatron.types import Loss, Pairs, StepResult, TokenStats, skipped_rows
 
 

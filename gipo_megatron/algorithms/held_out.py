@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.components.reward import Reward
 from gipo_megatron.metrics import Metric, Metrics, merge_metrics
 from gipo_megatron.roles import Actor, HeldOut, Reference, RewardModel
 from gipo_megatron.specs import Sampling
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Pairs, Rollout
 
 

@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.roles import DataParallel, Reference, gather_rows
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Pairs, Rows, Sequences, TokenStats
 
 

@@ -13,9 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.algorithms import ppo_metrics
 from gipo_megatron.algorithms.held_out import evaluate_policy
@@ -44,6 +41,7 @@ from gipo_megatron.roles import (
     gather_rows,
 )
 from gipo_megatron.specs import Sampling
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import (
     BatchLoss,
     CriticOutput,

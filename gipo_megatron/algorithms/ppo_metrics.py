@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from sklearn.metrics import adjusted_mutual_info_score
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.metrics import Metric, Metrics, digest, prefixed
 from gipo_megatron.roles import DataParallel, gather_rows
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Experience, Groups, Rollout, Scores, TokenStats, Update, Weights
 
 # two rows of one prompt, in batches of other shapes, get the same label up to float rounding
@@ -97,6 +94,8 @@ def split_metrics(
     within = within[within.isfinite()]
     metrics = {"groups/response_split": Metric.mean(float(within.mean()) if len(within) else 0.5)}
     if len(source.unique()) > 1:
+        from sklearn.metrics import adjusted_mutual_info_score  # slow to import
+
         metrics["groups/auc"] = Metric.mean(ops.auc(source == 0, high, torch.zeros_like(source)))
         metrics["groups/ami"] = Metric.mean(
             float(adjusted_mutual_info_score(source.numpy(), hard.numpy()))

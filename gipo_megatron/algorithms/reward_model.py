@@ -7,13 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
-
 from gipo_megatron.algorithms.held_out import evaluate_pairs
 from gipo_megatron.metrics import Metric, Metrics, prefixed
 from gipo_megatron.registry import Range, from_runtime, register
 from gipo_megatron.roles import HeldOut, RewardModel
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Loss, Pairs, StepResult, skipped_rows
 
 
@@ -55,7 +53,7 @@ class RewardModelling:
         """scores [2b]: all chosen, then all rejected."""
         chosen, rejected = scores.chunk(2)
         margin = chosen - rejected
-        loss = -logsigmoid(margin)
+        loss = -torch.nn.functional.logsigmoid(margin)
         terms = {"preference": (loss.sum(), "pair")}
         if self.centre > 0:
             terms["centre"] = (self.centre * (chosen + rejected).square().sum(), "pair")
@@ -73,6 +71,6 @@ class RewardModelling:
 
         def loss_and_margin(batch: Pairs) -> tuple[Tensor, Tensor]:
             chosen, rejected = self.reward.score(batch).chunk(2)
-            return -logsigmoid(chosen - rejected), chosen - rejected
+            return -torch.nn.functional.logsigmoid(chosen - rejected), chosen - rejected
 
         return evaluate_pairs(loss_and_margin, self.held_out), []

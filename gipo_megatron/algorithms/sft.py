@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.metrics import Metric, Metrics, merge_metrics, prefixed
 from gipo_megatron.registry import from_runtime, register
 from gipo_megatron.roles import Actor, HeldOut
+from gipo_megatron.tensors import Tensor
 from gipo_megatron.types import Loss, Sequences, StepResult, TokenStats, skipped_rows
 
 

@@ -49,10 +49,11 @@ def summary(recipe: Recipe | EvaluationRecipe) -> str:
             f" {prompts} prompts; {recipe.judge['name']}"
         )
     batch = recipe.batch
-    slots = batch.minibatch // (recipe.data_parallel * batch.micro_batch)
+    rows = batch.minibatch // recipe.data_parallel
+    slots = f"{rows // batch.micro_batch}" if batch.micro_batch else f"{rows} rows in"
     step = (
         f"minibatch {batch.minibatch} = data {recipe.data_parallel} × {slots} micro-batches of"
-        f" {batch.micro_batch}"
+        f" {batch.micro}"
     )
     if "evaluation" in recipe.tree.children:  # responses are drawn
         rows = batch.prompts * batch.responses

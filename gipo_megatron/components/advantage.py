@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.registry import from_runtime, register
 from gipo_megatron.roles import DataParallel, gather_rows
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Rollout
 
 

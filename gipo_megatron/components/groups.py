@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, final
 
-import torch
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.errors import UserError
 from gipo_megatron.registry import OneOf, Range, from_runtime, register
 from gipo_megatron.roles import DataParallel, gather_rows
 from gipo_megatron.specs import HeadSpec
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Rollout
 
 # mass: weighted by group shares | uniform: the paper's, drawn to outliers

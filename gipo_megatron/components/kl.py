@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, final
 
-import torch
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.metrics import Metric, Metrics
 from gipo_megatron.registry import Range, from_runtime, register
 from gipo_megatron.roles import DataParallel, gather_rows
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Groups
 
 EMA = 0.9

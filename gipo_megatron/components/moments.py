@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.roles import DataParallel
+from gipo_megatron.tensors import Tensor, torch
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
-
 from gipo_megatron.metrics import Metrics
 from gipo_megatron.roles import Actor, Trainable
 from gipo_megatron.specs import HeadSpec
+from gipo_megatron.tensors import Tensor
 from gipo_megatron.types import Groups, Prompts, Rollout, Rows, Weights
 
 

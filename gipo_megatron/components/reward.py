@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, final
 
-import torch
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.components.moments import Moments, batch_moments
 from gipo_megatron.errors import UserError
 from gipo_megatron.registry import OneOf, Range, from_runtime, register
 from gipo_megatron.roles import DataParallel, RewardModel, gather_rows
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Rollout, Rows, Scores, Sequences
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, final
 
-import torch
-from torch import Tensor, nn
-
 from gipo_megatron.components.groups import Variance
 from gipo_megatron.metrics import Metric, Metrics, merge_metrics
 from gipo_megatron.registry import OneOf, Range, from_runtime, register
 from gipo_megatron.roles import DataParallel, RewardModel
 from gipo_megatron.specs import width_scaled
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import BatchLoss, Rollout, Rows, Update
 
 
@@ -50,17 +48,17 @@ class RewardHead:
     largest_norm: ClassVar[float] = 1.0  # of the gradient
 
     def __post_init__(self) -> None:
-        self._linear: nn.Linear | None = None  # made when the width of the trunk is known
+        self._linear: torch.nn.Linear | None = None  # made when the width of the trunk is known
         self._restored: dict[str, Any] = {}
 
     def probs(self, logits: Tensor | None, values: Tensor | None, rollout: Rollout) -> Tensor:
         assert logits is not None
         return logits.softmax(-1)
 
-    @torch.no_grad()
     def logits(self, rows: Rows) -> Tensor:
         """Return group logits, [B, M]."""
-        return self._read(rows)
+        with torch.no_grad():
+            return self._read(rows)
 
     def update(self, *parts: tuple[Rows, BatchLoss]) -> Update:
         """Make one Adam step on the sum of all parts' terms, each divided by its global unit
@@ -76,7 +74,7 @@ class RewardHead:
         parameters = list(self._linear.parameters())
         for p in parameters:
             p.grad = self.dp.sum(p.grad if p.grad is not None else torch.zeros_like(p))
-        norm = nn.utils.clip_grad_norm_(parameters, self.largest_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.largest_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return Update({**metrics, "grad_norm": Metric.mean(norm)})
@@ -93,7 +91,8 @@ class RewardHead:
         generator = torch.Generator().manual_seed(self.seed)
         lr, init_std = width_scaled(self.lr, self.init_std, width)
         weight = init_std * torch.randn(self.num_groups, width, generator=generator)
-        self._linear = nn.utils.skip_init(nn.Linear, width, self.num_groups, device=device)
+        sizes = width, self.num_groups
+        self._linear = torch.nn.utils.skip_init(torch.nn.Linear, *sizes, device=device)
         with torch.no_grad():
             self._linear.weight.copy_(weight)
             self._linear.bias.zero_()

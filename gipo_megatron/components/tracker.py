@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.errors import UserError
 from gipo_megatron.metrics import Metric, Metrics
 from gipo_megatron.roles import DataParallel, SingleReplica, gather_rows
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Groups, Scores
 
 EMA = 0.9

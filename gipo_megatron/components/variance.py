@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, final
 
-import torch
-from torch import Tensor
-
 from gipo_megatron import ops
 from gipo_megatron.errors import UserError
 from gipo_megatron.metrics import Metrics
 from gipo_megatron.registry import OneOf, Range, from_runtime, register
 from gipo_megatron.roles import DataParallel, gather_rows
+from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Groups, Weights
 
 NotNegative = Annotated[float, Range(0)]  # a negative weight of the variance would widen the gap

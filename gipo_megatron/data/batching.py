@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gipo_megatron.data.config import FORMATS, DataConfig
 from gipo_megatron.data.encoding import Encoded, Encoder
-from gipo_megatron.data.examples import KINDS, Example, Tally, Turn
-from gipo_megatron.data.planted import World, gold_reward, planted_examples
+from gipo_megatron.data.examples import KINDS, Example, Tally
+from gipo_megatron.data.planted import gold_reward, planted_examples
 from gipo_megatron.data.rows import read_rows
 from gipo_megatron.data.sources import open_sources
 from gipo_megatron.data.splits import part_of
@@ -26,10 +26,11 @@ class Dataset:
     """Rows in a fixed order, tokenised batch by batch. `gold` is the true reward of (prompt,
     response) where the data are generated, else None.
 
-    Training: position p = step * batch + j is row permutation_e[p mod N] of epoch e = p // N;
-    global row j of a step is row j // dp_size of replica j mod dp_size. Evaluation (`*_at`): the
-    given rows in their order. The last row is repeated until all replicas have equally many, and
-    the returned `valid` (bool [B]) is False for the repeats.
+    Training: position p = step * batch + j is row permutation_e[p mod N] of epoch e = p // N.
+    Global row j of a step's prompts is row j // dp_size of replica j mod dp_size; pairs and
+    examples are dealt by length. Evaluation (`*_at`): the given rows in their order. The last row
+    is repeated until all replicas have equally many, and the returned `valid` (bool [B]) is False
+    for the repeats.
     """
 
     def __init__(
@@ -92,12 +93,32 @@ class Dataset:
         )
 
     def pairs(self, step: int, batch: int, dp_rank: int = 0, dp_size: int = 1) -> Pairs:
-        order = self.order(step, batch)
-        return self._pairs([order[i] for i in _share(batch, dp_rank, dp_size)])
+        return self._pairs(self._dealt(self.order(step, batch), dp_rank, dp_size))
 
     def examples(self, step: int, batch: int, dp_rank: int = 0, dp_size: int = 1) -> Sequences:
-        order = self.order(step, batch)
-        return self._examples([order[i] for i in _share(batch, dp_rank, dp_size)])
+        return self._examples(self._dealt(self.order(step, batch), dp_rank, dp_size))
+
+    def _dealt(self, order: list[int], dp_rank: int, dp_size: int) -> list[int]:
+        """Return one replica's rows of a global batch, in the batch's order: as many as every other
+        replica's, and about as long.
+
+        Dealt longest first, each round in the opposite direction (0 1 2, 2 1 0, …). Lengths are in
+        characters, so that no replica tokenises the rows of the others.
+        """
+        places = range(len(order))
+        longest = sorted(places, key=lambda place: self._characters(order[place]), reverse=True)
+        seats = (dp_rank, dp_size - 1 - dp_rank)
+        mine = [
+            longest[first + seats[turn % 2]]
+            for turn, first in enumerate(_share(len(order), 0, dp_size))
+        ]
+        return [order[place] for place in sorted(mine)]
+
+    def _characters(self, row: int) -> int:
+        example = self.rows[row]
+        return sum(len(turn.text) for turn in example.prompt) + max(
+            map(len, example.responses), default=0
+        )
 
     # ----------------------------------------------------------------------------------- evaluation
 
@@ -232,17 +253,6 @@ def load_data(
             fix=tally.reasons() if tally.dropped else other,
         )
     return Dataset(examples, encoder, seed, kind, tally, gold)
-
-
-def expected_rows(config: DataConfig, kind: str) -> int:
-    """Return how many training rows there are before any is read: exactly for planted data, about
-    as many as `data.rows` states for others; 0: not stated."""
-    k, n = config.numbered_part
-    if config.format != "planted":
-        return config.rows // n
-    prompts = [Turn("text", text) for text in World(config.planted).prompts["train"]]
-    count = sum(part_of((prompt,), n) == k for prompt in prompts)
-    return count * (1 if kind == "prompt" else config.planted.pairs_per_prompt)
 
 
 def _part(examples: list[Example], config: DataConfig, tally: Tally) -> list[Example]:

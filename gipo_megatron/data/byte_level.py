@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerFast
 
 
 def byte_level() -> PreTrainedTokenizerFast:
     """Return byte-level BPE without merges: 256 bytes, then <pad>, <bos> and <eos>; bos stands in
     front of a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

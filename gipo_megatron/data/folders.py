@@ -10,11 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets.data_files import FILES_TO_IGNORE, resolve_pattern, sanitize_patterns
-from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCard
-
 from gipo_megatron.data.readers import (
     ARCHIVES,
     COMPRESSED,
@@ -28,7 +23,6 @@ from gipo_megatron.data.splits import is_hidden, label_of, split_of
 from gipo_megatron.errors import UserError
 
 READABLE = f"{' '.join(SUFFIXES)} (also {' '.join(COMPRESSED)})"
-METADATA = (*FILES_TO_IGNORE, "state.json")
 Row = tuple[str, Columns]  # its place (file and line), its columns
 
 
@@ -78,6 +72,9 @@ def file_parts(file: Path) -> list[Part]:
 
 def folder_parts(root: Path) -> tuple[list[Part], list[str]]:
     """Return the parts of a folder and all below it, sorted by path, and the archives there."""
+    from datasets.data_files import FILES_TO_IGNORE  # slow to import
+
+    metadata = (*FILES_TO_IGNORE, "state.json")
     declared, parts, other = _declared(root), [], []
     archives: list[str] = []
     for path in sorted(_walk(root)):
@@ -89,7 +86,7 @@ def folder_parts(root: Path) -> tuple[list[Part], list[str]]:
         described = suffix == ".json" and not label and is_one_object(path)
         if suffix in ARCHIVES:
             archives.append(f"{path} (an archive: unpack it)")
-        elif suffix not in SUFFIXES or path.name in METADATA or described:
+        elif suffix not in SUFFIXES or path.name in metadata or described:
             other.append(path.name)
         else:
             source = _source_of(path.parent, root)
@@ -130,6 +127,8 @@ def _source_of(folder: Path, root: Path) -> str:
 
 def _saved_parts(folder: Path, root: Path) -> list[Part]:
     """Return the parts of a folder that `datasets.save_to_disk` wrote."""
+    import datasets
+
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # pyarrow and datasets raise many kinds for damaged files
@@ -153,6 +152,10 @@ def _declared(root: Path) -> dict[Path, str]:
     """Return the marks that the header of README.md gives files: the hub's `configs`."""
     if not (root / "README.md").is_file():
         return {}
+    from datasets.data_files import resolve_pattern, sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
     marks: dict[Path, str] = {}
     try:
         configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(root / "README.md").data)

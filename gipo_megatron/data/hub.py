@@ -6,8 +6,6 @@ import os
 import re
 import ssl
 import threading
-import urllib.error
-import urllib.request
 
 from gipo_megatron.errors import UserError
 
@@ -57,6 +55,9 @@ def reach_hub(name: str, where: str, fix: str, patience: float = PATIENCE) -> No
 
 def _problem(endpoint: str, patience: float) -> str:
     """Return why the endpoint cannot be reached, or ""."""
+    import urllib.error  # slow to import
+    import urllib.request
+
     request = urllib.request.Request(endpoint, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=patience).close()

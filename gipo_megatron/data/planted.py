@@ -20,13 +20,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gipo_megatron.data.config import PlantedConfig
 from gipo_megatron.data.examples import Example, Turn
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_jsonl
 from gipo_megatron.specs import refusals
+from gipo_megatron.tensors import torch
 
 _WORDS = (
     "aloe ant bean bell corn cup dill drum ear egg fern fox gem goat hat hill ink iris jam jet kelp"
@@ -95,25 +94,16 @@ class World:
     """The prompts of each split, and draws of responses. The key of a draw is (config.seed, its
     purpose).
 
-    Raises UserError for shares outside [0, 1], more prompts than there are names, and a split
-    without prompts.
+    Raises the errors of split_sizes.
     """
 
     def __init__(self, config: PlantedConfig) -> None:
-        _check(config)
+        sizes = split_sizes(config)
         self.config = config
         self.prompts: dict[str, list[str]] = {"train": [], "test": []}
-        for asked in self._names():
-            cut = round(len(asked) * config.held_out)
+        for asked, cut in zip(self._names(), sizes["test"], strict=True):
             self.prompts["train"] += asked[cut:]
             self.prompts["test"] += asked[:cut]
-        for split, prompts in self.prompts.items():
-            if not prompts:
-                raise UserError(
-                    f"no planted prompt is left for the {split} split",
-                    where="data.planted",
-                    fix="more prompts, or another held_out",
-                )
 
     def _names(self) -> tuple[list[str], list[str]]:
         """Return all easy and all hard prompts, each with a name of its own."""
@@ -126,7 +116,7 @@ class World:
             (f"{names[i]}, {_EASY}", f"{names[i]}, with {HARD_LETTERS[letter]}:")
             for i, letter in zip(order.tolist(), letters, strict=True)
         ]
-        count = round(config.prompts * config.easy_share)
+        count = num_easy(config)
         return [easy for easy, _ in prompts[:count]], [hard for _, hard in prompts[count:]]
 
     def noise(self, *purpose: str) -> torch.Generator:
@@ -189,13 +179,32 @@ class World:
         return word[0] + "".join(_pick(_pick(GARBLE, noise), noise) for _ in range(rest))
 
 
-def _check(config: PlantedConfig) -> None:
-    """Raises UserError for a number out of its range, and for more prompts than there are names."""
+def split_sizes(config: PlantedConfig) -> dict[str, tuple[int, int]]:
+    """Return the numbers of easy and hard prompts of each split.
+
+    Raises UserError for a number out of its range, more prompts than there are names, and a split
+    without prompts.
+    """
     for key, why in refusals(config):
         raise UserError(f"{key} {why}", where=f"data.planted.{key}")
     if config.prompts > MAX_PROMPTS:
         what = f"{config.prompts} planted prompts; there are names for {MAX_PROMPTS}"
         raise UserError(what, where="data.planted.prompts", fix="use fewer prompts")
+    easy, hard = num_easy(config), config.prompts - num_easy(config)
+    test = round(easy * config.held_out), round(hard * config.held_out)
+    sizes = {"train": (easy - test[0], hard - test[1]), "test": test}
+    for split, (some, others) in sizes.items():
+        if not some + others:
+            raise UserError(
+                f"no planted prompt is left for the {split} split",
+                where="data.planted",
+                fix="more prompts, or another held_out",
+            )
+    return sizes
+
+
+def num_easy(config: PlantedConfig) -> int:
+    return round(config.prompts * config.easy_share)
 
 
 def planted_examples(config: PlantedConfig, split: str, kind: str) -> list[Example]:

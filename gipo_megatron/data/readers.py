@@ -10,10 +10,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-import datasets
-import pyarrow  # type: ignore[import-untyped]
-import pyarrow.parquet  # type: ignore[import-untyped]
-
 from gipo_megatron.errors import UserError
 
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
@@ -43,6 +39,8 @@ def is_one_object(file: Path) -> bool:
 
 
 def _open(file: Path) -> IO[bytes]:
+    import pyarrow  # type: ignore[import-untyped]  # slow to import
+
     compression = COMPRESSED.get(file.suffix.lower())
     content = pyarrow.input_stream(str(file), compression=compression)
     return cast(IO[bytes], io.BufferedReader(content))
@@ -122,6 +120,8 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Columns]]:
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, Columns]]:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
     with _open(file) as raw:
         content = io.BytesIO(raw.read()) if file.suffix.lower() in COMPRESSED else str(file)
     batches = pyarrow.parquet.ParquetFile(content).iter_batches()
@@ -129,6 +129,8 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Columns]]:
 
 
 def _read_arrow(file: Path) -> Iterable[tuple[int, Columns]]:
+    import datasets  # slow to import
+
     return enumerate(map(dict, datasets.Dataset.from_file(str(file))), 1)
 
 

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from gipo_megatron.data import tldr
 from gipo_megatron.data.folders import Part, Row, file_parts, folder_parts, rows_of
 from gipo_megatron.data.hub import is_hub_name, offline, reach_hub
@@ -124,6 +122,8 @@ def _default_names(format: str, available: Collection[str]) -> list[str]:
 
 
 def _hub_parts(path: str, names: list[str], format: str) -> list[Part]:
+    import datasets  # slow to import
+
     fix = (
         "download it once and give the folder: data.path=FOLDER (with train*.jsonl, test*.parquet,"
         " … or one sub-folder a source)"
@@ -150,6 +150,8 @@ def _hub_parts(path: str, names: list[str], format: str) -> list[Part]:
 
 def _load(path: str, name: str, configurations: list[str]) -> Any:
     """Load the configuration, or else the sub-folder, `name`."""
+    import datasets
+
     if name in configurations:
         return datasets.load_dataset(path, name)
     return datasets.load_dataset(path, data_dir=name)

@@ -8,14 +8,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from gipo_megatron.data.byte_level import byte_level, byte_symbols
 from gipo_megatron.data.hub import is_hub_name, reach_hub
 from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.files import refuse_pointer
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
 
 BYTES = "bytes"
 # a folder with one of these files holds a tokenizer
@@ -87,7 +88,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 of the map from text to ids, equal for two tokenizers that can be exchanged."""
         definition = self.inner.get_vocab()
-        if isinstance(self.inner, PreTrainedTokenizerFast):
+        if self.inner.is_fast:
             whole = json.loads(self.inner.backend_tokenizer.to_str())
             keys = ("added_tokens", "normalizer", "pre_tokenizer", "model")
             definition = {key: whole[key] for key in keys}
@@ -145,7 +146,7 @@ class Tokenizer:
     def _knows_every_byte(self) -> bool:
         """Check for a token for each of the 256 bytes, by byte fallback (`<0x00>` … `<0xFF>`) or
         byte-level BPE: then no text is unknown."""
-        if not isinstance(self.inner, PreTrainedTokenizerFast):
+        if not self.inner.is_fast:
             return False
         definition = json.loads(self.inner.backend_tokenizer.to_str())
         vocabulary = self.inner.get_vocab()
@@ -186,7 +187,7 @@ class Tokenizer:
         self.inner.save_pretrained(str(folder))
         file = Path(folder) / "tokenizer_config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(self.inner, PreTrainedTokenizerFast):
+        if self.inner.is_fast:
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
             config["model_input_names"] = ["input_ids", "attention_mask"]
         # version 5 reads the list under both names, version 4 under the older one
@@ -232,6 +233,8 @@ def load_tokenizer(spec: str, where: str = "") -> Tokenizer:
 
 
 def _from_pretrained(spec: str, where: str, local: bool) -> Tokenizer:
+    from transformers import AutoTokenizer  # slow to import
+
     fix = "check the name, or give a folder"
     if local:
         fix = "the folder must hold tokenizer.json (or tokenizer.model) and tokenizer_config.json"

@@ -12,8 +12,8 @@ from typing import Any
 
 from gipo_megatron import registry
 from gipo_megatron.evaluation import judges
-from gipo_megatron.evaluation.results import RESERVED
 from gipo_megatron.evaluation.tasks import Task
+from gipo_megatron.evaluation.types import RESERVED
 from gipo_megatron.recipe import check
 from gipo_megatron.recipe.check import Draft, Found
 from gipo_megatron.recipe.compose import drafted, load_components
@@ -45,7 +45,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    micro_batch: Count = 4  # rows of one forward pass on one replica
+    # exactly one of the two is set: rows of one forward pass on one replica, or its tokens with
+    # their padding, in which the longest row has room
+    micro_batch: Count | None = 4
+    micro_tokens: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,13 @@ def lengths(d: Draft) -> Found:
             yield Problem(key, f"{task.max_length} {room}", where)
 
 
+def micro_batches(d: Draft) -> Found:
+    """Rows or tokens limit a micro-batch, and the longest row is within the limit."""
+    yield from check.limits(d)
+    longest = max((task.max_length for task in d.tasks), default=0)
+    yield from check.too_few_tokens(d, longest, "a row of a task's max_length")
+
+
 def judge(d: Draft) -> Found:
     """The models that the judge needs."""
     name = d.judge["name"]
@@ -237,6 +247,7 @@ PROBLEMS = (
     models,
     tasks,
     lengths,
+    micro_batches,
     judge,
     run,
     check.layout,

@@ -87,6 +87,7 @@ class Responder:
             recipe.model.architecture,
             recipe.precision,
             micro_batch=recipe.batch.micro_batch,
+            micro_tokens=recipe.batch.micro_tokens,
             load=str(self.weights[key]),
             group=group,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from gipo_megatron.evaluation.statistics import compare, policy_figures
 from gipo_megatron.evaluation.types import (
+    RESERVED,
     Comparison,
     HeadToHead,
     Pair,
@@ -16,9 +17,6 @@ from gipo_megatron.evaluation.types import (
     Verdict,
 )
 from gipo_megatron.files import write_json
-
-# names in results.json that no task may have
-RESERVED = ("subject", "judge", "bootstrap", "incomplete", "warnings", "policies")
 
 
 def pairs_in_both_orders(given: HeadToHead) -> dict[PairOrder, Pair]:

@@ -15,6 +15,8 @@ KINDS = ("helpful", "harmless", "summary")  # criteria by which a task's respons
 FIRST, SECOND, TIE, FAILED = "first", "second", "tie", "failed"
 # outcome of a comparison for the model; also TIE and FAILED
 WIN, LOSE = "win", "lose"
+# names in results.json that no task may have
+RESERVED = ("subject", "judge", "bootstrap", "incomplete", "warnings", "policies")
 
 
 @dataclass(frozen=True)

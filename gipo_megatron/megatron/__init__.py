@@ -1,6 +1,7 @@
 """The only code on Megatron-Core: building, splitting, running, training and storing a model."""
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -30,12 +31,29 @@ def _no_compiler() -> Iterator[None]:
         torch.compile = compile_
 
 
+@contextlib.contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Let Megatron-Core run without an optional package that it imports and that nothing here needs
+    of it. None in sys.modules is Python's own mark of a package that cannot be imported."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
 environment.set_defaults()  # for tests and tools; launchers call it before torch is imported
 
-with warnings.catch_warnings(), _no_compiler():
+with warnings.catch_warnings(), _no_compiler(), _without("wandb"):
     # Megatron-Core warns of every optional package that is not installed
     warnings.simplefilter("ignore")
     try:
+        from gipo_megatron.megatron import fusions
+
+        fusions.provide_extension()
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer  # noqa: F401
     except Exception as error:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gipo_megatron.megatron.checkpoint import check_architecture, load_weights
-from gipo_megatron.megatron.engine import Engine
+from gipo_megatron.megatron.engine import Count, Engine
 from gipo_megatron.megatron.hf import Seen, ignore, load_group_head, load_hf
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import initialise_weights
@@ -30,13 +30,15 @@ def build_engine(
     precision: Precision,
     *,
     load: str = "random",
-    micro_batch: int = 1,
+    micro_batch: int | None = 1,
+    micro_tokens: int | None = None,
     seed: int = 0,
     group: HeadSpec | None = None,
     optimisation: Optimisation | None = None,
     recompute: str = "none",
     offload: str = "none",
     seen: Seen = ignore,
+    count: Count = lambda *numbers: None,
 ) -> Engine:
     """Return the model of `role` with the weights at `load`; `group` is a critic's group head.
 
@@ -47,6 +49,7 @@ def build_engine(
         architecture,
         precision,
         micro_batch=micro_batch,
+        micro_tokens=micro_tokens,
         seed=seed,
         head=head_of(role),
         group=group,
@@ -54,6 +57,7 @@ def build_engine(
         recompute=recompute,
         offload=offload,
         initialise=load == "random",
+        count=count,
     )
     load_into(engine, load, role, seen)
     return engine

@@ -182,6 +182,12 @@ class HostAdam(torch.optim.Optimizer):
     step tensor of each parameter.
     """
 
+    # torch's, without the wrapper around each, which imports the compiler: as long as torch itself
+    add_param_group, zero_grad, state_dict, load_state_dict = (
+        getattr(torch.optim.Optimizer, name).__wrapped__
+        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    )
+
     def __init__(
         self,
         params: Iterable,

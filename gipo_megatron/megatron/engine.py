@@ -7,7 +7,7 @@ clip, step
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -50,14 +50,16 @@ from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision
 from gipo_megatron.types import BatchLoss, CriticOutput, Output, Rows, TokenStats, Update
 
 Part = tuple[Rows, BatchLoss]
+# (forward | update, tokens of a pass that are not padding, all its tokens) -> nothing
+Count = Callable[[str, int, int], None]
 
 
 class Engine:
     """A model and, with an `optimisation`, all it takes to train it.
 
     head: None for a language model, "value" or "score"; group: a group head beside the value head;
-    offload: none | cpu. Every method is collective: all ranks call it, the ranks of a replica with
-    the same rows.
+    micro_batch or micro_tokens: rows or tokens of a micro-batch; offload: none | cpu. Every method
+    is collective: all ranks call it, the ranks of a replica with the same rows.
     """
 
     def __init__(
@@ -66,7 +68,8 @@ class Engine:
         architecture: Architecture,
         precision: Precision,
         *,
-        micro_batch: int,
+        micro_batch: int | None,
+        micro_tokens: int | None = None,
         seed: int,
         head: str | None = None,
         group: HeadSpec | None = None,
@@ -74,11 +77,13 @@ class Engine:
         recompute: str = "none",
         offload: str = "none",
         initialise: bool = True,
+        count: Count = lambda *numbers: None,
     ) -> None:
         Residency.make_room()
         self.mesh, self.architecture, self.precision = mesh, architecture, precision
         self.head, self.group = head, group
-        self.optimisation, self.micro_batch = optimisation, micro_batch
+        self.optimisation, self.count = optimisation, count
+        self.micro_batch, self.micro_tokens = micro_batch, micro_tokens  # one of them
         # config.json and the like of the Hugging Face model it came from, word for word
         self.hf_files: dict[str, str] = {}
         self.chunks: list[GPTModel] = build_chunks(
@@ -120,6 +125,7 @@ class Engine:
         """Return the output of `readout` for every sequence of `batch`, in their order, on every
         rank of the replica. No gradient."""
         slots = self._plan(batch)
+        self._count("forward", slots)
         with self.ready(), self.scaling.inference():
             outputs = schedules.run(
                 self._wrapped, slots, partial(_answer, readout), forward_only=True
@@ -189,6 +195,7 @@ class Engine:
         """Compute the gradients of the update's loss, reduced but not clipped; return the loss's
         metrics and the row ids of non-finite losses."""
         slots = self._slots(parts)
+        self._count("update", slots)
         for wrapped in self._wrapped:
             wrapped.zero_grad_buffer()
         if self.group_head is not None:
@@ -212,14 +219,20 @@ class Engine:
         return self._share([(metrics, [i for slot in slots for i in slot.rows.row_ids.tolist()])])
 
     def _slots(self, parts: Sequence[Part]) -> list[MicroBatch]:
+        """Return the micro-batches of all parts, as many on every replica: FP8's delayed scaling
+        reduces over the replicas in each of them."""
         slots = []
+        data = self.mesh.data_parallel
         for rows, loss in parts:
-            local = rows.counts()
-            total = self.mesh.data_parallel.sum(
-                torch.tensor(list(local.values()), dtype=torch.float64)
-            )
-            counts = dict(zip(local, total.tolist(), strict=True))
-            slots += [replace(slot, loss=loss, counts=counts) for slot in self._plan(rows)]
+            planned, local = self._plan(rows), rows.counts()
+            numbers = torch.zeros(data.size + len(local), dtype=torch.float64)
+            numbers[data.rank] = len(planned)
+            numbers[data.size :] = torch.tensor(list(local.values()))
+            found = data.sum(numbers).tolist()
+            counts = dict(zip(local, found[data.size :], strict=True))
+            if (most := int(max(found[: data.size]))) > len(planned):
+                planned = self._plan(rows, most)
+            slots += [replace(slot, loss=loss, counts=counts) for slot in planned]
         return slots
 
     @staticmethod
@@ -227,12 +240,16 @@ class Engine:
         """Return mcore's triple. The integer count 0 keeps mcore from dividing: each term has its
         own count."""
         assert slot.loss is not None and slot.counts is not None
-        loss = slot.loss(_answer(readout, slot, raw), slot.rows)
+        answer = _answer(readout, slot, raw)
+        loss = slot.loss(answer, slot.rows)
         total = torch.zeros((), device=raw.device)
         for value, unit in loss.terms.values():
             total = total + value.float() / max(slot.counts[unit], 1.0)
         if slot.idle or not total.requires_grad:
-            total = raw.flatten()[0].float() * 0.0
+            # from the answer, so that the head's weight, too, gets a gradient of zero
+            first = tensors(answer)[0]
+            assert first is not None
+            total = first.flatten()[0].float() * 0.0
         return (
             total,
             torch.zeros((), dtype=torch.int, device=raw.device),
@@ -260,13 +277,21 @@ class Engine:
 
     # --------------------------------------------------------------------------------- the pipeline
 
-    def _plan(self, rows: Rows) -> list[MicroBatch]:
+    def _plan(self, rows: Rows, least_slots: int = 1) -> list[MicroBatch]:
         mesh = self.mesh
-        slots = mesh.pipeline_size if mesh.parallel.virtual_pipeline > 1 else 1
-        widths = length_multiple(self.precision, mesh.parallel)
         return plan(
-            rows, self.micro_batch, mesh.device, length_multiple=widths, slot_multiple=slots
+            rows,
+            self.micro_batch,
+            mesh.device,
+            micro_tokens=self.micro_tokens,
+            length_multiple=length_multiple(self.precision, mesh.parallel),
+            slot_multiple=mesh.pipeline_size if mesh.parallel.virtual_pipeline > 1 else 1,
+            least_slots=least_slots,
         )
+
+    def _count(self, kind: str, slots: list[MicroBatch]) -> None:
+        whole = sum(slot.sequences.tokens.numel() for slot in slots)
+        self.count(kind, sum(slot.real for slot in slots), whole)
 
     def _mode(self, *, train: bool) -> None:
         for chunk in self.chunks:

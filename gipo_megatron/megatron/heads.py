@@ -1,5 +1,5 @@
-"""Heads on the trunk: one number per token (value, reward) instead of the output layer, and the
-group head beside the model."""
+"""Heads on the trunk: a language model's, one number per token (value, reward) in its place, and
+the group head beside the model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -24,6 +26,50 @@ from gipo_megatron.specs import HeadSpec, width_scaled
 from gipo_megatron.types import Sequences
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of HostAdam
+
+
+class LanguageHead(ColumnParallelLinear):
+    """The output layer of a language model. It multiplies nothing and hands on the hidden states:
+    `outputs.token_stats` multiplies those that it reads.
+
+    Under sequence parallelism the shards of the positions are gathered. Each rank then gets the
+    whole gradient, and takes its shard.
+    """
+
+    @classmethod
+    def replace(cls, model: GPTModel) -> None:
+        """Make the output layer that mcore has built a LanguageHead. Its weight, which may be the
+        embedding's, and its names in checkpoints stay."""
+        assert type(model.output_layer) is ColumnParallelLinear
+        model.output_layer.__class__ = cls
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> tuple[Tensor, None]:
+        """[s, b, H] (this rank's shard of s under sequence parallel) -> [s, b, H], whole"""
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden, None
+
+
+def output_weight(chunk: nn.Module) -> nn.Parameter:
+    """Return the weight [V' / tensor, H] of a last stage's LanguageHead: where it is tied and the
+    stage has the embedding, the embedding's."""
+    model = unwrap(chunk)
+    tied = model.share_embeddings_and_output_weights
+    weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def all_logits(chunk: nn.Module, hidden: Tensor) -> Tensor:
+    """Return this tensor rank's logits [b, s, V' / tensor] of all positions, from the output
+    [b, s, H] of a last stage's `chunk`. For comparisons of models: training and scoring read
+    masked positions only."""
+    return F.linear(hidden, output_weight(chunk))
 
 
 class ScalarHead(nn.Module):

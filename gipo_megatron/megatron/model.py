@@ -26,9 +26,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron import cpu_compat
+from gipo_megatron.megatron import cpu_compat, fusions
 from gipo_megatron.megatron import precision as number_formats
-from gipo_megatron.megatron.heads import ScalarHead
+from gipo_megatron.megatron.heads import LanguageHead, ScalarHead
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import EMBEDDING, OUTPUT, SCORE, placements
 from gipo_megatron.specs import Architecture, Parallel, Precision, split_problems
@@ -61,9 +61,9 @@ def build_chunks(
     model), "value" or "score".
 
     Without `initialise` only a head is initialised; a load of the other weights follows. On the
-    last stage a chunk returns logits [b, s, V / tensor] in the model's dtype, or the head's
-    [b, s, 1] in fp32. Raises UserError for an architecture that cannot be split over the mesh or is
-    not supported.
+    last stage a chunk returns hidden states [b, s, H] in the model's dtype, for
+    `outputs.token_stats`, or the head's [b, s, 1] in fp32. Raises UserError for an architecture
+    that cannot be split over the mesh or is not supported.
     """
     assert head is None or head in HEADS, head
     check_split(architecture, mesh.parallel)
@@ -125,12 +125,12 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=stages if stages > 1 else None,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
-        variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # mcore needs it for variable lengths
         calculate_per_token_loss=True,
         perform_initialization=False,  # see initialise_weights
         use_cpu_initialization=not cuda,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fusions.weight_gradients_fused(),
+        apply_rope_fusion=_engine_layers(precision.dtype == "bf16"),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_activation_fusion=cuda,
@@ -147,42 +147,56 @@ def _chunk(
     virtual = stage if mesh.parallel.virtual_pipeline > 1 else None
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(config, virtual),
+        transformer_layer_spec=_block_spec(config, virtual, rope_frequencies(architecture)),
         vocab_size=padded_vocab(architecture, mesh.tensor_size),
         max_sequence_length=architecture.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual),
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.tied_embeddings and head is None,
-        position_embedding_type="rope",
+        position_embedding_type="rope" if config.apply_rope_fusion else "none",
         rotary_base=architecture.rope_base,
         vp_stage=virtual,
     )
-    model.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(mesh.device)
-    if head is not None and model.post_process:
+    if config.apply_rope_fusion:
+        model.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(mesh.device)
+    if model.post_process and head is None:
+        LanguageHead.replace(model)
+    elif model.post_process:
         model.output_layer = ScalarHead(config, mesh.device)
     return model.to(mesh.device)
 
 
-def _block_spec(config: TransformerConfig, virtual: int | None) -> TransformerBlockSubmodules:
-    """Return Transformer Engine's layers for bf16 where it can be used, else the local ones. fp32
-    is always local: Transformer Engine multiplies fp32 matrices in TF32, with 10 bits."""
-    if config.bf16 and number_formats.transformer_engine_usable():
+def _engine_layers(bf16: bool) -> bool:
+    """Check that layers are Transformer Engine's: in bf16, where it can be used. It multiplies fp32
+    matrices in TF32, with 10 bits."""
+    return bf16 and number_formats.transformer_engine_usable()
+
+
+def _block_spec(
+    config: TransformerConfig, virtual: int | None, frequencies: Tensor
+) -> TransformerBlockSubmodules:
+    """Return Transformer Engine's layers, with its RoPE, or the local ones, with RoPE of
+    `frequencies`."""
+    if _engine_layers(config.bf16):
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         norm = TENorm
     else:
-        layer, norm = _local_layer(config), RMSNorm
+        layer, norm = _local_layer(config, frequencies), RMSNorm
     count = get_num_layers_to_build(config, vp_stage=virtual)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
 
-def _local_layer(config: TransformerConfig) -> ModuleSpec:
-    """Return mcore's own layer with the norm and the attention below."""
+def _local_layer(config: TransformerConfig, frequencies: Tensor) -> ModuleSpec:
+    """Return mcore's own layer with the norm and the attention below. All layers share the cosines
+    of one rotation."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
-    attention.core_attention = CausalAttention
+    attention.core_attention = ModuleSpec(
+        module=CausalAttention, params={"rotation": fusions.Rotation(frequencies)}
+    )
     if config.qk_layernorm:
         norm = ModuleSpec(module=RMSNorm, params={"shard": False})
         attention.q_layernorm = attention.k_layernorm = norm
@@ -209,8 +223,8 @@ class RMSNorm(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Core attention by torch's scaled_dot_product_attention. Sequences are right-padded, so the
-    causal mask is enough."""
+    """RoPE and core attention by torch's scaled_dot_product_attention. Sequences are right-padded,
+    so the causal mask is enough."""
 
     def __init__(
         self,
@@ -221,9 +235,11 @@ class CausalAttention(nn.Module):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: object = None,
+        *,
+        rotation: fusions.Rotation,
     ) -> None:
         super().__init__()
-        self.softmax_scale = softmax_scale
+        self.softmax_scale, self.rotation = softmax_scale, rotation
 
     def forward(
         self,
@@ -239,6 +255,7 @@ class CausalAttention(nn.Module):
         assert attention_mask is None and attention_bias is None and packed_seq_params is None, (
             "causal attention only"
         )
+        query, key = self.rotation(query, key)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.shape[2] != key.shape[2]
         out = F.scaled_dot_product_attention(

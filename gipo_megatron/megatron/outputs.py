@@ -1,8 +1,8 @@
-"""Log-probs, values and scores of each token from a model's raw output. The causal shift is in this
-file and in no other.
+"""Log-probs, values and scores of each token from a model's last hidden states. The causal shift is
+in this file and in no other.
 
 position      0    1    2    3    4           the output at t-1 is for token t:
-tokens       p0   p1   y0   y1  pad             logprobs[b, t] = log softmax(logits[b, t-1])[y_t]
+tokens       p0   p1   y0   y1  pad             logprobs[b, t] = log softmax(W hidden[b, t-1])[y_t]
 mask          .    .    1    1    .             values[b, t]   = head(hidden[b, t-1])
 model output o0   o1   o2   o3   o4           score[b]         = head(hidden[b, length-1]), no shift
 used for y0 ______/    |
@@ -21,13 +21,19 @@ from gipo_megatron.megatron.heads import GroupHead
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.types import CriticOutput, Sequences, TokenStats
 
-# Bytes of one fp32 copy of a row chunk's logits. On a CPU a chunk fits its caches. On a GPU small
-# chunks would take longer to launch (about 50 kernels a chunk) than to compute.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+# Bytes of one fp32 block of logits. On a CPU a block fits its caches. On a GPU small blocks would
+# take longer to launch (about 30 kernels a block) than to compute.
+BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+# Columns of a block are a multiple of this. The narrowest block has the size of the hidden states
+# of a small model.
+BLOCK_COLUMNS = 64
+LOWEST = -1e30  # below any logit, and finite: a difference of two is no NaN
 
 
-def chunk_bytes(device: torch.device) -> int:
-    return CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+def block_columns(rows: int, device: torch.device) -> int:
+    """Return the number of logits of each row in a block of `rows` rows."""
+    size = BLOCK_BYTES["cpu" if device.type == "cpu" else "cuda"]
+    return max(1, size // (4 * max(rows, 1) * BLOCK_COLUMNS)) * BLOCK_COLUMNS
 
 
 def response_positions(mask: Tensor) -> Tensor:
@@ -38,7 +44,8 @@ def response_positions(mask: Tensor) -> Tensor:
 
 
 def token_stats(
-    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
     sequences: Sequences,
     positions: Tensor,
     *,
@@ -47,23 +54,28 @@ def token_stats(
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> TokenStats:
-    """Return log-probs (and entropies, in nats) of softmax(logits / temperature) for the tokens
+    """Return log-probs (and entropies, in nats) of softmax(W hidden / temperature) for the tokens
     inside the mask, zero elsewhere.
 
-    `logits` [b, T, V' / tensor] is this rank's share of the padded vocabulary, whose columns from
-    vocab_size on are ignored. `positions` are the `response_positions` of the mask, on the logits'
-    device; no value is read back. Both results are fp32 [b, T], equal on every rank of the tensor
-    group, and have gradients. An entropy that the loss does not use costs nothing in the backward
-    pass. Only masked positions are read, in row chunks of CHUNK_BYTES, so no fp32 copy has the size
-    of the logits. Collective: two small all-reduces per row chunk.
+    `hidden` [b, T, H] is the output of a LanguageHead, `weight` [V' / tensor, H] this rank's share
+    of the padded vocabulary, whose rows from vocab_size on are ignored. `positions` are the
+    `response_positions` of the mask, on the device of `hidden`; no value is read back. Both results
+    are fp32 [b, T], equal on every rank of the tensor group, and have gradients. An entropy that
+    the loss does not use costs nothing in the backward pass.
+
+    Logits exist for masked positions only, and of these in blocks of BLOCK_BYTES, which the
+    backward pass computes again. Collective: two small all-reduces, and one of the read positions'
+    gradient.
     """
     assert temperature > 0, "training samples at a temperature above 0"
     mask = sequences.mask
-    assert mask.shape == logits.shape[:2], f"mask {mask.shape} and logits {logits.shape}"
-    shard = _VocabShard(vocab_size, logits.shape[2], mesh)
+    assert mask.shape == hidden.shape[:2], f"mask {mask.shape} and hidden states {hidden.shape}"
+    shard = _VocabShard(vocab_size, len(weight), mesh)
     read = positions - 1  # the shift: flat position t-1 is in the same row, because t > 0
-    tokens = sequences.tokens.flatten()[positions]
-    logprobs, entropies = _TokenStats.apply(logits, read, tokens, shard, 1.0 / temperature, entropy)
+    tokens = sequences.tokens.flatten()[positions] - shard.first
+    logprobs, entropies = _TokenStats.apply(
+        hidden, weight, read, tokens, shard, 1.0 / temperature, entropy
+    )
     placed = _place(entropies, positions, mask) if entropy else None
     return TokenStats(_place(logprobs, positions, mask), placed)
 
@@ -98,7 +110,6 @@ class _VocabShard:
     def __init__(self, vocab_size: int, columns: int, mesh: Mesh) -> None:
         self.first = mesh.tensor_rank * columns
         self.width = min(max(vocab_size - self.first, 0), columns)
-        self.columns = columns
         self.group = mesh.tensor_group if mesh.tensor_size > 1 else None
 
     def reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
@@ -106,92 +117,122 @@ class _VocabShard:
             dist.all_reduce(x, op=op, group=self.group)
         return x
 
-    def rows_per_chunk(self, device: torch.device) -> int:
-        return max(1, chunk_bytes(device) // (4 * self.columns))
-
-    def targets(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (column of each token, clamped into this shard; whether it is in this shard)."""
-        local = tokens - self.first
-        return local.clamp(0, max(self.width - 1, 0)), (local >= 0) & (local < self.width)
+    def blocks(self, rows: Tensor) -> list[slice]:
+        """Return the columns of each block of logits of `rows` [n, H]."""
+        step = block_columns(len(rows), rows.device)
+        return [slice(i, min(i + step, self.width)) for i in range(0, self.width, step)]
 
 
 class _TokenStats(torch.autograd.Function):
-    """With x = logits / T over the real columns and z = Σ exp x:
+    """With x = W h / T over the real columns, m = max x and z = Σ exp x:
 
     logp = x_y - log z,  H = log z - Σ p x,
     ∂logp/∂x = onehot_y - p,  ∂H/∂x = -p (log p + H).
 
-    The backward pass has no collective: it keeps the logits and two numbers per row. It gets None
-    as the gradient of an output that the loss does not use.
+    Both passes go through the vocabulary in blocks of columns, of all rows h at once. Forward:
+    `sums` are Σ e^(x-m), Σ e^(x-m) (x-m) and x_y, and a block with a larger m rescales the first
+    two. Backward: x again, from h, W and log z, except where one block is all, which is kept. A
+    block's part of W's gradient is final; h's is summed over the blocks in fp32, then over the
+    tensor group. The gradient of an output that the loss does not use is None.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Tensor,
-        rows: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        read: Tensor,
         tokens: Tensor,
         shard: _VocabShard,
         scale: float,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        flat = logits.reshape(-1, shard.columns)
-        logprobs, entropies, log_z = (
-            torch.empty(len(rows), dtype=torch.float32, device=logits.device) for _ in range(3)
-        )
-        step = shard.rows_per_chunk(logits.device)
-        for start in range(0, len(rows), step):
-            cut = slice(start, start + step)
-            x = flat[rows[cut]].float().mul_(scale)
-            x[:, shard.width :] = -torch.inf
-            top = shard.reduce(x.amax(1), dist.ReduceOp.MAX)
+        rows = hidden.flatten(0, 1)[read]
+        top = torch.full((len(rows),), LOWEST, device=rows.device)
+        sums = top.new_zeros(3, len(rows))
+        blocks, kept = shard.blocks(rows), None
+        for block in blocks:
+            x = _logits(rows, weight[block], scale)
+            column, inside = _target(tokens, block)
+            sums[2] += torch.where(inside, x.gather(1, column[:, None]).squeeze(1), 0.0)
+            highest = torch.maximum(top, x.amax(1))
+            _rescale(sums, top - highest)
+            top = highest
             x.sub_(top[:, None])
-            column, inside = shard.targets(tokens[cut])
-            target = torch.where(inside, x.gather(1, column[:, None]).squeeze(1), 0.0)
-            weight = x.exp()
-            weighted = torch.zeros_like(top)
+            kept = x if len(blocks) == 1 else None
+            power = x.exp() if entropy or kept is not None else x.exp_()
+            sums[0] += power.sum(1)
             if entropy:
-                x[:, shard.width :] = 0.0
-                weighted = torch.linalg.vecdot(weight, x)
-            sums = shard.reduce(torch.stack([weight.sum(1), weighted, target]), dist.ReduceOp.SUM)
-            log_sum = sums[0].log()
-            logprobs[cut] = sums[2] - log_sum
-            entropies[cut] = log_sum - sums[1] / sums[0]
-            log_z[cut] = top + log_sum
-            del x, weight  # before the next chunk's are made
-        ctx.save_for_backward(logits, rows, tokens, log_z, entropies)
-        ctx.shard, ctx.scale = shard, scale
+                sums[1] += power.mul_(x).sum(1)
+            del x, power  # before the next block's are made
+        highest = shard.reduce(top.clone(), dist.ReduceOp.MAX)
+        _rescale(sums, top - highest)
+        shard.reduce(sums, dist.ReduceOp.SUM)
+        log_sum = sums[0].log()
+        entropies, log_z = log_sum - sums[1] / sums[0], highest + log_sum
+        ctx.save_for_backward(rows, weight, read, tokens, log_z, entropies, kept, top)
+        ctx.shard, ctx.scale, ctx.shape = shard, scale, hidden.shape
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
+        return sums[2] - highest - log_sum, entropies
 
     @staticmethod
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        logits, rows, tokens, log_z, entropies = ctx.saved_tensors
-        if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(log_z)
+        rows, weight, read, tokens, log_z, entropies, kept, top = ctx.saved_tensors
         shard: _VocabShard = ctx.shard
-        flat = logits.reshape(-1, shard.columns)
-        grad = torch.zeros_like(flat)
-        step = shard.rows_per_chunk(logits.device)
-        for start in range(0, len(rows), step):
-            cut = slice(start, start + step)
-            logp = flat[rows[cut]].float().mul_(ctx.scale).sub_(log_z[cut, None])
-            logp[:, shard.width :] = 0.0
-            p = logp.exp()
-            p[:, shard.width :] = 0.0
-            target = grad_logprobs[cut].float()
-            factor = -target[:, None]
-            if grad_entropies is not None:
-                logp.add_(entropies[cut, None]).mul_(grad_entropies[cut, None])
-                factor = logp.neg_().add_(factor)
-            g = p.mul_(factor)
-            del logp, factor
-            column, inside = shard.targets(tokens[cut])
+        target = torch.zeros_like(log_z) if grad_logprobs is None else grad_logprobs * ctx.scale
+        grad_rows = torch.zeros_like(rows, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight)
+        grad_weight[shard.width :] = 0.0
+        for block in shard.blocks(rows):
+            if kept is None:
+                logp = _logits(rows, weight[block], ctx.scale).sub_(log_z[:, None])
+            else:
+                logp = kept + (top - log_z)[:, None]
+            if grad_entropies is None:
+                g = logp.exp_().mul_(-target[:, None])
+            else:
+                p = logp.exp()
+                spread = (grad_entropies * -ctx.scale)[:, None]
+                g = logp.add_(entropies[:, None]).mul_(spread).sub_(target[:, None]).mul_(p)
+                del p
+            column, inside = _target(tokens, block)
             g.scatter_add_(1, column[:, None], torch.where(inside, target, 0.0)[:, None])
-            grad[rows[cut]] = g.mul_(ctx.scale).to(grad.dtype)
-            del p, g
-        return grad.view(logits.shape), None, None, None, None, None
+            g = g.to(rows.dtype)
+            del logp
+            torch.mm(g.t(), rows, out=grad_weight[block])
+            _add_product(grad_rows, g, weight[block])
+            del g
+        grad = rows.new_zeros(ctx.shape)
+        whole = shard.reduce(grad_rows.to(rows.dtype), dist.ReduceOp.SUM)
+        grad.view(-1, rows.shape[1])[read] = whole
+        return grad, grad_weight, None, None, None, None, None
+
+
+def _logits(rows: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """Return fp32 logits · scale [n, columns], the product itself in the model's dtype."""
+    x = torch.mm(rows, weight.t()).float()
+    return x if scale == 1.0 else x.mul_(scale)
+
+
+def _target(tokens: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Return (column of each token, clamped into this block; whether it is in this block)."""
+    column, last = tokens - block.start, block.stop - block.start - 1
+    return column.clamp(0, last), (column >= 0) & (column <= last)
+
+
+def _rescale(sums: Tensor, by: Tensor) -> None:
+    """Move the maximum in the sums [2 or more, n] of `_TokenStats`: x - m becomes x - m + by."""
+    sums[1] += by * sums[0]
+    sums[:2] *= by.exp()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b to the fp32 total, in place where a and b are fp32, too."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, out=total)
+    else:
+        total.add_(a @ b)

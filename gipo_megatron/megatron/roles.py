@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gipo_megatron.megatron.engine import Engine, Part
 from gipo_megatron.megatron.generate import generate
-from gipo_megatron.megatron.heads import hidden_at, take_hidden
+from gipo_megatron.megatron.heads import all_logits, hidden_at, output_weight, take_hidden
 from gipo_megatron.megatron.microbatches import MicroBatch, Readout
 from gipo_megatron.megatron.offload import Snapshot
 from gipo_megatron.megatron.outputs import critic_output, last_token_score, token_stats
@@ -30,23 +30,26 @@ def outputs(engine: Engine, ids: Tensor) -> Tensor:
         "needs the whole model in one process"
     )
     with engine.ready():
-        out: Tensor = engine.chunks[0](ids.to(engine.mesh.device), None, None)
-    if engine.head is not None:
-        take_hidden(engine.chunks[0])  # not needed, so not kept
-        return out.cpu()
-    return out[..., : engine.architecture.vocab_size].float().cpu()
+        (chunk,) = engine.chunks
+        out: Tensor = chunk(ids.to(engine.mesh.device), None, None)
+        if engine.head is not None:
+            take_hidden(chunk)  # not needed, so not kept
+            return out.cpu()
+        logits = all_logits(chunk, out)
+    return logits[..., : engine.architecture.vocab_size].float().cpu()
 
 
 def language_readout(engine: Engine, temperature: float, entropy: bool) -> Readout:
     """Return a function that reads log-probs (and entropy) of the response tokens at
     `temperature`."""
 
-    def read(logits: Tensor, slot: MicroBatch) -> Output:
+    def read(hidden: Tensor, slot: MicroBatch) -> Output:
         assert slot.positions is not None, (
             "the first token is inside the mask, but nothing predicts it"
         )
         return token_stats(
-            logits,
+            hidden,
+            output_weight(engine.chunks[-1]),
             slot.sequences,
             slot.positions,
             vocab_size=engine.architecture.vocab_size,
@@ -88,10 +91,10 @@ class MegatronActor:
         assert isinstance(stats, TokenStats)
         return stats
 
-    def readout(self, logits: Tensor, slot: MicroBatch) -> Output:
+    def readout(self, hidden: Tensor, slot: MicroBatch) -> Output:
         """Return the input of the losses. The entropy comes with the log-probs' own collectives,
         and has a gradient where a loss uses it."""
-        return language_readout(self.engine, self.temperature, entropy=True)(logits, slot)
+        return language_readout(self.engine, self.temperature, entropy=True)(hidden, slot)
 
     def update(self, *parts: Part) -> Update:
         return self.engine.update(parts, self.readout)

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -19,48 +20,58 @@ from gipo_megatron.megatron import cpu_compat
 from gipo_megatron.megatron.microbatches import MicroBatch
 
 
-class _TwoWayP2P(P2PCommunicator):
-    """Messages between neighbours in the interleaved schedule, with activations and gradients
-    apart.
+class _PlannedP2P(P2PCommunicator):
+    """Messages between neighbours. Every stage makes the same plan of a pass, so it has the shapes
+    of all tensors that it receives, and none is sent before them (mcore's variable_seq_lengths)."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, config: Any, slots: list[MicroBatch], chunks: int
+    ) -> None:
+        super().__init__(group, config)
+        stages, stage = group.size(), group.rank()
+        table = get_schedule_table(len(slots), chunks, stages)
+        every = [self._shape(slots[i]) for i, _ in table]
+        # the first stage has the input of its first chunk, the last the gradient of its last one
+        inner = [self._shape(slots[i]) for i, chunk in table if chunk]
+        self._inputs = iter(inner if stage == 0 else every)
+        self._gradients = iter(inner if stage == stages - 1 else every)
+
+    def _shape(self, slot: MicroBatch) -> tuple[int, int, int]:
+        config: Any = self.config
+        rows, width = slot.sequences.tokens.shape
+        shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        return width // shards, rows, config.hidden_size
+
+    def _communicate(self, **message: Any) -> Any:
+        """Give mcore the shape of the one tensor that 1F1B receives at a time."""
+        if message["recv_prev"] or message["recv_next"]:
+            shapes = self._inputs if message["recv_prev"] else self._gradients
+            message["tensor_shape"] = next(shapes)
+        return super()._communicate(**message)
+
+
+class _TwoWayP2P(_PlannedP2P):
+    """Messages in the interleaved schedule, with activations and gradients apart.
 
     With two stages both neighbours are the same rank, and messages between two ranks are matched by
     their order alone. mcore's own communicator then takes an activation for a gradient, unnoticed
     where shapes are equal. Here activations use the pipeline's group, and gradients, with two
-    stages, the world's. The shape of a tensor is sent before it.
+    stages, the world's.
     """
 
-    def _communicate(
-        self,
-        *,
-        tensor_send_next: Tensor | None,
-        tensor_send_prev: Tensor | None,
-        recv_prev: bool,
-        recv_next: bool,
-        tensor_shape: Any,
-        wait_on_reqs: bool = True,
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        host_int: dict[str, Any] = {"dtype": torch.int64, "device": torch.cuda.current_device()}
-        sent = [
-            None if t is None else torch.tensor(t.shape, **host_int)
-            for t in (tensor_send_next, tensor_send_prev)
-        ]
-        shapes = [
-            torch.zeros(3, **host_int) if wanted else None for wanted in (recv_prev, recv_next)
-        ]
-        pending, arriving = self._post(sent[0], shapes[0], sent[1], shapes[1])
-        # not the sends: at the ends of a schedule the peer may first wait for its own tensors
-        for request in arriving:
-            request.wait()
-        dtype, device = self.config.pipeline_dtype, torch.cuda.current_device()
-        received: list[Tensor | None] = [None, None]
-        for i, shape in enumerate(shapes):
-            if shape is not None:
-                size = shape.tolist()
-                received[i] = torch.empty(size, dtype=dtype, device=device, requires_grad=True)
-        more, arriving = self._post(tensor_send_next, received[0], tensor_send_prev, received[1])
-        for request in arriving + pending + more:
+    def _communicate(self, **message: Any) -> tuple[Tensor | None, Tensor | None, None]:
+        ways = (("recv_prev", self._inputs), ("recv_next", self._gradients))
+        received = [self._empty(next(shapes)) if message[way] else None for way, shapes in ways]
+        sends, arriving = self._post(
+            message["tensor_send_next"], received[0], message["tensor_send_prev"], received[1]
+        )
+        for request in arriving + sends:
             request.wait()
         return received[0], received[1], None
+
+    def _empty(self, shape: tuple[int, int, int]) -> Tensor:
+        dtype, device = self.config.pipeline_dtype, torch.cuda.current_device()
+        return torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
 
     def _post(
         self,
@@ -129,26 +140,23 @@ def run(
     arguments = {
         "forward_step_func": forward_step,
         "num_microbatches": len(slots),
-        # later slots may differ: shapes are sent along
+        # of the first slot only; _PlannedP2P has the others' shapes
         "seq_length": slots[0].sequences.tokens.shape[1],
         "micro_batch_size": len(slots[0].sequences),
         "forward_only": forward_only,
         "collect_non_loss_data": forward_only,
     }
-    stages = dist.get_world_size(parallel_state.get_pipeline_model_parallel_group())
-    with cpu_compat.host_mode():
-        if len(chunks) == 1:
-            return get_forward_backward_func(stages, None)(
-                data_iterator=iter(slots), model=chunks[0], **arguments
-            )
+    groups = _groups()
+    stages = groups.pp.size()
+    if len(chunks) > 1:
         config.batch_p2p_comm = False
-        groups = _groups()
-        return get_forward_backward_func(stages, len(chunks))(
-            data_iterator=[iter(slots) for _ in chunks],
-            model=chunks,
-            p2p_communicator=_TwoWayP2P(groups.pp, config),
-            pg_collection=groups,
-            **arguments,
+    if stages > 1:
+        kind = _TwoWayP2P if len(chunks) > 1 else _PlannedP2P
+        arguments["p2p_communicator"] = kind(groups.pp, config, slots, len(chunks))
+        arguments["pg_collection"] = groups
+    with cpu_compat.host_mode():
+        return get_forward_backward_func(stages, len(chunks) if len(chunks) > 1 else None)(
+            data_iterator=[iter(slots) for _ in chunks], model=chunks, **arguments
         )
 
 

@@ -23,12 +23,12 @@ import torch
 
 from gipo_megatron.megatron.kv_budget import PREFILL_TOKENS, Need
 from gipo_megatron.megatron.model import padded_vocab
-from gipo_megatron.megatron.outputs import chunk_bytes
+from gipo_megatron.megatron.outputs import block_columns
 from gipo_megatron.specs import Architecture, Parallel, Sampling
 
 FP32 = 4
-# fp32 row chunks that outputs.token_stats holds at once: two, and one in the model's dtype
-READOUT_COPIES = 3
+# fp32 blocks of logits at work in outputs.token_stats, with an entropy
+READOUT_BLOCKS = 2
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Slot:
         self.query = wide * a.num_heads * a.head_dim // tensor
         self.key = wide * a.num_kv_heads * a.head_dim // tensor
         self.feed = wide * a.ffn_hidden_size // tensor  # [s, b, F / t]
-        self.logits = wide * padded_vocab(a, tensor) // tensor  # [b, s, V / t]
+        self.logits = FP32 * self.tokens * padded_vocab(a, tensor) // tensor  # of all positions
 
 
 def layer_kept(slot: Slot, recompute: str) -> int:
@@ -69,9 +69,8 @@ def layer_kept(slot: Slot, recompute: str) -> int:
         attention += (slot.query if a.num_heads > a.num_kv_heads else 0) + rows * (
             a.num_heads + a.num_kv_heads
         ) // slot.parallel.tensor
-    rope = 4 * slot.length * a.head_dim * slot.itemsize  # cos and sin, for queries and for keys
     statistics = rows * a.num_heads // slot.parallel.tensor  # log-sum-exp
-    return norms + attention + rope + statistics + (3 * slot.feed if recompute == "none" else 0)
+    return norms + attention + statistics + (3 * slot.feed if recompute == "none" else 0)
 
 
 def in_flight(parallel: Parallel, stage: int, slots: int) -> int:
@@ -92,7 +91,7 @@ class Pass:
 
     activations: int = 0  # kept for the backward pass, all micro-batches in flight
     layer: int = 0  # at work in one layer
-    logits: int = 0  # logits, or a head's fp32 input, with their gradients
+    logits: int = 0  # logits of a block, or a head's fp32 input, with their gradients
     cache: int = 0  # keys and values of generation
     rows: int = 0  # sequences of a replica that generate at once
     step: int = 0  # Adam's denominators in the optimizer step; a GPU's fused Adam has none
@@ -102,18 +101,23 @@ class Pass:
         return max(self.activations + self.cache + max(self.layer, self.logits), self.step)
 
 
-def _output(slot: Slot, head: bool, weight_gradient: bool) -> int:
-    """The last stage's output layer and what reads it: the logits in two layouts, or one and their
-    gradient; a head reads fp32."""
+def _output(slot: Slot, head: bool, training: bool) -> int:
+    """The last stage's output layer and what reads it, every position masked: blocks of logits and
+    gradients in fp32; a head reads fp32."""
     # the final norm; a gathered input
     ends = 2 * slot.residual + (slot.hidden if slot.shards > 1 else 0)
     if head:
-        return ends + slot.residual // slot.itemsize * FP32 * (2 if weight_gradient else 1)
+        return ends + slot.residual // slot.itemsize * FP32 * (2 if training else 1)
+    columns = block_columns(slot.tokens, slot.device)
+    block = min(FP32 * slot.tokens * columns, slot.logits)
+    # in the readout's order of positions, and the rows that are read
+    found = ends + 2 * slot.hidden + READOUT_BLOCKS * block
+    if not training:
+        return found
     a, tensor = slot.architecture, slot.parallel.tensor
     weight = padded_vocab(a, tensor) // tensor * a.hidden_size * slot.itemsize
-    chunk = min(chunk_bytes(slot.device), slot.logits // slot.itemsize * FP32)
-    gradient = weight if weight_gradient else 0
-    return ends + 2 * slot.logits + gradient + READOUT_COPIES * chunk
+    kept = block if block == slot.logits else 0
+    return found + kept + weight + slot.hidden // slot.itemsize * FP32
 
 
 def training(
@@ -138,7 +142,7 @@ def training(
     # gradient of gate and up, in the model's dtype
     matrix = 2 * a.ffn_hidden_size * a.hidden_size * slot.itemsize // parallel.tensor
     layer = again + 3 * slot.feed + 2 * slot.residual + slot.hidden + matrix
-    output = _output(slot, head, weight_gradient=True) if stage == parallel.pipeline - 1 else 0
+    output = _output(slot, head, training=True) if stage == parallel.pipeline - 1 else 0
     return Pass(activations=kept, layer=layer, logits=output, step=moments)
 
 
@@ -147,7 +151,7 @@ def forward(slot: Slot, stage: int, head: bool) -> Pass:
     attention = 5 * slot.query + 3 * slot.key
     layer = 2 * slot.residual + slot.hidden + max(attention, 3 * slot.feed)
     last = stage == slot.parallel.pipeline - 1
-    return Pass(layer=layer, logits=_output(slot, head, weight_gradient=False) if last else 0)
+    return Pass(layer=layer, logits=_output(slot, head, training=False) if last else 0)
 
 
 def need_of(slot: Slot) -> Need:

@@ -69,9 +69,18 @@ class Iteration:
         """2 for pairs."""
         return self.calls[0].sequences // self.calls[0].rows
 
+    @property
+    def rows_per_slot(self) -> int:
+        """Return the rows of one micro-batch, each of them as long as data.max_length allows."""
+        batch = self.recipe.batch
+        if batch.micro_batch is not None:
+            return batch.micro_batch
+        assert batch.micro_tokens is not None, "the recipe check requires one of the two"
+        return batch.micro_tokens // (self.sequences_per_row * self.recipe.data.max_length)
+
     def slots(self, rows: int) -> int:
         """Return the micro-batches of `rows` rows on one replica."""
-        return -(-rows // (self.recipe.data_parallel * self.recipe.batch.micro_batch))
+        return -(-rows // (self.recipe.data_parallel * self.rows_per_slot))
 
     def slots_of(self, call: Call) -> int:
         """Return the micro-batches of one of the calls that are added up in `call`."""
@@ -91,7 +100,7 @@ class Iteration:
             f"{self.rows} {noun} / {shares} = {self.rows_per_replica} each, of at most"
             f" {self.recipe.data.max_length} tokens",
             f"{batch.minibatch} {noun} an optimizer step = {shares} × {slots}"
-            f" micro-batch{'es' if slots > 1 else ''} of {batch.micro_batch}",
+            f" micro-batch{'es' if slots > 1 else ''} of {batch.micro}",
         ]
         if self.generates:
             generated = f"{batch.prompts} prompts × {batch.responses} responses"

@@ -11,7 +11,8 @@ from gipo_megatron.planning.activations import need_of
 from gipo_megatron.planning.arithmetic import BATCH, DATASET, Iteration
 from gipo_megatron.planning.memory import Footprint, Phase, slot_of
 from gipo_megatron.recipe.schema import Recipe
-from gipo_megatron.telemetry.performance import PEAK_FLOPS, flops
+from gipo_megatron.specs import head_of
+from gipo_megatron.telemetry.performance import PEAK_FLOPS, flops, num_parameters
 
 # share of the peak in matrix products, forward and backward, tensor parallel traffic included
 ASSUMED_MFU = 0.40
@@ -110,7 +111,7 @@ class Estimates:
         slots, peak = self.iteration.slots_of(call), peak_rate(self.recipe, self.gpu)
         if call.verb == "forward":
             return self._matrix(call.name, tokens, 1, 0.0, slots, peak)
-        work = self._matrix(call.name, tokens, 3, self._computed_again, slots, peak)
+        work = self._matrix(call.name, tokens, 3, self._computed_again(call.role), slots, peak)
         return replace(work, seconds=work.seconds + call.count * self._exchange(call.role))
 
     def _matrix(
@@ -123,14 +124,17 @@ class Estimates:
         busy = (useful + extra) / (self.recipe.world * peak * ASSUMED_MFU)
         return Work(name, useful, extra, busy * (1 + bubble(self.recipe, slots)))
 
-    @property
-    def _computed_again(self) -> float:
-        """Share of a forward pass that the backward pass computes again."""
+    def _computed_again(self, role: str) -> float:
+        """Return the share of a forward pass that the backward pass computes again: in the layers,
+        and the logits of a language model."""
         a = self.recipe.model.architecture
         feed = 3 * a.hidden_size * a.ffn_hidden_size
         attention = 2 * a.hidden_size * a.head_dim * (a.num_heads + a.num_kv_heads)
-        shares = {"none": 0.0, "selective": feed / (feed + attention), "full": 1.0}
-        return shares[self.recipe.memory.recompute]
+        layer = {"none": 0, "selective": feed, "full": feed + attention}
+        again = a.num_layers * layer[self.recipe.memory.recompute]
+        if head_of(role) is None:
+            again += a.vocab_size * a.hidden_size
+        return again / num_parameters(a)
 
     def _exchange(self, role: str) -> float:
         """Return the seconds in which an optimizer step scatters gradients and gathers weights."""

@@ -272,11 +272,14 @@ def slot_of(iteration: Iteration) -> Slot:
     recipe = iteration.recipe
     device = torch.device("cuda" if recipe.hardware.gpu_memory_gib else "cpu")
     widths = length_multiple(recipe.precision, recipe.parallel)
+    width = padded_length(recipe.data.max_length, widths, device)
+    # a budget is full of shorter rows where it is no multiple of the longest
+    filled = -(-(recipe.batch.micro_tokens or 0) // width)
     return Slot(
         recipe.model.architecture,
         recipe.parallel,
         DTYPES[recipe.precision.dtype].itemsize,
-        recipe.batch.micro_batch * iteration.sequences_per_row,
-        padded_length(recipe.data.max_length, widths, device),
+        max(iteration.rows_per_slot * iteration.sequences_per_row, filled),
+        width,
         device,
     )

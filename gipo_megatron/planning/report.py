@@ -178,7 +178,7 @@ def _time(plan: Plan, time: Timing, steps: int) -> list[str]:
         f" launches of {compute.LAUNCH_SECONDS * 1e6:.0f} µs a layer;"
         f" {compute.HOST_BANDWIDTH / 1e9:.0f} GB/s to the host, {compute.NODE_BANDWIDTH / 1e9:.0f}"
         " GB/s a GPU between nodes. FLOP: 2 · parameters · tokens a pass, without attention's own"
-        " products; again: recomputed activations."
+        " products; again: recomputed activations and logits."
     )
     hours = time.seconds * steps / 3600
     return [

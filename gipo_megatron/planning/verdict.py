@@ -11,6 +11,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.planning.compute import bubble
 from gipo_megatron.planning.memory import GIB
 from gipo_megatron.planning.planner import NODE, Plan, Planner
+from gipo_megatron.recipe.length import kind_of
 from gipo_megatron.recipe.schema import Recipe
 
 # more key=value words -> the recipe with them; UserError when that is no recipe
@@ -130,9 +131,8 @@ def changes(recipe: Recipe, gpus_per_node: int) -> Iterator[tuple[Part, ...]]:
 def _kinds(recipe: Recipe, gpus_per_node: int) -> Iterator[tuple[str, list[Words]]]:
     """Yield (cost, changes at that cost, the weakest first), from the lowest cost to the
     highest."""
-    size, parallel = recipe.batch.micro_batch, recipe.parallel
-    divisors = [n for n in range(size - 1, 0, -1) if size % n == 0]
-    yield "smaller matrix products", [(f"batch.micro_batch={n}",) for n in divisors]
+    parallel = recipe.parallel
+    yield "smaller matrix products", _smaller(recipe)
     more = RECOMPUTE[RECOMPUTE.index(recipe.memory.recompute) + 1 :]
     yield "activations computed twice", [(f"memory.recompute={name}",) for name in more]
     yield "models travel between host and GPU in every iteration", _offload(recipe)
@@ -145,6 +145,19 @@ def _kinds(recipe: Recipe, gpus_per_node: int) -> Iterator[tuple[str, list[Words
     pipeline = _doubled(parallel.pipeline, stages)
     yield "pipeline bubbles, fewer replicas", [(f"parallel.pipeline={n}",) for n in pipeline]
     yield "more GPUs", _more(recipe)
+
+
+def _smaller(recipe: Recipe) -> list[Words]:
+    """Return smaller micro-batches: divisors of the rows, or halves of the token budget, down to
+    the longest row."""
+    rows, tokens = recipe.batch.micro_batch, recipe.batch.micro_tokens
+    if rows is not None:
+        divisors = [n for n in range(rows - 1, 0, -1) if rows % n == 0]
+        return [(f"batch.micro_batch={n}",) for n in divisors]
+    assert tokens is not None, "the recipe check requires one of the two"
+    longest = recipe.data.max_length * (2 if kind_of(recipe) == "preference" else 1)
+    halves = [tokens // 2**n for n in range(1, 32)]
+    return [(f"batch.micro_tokens={n}",) for n in halves if n >= longest]
 
 
 def _doubled(size: int, most: int) -> list[int]:
@@ -197,5 +210,5 @@ def _warnings(plan: Plan) -> Iterator[str]:
     if idle > 0.5:
         yield (
             f"the pipeline idles {idle:.0%} of its busy time: more micro-batches (a larger"
-            " batch.minibatch, a smaller micro_batch)"
+            " batch.minibatch, smaller ones)"
         )

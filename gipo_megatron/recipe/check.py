@@ -145,9 +145,39 @@ def vocabulary(d: Draft) -> Found:
         yield d.problem("model.architecture.vocab_size", what)
 
 
+def micro_batches(d: Draft) -> Found:
+    """Rows or tokens limit a micro-batch, and the longest row is within the limit."""
+    pair = "pairs" in d.needs.runtime
+    yield from limits(d)
+    yield from too_few_tokens(
+        d,
+        d.data.max_length * (2 if pair else 1),
+        "a pair of 2 × data.max_length" if pair else "a row of data.max_length",
+    )
+
+
+def limits(d: Draft) -> Found:
+    """Either micro_batch or micro_tokens."""
+    rows, tokens, key = d.batch.micro_batch, d.batch.micro_tokens, "batch.micro_tokens"
+    if rows is None and tokens is None:
+        fix = "batch.micro_tokens=8192, or batch.micro_batch=4"
+        yield d.problem(key, "missing, and so is batch.micro_batch", fix)
+    elif rows is not None and tokens is not None:
+        what = f"{tokens}, and batch.micro_batch {rows}: only one of them can be set"
+        yield d.problem(key, what, "batch.micro_batch=null, or batch.micro_tokens=null")
+
+
+def too_few_tokens(d: Draft, longest: int, words: str) -> Found:
+    """A token budget has room for the longest row, so that it is the largest micro-batch."""
+    tokens = d.batch.micro_tokens
+    if tokens is not None and d.batch.micro_batch is None and tokens < longest:
+        what = f"{tokens} has no room for {words} = {longest} tokens"
+        yield d.problem("batch.micro_tokens", what, f"batch.micro_tokens={longest}")
+
+
 def batch(d: Draft) -> Found:
-    """prompts × responses = k minibatches; minibatch = data × micro_batch × slots; with a virtual
-    pipeline, slots = k pipeline."""
+    """prompts × responses = k minibatches; minibatch = data × rows; where micro_batch is set, rows
+    = micro_batch × slots; with a virtual pipeline, slots = k pipeline."""
     b, p = d.batch, d.parallel
     rows = b.prompts * b.responses
     if d.needs.rollout and rows % b.minibatch:
@@ -157,20 +187,21 @@ def batch(d: Draft) -> Found:
     if d.world % p.model:
         return
     replicas = d.world // p.model
-    slots, rest = divmod(b.minibatch, replicas * b.micro_batch)
+    size = b.micro_batch or 1
+    slots, rest = divmod(b.minibatch, replicas * size)
     fix = _fitting(b, p, replicas, d.needs.rollout)
     if rest:
+        unit = f" × micro_batch {size} = {replicas * size}" if b.micro_batch else ""
         yield d.problem(
             "batch.minibatch",
-            f"{b.minibatch} does not divide by data {replicas} × micro_batch {b.micro_batch} ="
-            f" {replicas * b.micro_batch} (data {replicas} = world {d.world} / (tensor {p.tensor} ×"
-            f" pipeline {p.pipeline}))",
+            f"{b.minibatch} does not divide by data {replicas}{unit} (data {replicas} = world"
+            f" {d.world} / (tensor {p.tensor} × pipeline {p.pipeline}))",
             fix,
         )
-    elif p.virtual_pipeline > 1 and slots % p.pipeline:
+    elif b.micro_batch and p.virtual_pipeline > 1 and slots % p.pipeline:
         yield d.problem(
             "batch.micro_batch",
-            f"minibatch {b.minibatch} / (data {replicas} × micro_batch {b.micro_batch}) ="
+            f"minibatch {b.minibatch} / (data {replicas} × micro_batch {size}) ="
             f" {slots} micro-batches do not divide by pipeline {p.pipeline}, as virtual_pipeline"
             f" {p.virtual_pipeline} needs",
             fix,
@@ -188,11 +219,14 @@ def responses(d: Draft) -> Found:
 
 def _fitting(batch: Batch, parallel: Parallel, replicas: int, rollout: bool) -> str:
     """The largest micro_batch that divides; else the next larger minibatch, and enough prompts."""
-    group = replicas * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
-    for size in range(batch.micro_batch - 1, 0, -1):
+    most, rounds = batch.micro_batch or 1, 1
+    if batch.micro_batch and parallel.virtual_pipeline > 1:
+        rounds = parallel.pipeline
+    group = replicas * rounds
+    for size in range(most - 1, 0, -1):
         if batch.minibatch % (group * size) == 0:
             return f"batch.micro_batch={size}"
-    unit = group * batch.micro_batch
+    unit = group * most
     minibatch = -(-batch.minibatch // unit) * unit
     words = f"batch.minibatch={minibatch}"
     if rollout and batch.prompts * batch.responses % minibatch:
@@ -247,6 +281,7 @@ PROBLEMS: tuple[Check, ...] = (
     lengths,
     planted,
     vocabulary,
+    micro_batches,
     batch,
     responses,
     precision,

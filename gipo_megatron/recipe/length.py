@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from gipo_megatron import registry
-from gipo_megatron.data.batching import expected_rows
+from gipo_megatron.data.config import DataConfig
+from gipo_megatron.data.examples import Turn
+from gipo_megatron.data.planted import World, split_sizes
+from gipo_megatron.data.splits import part_of
 from gipo_megatron.recipe.schema import Recipe
 
 NOUNS = {"preference": "pairs", "sft": "rows", "prompt": "prompts"}
@@ -20,6 +23,19 @@ def kind_of(recipe: Recipe) -> str:
 def rows_a_step(recipe: Recipe) -> int:
     """Return the data rows that one step reads, on all replicas together."""
     return recipe.batch.prompts if kind_of(recipe) == "prompt" else recipe.batch.minibatch
+
+
+def expected_rows(config: DataConfig, kind: str) -> int:
+    """Return how many training rows there are before any is read: exactly for planted data, about
+    as many as `data.rows` states for others; 0: not stated."""
+    k, n = config.numbered_part
+    if config.format != "planted":
+        return config.rows // n
+    count = sum(split_sizes(config.planted)["train"])
+    if n > 1:
+        prompts = [Turn("text", text) for text in World(config.planted).prompts["train"]]
+        count = sum(part_of((prompt,), n) == k for prompt in prompts)
+    return count * (1 if kind == "prompt" else config.planted.pairs_per_prompt)
 
 
 def num_steps(recipe: Recipe, rows: int) -> int:

@@ -57,13 +57,22 @@ class Memory:
 
 @dataclass(frozen=True)
 class Batch:
-    """In sequences (in pairs for a reward model and DPO). micro_batch is per replica; the others
-    count all replicas together."""
+    """In sequences (in pairs for a reward model and DPO). micro_batch and micro_tokens are per
+    replica; the others count all replicas together."""
 
     prompts: Count = 64  # prompts an iteration
     responses: Count = 4  # responses a prompt
     minibatch: Count = 64  # rows of one optimizer step
-    micro_batch: Count = 4  # rows of one forward pass on one replica
+    # exactly one of the two is set: rows of one forward pass on one replica, or its tokens with
+    # their padding, in which the longest row has room
+    micro_batch: Count | None = 4
+    micro_tokens: Count | None = None
+
+    @property
+    def micro(self) -> str:
+        """The size of a micro-batch in words."""
+        at_most = f"at most {self.micro_tokens} tokens"
+        return at_most if self.micro_batch is None else str(self.micro_batch)
 
 
 @dataclass(frozen=True)

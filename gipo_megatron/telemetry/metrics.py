@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from gipo_megatron.metrics import Metric, Metrics, digest
+from gipo_megatron.metrics import Metric, Metrics, digest, merge_metrics
 from gipo_megatron.roles import DataParallel
 
 GIB = 2**30
@@ -93,8 +93,8 @@ def _assert_same_layout(metrics: Metrics, dp: DataParallel) -> None:
 
 
 class PhaseTimer:
-    """Seconds of a step by phase. A phase inside another stops the outer one's clock, so that the
-    sum of the phases is the step.
+    """Seconds of a step by phase, and the padding of its passes. A phase inside another stops the
+    outer one's clock, so that the sum of the phases is the step.
 
     `on_change` gets a phase's name when it begins and, when it ends, the outer phase's name or "".
     """
@@ -108,6 +108,7 @@ class PhaseTimer:
         self._clock = clock
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
+        self._padding: Metrics = {}
         self._began = self._mark = clock()
 
     @contextmanager
@@ -122,17 +123,25 @@ class PhaseTimer:
             self._open.pop()
             self._on_change(self._open[-1] if self._open else "")
 
+    def count(self, role: str, kind: str, real: int, whole: int) -> None:
+        """Add a pass (forward | update) of a model over `whole` tokens, padding and `real` ones."""
+        share = Metric.ratio(float(whole - real), float(whole))
+        names = ("perf/padding", f"perf/padding/{role}_{kind}")
+        self._padding = merge_metrics(self._padding, dict.fromkeys(names, share))
+
     def metrics(self) -> Metrics:
         """Return {time/step_seconds, time/<phase>} since the last call, of the slowest replica, and
-        start the next step's clocks."""
+        {perf/padding, perf/padding/<pass>}; start the next step's clocks and counts."""
         self._switch()
         now = self._clock()
         seconds = {"step_seconds": now - self._began, **self._seconds}
-        self._seconds, self._began = {}, now
-        return {
+        padding = self._padding
+        self._seconds, self._padding, self._began = {}, {}, now
+        times = {
             f"time/{name}": Metric.max(torch.tensor([value], dtype=torch.float64))
             for name, value in seconds.items()
         }
+        return {**times, **padding}
 
     def _switch(self) -> None:
         """Add the time since the last switch to the innermost open phase."""

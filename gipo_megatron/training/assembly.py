@@ -37,6 +37,8 @@ from gipo_megatron.types import Pairs, Prompts, Sequences
 from gipo_megatron.weights.sources import check_tokenizer, find_tokenizer, locate
 
 Timer = Callable[[str], AbstractContextManager[None]]
+# (role, forward | update, tokens of a pass that are not padding, all its tokens) -> nothing
+Count = Callable[[str, str, int, int], None]
 PROBE_PROMPTS = 16
 
 
@@ -56,12 +58,14 @@ class Assembly:
     notes: list[str]  # warnings that only the weights can give
 
 
-def assemble(recipe: Recipe, mesh: Mesh, timer: Timer) -> Assembly:
+def assemble(
+    recipe: Recipe, mesh: Mesh, timer: Timer, count: Count = lambda *numbers: None
+) -> Assembly:
     """Build the page and all that it uses; nothing is trained yet. Collective.
 
     Raises UserError for what a recipe check cannot find.
     """
-    given = Providers(recipe, mesh, timer)
+    given = Providers(recipe, mesh, timer, count)
     return Assembly(
         recipe,
         mesh,
@@ -79,8 +83,9 @@ def assemble(recipe: Recipe, mesh: Mesh, timer: Timer) -> Assembly:
 class Providers:
     """The table: `runtime` by the names of `from_runtime`, `components` by the page's fields."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, timer: Timer) -> None:
+    def __init__(self, recipe: Recipe, mesh: Mesh, timer: Timer, count: Count) -> None:
         self.recipe, self.mesh, self.dp = recipe, mesh, mesh.data_parallel
+        self.count = count
         self.notes: list[str] = []
         block, batch = recipe.algorithm, recipe.batch
         page: Any = registry.lookup("algorithm", block["name"])
@@ -143,6 +148,8 @@ class Providers:
             "precision": recipe.precision,
             "load": load,
             "micro_batch": recipe.batch.micro_batch,
+            "micro_tokens": recipe.batch.micro_tokens,
+            "count": partial(self.count, role),
             "seed": recipe.run.seed,
             "optimisation": self._optimisation(role) if role in recipe.trained else None,
             "recompute": recipe.memory.recompute,

@@ -110,7 +110,7 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
             # again: a run that held the lock may have written since
             start_from = find_checkpoint(recipe, directory)
             timer = PhaseTimer(show)
-            parts = assemble(recipe, mesh, timer.phase)
+            parts = assemble(recipe, mesh, timer.phase, timer.count)
             # mcore collects garbage at every save; objects that stay need not be visited each time
             gc.freeze()
             Run(recipe, mesh, parts, sinks, timer, interrupt, directory).run(start_from)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import refuse_pointer
+from gipo_megatron.tensors import Tensor
 from gipo_megatron.weights.hf_values import BLOCK, TEXT, check_values, read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -73,7 +72,7 @@ def _header(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
     file's length, so a truncated file is found here."""
     try:
         refuse_pointer(path)
-        with safe_open(path, framework="pt") as shard:
+        with safe_open(path, framework="np") as shard:  # the header alone: no need of torch
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
             return [
                 (name, tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype()))
@@ -147,6 +146,8 @@ class Shards:
             self._write()
 
     def _write(self) -> None:
+        from safetensors.torch import save_file  # imports torch
+
         path = self.folder / f"model-{len(self.written) + 1:05d}.safetensors.part"
         try:
             save_file(self.waiting, path, metadata={"format": "pt"})

@@ -47,11 +47,35 @@ def test_row_i_is_row_i_over_size_of_replica_i_mod_size(tmp_path: Path, dp_size:
     data = dataset(tmp_path)
     order = data.order(5, 6)
     for rank in range(dp_size):
-        assert data.pairs(5, 6, rank, dp_size).row_ids.tolist() == order[rank::dp_size]
-        assert data.examples(5, 6, rank, dp_size).ids.tolist() == order[rank::dp_size]
         prompts = data.prompts(5, 6, 2, rank, dp_size)
         assert prompts.prompt_id.tolist() == [row for row in order for _ in range(2)][rank::dp_size]
         assert prompts.sample_id.tolist() == list(range(60, 72))[rank::dp_size]
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "places"),
+    [(1, [[0, 1, 2, 3, 4, 5]]), (2, [[0, 3, 4], [1, 2, 5]]), (3, [[0, 5], [1, 4], [2, 3]])],
+)
+def test_pairs_and_examples_are_dealt_by_length(
+    tmp_path: Path, dp_size: int, places: list[list[int]]
+) -> None:
+    """Places by length, the longest 0. A row's chosen response is longer the higher its number;
+    the order on a replica is the batch's."""
+    data = dataset(tmp_path)
+    order = data.order(5, 6)
+    longest = sorted(order, reverse=True)
+    for rank in range(dp_size):
+        own = {longest[place] for place in places[rank]}
+        wanted = [row for row in order if row in own]
+        assert data.pairs(5, 6, rank, dp_size).row_ids.tolist() == wanted
+        assert data.examples(5, 6, rank, dp_size).ids.tolist() == wanted
+
+
+def test_a_row_that_a_batch_has_twice_is_dealt_twice(tmp_path: Path) -> None:
+    data = dataset(tmp_path, rows=3)
+    order = data.order(0, 8)
+    found = [row for rank in (0, 1) for row in data.pairs(0, 8, rank, 2).row_ids.tolist()]
+    assert Counter(found) == Counter(order) and max(Counter(order).values()) == 3
 
 
 def test_a_batch_that_cannot_be_shared_evenly(tmp_path: Path) -> None:

@@ -71,6 +71,23 @@ def test_a_recipe_becomes_what_it_says(tmp_path: Path) -> None:
     assert small(tmp_path, "opponents=[c]").opponents == ["c"]
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["batch.micro_tokens=9999"], "9999, and batch.micro_batch 4: only one of them can be set"),
+        (["batch.micro_batch=null"], "missing, and so is batch.micro_batch"),
+        (
+            ["batch.micro_batch=null", "batch.micro_tokens=1023"],
+            "1023 has no room for a row of a task's max_length = 1024 tokens",
+        ),
+    ],
+)
+def test_rows_or_tokens_of_a_micro_batch(tmp_path: Path, words: list[str], what: str) -> None:
+    """The longest row is that of the first task, 1024 tokens by default."""
+    (problem,) = problems(tmp_path, *words)
+    assert (problem.key, problem.what) == ("batch.micro_tokens", what)
+
+
 def test_the_expanded_recipe_is_a_recipe(tmp_path: Path) -> None:
     recipe = small(tmp_path)
     again = small(tmp_path, text=recipe.to_yaml())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gipo_megatron.megatron.decode import Decoder, layer_weights, rms_norm
+from gipo_megatron.megatron.heads import all_logits
 from gipo_megatron.megatron.kv_budget import Need
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
@@ -64,7 +65,9 @@ def test_steps_give_the_training_forwards_logits(mesh: Mesh, name: str) -> None:
     chunks = model(architecture, mesh)
     tokens = families.tokens(shape=(4, 8 + STEPS))
     with torch.no_grad():
-        expected = chunks[0](tokens, None, None)[..., : architecture.vocab_size]
+        expected = all_logits(chunks[0], chunks[0](tokens, None, None))[
+            ..., : architecture.vocab_size
+        ]
         found = stepwise(chunks, architecture, mesh, tokens, LENGTHS)
         equal = stepwise(chunks, architecture, mesh, tokens, torch.full((4,), 8))
     for t in range(STEPS):
@@ -79,7 +82,9 @@ def test_bf16_stays_near_the_training_forward(mesh: Mesh) -> None:
     chunks = model(ARCHITECTURE, mesh, "bf16")
     tokens = families.tokens(shape=(4, 8 + STEPS))
     with torch.no_grad():
-        expected = chunks[0](tokens, None, None)[..., : ARCHITECTURE.vocab_size].float()
+        expected = all_logits(chunks[0], chunks[0](tokens, None, None))[
+            ..., : ARCHITECTURE.vocab_size
+        ].float()
         found = torch.stack(stepwise(chunks, ARCHITECTURE, mesh, tokens, LENGTHS)).float()
     assert found.dtype == torch.float32 and found.isfinite().all()
     picked = torch.stack([expected[torch.arange(4), LENGTHS - 1 + t] for t in range(STEPS)])

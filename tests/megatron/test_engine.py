@@ -33,6 +33,17 @@ def test_metrics_merge_over_micro_batches(mesh: Mesh, micro_batch: int) -> None:
     assert found["ratio"] == pytest.approx(float(ratio.mean()), rel=1e-5)
 
 
+def test_padding_is_counted_pass_by_pass(mesh: Mesh) -> None:
+    """Rows of 12 8 16 10 4 19 11 8 tokens in micro-batches of three: 3 × 19, 3 × 11, 2 × 8; of 48
+    tokens: 2 × 19, 3 × 12, 3 × 8 by hand."""
+    seen: list[tuple[str, int, int]] = []
+    actor = new_actor(mesh, micro_batch=3, count=lambda *numbers: seen.append(numbers))
+    actor.logprobs(weighted())
+    actor.engine.micro_batch, actor.engine.micro_tokens = None, 48
+    actor.update((weighted(), ppo_loss))
+    assert seen == [("forward", 88, 57 + 33 + 16), ("update", 88, 38 + 36 + 24)]
+
+
 def test_each_term_is_divided_by_its_own_count(mesh: Mesh) -> None:
     """A sum over tokens, or over sequences, of the same quantity differ by the ratio of the
     counts."""

@@ -1,17 +1,29 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor
 
-from gipo_megatron.megatron.heads import GroupHead, ScalarHead, take_hidden
+from gipo_megatron.megatron.engine import Engine
+from gipo_megatron.megatron.heads import (
+    GroupHead,
+    LanguageHead,
+    ScalarHead,
+    all_logits,
+    output_weight,
+    take_hidden,
+)
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.specs import HeadSpec, Precision
-from gipo_megatron.types import Sequences
+from gipo_megatron.megatron.roles import language_readout
+from gipo_megatron.specs import HeadSpec, Optimisation, Precision
+from gipo_megatron.types import Loss, Sequences, TokenStats
 from tests.parity.families import LAYOUTS
-from tests.parity.tiny import ARCHITECTURE, sequences
+from tests.parity.tiny import ARCHITECTURE, language_loss, sequences
 
 SPEC = HeadSpec(num_groups=2, input="prompt", detach_trunk=True)
 
@@ -111,6 +123,51 @@ def test_scalar_head_is_fp32_in_a_bf16_model(mesh: Mesh) -> None:
     torch.testing.assert_close(out[0, :, 0], hidden[:, 0].float() @ head.weight[0].float())
     with pytest.raises(AssertionError, match="no forward pass"):
         take_hidden(chunks[0])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_output_layer_hands_on_hidden_states(mesh: Mesh, tied: bool) -> None:
+    """The model's input to mcore's own layer, whose weight and names are as before."""
+    architecture = replace(ARCHITECTURE, tied_embeddings=tied)
+    (chunk,) = build_chunks(architecture, mesh, Precision("fp32"))
+    layer, seen = chunk.output_layer, []
+    layer.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    hidden = chunk(torch.arange(12).view(2, 6), None, None)
+    assert isinstance(layer, LanguageHead) and hidden.shape == (2, 6, ARCHITECTURE.hidden_size)
+    assert torch.equal(hidden, seen[0].transpose(0, 1))
+    weight = output_weight(chunk)
+    assert weight is (chunk.embedding.word_embeddings.weight if tied else layer.weight)
+    theirs, _ = ColumnParallelLinear.forward(layer, seen[0], weight=weight)
+    torch.testing.assert_close(all_logits(chunk, hidden), theirs.transpose(0, 1))
+    assert ("output_layer.weight" in dict(chunk.named_parameters())) is not tied
+
+
+def without_gradient(output: TokenStats, rows: Sequences) -> Loss:
+    return Loss({"x": (output.logprobs.detach().sum(), "token")})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_micro_batch_reaches_the_heads_weight(mesh: Mesh, tied: bool, masked: bool) -> None:
+    """With several replicas mcore's DDP waits for a gradient of each parameter: also where nothing
+    is masked, or where the loss has no gradient."""
+    architecture = replace(ARCHITECTURE, tied_embeddings=tied)
+    engine = Engine(
+        mesh,
+        architecture,
+        Precision("fp32"),
+        micro_batch=1,
+        seed=0,
+        optimisation=Optimisation(lr=1e-3),
+    )
+    rows = sequences([(2, 4), (3, 2)], 1)
+    rows = replace(rows, mask=rows.mask & masked)
+    seen: list[Tensor] = []
+    output_weight(engine.chunks[-1]).register_hook(seen.append)
+    loss = without_gradient if masked else language_loss
+    _, bad = engine.backward([(rows, loss)], language_readout(engine, 1.0, entropy=True))
+    assert bad == [] and len(seen) == 2
+    assert all(g.shape == (256, 32) and not g.any() for g in seen)
 
 
 @pytest.mark.multiprocess

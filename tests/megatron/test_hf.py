@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.heads import all_logits
 from gipo_megatron.megatron.hf import export_weights, load_hf, save_hf
 from gipo_megatron.megatron.hf_table import table
 from gipo_megatron.megatron.mesh import Mesh
@@ -48,7 +49,7 @@ def test_folder_to_megatron_and_back(name: str, mesh: Mesh, tmp_path: Path) -> N
     chunks, architecture, fresh = loaded(tmp_path / "in", mesh)
     assert fresh == ()
     with torch.no_grad():
-        logits = chunks[0](ids, None, None)[..., : families.VOCAB]
+        logits = all_logits(chunks[0], chunks[0](ids, None, None))[..., : families.VOCAB]
         expected = reference(ids).logits
         assert float((logits - expected).abs().max()) < 1e-5
         (tmp_path / "out").mkdir()

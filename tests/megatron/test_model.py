@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import model, precision
+from gipo_megatron.megatron.fusions import Rotation
 from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import (
@@ -167,7 +168,7 @@ def test_whose_layers(
     layer = ModuleSpec(module=object)
     monkeypatch.setattr(precision, "transformer_engine_usable", lambda: usable)
     monkeypatch.setattr(model, "get_gpt_layer_with_transformer_engine_spec", lambda **named: layer)
-    block = model._block_spec(config, None)
+    block = model._block_spec(config, None, torch.ones(4))
     assert len(block.layer_specs) == 4
     assert block.layer_norm is (TENorm if theirs else RMSNorm)
     assert all((found is layer) == theirs for found in block.layer_specs)
@@ -180,7 +181,7 @@ def test_whose_layers(
             is attention.q_layernorm.module
             is RMSNorm
         )
-        assert attention.core_attention is CausalAttention
+        assert attention.core_attention.module is CausalAttention
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -204,7 +205,11 @@ def test_attention_returns_the_strides_of_a_contiguous_tensor(
         )
         x = torch.zeros(s, 1, heads, d)
         found = CausalAttention(
-            transformer_config(ARCHITECTURE, Parallel(), FP32), 1, AttnMaskType.causal, "self"
+            transformer_config(ARCHITECTURE, Parallel(), FP32),
+            1,
+            AttnMaskType.causal,
+            "self",
+            rotation=Rotation(torch.ones(d // 2)),
         )(x, x, x, None)
         assert found.stride() == (heads * d, heads * d, 1)
         assert all(

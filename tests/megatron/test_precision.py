@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -20,7 +20,7 @@ from gipo_megatron.capabilities import Capabilities, GpuInfo
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import precision
 from gipo_megatron.megatron.generate import generate
-from gipo_megatron.megatron.heads import ScalarHead
+from gipo_megatron.megatron.heads import LanguageHead, ScalarHead
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks, transformer_config
 from gipo_megatron.specs import Parallel, Precision, Sampling
@@ -281,7 +281,7 @@ def test_embedding_output_and_heads_are_outside_fp8(
         assert seen == {"embedding": False, **layers, "output_layer": False}
         assert type(chunk.embedding.word_embeddings) is VocabParallelEmbedding
         # none of Transformer Engine's
-        assert type(chunk.output_layer) is (ColumnParallelLinear if head is None else ScalarHead)
+        assert type(chunk.output_layer) is (LanguageHead if head is None else ScalarHead)
         assert out.dtype == (torch.bfloat16 if head is None else torch.float32)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.build import snapshot_of
@@ -41,6 +42,20 @@ def test_logprobs_and_entropy(mesh: Mesh) -> None:
     torch.testing.assert_close(stats.logprobs, expected.logprobs.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(stats.entropy, expected.entropy.detach(), atol=1e-5, rtol=1e-5)
     assert new_actor(mesh).logprobs(rows).entropy is None
+
+
+def test_prompt_tokens_cost_no_products_in_the_head(mesh: Mesh) -> None:
+    """Of two batches that differ in the mask alone: 2 · H · V operations a masked token."""
+    rows, counts = weighted().inner, []
+    last = torch.arange(rows.tokens.shape[1]) == rows.lengths[:, None] - 1
+    actor = new_actor(mesh)
+    for mask in (rows.mask, rows.mask & last):
+        with FlopCounterMode(display=False) as counted:
+            actor.logprobs(replace(rows, mask=mask))
+        counts.append(counted.get_total_flops())
+    fewer = int((rows.mask & ~last).sum())
+    assert fewer > 20
+    assert counts[0] - counts[1] == 2 * fewer * ARCHITECTURE.hidden_size * ARCHITECTURE.vocab_size
 
 
 def test_values_and_group_logits(mesh: Mesh) -> None:

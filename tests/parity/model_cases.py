@@ -3,7 +3,6 @@ readout and heads against plain torch."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from torch import Tensor
 from gipo_megatron.megatron.checkpoint.sharded import InlineSave
 from gipo_megatron.megatron.cpu_compat import host_mode
 from gipo_megatron.megatron.engine import Engine
-from gipo_megatron.megatron.heads import GroupHead, take_hidden
+from gipo_megatron.megatron.heads import GroupHead, all_logits, take_hidden
 from gipo_megatron.megatron.hf import export_weights, load_hf
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.microbatches import MicroBatch
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.outputs import (
     critic_output,
@@ -27,8 +25,9 @@ from gipo_megatron.megatron.outputs import (
     token_stats,
 )
 from gipo_megatron.megatron.param_sharding import EMBEDDING, placements
+from gipo_megatron.megatron.roles import language_readout
 from gipo_megatron.specs import HeadSpec, Optimisation, Parallel, Precision
-from gipo_megatron.types import Sequences, TokenStats
+from gipo_megatron.types import Sequences
 from gipo_megatron.weights.hf_config import architecture_from_config
 from tests.parity import families, tiny
 from tests.parity.outputs_reference import ReadoutCase, plain_token_stats
@@ -52,12 +51,11 @@ def check_families(mesh: Mesh, layout: str) -> dict[str, Any]:
         }
         load_hf(state, chunks, mesh, architecture)
         with torch.no_grad():
-            out = families.run_chunks(chunks, mesh, ids)
-            error = (
-                None
-                if out is None
-                else float((families.whole_logits(out, mesh) - reference(ids).logits).abs().max())
-            )
+            hidden = families.run_chunks(chunks, mesh, ids)
+            error = None
+            if hidden is not None:
+                logits = families.whole_logits(all_logits(chunks[-1], hidden), mesh)
+                error = float((logits - reference(ids).logits).abs().max())
         exported = dict(export_weights(chunks, mesh, architecture))
         same = exported.keys() == state.keys() and all(
             torch.equal(exported[k], state[k]) for k in state
@@ -79,33 +77,30 @@ def check_initialisation(mesh: Mesh, layout: str) -> dict[str, Any]:
 
 
 def check_token_stats(mesh: Mesh) -> dict[str, Any]:
-    """Log-probs, entropies and logit gradients on a shard, against float64."""
+    """Log-probs, entropies and gradients from a share of the vocabulary: relative distances to
+    float64."""
     case = ReadoutCase.make()
-    columns = case.logits.shape[2] // mesh.tensor_size
-    mine = slice(mesh.tensor_rank * columns, (mesh.tensor_rank + 1) * columns)
-    part = case.logits[:, :, mine].clone().requires_grad_()
-    positions = response_positions(case.sequences.mask)
+    mine = slice(*(len(case.weight) // mesh.tensor_size * (mesh.tensor_rank + i) for i in (0, 1)))
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight[mine].requires_grad_()
     stats = token_stats(
-        part,
+        hidden,
+        weight,
         case.sequences,
-        positions,
+        response_positions(case.sequences.mask),
         vocab_size=case.vocab,
         mesh=mesh,
         temperature=0.7,
         entropy=True,
     )
-    assert stats.entropy is not None
-    ((stats.logprobs * case.weights[0]).sum() + (stats.entropy * case.weights[1]).sum()).backward()
-    logprobs, entropy, gradient = plain_token_stats(case, 0.7)
-    errors = [
-        (stats.logprobs - logprobs),
-        (stats.entropy - entropy),
-        (part.grad - gradient[:, :, mine]),
-    ]
-    return {
-        f"token_stats/{n}": float(e.detach().abs().max())
-        for n, e in zip(("logprobs", "entropy", "gradient"), errors, strict=True)
-    }
+    case.total(stats).backward()
+    assert stats.entropy is not None and hidden.grad is not None and weight.grad is not None
+    names = [f"token_stats/{name}" for name in ("logprobs", "entropy", "hidden", "weight")]
+    found = stats.logprobs.detach(), stats.entropy.detach(), hidden.grad, weight.grad
+    *expected, grad_weight = plain_token_stats(case, 0.7)
+    return tiny.relative_errors(
+        dict(zip(names, found, strict=True)),
+        dict(zip(names, [*expected, grad_weight[mine]], strict=True)),
+    )
 
 
 def check_gradients(mesh: Mesh, layout: str) -> dict[str, Any]:
@@ -138,7 +133,7 @@ def check_gradients(mesh: Mesh, layout: str) -> dict[str, Any]:
             architecture,
         )
         engine.weights_changed()
-        readout = partial(read, mesh, architecture.vocab_size)
+        readout = language_readout(engine, 1.0, entropy=False)
         engine.backward([(rows, tiny.language_loss)], readout)
         cells[f"gradients/{layout}/{name}"] = max(
             tiny.relative_errors(dict(engine.gradients()), gradients).values()
@@ -155,10 +150,6 @@ def check_gradients(mesh: Mesh, layout: str) -> dict[str, Any]:
                 copy, mesh.broadcast_from_last_stage(copy.clone())
             )
     return cells
-
-
-def read(mesh: Mesh, vocab_size: int, logits: Tensor, slot: MicroBatch) -> TokenStats:
-    return token_stats(logits, slot.sequences, slot.positions, vocab_size=vocab_size, mesh=mesh)
 
 
 def hf_heads(

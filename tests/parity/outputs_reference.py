@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gipo_megatron.types import Sequences
+from gipo_megatron.types import Sequences, TokenStats
 
 
 @dataclass(frozen=True)
 class ReadoutCase:
-    # fp32 [b, T, padded]; the padding columns hold large numbers that must not count
-    logits: Tensor
+    hidden: Tensor  # fp32 [b, T, H]
+    # fp32 [padded, H]; the padding rows give large logits that must not count
+    weight: Tensor
     sequences: Sequences
     weights: Tensor  # [2, b, T], of the two sums that are differentiated
     vocab: int = 245
@@ -25,25 +26,46 @@ class ReadoutCase:
         prompt, length, width = torch.tensor([2, 1, 5]), torch.tensor([6, 12, 9]), 12
         t = torch.arange(width)
         mask = (t >= prompt[:, None]) & (t < length[:, None])
-        logits = torch.randn(3, width, 256, generator=g) * 3
-        logits[:, :, 245:] = 50.0
+        hidden = torch.randn(3, width, 16, generator=g)
+        weight = torch.randn(256, 16, generator=g) * 0.75  # logits of deviation 3
+        weight[245:] = 20.0
         tokens = torch.randint(0, 245, (3, width), generator=g)
-        tokens[1, 3], tokens[1, 4], tokens[1, 5] = 127, 128, 244  # edges of the two shards
+        # edges of two shards, and of blocks of 64 columns
+        tokens[1, 3], tokens[1, 4], tokens[1, 5] = 127, 128, 244
+        tokens[1, 6], tokens[1, 7] = 63, 64
         return ReadoutCase(
-            logits,
+            hidden,
+            weight,
             Sequences(tokens, mask, prompt, length, torch.arange(3)),
             torch.randn(2, 3, width, generator=g),
         )
 
+    def total(self, stats: TokenStats) -> Tensor:
+        """The sum that is differentiated."""
+        assert stats.entropy is not None
+        return (stats.logprobs * self.weights[0]).sum() + (stats.entropy * self.weights[1]).sum()
 
-def plain_token_stats(case: ReadoutCase, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs, entropies, gradient of the weighted sum with respect to the logits), float64."""
-    x = case.logits.double().requires_grad_()
-    log_p = torch.log_softmax(x[:, :-1, : case.vocab] / temperature, -1)
-    mask, tokens = case.sequences.mask, case.sequences.tokens
+
+def stats_of_logits(
+    logits: Tensor, sequences: Sequences, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(log-probs, entropies) in the dtype of the logits [b, T, V]."""
+    log_p = torch.log_softmax(logits[:, :-1] / temperature, -1)
     pad = torch.nn.functional.pad
-    logprobs = pad(log_p.gather(2, tokens[:, 1:, None]).squeeze(2), (1, 0)) * mask
-    entropy = pad(-(log_p.exp() * log_p).sum(-1), (1, 0)) * mask
-    ((logprobs * case.weights[0]).sum() + (entropy * case.weights[1]).sum()).backward()
-    assert x.grad is not None
-    return logprobs.detach(), entropy.detach(), x.grad
+    picked = log_p.gather(2, sequences.tokens[:, 1:, None]).squeeze(2)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return pad(picked, (1, 0)) * sequences.mask, pad(entropy, (1, 0)) * sequences.mask
+
+
+def plain_token_stats(
+    case: ReadoutCase, temperature: float, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probs, entropies, gradients of the weighted sum with respect to the hidden states and
+    the weight), float64, of logits that are rounded to `dtype`."""
+    hidden, weight = (x.double().requires_grad_() for x in (case.hidden, case.weight))
+    logits = hidden @ weight[: case.vocab].T
+    logits = logits + (logits.to(dtype).double() - logits).detach()
+    stats = TokenStats(*stats_of_logits(logits, case.sequences, temperature))
+    case.total(stats).backward()
+    assert hidden.grad is not None and weight.grad is not None and stats.entropy is not None
+    return stats.logprobs.detach(), stats.entropy.detach(), hidden.grad, weight.grad

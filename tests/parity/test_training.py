@@ -24,7 +24,7 @@ from tests.parity.launch import ranks
 from tests.parity.matrix import BF16_CHECKPOINTS, GRADIENTS, LAYOUTS, MICRO_BATCHES
 from tests.parity.roles import digest
 from tests.parity.tiny import hf_gradients, relative_errors
-from tests.parity.train_cases import BF16, VARIANTS, both, train
+from tests.parity.train_cases import BF16, BUDGETS, VARIANTS, both, train
 from tests.parity.worker import training
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.global_rng]
@@ -158,6 +158,26 @@ def test_other_gradients(worlds: dict[int, list[dict[str, Any]]], world: int) ->
             )
             checked += 1
     assert checked == {1: 6, 2: 2 * 5 * 6, 4: 4 * 3 * 2}[world]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_token_budget_gives_the_same_gradients(
+    worlds: dict[int, list[dict[str, Any]]], world: int
+) -> None:
+    """As two rows a micro-batch; every replica makes as many micro-batches, though their plans may
+    differ."""
+    checked, different = 0, 0
+    for layout in LAYOUTS[world]:
+        for kind in BUDGETS:
+            cells = [found["budget"][layout][kind] for found in worlds[world]]
+            for cell in cells:
+                assert len(cell["errors"]) == TENSORS["actor"]
+                assert max(cell["errors"].values()) <= 1e-6, (layout, kind, cell["errors"])
+                checked += 1
+            assert len({cell["made"] for cell in cells}) == 1
+            different += len({cell["planned"] for cell in cells}) > 1
+    assert checked == world * len(LAYOUTS[world]) * len(BUDGETS)
+    assert different >= 1 or world == 1
 
 
 def test_two_updates_do_not_depend_on_the_layout(worlds: dict[int, list[dict[str, Any]]]) -> None:

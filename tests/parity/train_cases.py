@@ -67,6 +67,28 @@ def gradient_cell(mesh: Mesh, variant: str, micro_batch: int) -> dict[str, float
     )
 
 
+# kind -> tokens of a micro-batch; the longest row has 19 tokens, the longest pair 2 × 19
+BUDGETS = {"actor": 20, "reward": 40}
+
+
+def budget(mesh: Mesh) -> dict[str, Any]:
+    """Relative error per tensor of the gradients with a token budget against those with two rows a
+    micro-batch, and the numbers of micro-batches: planned here, and of the update."""
+    found: dict[str, Any] = {}
+    for kind, tokens in BUDGETS.items():
+        role = new_actor(mesh) if kind == "actor" else new_reward(mesh)
+        engine, parts, gradients = role.engine, parts_of(kind, mesh), []
+        for engine.micro_batch, engine.micro_tokens in ((2, None), (None, tokens)):
+            engine.backward(parts, role.readout)
+            gradients.append(dict(engine.gradients()))
+        found[kind] = {
+            "errors": relative_errors(gradients[1], gradients[0]),
+            "planned": sum(len(engine._plan(rows)) for rows, _ in parts),
+            "made": len(engine._slots(parts)),
+        }
+    return found
+
+
 # -------------------------------------------------------------------------------- one step, or none
 
 

@@ -29,7 +29,7 @@ from tests.parity.ppo_cases import ppo_cells
 
 def training(world: int) -> dict[str, Any]:
     names = ("ppo", "dpo", "cells", "steps", "skipping", "observing", "residency", "overlapping")
-    result: dict[str, Any] = {name: {} for name in names}
+    result: dict[str, Any] = {name: {} for name in (*names, "budget")}
     for name, parallel in LAYOUTS[world].items():
         mesh = Mesh.create(parallel)
         result["ppo"] |= ppo_cells(mesh, name, MICRO_BATCHES[world])
@@ -39,6 +39,7 @@ def training(world: int) -> dict[str, Any]:
             for variant in GRADIENTS[world]
         }
         result["steps"][name] = train_cases.first_steps(mesh)
+        result["budget"][name] = train_cases.budget(mesh)
         if mesh.data_parallel.size > 1:
             result["overlapping"][name] = train_cases.overlapping(mesh)
         if world <= 2:

@@ -18,6 +18,7 @@ from gipo_megatron.planning.activations import (
     in_flight,
     layer_kept,
     need_of,
+    training,
 )
 from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
 
@@ -105,12 +106,12 @@ def test_tensor_and_sequence_parallel_divide() -> None:
     4 + 16 / 4, feed-forward 3 · 43 / 4."""
     a = Architecture(32, 4096, 11008, 32, 32, 128, 32000, 4096)
     mib = 2**20
-    rope, statistics = 4 * 2048 * 128 * 2, 2 * 2048 * 4
+    statistics = 2 * 2048 * 4
     whole = layer_kept(Slot(a, Parallel(tensor=4), BF16, 1, 2048), "none")
     shared = layer_kept(Slot(a, Parallel(tensor=4, sequence=True), BF16, 1, 2048), "none")
     split = (6 * 16 + 3 * 43) * mib // 4 + 2048 * 32 * 4 // 4
-    assert whole == 4 * 16 * mib + split + rope + statistics
-    assert shared == 16 * mib + split + rope + statistics // 4
+    assert whole == 4 * 16 * mib + split + statistics
+    assert shared == 16 * mib + split + statistics // 4
     assert layer_kept(Slot(a, Parallel(tensor=4, sequence=True), BF16, 1, 2048), "full") == 4 * mib
 
 
@@ -160,12 +161,22 @@ def test_generation() -> None:
     )
 
 
-def test_the_readout_works_in_the_devices_chunks() -> None:
-    """A vocabulary of 128256 over one rank, one sequence of 8192: 4008 MiB in fp32, of which three
-    chunks are there at once."""
+def test_the_readout_works_in_the_devices_blocks() -> None:
+    """A vocabulary of 128256 over one rank, one sequence of 8192: 4008 MiB of logits in fp32, of
+    which two blocks are there at once. The weight's gradient is 1002 MiB, that of the rows in fp32
+    128 MiB."""
     a = Architecture(32, 4096, 14336, 32, 8, 128, 128256, 8192)
-    logits = [
-        forward(Slot(a, Parallel(), BF16, 1, 8192, torch.device(device)), 0, head=False).logits
-        for device in ("cpu", "cuda")
-    ]
-    assert logits[1] - logits[0] == 3 * (512 - 8) * 2**20
+    cpu, cuda = (Slot(a, Parallel(), BF16, 1, 8192, torch.device(d)) for d in ("cpu", "cuda"))
+    found = [forward(slot, 0, head=False).logits for slot in (cpu, cuda)]
+    assert found[1] - found[0] == 2 * (512 - 8) * 2**20
+    trained = training(cuda, "none", (32,), 0, 1, head=False, moments=0).logits
+    assert trained - found[1] == (1002 + 128) * 2**20
+
+
+def test_a_block_that_is_all_is_kept() -> None:
+    """512 rows of 4096 logits: 8 MiB. Beside it the gradients of a weight of 0.5 MiB, and of rows
+    of 64 KiB."""
+    a = Architecture(2, 32, 64, 4, 4, 8, 4096, 512)
+    slot = Slot(a, Parallel(), FP32, 1, 512, torch.device("cpu"))
+    kept = training(slot, "none", (2,), 0, 1, head=False, moments=0).logits
+    assert kept - forward(slot, 0, head=False).logits == (8 * 1024 + 512 + 64) * 1024

@@ -37,6 +37,19 @@ def test_rollouts_by_hand() -> None:
     ]
 
 
+def test_a_token_budget_by_hand() -> None:
+    """Rows of 512 tokens, four in a budget of 2100; pairs of 2 × 512, two."""
+    sizes = Batch(prompts=64, responses=4, minibatch=64, micro_batch=None, micro_tokens=2100)
+    batch = iteration(sizes, 4, 512, ROLLOUT, update("actor", 8, 64))
+    assert [batch.slots(rows) for rows in (256, 64, 17)] == [16, 4, 2]
+    assert batch.lines()[2] == (
+        "64 sequences an optimizer step = 4 replicas × 4 micro-batches of at most 2100 tokens"
+    )
+    step = update("reward", 1, 6, sequences_per_row=2)
+    sizes = Batch(minibatch=6, micro_batch=None, micro_tokens=2100)
+    assert iteration(sizes, 1, 512, step).slots_of(step) == 3
+
+
 def test_models_that_take_different_numbers_of_steps() -> None:
     """Three steps of 64 are no whole number of passes over 256 rows."""
     sizes = Batch(prompts=64, responses=4, minibatch=64, micro_batch=4)

@@ -160,5 +160,20 @@ def test_a_gpus_micro_batch_is_as_wide_as_it_is_padded() -> None:
     assert length("recipe=tiny/sft", "data.max_length=100") == 100
 
 
+@pytest.mark.global_rng  # imports what a recipe's names need
+def test_the_largest_micro_batch_of_a_token_budget() -> None:
+    """Full of rows at their longest; a budget that these do not fill, of shorter ones, too."""
+
+    def sequences(*words: str) -> int:
+        recipe = compose(words, RECIPES)
+        return slot_of(count(recipe)).sequences
+
+    assert sequences("recipe=hh_sft") == 8192 // 2048
+    assert sequences("recipe=hh_rm") == 16384 // 2048
+    assert sequences("recipe=tldr_sft") == 11  # 8192 / 768 = 10.7
+    assert sequences("recipe=hh_sft", "batch.micro_tokens=2048") == 1
+    assert sequences("recipe=hh_rm", "batch.micro_tokens=4096") == 2
+
+
 def test_budget() -> None:
     assert budget(80) == 74 * 2**30, "5 % of 80 GiB, and 2 GiB, stay free"

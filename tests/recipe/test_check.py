@@ -97,6 +97,36 @@ CASES = [
         "batch.micro_batch",
         "1 micro-batches do not divide by pipeline 2",
     ),
+    (
+        ["batch.micro_tokens=256"],
+        1,
+        "batch.micro_tokens",
+        "256, and batch.micro_batch 4: only one of them can be set",
+    ),
+    (
+        ["batch.micro_batch=null"],
+        1,
+        "batch.micro_tokens",
+        "missing, and so is batch.micro_batch",
+    ),
+    (
+        ["batch.micro_batch=null", "batch.micro_tokens=63"],
+        1,
+        "batch.micro_tokens",
+        "63 has no room for a row of data.max_length = 64 tokens",
+    ),
+    (
+        ["batch.micro_batch=null", "batch.micro_tokens=0"],
+        1,
+        "batch.micro_tokens",
+        "0 must be at least 1",
+    ),
+    (
+        ["batch.micro_batch=null", "batch.micro_tokens=64"],
+        3,
+        "batch.minibatch",
+        "64 does not divide by data 3 (data 3 = world 3 / (tensor 1 × pipeline 1))",
+    ),
     (["precision.fp8=delayed"], 1, "precision.fp8", ""),
     (["precision.dtype=fp16"], 1, "precision.dtype", "'fp16' is not one of fp32, bf16"),
     (
@@ -157,6 +187,24 @@ def test_good_layouts_pass(tmp_path: Path) -> None:
         (["parallel.context=1", "parallel.expert=1"], 2, 2),
     ):
         assert small(tmp_path, *words, world=world).data_parallel == replicas
+
+
+def test_a_token_budget_needs_no_number_of_micro_batches(tmp_path: Path) -> None:
+    """Interleaved stages add idle micro-batches where the budget gives too few; a longest row just
+    fits."""
+    words = ["batch.micro_batch=null", "batch.micro_tokens=64", "batch.minibatch=1"]
+    words += ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
+    assert small(tmp_path, *words, world=2).batch.micro_batch is None
+
+
+def test_the_longest_pair_has_both_responses(tmp_path: Path) -> None:
+    text = SMALL.replace("base/gipo", "base/reward_model")
+    text = text.replace("  actor: {load: random}\n", "")
+    words = ["batch.micro_batch=null", "batch.micro_tokens=127"]
+    (problem,) = problems(tmp_path, *words, text=text)
+    assert problem.what == "127 has no room for a pair of 2 × data.max_length = 128 tokens"
+    assert problem.fix == "batch.micro_tokens=128"
+    assert small(tmp_path, words[0], problem.fix, text=text).batch.micro_tokens == 128
 
 
 def test_sft_reads_no_rollout_keys(tmp_path: Path) -> None:

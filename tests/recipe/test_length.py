@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from gipo_megatron.data.batching import Dataset, expected_rows, load_data
+from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import Example, Tally
 from gipo_megatron.data.tokenizer import byte_tokenizer
-from gipo_megatron.recipe.length import describe_length, num_steps, rows_a_step, stated_length
+from gipo_megatron.recipe.length import (
+    describe_length,
+    expected_rows,
+    num_steps,
+    rows_a_step,
+    stated_length,
+)
 from tests.recipe.helpers import problems, small
 
 TOKENIZER = byte_tokenizer()

@@ -4,11 +4,17 @@ tests.runs.rewards:NAME}`."""
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import Counter
 from typing import Any
 
 ROWS = 16  # responses a step in chain.ppo; without evaluations, call n is about step n // ROWS + 1
+# packages that no first step needs, but a file of data, a metric, a report or a logger
+LATE = {
+    *("datasets", "pyarrow", "pandas", "sklearn", "scipy", "matplotlib", "wandb"),
+    *("torch._dynamo", "torch._inductor"),
+}
 _calls: Counter[str] = Counter()
 
 
@@ -38,5 +44,8 @@ def huge_at_2(prompt: str, response: str, extras: dict[str, Any]) -> float:
 
 
 def slow(prompt: str, response: str, extras: dict[str, Any]) -> float:
+    """A second a response. The first call prints which of LATE are imported by then."""
+    if _step("slow") == 1 and _calls["slow"] == 1:
+        print("imported:", *sorted(LATE & {*sys.modules}), flush=True)
     time.sleep(1.0)
     return length(prompt, response, extras)

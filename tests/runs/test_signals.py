@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from gipo_megatron.commands import train
 from tests.runs import chain
@@ -54,7 +55,10 @@ def test_interrupted_and_continued(base: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_a_second_ctrl_c_stops_at_once(base: Path) -> None:
-    """One press arrives twice under torchrun, so a repetition within two seconds is none."""
+    """One press arrives twice under torchrun, so a repetition within two seconds is none.
+
+    The run also shows that no first step waits for an import that it does not need.
+    """
     directory = base / "twice"
     with chain.running(chain.long_gipo(directory, base, *SLOW)) as run:
         chain.wait_for(lambda: (directory / "log.txt").exists(), run)
@@ -65,9 +69,12 @@ def test_a_second_ctrl_c_stops_at_once(base: Path) -> None:
         time.sleep(2.5)
         assert run.poll() is None
         run.send_signal(signal.SIGINT)
-        _, err = ends(run)
+        out, err = ends(run)
     assert (run.returncode, err) == (130, f"{train.STOPPED}\n")
     assert not chain.logged(directory, 1)  # the step was not finished
+    compiled = torch.cuda.is_available()  # Megatron-Core's fused kernels are, on a GPU
+    early = next(line for line in out.splitlines() if line.startswith("imported:")).split()[1:]
+    assert not [name for name in early if not (compiled and name.startswith("torch."))]
 
 
 @pytest.mark.multiprocess

@@ -242,7 +242,7 @@ def test_sft_lowers_the_held_out_loss(model: Path, mesh: Mesh, tmp_path: Path) -
         "run.epochs=null",
         "models.actor.warmup_steps=1",
         "batch.minibatch=8",
-        "batch.micro_batch=4",
+        "batch.micro_tokens=2048",
         "run.eval_prompts=8",
     ]
     parts = assembled("sft", mesh, model, tmp_path, *words)
@@ -262,7 +262,7 @@ def test_gipo_takes_two_steps(model: Path, mesh: Mesh, tmp_path: Path) -> None:
         "batch.prompts=2",
         "batch.responses=2",
         "batch.minibatch=4",
-        "batch.micro_batch=4",
+        "batch.micro_tokens=2048",
         "algorithm.critic_warmup=1",
     ]
     parts = assembled("gipo", mesh, model, tmp_path, f"models.reward.load={model}", *batch)

@@ -164,6 +164,25 @@ def test_phases_add_up_and_an_inner_phase_stops_the_outer() -> None:
     assert reduce_metrics(timer.metrics(), SingleReplica()) == {"time/step_seconds": 5.0}
 
 
+def test_padding_of_each_pass_and_of_all() -> None:
+    """Two updates of 100 tokens with 5 and 15 of padding, a pass of 300 with 100; then nothing."""
+    timer = PhaseTimer(lambda phase: None, clock=lambda: 0.0)
+    for role, kind, real, whole in (
+        ("actor", "update", 95, 100),
+        ("actor", "update", 85, 100),
+        ("reward", "forward", 200, 300),
+    ):
+        timer.count(role, kind, real, whole)
+    values = reduce_metrics(timer.metrics(), SingleReplica())
+    assert values == {
+        "time/step_seconds": 0.0,
+        "perf/padding": pytest.approx(120 / 500),
+        "perf/padding/actor_update": pytest.approx(0.1),
+        "perf/padding/reward_forward": pytest.approx(1 / 3),
+    }
+    assert reduce_metrics(timer.metrics(), SingleReplica()) == {"time/step_seconds": 0.0}
+
+
 def test_a_phase_ends_when_its_work_raises() -> None:
     seen: list[str] = []
     timer = PhaseTimer(seen.append)

@@ -13,7 +13,7 @@ from tests.forked import ROOT
 
 
 def test_a_dry_run_is_the_plan_and_needs_no_weights(tmp_path: Path) -> None:
-    words = ("recipe=hh_gipo", "world=16", "batch.micro_batch=2")
+    words = ("recipe=hh_gipo", "world=16", "batch.micro_tokens=4096")
     one, other = (
         forked.run(ROOT / "tools" / "plan.py", *words, folder=tmp_path),
         forked.run(ROOT / "launch" / "train.py", *words, "dry_run=true", folder=tmp_path),

@@ -72,7 +72,7 @@ def words(folder: Path, *more: str) -> list[str]:
         "data.max_length=72",
         "data.max_response=8",
         "batch.minibatch=8",
-        "batch.micro_batch=8",
+        "batch.micro_tokens=1152",
         "rm:models.reward.lr=3e-3",
         "ppo:batch.prompts=4",
         "ppo:batch.responses=2",

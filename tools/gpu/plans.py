@@ -99,6 +99,7 @@ def words(case: Case) -> list[str]:
         "parallel": "{tensor: 1, pipeline: 1, virtual_pipeline: 1, sequence: false}",
         "hardware": "{gpus: 1, gpu_memory_gib: 80}",
         "batch.micro_batch": s.micro_batch,
+        "batch.micro_tokens": "null",
         "batch.minibatch": s.rows,
         "data.max_length": s.length,
         "data.max_response": s.length // 2,

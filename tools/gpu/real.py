@@ -186,7 +186,7 @@ TINY = [
     "data.max_length=128",
     "data.max_response=16",
     "batch.minibatch=4",
-    "batch.micro_batch=4",
+    "batch.micro_tokens=512",
     "run.eval_prompts=4",
     "run.steps=2",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron import precision as number_formats
-from gipo_megatron.megatron.roles import MegatronActor
+from gipo_megatron.megatron.roles import MegatronActor, outputs
 from gipo_megatron.weights.checkpoints import CheckpointMeta
 from tools.gpu.bench import Bench, Figure, below, equal, figure, true
 from tools.gpu.learning import learn, loss, new_actor, text
@@ -35,16 +35,14 @@ def te(bench: Bench) -> Iterator[Figure]:
         f"{engine_layers(theirs) > 0}, {engine_layers(ours)}",
         "True, 0",
     )
-    outside = [
-        type(m).__module__
-        for m in (
-            theirs.engine.chunks[0].output_layer,
-            theirs.engine.chunks[0].embedding.word_embeddings,
-        )
-    ]
+    outside = (
+        theirs.engine.chunks[0].output_layer,
+        theirs.engine.chunks[0].embedding.word_embeddings,
+    )
+    modules = [[base.__module__ for base in type(m).__mro__] for m in outside]
     yield true(
-        "embedding and output layer are Megatron-Core's",
-        all(name.startswith("megatron.core.tensor_parallel") for name in outside),
+        "embedding and output layer are Megatron-Core's, or subclasses",
+        all("megatron.core.tensor_parallel.layers" in names for names in modules),
     )
     yield from compared(theirs, ours)
     yield from moved(bench, theirs, ours)
@@ -88,11 +86,7 @@ def compared(theirs: MegatronActor, ours: MegatronActor) -> Iterator[Figure]:
         same(dict(theirs.export_weights()), dict(ours.export_weights())),
     )
     rows = text(0, rows=4)
-    with torch.no_grad():
-        logits = [
-            actor.engine.chunks[0](rows.tokens.to(actor.engine.mesh.device), None, None).float()
-            for actor in (theirs, ours)
-        ]
+    logits = [outputs(actor.engine, rows.tokens) for actor in (theirs, ours)]
     yield below("logits", float((logits[0] - logits[1]).norm() / logits[1].norm()), CLOSE)
     gradients = []
     for actor in (theirs, ours):

@@ -153,7 +153,7 @@ class Chain:
             f"generation={json.dumps({**generation, 'batch': 256})}",
             f"model.tokenizer={recipe.model.tokenizer}",
             f"precision.dtype={recipe.precision.dtype}",
-            f"batch.micro_batch={recipe.batch.micro_batch}",
+            f"batch={json.dumps(limits(recipe))}",
             "judge={name: rule}",  # nothing is judged there
             f"run.dir={self.folder / 'evaluate'}",
         ]
@@ -166,6 +166,10 @@ class Chain:
         return read_task(evaluation.tasks[0], evaluation.data_root, self.tokenizer, length)
 
 
+def limits(recipe: Recipe) -> dict[str, int | None]:
+    return {name: getattr(recipe.batch, name) for name in ("micro_batch", "micro_tokens")}
+
+
 def engine(chain: Chain, role: str, load: Path) -> Any:
     recipe = chain.recipe
     return build_engine(
@@ -173,7 +177,7 @@ def engine(chain: Chain, role: str, load: Path) -> Any:
         chain.mesh,
         recipe.model.architecture,
         recipe.precision,
-        micro_batch=recipe.batch.micro_batch,
+        **limits(recipe),
         load=str(load),
     )
 

@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, ClassVar, final
 
-import numpy as np
 from markupsafe import Markup
-from sklearn.metrics import cohen_kappa_score
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.types import FIRST, SECOND, TIE, Judge, Pair, Verdict
@@ -205,6 +204,8 @@ def pair_id(pair: Pair, seed: int) -> str:
 
 def swapped(rater: str, pair: str, seed: int) -> bool:
     """Return whether the rater sees the first text on the right: a fair draw by rater and pair."""
+    import numpy as np
+
     key = hashlib.blake2b(json.dumps([seed, rater, pair]).encode(), digest_size=16).digest()
     return bool(np.random.Generator(np.random.PCG64(int.from_bytes(key, "little"))).integers(2))
 
@@ -321,7 +322,7 @@ def agreement(votes: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """
     raters = sorted({rater for given in votes.values() for rater in given})
     shared = [given for given in votes.values() if len(given) > 1]
-    raw = [float(np.mean([a == b for a, b in combinations(given.values(), 2)])) for given in shared]
+    raw = [fmean(a == b for a, b in combinations(given.values(), 2)) for given in shared]
     cohen = {}
     for a, b in combinations(raters, 2):
         both = [(given[a], given[b]) for given in shared if a in given and b in given]
@@ -329,7 +330,7 @@ def agreement(votes: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     complete = [[given[r] for r in raters] for given in shared if len(given) == len(raters)]
     return {
         "shared": len(shared),
-        "raw": float(np.mean(raw)) if raw else None,
+        "raw": fmean(raw) if raw else None,
         "cohen": cohen,
         "fleiss": fleiss_kappa(complete),
     }
@@ -337,6 +338,8 @@ def agreement(votes: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
 
 def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
     """Return Cohen's kappa; None without pairs, or if all votes are equal (chance is 1)."""
+    from sklearn.metrics import cohen_kappa_score  # slow to import
+
     if len({vote for pair in pairs for vote in pair}) < 2:
         return None
     return float(cohen_kappa_score(*zip(*pairs, strict=True)))
