@@ -57,9 +57,8 @@ def cell_of(sizes: dict[str, int]) -> Cell:
     # lengths of an equal batch are half of the longest
     longest, rows = 2 * sizes["length"], sizes["batch"]
     name = " ".join(f"{name} {size}" for name, size in sizes.items())
-    return Cell(
-        Model(name, architecture, rows, longest, micro_batch=rows, rounds=3), "sft", equal=True
-    )
+    model = Model(name, architecture, rows, longest, micro_tokens=rows * longest)
+    return Cell(model, "sft", equal=True)
 
 
 def measure(cell: Cell, rounds: int) -> tuple[list[float], int]:
@@ -83,7 +82,7 @@ def draw(curves: dict[str, list[Point]]) -> Figure:
     logarithmic."""
     with style():
         figure, axes = panels(list(curves), columns=2)
-        for axis, (name, points) in zip(axes, curves.items(), strict=True):
+        for axis, points in zip(axes, curves.values(), strict=True):
             sizes = [point.size for point in points]
             costs = {
                 "seconds": [point.seconds for point in points],

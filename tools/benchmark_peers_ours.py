@@ -46,7 +46,8 @@ class Ours:
             cell.model.architecture,
             Precision("fp32"),
             load=f"{folder}/{weights}" if folder else "random",
-            micro_batch=cell.micro_samples,
+            micro_batch=None,
+            micro_tokens=cell.model.micro_tokens,
             optimisation=OPTIMISATION,
         )
         self.reference = GivenReference()

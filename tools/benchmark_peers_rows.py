@@ -37,13 +37,13 @@ class Model:
     architecture: Architecture
     rows: int  # sequences in a batch; a pair has two
     longest: int
-    micro_batch: int  # sequences of ours in one pass
-    rounds: int
+    micro_tokens: int  # of ours in one pass; TRL has the whole batch in one
+    rounds: int = 3
 
 
 MODELS = {
-    "tiny": Model("tiny", Architecture(2, 32, 64, 4, 2, 8, 512, 128), 8, 48, 4, 1),
-    "8M": Model("8M", Architecture(8, 256, 688, 8, 4, 32, 4096, 512), 16, 512, 2, 3),
+    "tiny": Model("tiny", Architecture(2, 32, 64, 4, 2, 8, 512, 128), 8, 48, 192),
+    "8M": Model("8M", Architecture(8, 256, 688, 8, 4, 32, 4096, 512), 16, 512, 1024),
     "smollm2": Model(
         "SmolLM2-135M",
         Architecture(
@@ -51,8 +51,7 @@ MODELS = {
         ),
         12,
         256,
-        2,
-        3,
+        1024,
     ),
 }
 
@@ -65,7 +64,7 @@ class Cell:
     task: str  # sft | rm | dpo
     masked: bool = False  # the first half of each row is a prompt, which SFT's loss leaves out
     equal: bool = False  # all sequences have the same length
-    accumulate: bool = False  # TRL too cuts a batch into micro-batches, in the order of the rows
+    accumulate: bool = False  # TRL too has micro-batches: four, in the order of the rows
 
     @property
     def title(self) -> str:
@@ -80,11 +79,6 @@ class Cell:
     def samples(self) -> int:
         """Rows of a batch: sequences, or pairs."""
         return self.model.rows if self.task == "sft" else self.model.rows // 2
-
-    @property
-    def micro_samples(self) -> int:
-        """Rows of a micro-batch."""
-        return self.model.micro_batch if self.task == "sft" else self.model.micro_batch // 2
 
 
 def cells(model: Model) -> list[Cell]:

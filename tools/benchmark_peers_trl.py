@@ -76,7 +76,7 @@ class Theirs:
         prepare = self.trainer.accelerator.prepare
         self.model, self.trainer.optimizer = prepare(self.trainer.model, self.trainer.optimizer)
         self.trainer.create_scheduler(num_training_steps=1000)
-        self.size = cell.micro_samples if cell.accumulate else cell.samples
+        self.size = cell.samples // 4 if cell.accumulate else cell.samples
         self.batches: list[Any] = []
         self.count: Any = None
 
