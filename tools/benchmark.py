@@ -1,5 +1,5 @@
 """Ratios measured in one run, the two sides taking turns: python tools/benchmark.py
-generate|readout|update|padding|convert [options]
+generate|readout|update|padding|convert|peers|growth [options]
 
 generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and
 end tokens; equal lengths, then ragged prompts and responses
@@ -8,6 +8,8 @@ of whole logits, at growing vocabularies: peak, and the largest tensor ever made
 update     seconds of a GIPO iteration over those of PPO with KL: the tiny recipes, whole iterations
 padding    micro-batches, padding and seconds of an SFT update, by rows and by tokens
 convert    peak memory of the two converters, over the bytes of the model and of one shard
+peers      samples/s and peak memory of a training step, against TRL's SFT, reward and DPO trainers
+growth     seconds and peak memory of a training step against vocabulary, length, batch and layers
 
 On a GPU: tools/gpu_verify.py.
 """
@@ -42,6 +44,7 @@ from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel
 from gipo_megatron.training.assembly import assemble
 from gipo_megatron.types import Sequences
+from tools import benchmark_growth, benchmark_peers
 from tools.benchmark_common import interleave, ratio, show
 from tools.benchmark_generate import SHAPES, run_generate
 
@@ -199,6 +202,8 @@ def main(arguments: list[str]) -> None:
     )
     four.add_argument("--tokenizer", default="bytes")
     commands.add_parser("convert")
+    benchmark_peers.add_arguments(commands.add_parser("peers"))
+    benchmark_growth.add_arguments(commands.add_parser("growth"))
     inner = commands.add_parser("measure")
     inner.add_argument("side", choices=("naive", "readout"))
     for name in ("rows", "length", "hidden", "vocabulary"):
@@ -221,6 +226,10 @@ def main(arguments: list[str]) -> None:
         from tools.benchmark_convert import run_convert
 
         run_convert(show)
+    elif options.command == "peers":
+        benchmark_peers.run_peers(options)
+    elif options.command == "growth":
+        benchmark_growth.run_growth(options)
     else:
         size = options.rows, options.length, options.hidden, options.vocabulary
         measure_readout(options.side, *size)

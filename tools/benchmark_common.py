@@ -45,6 +45,13 @@ def show(rows: Iterable[Iterable[object]]) -> None:
         )
 
 
+def markdown(rows: Iterable[Iterable[object]]) -> None:
+    """Print a table as Markdown; the first row is its header."""
+    header, *rest = ([str(x) for x in row] for row in rows)
+    for row in (header, ["---"] * len(header), *rest):
+        print(f"| {' | '.join(row)} |")
+
+
 def hf_config(a: Architecture) -> LlamaConfig:
     """Without tokens of its own: nothing ends a response."""
     return LlamaConfig(

@@ -87,10 +87,19 @@ def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
     with cpu_compat.host_mode():
         # buckets in the first chunk only, as in Megatron-LM: the reductions of later chunks overlap
         # with other work anyway
-        return [
+        wrapped = [
             DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
             for i, chunk in enumerate(chunks)
         ]
+    if replicas == 1:
+        for group in (group for chunk in wrapped for group in chunk.bucket_groups):
+            # both are copies of a whole buffer to itself, and gloo makes a second one for each
+            group.start_grad_sync = group.start_param_sync = _no_exchange
+    return wrapped
+
+
+def _no_exchange(**options: bool) -> None:
+    """Send nothing: there is one replica."""
 
 
 def mark_shards(chunks: list[GPTModel], vocab_size: int) -> None:

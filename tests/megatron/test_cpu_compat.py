@@ -38,51 +38,6 @@ def test_host_adam_is_adamw() -> None:
     assert set(ours.state[mine[0]]) == {"exp_avg", "exp_avg_sq"}
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_fused_step_is_the_foreach_step(
-    weight_decay: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch's fused kernel, which CUDA takes, on the CPU: parameters, moments and the layout of the
-    state, over eight steps."""
-    g = torch.Generator().manual_seed(0)
-    start = [torch.randn(5, 3, generator=g), torch.randn(70, generator=g)]
-    gradients = [[torch.randn(p.shape, generator=g) for p in start] for _ in range(8)]
-    found = []
-    for step in (cpu_compat._foreach, cpu_compat._fused):
-        monkeypatch.setattr(cpu_compat, "adam_for", lambda device, step=step: step)
-        params = [p.clone().requires_grad_() for p in start]
-        adam = cpu_compat.HostAdam(
-            params, lr=0.05, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay
-        )
-        for each in gradients:
-            for p, gradient in zip(params, each, strict=True):
-                p.grad = gradient.clone()
-            adam.step()
-        found.append((params, adam.state_dict()))
-    (expected, layout), (params, fused_layout) = found
-    for p, q in zip(params, expected, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-7, atol=3e-7)
-    assert (
-        fused_layout["param_groups"] == layout["param_groups"]
-        and layout["param_groups"][0]["step"] == 8
-    )
-    assert fused_layout["state"].keys() == layout["state"].keys() == {0, 1}
-    for i in (0, 1):
-        assert (
-            fused_layout["state"][i].keys()
-            == layout["state"][i].keys()
-            == {"exp_avg", "exp_avg_sq"}
-        )
-        torch.testing.assert_close(
-            fused_layout["state"][i], layout["state"][i], rtol=1e-6, atol=1e-7
-        )
-
-
-def test_cuda_takes_the_fused_step_and_the_cpu_keeps_its_numbers() -> None:
-    assert cpu_compat.adam_for(torch.device("cuda", 3)) is cpu_compat._fused
-    assert cpu_compat.adam_for(torch.device("cpu")) is cpu_compat._foreach
-
-
 def test_host_adam_refuses_what_it_does_not_do() -> None:
     with pytest.raises(ValueError, match="decoupled"):
         cpu_compat.HostAdam([torch.zeros(1)], adam_w_mode=False)
