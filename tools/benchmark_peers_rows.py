@@ -49,7 +49,7 @@ MODELS = {
         Architecture(
             30, 576, 1536, 9, 3, 64, 49152, 8192, rope_base=100000.0, tied_embeddings=True
         ),
-        12,
+        10,
         256,
         1024,
     ),
