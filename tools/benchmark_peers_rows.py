@@ -1,5 +1,5 @@
-"""What both sides of tools/benchmark.py peers train on: models, cells, and the token ids of each
-batch."""
+"""Models, cells and token ids of each batch, on which both sides of tools/benchmark.py peers
+train."""
 
 from __future__ import annotations
 
