@@ -2,7 +2,7 @@
 generate|readout|update|padding|convert|peers|growth [options]
 
 generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and
-response length
+end tokens; equal lengths, then ragged prompts and responses
 readout    memory of log-probs and entropies with gradients, from hidden states, against log_softmax
 of whole logits, at growing vocabularies: peak, and the largest tensor ever made
 update     seconds of a GIPO iteration over those of PPO with KL: the tiny recipes, whole iterations
@@ -38,20 +38,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gipo_megatron.cli import run
-from gipo_megatron.megatron.generate import generate
-from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.outputs import response_positions, token_stats
 from gipo_megatron.recipe.compose import compose
-from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
+from gipo_megatron.specs import Parallel
 from gipo_megatron.training.assembly import assemble
-from gipo_megatron.types import Prompts, Sequences
+from gipo_megatron.types import Sequences
 from tools import benchmark_growth, benchmark_peers
-from tools.benchmark_common import hugging_face, interleave, ratio, show
+from tools.benchmark_common import interleave, ratio, show
+from tools.benchmark_generate import SHAPES, run_generate
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-TINY = Architecture(8, 256, 688, 8, 4, 32, 4096, 512)
 MIB = 2**20
 NAIVE_BYTES = 2**30  # of whole logits, of which log_softmax and its gradient hold about five
 
@@ -92,63 +89,6 @@ def stepper(step: Callable[[int], object]) -> Callable[[], object]:
     """`step` called with 0, 1, 2, …"""
     count = itertools.count()
     return lambda: step(next(count))
-
-
-# ----------------------------------------------------------------------------------------- generate
-
-
-def run_generate(options: argparse.Namespace) -> None:
-    mesh = Mesh.create(Parallel(), seed=0)
-    chunks = build_chunks(TINY, mesh, Precision("fp32"), seed=0)
-    model = hugging_face(dict(export_weights(chunks, mesh, TINY)), TINY)
-    rows, width, steps = options.batch, options.prompt, options.response
-    tokens = torch.randint(
-        1, TINY.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0)
-    )
-    ids = torch.arange(rows)
-    prompts = Prompts(tokens, torch.full((rows,), width), ids, ids, ("",) * rows, ({},) * rows)
-
-    def ours(temperature: float) -> Tensor:
-        return generate(
-            chunks,
-            TINY,
-            mesh,
-            prompts,
-            Sampling(steps, temperature=temperature),
-            -1,
-            0,
-            lambda ids: "",
-        ).tokens
-
-    def theirs(temperature: float) -> Tensor:
-        choice: dict[str, Any] = (
-            {"do_sample": True, "top_k": 0} if temperature else {"do_sample": False}
-        )
-        with torch.random.fork_rng():
-            return model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=steps,
-                min_new_tokens=steps,
-                **choice,
-            )
-
-    same = float((ours(0.0) == theirs(0.0)).float().mean())
-    print(
-        f"8 layers, hidden 256, vocabulary 4096, fp32; batch {rows}, {width} + {steps} tokens;"
-        f" {torch.get_num_threads()} threads"
-    )
-    print(f"greedy tokens equal to Hugging Face's: {same:.4f}")
-    table: list[list[object]] = [["", "tokens/s", "HF tokens/s", "ratio", "lowest", "highest"]]
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        sides = {"ours": lambda t=temperature: ours(t), "hf": lambda t=temperature: theirs(t)}
-        seconds = interleave(sides, options.repeats)
-        speeds = [
-            f"{rows * steps / statistics.median(seconds[side]):.0f}" for side in ("ours", "hf")
-        ]
-        table.append([name, *speeds, *(f"{x:.2f}" for x in ratio(seconds, "hf", "ours"))])
-    show(table)
-    mesh.close()
 
 
 # ------------------------------------------------------------------------------------------ readout
@@ -246,6 +186,7 @@ def main(arguments: list[str]) -> None:
     one = commands.add_parser("generate")
     for name, default in (("--batch", 64), ("--prompt", 32), ("--response", 64), ("--repeats", 7)):
         one.add_argument(name, type=int, default=default)
+    one.add_argument("--shape", choices=SHAPES, default="small")
     two = commands.add_parser("readout")
     for name, default in (("--batch", 4), ("--length", 1024), ("--hidden", 256)):
         two.add_argument(name, type=int, default=default)
@@ -270,7 +211,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     if options.command == "generate":
-        run_generate(options)
+        run_generate(
+            options.shape, options.batch, options.prompt, options.response, options.repeats
+        )
     elif options.command == "readout":
         run_readout(options)
     elif options.command == "update":

@@ -64,6 +64,7 @@ def hf_config(a: Architecture) -> LlamaConfig:
         head_dim=a.head_dim,
         max_position_embeddings=a.max_positions,
         rms_norm_eps=a.norm_eps,
+        tie_word_embeddings=a.tied_embeddings,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
@@ -72,5 +73,7 @@ def hf_config(a: Architecture) -> LlamaConfig:
 
 def hugging_face(state: Mapping[str, Tensor], a: Architecture) -> LlamaForCausalLM:
     model = LlamaForCausalLM(hf_config(a)).float().eval()
+    if a.tied_embeddings:
+        state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
     model.load_state_dict(state)
     return model

@@ -5,10 +5,10 @@ mcore's own inference caches keys before RoPE and rotates the whole cache at eve
 are rotated once.
 
     slots of the cache for three ragged prompts, after two steps
-      0 1 2 3 | 4 5 …
-      a a a a | a a      The position of a token is its row's own count of tokens. Prompts are
-      b b · · | b b      right-padded, so causal attention needs no mask in prefill. Responses start
-      c c c · | c c      at one common slot, and decoding masks the padding (·) before it.
+      0 1 2 3 4 5 │ 6 7
+      a a a a A A │ · ·    A token's slot is its position in its row. Prompts are right-padded, so
+      b b B B · · │ · ·    causal attention needs no mask in prefill. A step writes one token per
+      c c c C C · │ · ·    row and reads the slots before the bar, of which it masks the rest (·).
 
 Sequence parallelism shards activations in the training forward pass only. Weights are whole per
 tensor rank, and this file never shards rows.
@@ -81,21 +81,13 @@ def layer_weights(layer: nn.Module, architecture: Architecture) -> LayerWeights:
 
 @dataclass
 class Cache:
-    """Rotated keys and values of this rank's layers, and the mask of their padding."""
+    """Rotated keys and values of this rank's layers. All are finite, masked ones too: a mask's
+    weight is 0, and 0 · NaN is NaN."""
 
     keys: list[Tensor]  # per layer [B, G, S, D]
     values: list[Tensor]
-    # [B, 1, 1, S] additive mask of the padding between prompt and response; None when prompts are
-    # of one length
-    bias: Tensor | None
-
-    def keep(self, rows: Tensor) -> None:
-        """Keep the rows int64 [K], layer by layer, so that only one layer is held twice."""
-        for tensors in (self.keys, self.values):
-            for i, x in enumerate(tensors):
-                tensors[i] = x.index_select(0, rows)
-        if self.bias is not None:
-            self.bias = self.bias.index_select(0, rows)
+    rows: Tensor  # 0 … B - 1
+    slots: Tensor  # 0 … S - 1
 
 
 class Decoder:
@@ -126,19 +118,16 @@ class Decoder:
         ranks, place = dist.get_process_group_ranks(mesh.pipeline_group), mesh.pipeline_rank
         self.previous, self.next = ranks[place - 1], ranks[(place + 1) % len(ranks)]
 
-    def allocate(self, rows: int, slots: int, lengths: Tensor, width: int) -> Cache:
-        """Return an empty cache for prompts of padded length `width` and true `lengths` [rows]."""
+    def allocate(self, rows: int, slots: int) -> Cache:
         shape = (rows, self.num_groups, slots, self.architecture.head_dim)
-        count = sum(len(chunk) for chunk in self.layers)
+        count, device = sum(len(chunk) for chunk in self.layers), self.mesh.device
         keys, values = (
-            [torch.empty(shape, dtype=self.dtype, device=self.mesh.device) for _ in range(count)]
+            [torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(count)]
             for _ in range(2)
         )
-        bias = None
-        if int(lengths.min()) < width:
-            slot = torch.arange(slots, device=self.mesh.device)
-            bias = self._bias((slot >= lengths[:, None]) & (slot < width))
-        return Cache(keys, values, bias)
+        return Cache(
+            keys, values, torch.arange(rows, device=device), torch.arange(slots, device=device)
+        )
 
     def _bias(self, hidden: Tensor) -> Tensor:
         """Return the additive mask [b, 1, 1, S] of a bool mask [b, S]: -inf where it is True."""
@@ -168,16 +157,17 @@ class Decoder:
         hidden = self._pipeline(tokens, cos, sin, attend, lengths - 1)
         return self._logits(hidden[:, 0]) if hidden is not None else None
 
-    def step(self, tokens: Tensor, positions: Tensor, slot: int, cache: Cache) -> Tensor | None:
-        """Write one token [b] per row, at position [b], to `slot`. Returns logits [b, V] on the
-        tensor ranks of the last stage, else None."""
+    def step(self, tokens: Tensor, positions: Tensor, cache: Cache, slots: int) -> Tensor | None:
+        """Write one token [b] at `positions` [b] of the cache's first b rows, and attend to the
+        first `slots` slots up to it. Returns logits [b, V] on the tensor ranks of the last stage,
+        else None. The host reads no tensor here."""
         cos, sin = (table[positions][:, None, None, None] for table in self.rope)
-        bias = cache.bias[..., : slot + 1] if cache.bias is not None else None
+        bias, rows = self._bias(cache.slots[:slots] > positions[:, None]), cache.rows[: len(tokens)]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
-            keys[:, :, slot], values[:, :, slot] = k[:, 0], v[:, 0]
-            keys, values = keys[:, :, : slot + 1], values[:, :, : slot + 1]
+            keys[rows, :, positions], values[rows, :, positions] = k[:, 0], v[:, 0]
+            keys, values = (x[: len(rows), :, :slots] for x in (keys, values))
             return _attend_one(q[:, 0], keys, values, bias).flatten(1)[:, None]
 
         hidden = self._pipeline(tokens[:, None], cos, sin, attend, torch.zeros_like(tokens))

@@ -3,8 +3,8 @@ row's cache and logits.
 
     a GPU    state of the models │ work on a block of prompts │ rows: keys and values, logits │ 5 %
 
-Larger slices need fewer steps, so generation on a GPU uses all free memory. The planner uses the
-same functions.
+Larger slices need fewer steps, so generation on a GPU uses all free memory. The cache has a slot
+for each token of the longest row, which no step reads beyond. The planner uses the same functions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.sampling import pick_bytes
 from gipo_megatron.specs import Architecture, Parallel, Sampling
 
-PREFILL_TOKENS = 8192  # of one block of prompts; bounds its activations
+# of one block of prompts; bounds its activations. On a CPU, where a short block is as fast, prompts
+# of similar length share one
+PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
 # share of a GPU's memory for the allocator's fragments and for NCCL's late buffers outside it
 FRAGMENTATION = 0.05
 
@@ -80,11 +82,14 @@ HOST_ROOM = Room(4 * 2**30)  # on a CPU, whose memory other processes use, too
 def room_in(free: int, total: int, need: Need, prompt: int, sampling: Sampling) -> Room:
     """Return the room in a GPU with `free` of `total` bytes, for prompts up to `prompt` tokens.
 
-    One tensor of the cache exists twice while finished rows leave it (decode.Cache.keep).
+    One tensor of the cache exists twice at most, while rows move (decode_loop.Loop). CUDA graphs
+    have memory of their own: where there are some, logits exist twice.
     """
-    spare = free - int(FRAGMENTATION * total) - need.prefill(max(PREFILL_TOKENS, prompt))
+    prefill = need.prefill(max(PREFILL_TOKENS["cuda"], prompt))
+    spare = free - int(FRAGMENTATION * total) - prefill
     tensors = 2 * need.layers
-    return Room(max(0, spare) * tensors // (tensors + 1), need.logits(sampling))
+    row = need.logits(sampling) * (2 if need.parallel.model == 1 else 1)
+    return Room(max(0, spare) * tensors // (tensors + 1), row)
 
 
 def free_memory(device: torch.device) -> tuple[int, int] | None:

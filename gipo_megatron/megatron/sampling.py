@@ -14,6 +14,8 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.specs import Sampling, refusals
 
 _WORD = 2**64 - 1
+# from which tokens are drawn at once: a CPU is faster on as many as its cache holds
+_LOGITS = {"cpu": 2**18, "cuda": 2**62}
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -97,6 +99,20 @@ def pick(
     that of the distribution drawn from, so after penalty and truncation (when greedy: of the
     softmax at temperature 1). `seen` bool [b, V] is needed with a repetition penalty only.
     """
+    size = max(1, _LOGITS[logits.device.type] // logits.shape[-1])
+    parts = []
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        mask = seen[rows] if seen is not None else None
+        parts.append(_pick(logits[rows], sampling, uniform[rows], mask))
+    tokens, logprobs = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _pick(
+    logits: Tensor, sampling: Sampling, uniform: Tensor, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return `pick` of rows that fit into the cache."""
     logits = logits.float()
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature

@@ -163,8 +163,9 @@ def generation(slot: Slot, rows: int, max_length: int, sampling: Sampling, stage
     """Prefill of the longest prompts, then decoding, of `rows` sequences at once."""
     need, prompt = need_of(slot), max(1, max_length - sampling.max_response)
     cache = rows * (max_length - 1) * need.token
-    # a tensor of the cache is there twice while finished rows leave it
+    # a tensor of the cache is there twice at most, while rows move
     leaving = cache // (2 * need.layers)
-    layer = max(need.prefill(max(1, min(rows, PREFILL_TOKENS // prompt)) * prompt), leaving)
+    block = min(rows, PREFILL_TOKENS[slot.device.type] // prompt)
+    layer = max(need.prefill(max(1, block) * prompt), leaving)
     logits = rows * need.logits(sampling) if stage == slot.parallel.pipeline - 1 else 0
     return Pass(layer=layer, logits=logits, cache=cache, rows=rows)

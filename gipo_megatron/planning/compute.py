@@ -11,13 +11,14 @@ from gipo_megatron.planning.activations import need_of
 from gipo_megatron.planning.arithmetic import BATCH, DATASET, Iteration
 from gipo_megatron.planning.memory import Footprint, Phase, slot_of
 from gipo_megatron.recipe.schema import Recipe
-from gipo_megatron.specs import head_of
+from gipo_megatron.specs import Parallel, head_of
 from gipo_megatron.telemetry.performance import PEAK_FLOPS, flops, num_parameters
 
 # share of the peak in matrix products, forward and backward, tensor parallel traffic included
 ASSUMED_MFU = 0.40
 DECODE_KERNELS = 22  # a layer of decode.Decoder launches about as many
 LAUNCH_SECONDS = 5e-6  # of one kernel
+GRAPH_SECONDS = 1.5e-6  # of one kernel in a CUDA graph, which a replica of one GPU has
 REDUCE_SECONDS = 20e-6  # of one small all-reduce inside a node; a decoded layer has two
 HOST_BANDWIDTH = 50e9  # bytes/s between a GPU and pinned host memory, PCIe 5 x16
 NODE_BANDWIDTH = 50e9  # bytes/s a GPU between nodes, one 400 Gbit/s adapter each
@@ -83,6 +84,11 @@ def timing(iteration: Iteration, footprint: Footprint, gpus_per_node: int) -> Ti
     works = [estimates.work(phase) for phase in phases if phase.call.reads == BATCH]
     moved = sum(phase.moved for phase in phases if phase.call.reads != DATASET)
     return Timing(gpu, tuple(works), moved / HOST_BANDWIDTH)
+
+
+def kernel_seconds(parallel: Parallel) -> float:
+    """Return the time between two kernels of a decoding step that has no other work."""
+    return LAUNCH_SECONDS if parallel.model > 1 else GRAPH_SECONDS
 
 
 def peak_rate(recipe: Recipe, gpu: Gpu) -> float:
@@ -152,7 +158,7 @@ class Estimates:
         response, shard = call.sampling.max_response, self.shards[call.role]
         prompts = call.sequences * (longest - response)
         prefill = self._matrix(phase.name, prompts, 1, 0.0, 1, self.gpu.bf16)
-        kernels = DECODE_KERNELS * LAUNCH_SECONDS
+        kernels = DECODE_KERNELS * kernel_seconds(parallel)
         reduces = 2 * REDUCE_SECONDS if parallel.tensor > 1 else 0.0
         launching = shard.layers * (kernels + reduces)
         token = need_of(slot_of(self.iteration)).token

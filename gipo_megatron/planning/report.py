@@ -175,7 +175,7 @@ def _time(plan: Plan, time: Timing, steps: int) -> list[str]:
         f" {recipe.hardware.gpu_memory_gib} GiB), {peak / 1e12:.0f} TFLOP/s dense,"
         f" {gpu.bandwidth / 1e12:.2f} TB/s. Assumed: {compute.ASSUMED_MFU:.0%} of the peak in"
         f" matrix products; a decoded token waits for memory, or for {compute.DECODE_KERNELS}"
-        f" launches of {compute.LAUNCH_SECONDS * 1e6:.0f} µs a layer;"
+        f" launches of {compute.kernel_seconds(recipe.parallel) * 1e6:g} µs a layer;"
         f" {compute.HOST_BANDWIDTH / 1e9:.0f} GB/s to the host, {compute.NODE_BANDWIDTH / 1e9:.0f}"
         " GB/s a GPU between nodes. FLOP: 2 · parameters · tokens a pass, without attention's own"
         " products; again: recomputed activations and logits."

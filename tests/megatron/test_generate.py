@@ -16,7 +16,9 @@ from transformers import (
 )
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron import generate as module
+from gipo_megatron.megatron import decode_loop
+from gipo_megatron.megatron.decode_loop import Pace
+from gipo_megatron.megatron.kv_budget import PREFILL_TOKENS
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Architecture, Sampling
 from gipo_megatron.types import Rollout
@@ -128,8 +130,8 @@ def test_sampled_tokens_follow_the_models_distribution(
 def test_rows_do_not_depend_on_the_rows_beside_them(
     mesh: Mesh, llama: tuple[list[nn.Module], Architecture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Alone, reordered, in cache slices, in prefill blocks, with finished rows kept or dropped at
-    once: the same responses."""
+    """Alone, reordered, in cache slices, in prefill blocks, with rows that have ended kept or
+    dropped at once: the same responses."""
     rows, checked = prompts("ragged"), 0
     for sampling in (*SAMPLINGS.values(), GREEDY):
         eos = frequent(responses(respond(*llama, mesh, rows, sampling, NEVER)))
@@ -148,9 +150,9 @@ def test_rows_do_not_depend_on_the_rows_beside_them(
         for cache in (1, 2 * row_bytes, 4 * row_bytes):
             assert responses(respond(*llama, mesh, rows, sampling, eos, cache)) == base
         with monkeypatch.context() as patch:
-            patch.setattr(module, "PREFILL_TOKENS", 24)
-            for share in (1, 1000):
-                patch.setattr(module, "DROP_SHARE", share)
+            patch.setitem(PREFILL_TOKENS, "cpu", 24)
+            for pace in (Pace(1, 1, 0.999), Pace(1, 1000, 0.0), Pace(5, 8, 0.5)):
+                patch.setitem(decode_loop.PACES, "cpu", pace)
                 assert responses(respond(*llama, mesh, rows, sampling, eos)) == base
         checked += 1
     assert checked == 3
@@ -210,7 +212,9 @@ def test_training_goes_on_after_generating(
 ) -> None:
     rollout: Rollout = respond(*llama, mesh, prompts("equal"), GREEDY, NEVER)
     llama[0][0](rollout.tokens, None, None).square().mean().backward()
-    grads = [p.grad for p in llama[0][0].parameters()]
+    named = dict(llama[0][0].named_parameters())
+    named.pop("output_layer.weight")  # the chunk's outputs are hidden states
+    grads = [p.grad for p in named.values()]
     assert len(grads) > 20 and all(g is not None and g.isfinite().all() for g in grads)
     llama[0][0].zero_grad()
 

@@ -4,6 +4,7 @@ memory."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.sampling import pick, pick_bytes
 from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
+from gipo_megatron.types import Prompts
 from tests.parity.generation_cases import GREEDY, NEVER, STEPS, load, prompts, responses, spell
 from tests.watch import LiveBytes
 
@@ -35,6 +37,8 @@ def test_a_gpus_room_by_hand() -> None:
         "one prompt may be longer than a block"
     )
     assert room_in(4 * GIB, 80 * GIB, SEVEN_B, 1536, PLAIN).size == 0
+    alone = replace(SEVEN_B, parallel=Parallel())  # has CUDA graphs
+    assert room_in(36 * GIB, 80 * GIB, alone, 1536, PLAIN).row == 2 * 32000 * 20
 
 
 def test_rows_pay_for_their_cache_and_their_logits() -> None:
@@ -57,7 +61,7 @@ def test_prefill_is_what_the_decoder_holds(
     lengths = torch.full((4,), 64)
     with torch.inference_mode():
         decoder = Decoder(build_chunks(a, mesh, Precision(dtype), seed=1), a, mesh, 66)
-        cache = decoder.allocate(4, 65, lengths, 64)
+        cache = decoder.allocate(4, 65)
         with LiveBytes() as live:
             decoder.prefill(torch.zeros(4, 64, dtype=torch.long), lengths, cache, 0)
     assert 0.75 < live.peak / Need(a, Parallel(), decoder.dtype.itemsize).prefill(4 * 64) < 1.01
@@ -114,15 +118,15 @@ def test_generation_takes_the_free_memory(mesh: Mesh, monkeypatch: pytest.Monkey
     chunks, architecture = load("llama", mesh)
     rows, sizes = prompts("equal"), []
     need = Need(architecture, Parallel(), 4)
-    row = (7 + STEPS) * need.token + need.logits(GREEDY)
+    row = (7 + STEPS) * need.token + 2 * need.logits(GREEDY)
     spare = 2.5 * row * (2 * need.layers + 1) / (2 * need.layers)
-    respond = generation._Loop.respond
+    respond = generation.respond
 
-    def spy(self: generation._Loop, part: object) -> tuple[Tensor, Tensor, Tensor]:
-        sizes.append(len(part))  # type: ignore[arg-type]
-        return respond(self, part)  # type: ignore[arg-type]
+    def spy(decoder: Decoder, sampling: Sampling, ends: Tensor, part: Prompts) -> Any:
+        sizes.append(len(part))
+        return respond(decoder, sampling, ends, part)
 
-    monkeypatch.setattr(generation._Loop, "respond", spy)
+    monkeypatch.setattr(generation, "respond", spy)
     arguments = (chunks, architecture, mesh, rows, GREEDY, NEVER, 0, spell)
     whole = responses(generation.generate(*arguments))
     monkeypatch.setattr(

@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.megatron import sampling as module
 from gipo_megatron.megatron.sampling import check_sampling, draw, penalise, pick, truncate, uniforms
 from gipo_megatron.specs import Sampling
 
@@ -200,6 +201,24 @@ def test_noise_depends_on_seed_step_and_sample_only() -> None:
         np.random.Philox(key=np.array([1, 2], dtype=np.uint64), counter=[0, 0, 900, 0])
     ).random(20)
     assert base[1].tolist() == reference.tolist()
+
+
+def test_rows_in_blocks_are_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, noise, checked = _logits(7, 50), torch.linspace(0, 0.99, 7).double(), 0
+    seen = _logits(7, 50, seed=1) > 1
+    for sampling in (
+        Sampling(1),
+        Sampling(1, temperature=0.0),
+        Sampling(1, temperature=0.7, top_k=9, top_p=0.8, repetition_penalty=1.3),
+    ):
+        whole = pick(logits, sampling, noise, seen)
+        for size in (1, 100, 149, 150, 350):  # of logits: 1, 2, 2, 3 and 7 rows
+            monkeypatch.setitem(module._LOGITS, "cpu", size)
+            for found, expected in zip(pick(logits, sampling, noise, seen), whole, strict=True):
+                assert torch.equal(found, expected)
+                checked += 1
+        monkeypatch.undo()
+    assert checked == 3 * 5 * 2
 
 
 def test_not_finite_logits_are_marked() -> None:

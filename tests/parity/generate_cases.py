@@ -79,7 +79,7 @@ def check_room(mesh: Mesh) -> dict[str, Any]:
     need, sampling = kv_budget.Need(ARCHITECTURE, mesh.parallel, 2), Sampling(1)
     free = [(rank + 1) * 1_000_000 for rank in range(mesh.world)]
     with (
-        patch.object(kv_budget, "PREFILL_TOKENS", 8),
+        patch.dict(kv_budget.PREFILL_TOKENS, cuda=8),
         patch.object(kv_budget, "free_memory", lambda device: (free[mesh.rank], 16_000_000)),
     ):
         alone = [kv_budget.room_in(x, 16_000_000, need, 8, sampling).size for x in free]
