@@ -30,6 +30,7 @@ SIZES = [
     "batch.responses=2",
     "batch.minibatch=8",
     "batch.micro_batch=4",
+    "batch.micro_tokens=null",
     "algorithm.critic_warmup=1",
     "algorithm.reward.anchor=none",  # planted prompts have no chosen responses
 ]
