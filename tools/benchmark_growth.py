@@ -1,9 +1,9 @@
-"""How the cost of a training step grows: python tools/benchmark.py growth [--out FILE.svg]
+"""Growth of the cost of a training step: python tools/benchmark.py growth [--out FILE.svg]
 
 SFT steps of a small model on one batch, one size changed at a time; every token but the first is in
-the loss. Seconds and the growth of memory over what the imports take, each point in a process of
-its own. The exponent p of cost ∝ size^p is fitted by least squares in logarithms, on all points and
-on the largest two.
+the loss. Seconds, and the growth of memory over what the imports take, each point in a new process.
+The exponent p of cost ∝ size^p is fitted by least squares in logarithms, on all points and on the
+largest two.
 """
 
 from __future__ import annotations

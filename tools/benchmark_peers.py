@@ -1,7 +1,7 @@
 """Training steps of TRL's trainers and of this project: python tools/benchmark.py peers [options]
 
-Both sides have the same weights, rows, batches, optimizer settings and threads; each is in a
-process of its own and they take turns, step by step. The losses of every step must agree.
+Both sides have the same weights, rows, batches, optimizer settings and threads; each has its own
+process, and they take turns, step by step. The losses of every step must agree.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""This project's side of tools/benchmark.py peers and growth: one training step of SFT, reward
-model or DPO."""
+"""One training step of SFT, reward model or DPO: this project's side of tools/benchmark.py peers
+and growth."""
 
 from __future__ import annotations
 

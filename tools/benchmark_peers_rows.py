@@ -1,5 +1,5 @@
-"""What both sides of tools/benchmark.py peers train on: models, cells, and the token ids of each
-batch."""
+"""Models, cells and token ids of each batch, on which both sides of tools/benchmark.py peers
+train."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MODELS = {
         Architecture(
             30, 576, 1536, 9, 3, 64, 49152, 8192, rope_base=100000.0, tied_embeddings=True
         ),
-        12,
+        10,
         256,
         1024,
     ),

@@ -1,5 +1,5 @@
-"""TRL's side of tools/benchmark.py peers: one training step of SFTTrainer, RewardTrainer or
-DPOTrainer, as transformers' training loop makes it.
+"""One training step of SFTTrainer, RewardTrainer or DPOTrainer, as transformers' training loop
+makes it: TRL's side of tools/benchmark.py peers.
 
 On a CPU TRL's packing and padding-free batches are off: they need FlashAttention. Gradient
 checkpointing, logging and saving are off, Adam is torch's fused one (the default), attention is

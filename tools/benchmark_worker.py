@@ -1,4 +1,4 @@
-"""An object in a process of its own, and the memory of a process. Linux only.
+"""Calls of an object in another process, and the memory of a process. Linux only.
 
 Processes are forked from a server that has imported the modules of `preload` and has done nothing
 else, so all begin with the same resident memory.

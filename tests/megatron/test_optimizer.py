@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from gipo_megatron.megatron import cpu_compat
@@ -130,3 +131,19 @@ def test_norm_and_clip_are_mcores_bit_by_bit(mesh: Mesh, dtype: str) -> None:
     assert reads.count == 0
     assert all(torch.equal(p.grad, grad) for p, grad in zip(parameters, theirs, strict=True))
     assert not all(map(torch.equal, before, theirs))
+
+
+@pytest.mark.global_rng
+def test_one_replica_sends_nothing(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each exchange with no other rank would copy a whole buffer."""
+    actor = new_actor(mesh, optimisation=Optimisation(lr=1e-3))
+    sent: list[str] = []
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        monkeypatch.setattr(
+            param_and_grad_buffer, name, lambda *_, name=name, **__: sent.append(name)
+        )
+    before = {name: tensor.clone() for name, tensor in actor.export_weights()}
+    update = actor.update((pretraining(), language_loss))
+    assert update.metrics["grad_norm"].result() > 0
+    assert not all(torch.equal(before[name], tensor) for name, tensor in actor.export_weights())
+    assert sent == []
