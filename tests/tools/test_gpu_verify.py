@@ -89,6 +89,7 @@ def test_every_part_that_a_cpu_can_run(golden: Path, tmp_path: Path) -> None:
         "profile",
         "fusion",
         "head",
+        "decode",
     }, "parts whose figures have targets that a CPU must meet"
     rows = [line for line in done.stdout.splitlines() if line.endswith("not run")]
     assert len(rows) == len(NOT_ON_A_CPU | NEED_DATA)
