@@ -27,13 +27,13 @@ LIMITS: dict[str, tuple[int | None, int | None]] = {
 }
 
 
-def like_hh(count: int) -> Sequences:
+def like_hh(count: int, vocab_size: int = MODEL.vocab_size) -> Sequences:
     """Log-normal lengths (median 155, mean 190, at most 1036); the last third is the response."""
     generator = torch.Generator().manual_seed(0)
     drawn = 155 * (0.64 * torch.randn(count, generator=generator)).exp()
     lengths = drawn.long().clamp(16, 1036)
     place = torch.arange(int(lengths.max()))
-    tokens = torch.randint(1, MODEL.vocab_size, (count, len(place)), generator=generator)
+    tokens = torch.randint(1, vocab_size, (count, len(place)), generator=generator)
     mask = (place >= lengths[:, None] * 2 // 3) & (place < lengths[:, None])
     return Sequences(tokens, mask, lengths * 2 // 3, lengths, torch.arange(count))
 

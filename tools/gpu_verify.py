@@ -90,6 +90,7 @@ PARTS = (
     Part("profile", "tools.gpu.training:profile", 8, 30),
     Part("fusion", "tools.gpu.fusion:fusion", 25, 80),
     Part("head", "tools.gpu.head:head", 6, 30),
+    Part("budget", "tools.gpu.budget:budget", 8, 40),
     Part("decode", "tools.gpu.decoding:decode", 36, 110),
     Part("hf", "tools.gpu.decoding:hf", 20, 50),
     Part("te", "tools.gpu.te:te", 20, 60, te=True, cpu=False),
