@@ -1,5 +1,5 @@
-"""Part `budget`: an SFT update on lengths like HH's, in micro-batches of four rows, and of the tokens
-that four of the longest rows have."""
+"""Part `budget`: an SFT update on lengths like HH's, in micro-batches of four rows, and of as
+many tokens as four of the longest rows have."""
 
 from __future__ import annotations
 
