@@ -68,6 +68,10 @@ class DataConfig:
                 fix="k/n with k from 1 to n, such as 1/2, or an empty text for all rows",
             )
 
+    def longest_row(self, pairs: bool) -> int:
+        """Return the most tokens of a row; a pair has two sequences."""
+        return self.max_length * (2 if pairs else 1)
+
     @property
     def numbered_part(self) -> tuple[int, int]:
         """Return (k, n) of `part`; all rows are part 1 of 1, and text of another form is part 0."""

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
+from gipo_megatron.megatron.fusions import rope_angles
+from gipo_megatron.megatron.heads import output_weight
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import rope_frequencies
 from gipo_megatron.megatron.param_sharding import unwrap
@@ -111,7 +112,7 @@ class Decoder:
             self.embedding = first.embedding.word_embeddings.weight.data
         if mesh.is_last_stage:
             self.final_norm = last.decoder.final_layernorm.weight.data
-            self.output = _output_weight(last, architecture).data
+            self.output = output_weight(last).data
         self.dtype = self.layers[0][0].qkv.dtype
         self.num_groups = architecture.num_kv_heads // mesh.tensor_size
         self.rope = _rope_tables(architecture, positions, mesh.device, self.dtype)
@@ -283,17 +284,10 @@ def _attend_one(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) ->
     return torch.matmul(scores.softmax(-1), values)
 
 
-def _output_weight(chunk: GPTModel, architecture: Architecture) -> Tensor:
-    if architecture.tied_embeddings:
-        return chunk.shared_embedding_or_output_weight()
-    return chunk.output_layer.weight
-
-
 def _rope_tables(
     architecture: Architecture, length: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return cos and signed sin [length, D], so that rope(x) = x · cos + roll(x, D / 2) · sin."""
-    positions = torch.arange(length, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, rope_frequencies(architecture).to(device))
+    angles = rope_angles(rope_frequencies(architecture).to(device), length)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)

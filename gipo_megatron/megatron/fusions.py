@@ -18,6 +18,13 @@ EXTENSION = "fused_weight_gradient_mlp_cuda"
 TORCH = "2.11"  # that `add_weight_gradient` needs on a GPU
 
 
+def rope_angles(frequencies: Tensor, length: int) -> Tensor:
+    """Return position · frequency, radians, fp32 [length, d / 2], on the device of `frequencies`
+    [d / 2]."""
+    positions = torch.arange(length, device=frequencies.device, dtype=torch.float32)
+    return torch.outer(positions, frequencies)
+
+
 class Rotation:
     """RoPE of all layers of a model: cosines and sines are computed once for each dtype, and again
     for a longer sequence.
@@ -37,8 +44,7 @@ class Rotation:
         kind, length = (query.device, query.dtype), len(query)
         if kind not in self._tables or len(self._tables[kind][0]) < length:
             with torch.inference_mode(False):  # a later training pass reads the same tables
-                positions = torch.arange(length, device=query.device, dtype=torch.float32)
-                angles = torch.outer(positions, self.frequencies.to(query.device))[:, None]
+                angles = rope_angles(self.frequencies.to(query.device), length)[:, None]
                 self._tables[kind] = angles.cos().to(query.dtype), angles.sin().to(query.dtype)
         cos, sin = self._tables[kind]
         q, k = rotate(query.flatten(1, 2), key.flatten(1, 2), cos[:length], sin[:length])

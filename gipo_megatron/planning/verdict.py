@@ -155,7 +155,7 @@ def _smaller(recipe: Recipe) -> list[Words]:
         divisors = [n for n in range(rows - 1, 0, -1) if rows % n == 0]
         return [(f"batch.micro_batch={n}",) for n in divisors]
     assert tokens is not None, "the recipe check requires one of the two"
-    longest = recipe.data.max_length * (2 if kind_of(recipe) == "preference" else 1)
+    longest = recipe.data.longest_row(kind_of(recipe) == "preference")
     halves = [tokens // 2**n for n in range(1, 32)]
     return [(f"batch.micro_tokens={n}",) for n in halves if n >= longest]
 

@@ -151,7 +151,7 @@ def micro_batches(d: Draft) -> Found:
     yield from limits(d)
     yield from too_few_tokens(
         d,
-        d.data.max_length * (2 if pair else 1),
+        d.data.longest_row(pair),
         "a pair of 2 × data.max_length" if pair else "a row of data.max_length",
     )
 
