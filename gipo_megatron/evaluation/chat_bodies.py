@@ -32,7 +32,7 @@ def body_of(text: str) -> Any:
 
 def _json(text: str) -> Any:
     try:
-        return json.JSONDecoder().raw_decode(text.strip())[0]
+        return json.JSONDecoder().raw_decode(text.lstrip("\ufeff \t\r\n"))[0]
     except (ValueError, RecursionError):
         return None
 

@@ -13,8 +13,9 @@ from typing import Any
 QUOTA = re.compile(r"quota|billing|credit|balance|payment")
 # error codes, or words where a server gives no code, of a refusal of one text: forbidden, too long
 TEXT = re.compile(
-    r"content_filter|content.policy|content management policy|context.(length|window|size)"
-    r"|too long|longer than|token count",
+    r"content_filter|content.policy|content management policy"
+    r"|(context|prompt|input|sequence|message).(length|window|size|limit)"
+    r"|too long|longer than|too many tokens|token count|`inputs` tokens",
     re.IGNORECASE,
 )
 

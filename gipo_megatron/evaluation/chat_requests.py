@@ -238,8 +238,9 @@ class Requests:
                 raise Unanswered(f"the server gave the answer up: finish_reason {finish}")
             self._judge.counts["completions"] += 1
             return body
-        if isinstance(error.get("code"), int) and 400 <= error["code"] < 600:
-            return self._refusal(error["code"], error, request)  # of a server behind this one
+        code = str(error.get("code"))
+        if code.isdecimal() and 400 <= int(code) < 600:
+            return self._refusal(int(code), error, request)  # of a server behind this one
         what = f"HTTP 200, but no chat completion: {self._short(text)}"
         if self._judge.counts["completions"]:
             raise Unanswered(what)
@@ -264,7 +265,7 @@ class Requests:
             raise Unanswered(reason, change=change)
         if wait > LONGEST_WAIT:
             what = f"requests a wait of {wait:.0f} s: {reason}"
-            raise self._permanent(what, "repeat the same command then")
+            raise self._permanent(what, "repeat the same command after that time")
         spent = status == 429 and QUOTA.search(f"{code} {error.get('type')}")
         if (status in RETRIED or status >= 500) and not spent:
             raise Unanswered(reason, wait)

@@ -228,6 +228,7 @@ STREAMS = {
     "whole": events(completion({"content": "A is shorter.\n[[A]]"})),
     "framed": json.dumps(completion({"content": "A is shorter.\n[[A]]"})).encode()
     + b"\n\ndata: [DONE]\n\n",
+    "marked": b"\xef\xbb\xbf" + GOOD.content(),
     "late": b"\n\n\n" + GOOD.content(),  # empty lines keep the connection open
 }
 
@@ -241,8 +242,9 @@ def test_a_stream_that_was_not_requested_is_an_answer(tmp_path: Path, form: str)
     assert log.requests["Q1"] == judge.about()["answers"] == 1
 
 
-def test_an_error_in_a_stream_is_an_error(tmp_path: Path) -> None:
-    error = {"error": {"message": "Provider returned error", "code": 502}}
+@pytest.mark.parametrize("code", [502, "502"])
+def test_an_error_in_a_stream_is_an_error(tmp_path: Path, code: int | str) -> None:
+    error = {"error": {"message": "Provider returned error", "code": code}}
     broken = Reply(body=events(delta(content="A is [[A]]"), error))
     verdict, log, _ = one(lambda _, n: broken if n == 1 else GOOD, tmp_path)
     assert verdict.choice == FIRST and log.requests["Q1"] == 2
@@ -320,16 +322,25 @@ def test_what_a_server_refuses_for_good(tmp_path: Path, reply: Reply, words: str
     assert fix in raised.value.fix
 
 
-def test_a_prompt_that_is_too_long_for_vllm_fails_alone(tmp_path: Path) -> None:
-    long = refusal(
-        400,
-        "This model's maximum context length is 512 tokens. However, your prompt contains 600 input"
-        " tokens, which exceeds this limit even without any output tokens.",
-        param="input_tokens",
-        code=400,
-    )
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (  # vLLM
+            400,
+            "This model's maximum context length is 512 tokens. However, your prompt contains 600"
+            " input tokens, which exceeds this limit even without any output tokens.",
+        ),
+        (400, "This model's maximum prompt length is 512 but the request contains 600 tokens."),
+        (413, "Request too large for this model: limit 512, please reduce your message size"),
+        (422, "`inputs` tokens + `max_new_tokens` must be <= 512. Given: 600"),
+        (400, "too many tokens: the prompt has 600, the limit is 512"),
+        (400, "The input token count (600) exceeds the maximum number of tokens allowed (512)."),
+    ],
+)
+def test_a_prompt_that_is_too_long_fails_alone(tmp_path: Path, status: int, message: str) -> None:
     log = Log()
+    long = refusal(status, message)
     with serving(lambda mark, _: long if mark == "Q0" else GOOD, log) as server:
         verdicts = ask(judge_at(server.url, tmp_path), pairs(2))
     assert [v.choice for v in verdicts] == [FAILED, FIRST]
-    assert "maximum context length" in verdicts[0].text
+    assert message[:50] in verdicts[0].text and sum(log.requests.values()) == 2
