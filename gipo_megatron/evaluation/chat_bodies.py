@@ -50,8 +50,9 @@ def _completion(stream: str) -> Any:
         new = at(choice, "delta") or at(choice, "message")
         for name, value in new.items() if isinstance(new, dict) else ():
             message.setdefault(name, []).extend(value if isinstance(value, list) else [value])
-    choices = [{"message": message, "finish_reason": finish}]
-    return {"choices": choices, "usage": usage} if message else None
+    if not message or not (finish or "[DONE]" in stream):  # nothing, or a stream that broke off
+        return None
+    return {"choices": [{"message": message, "finish_reason": finish}], "usage": usage}
 
 
 def text_of(content: Any) -> str:

@@ -250,6 +250,15 @@ def test_an_error_in_a_stream_is_an_error(tmp_path: Path, code: int | str) -> No
     assert verdict.choice == FIRST and log.requests["Q1"] == 2
 
 
+def test_a_stream_that_breaks_off_is_requested_again(tmp_path: Path) -> None:
+    broken = Reply(body=events(delta(content="[[A]] seems"), end=""))
+    script = {"Q0": GOOD, "Q1": broken}
+    log = Log()
+    with serving(lambda m, n: script[m] if n == 1 else Reply("[[A]]"), log) as server:
+        verdicts = ask(judge_at(server.url, tmp_path, concurrency=1), pairs(2))
+    assert verdicts[1].text == "[[A]]" and log.requests == {"Q0": 1, "Q1": 2}
+
+
 # ------------------------------------------------------------------------------- waits, addresses
 
 
