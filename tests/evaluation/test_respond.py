@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from gipo_megatron.components.rollout import SamplingRollout
+from gipo_megatron.errors import UserError
+from gipo_megatron.evaluation.origin import check_origin, origin
 from gipo_megatron.evaluation.recipe import EvaluationRecipe, Generation, compose_evaluation
 from gipo_megatron.evaluation.respond import Responder, ResponseScores, sample_id
 from gipo_megatron.evaluation.run import build_sampler
@@ -68,3 +72,18 @@ def test_a_recipe_chooses_the_sampler() -> None:
     assert build_sampler(recipe) == SamplingRollout(
         data_max_response=recipe.generation.max_response, seed=recipe.generation.seed
     )
+
+
+def test_responses_of_two_samplers_are_not_mixed(tmp_path: Path) -> None:
+    """The same seed gives other noise on a server; which server it is does not matter."""
+    tokenizer: Any = SimpleNamespace(fingerprint="t")
+    words = ("rollout=sampling", "rollout=vllm", "rollout={name: vllm, url: 'http://a:1'}")
+    recipes = [compose_evaluation(["recipe=tiny/evaluate", word], RECIPES) for word in words]
+    own, served, elsewhere = (origin(recipe, {}, tokenizer) for recipe in recipes)
+    assert served == elsewhere
+    (tmp_path / "responses").mkdir()
+    (tmp_path / "responses" / "a.jsonl").write_text("{}")
+    check_origin(tmp_path, own)
+    check_origin(tmp_path, own)
+    with pytest.raises(UserError, match=r"rollout\.name: sampling there, vllm now"):
+        check_origin(tmp_path, served)
