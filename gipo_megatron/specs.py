@@ -4,7 +4,7 @@ optimiser, group head, sampling."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, get_type_hints
 
 from gipo_megatron.errors import UserError
@@ -210,6 +210,24 @@ class Sampling:
     repetition_penalty: Positive = 1.0  # 1: off; evaluation only (algorithm.md 5.7)
     seed: int = 0
     step: int = 0
+
+
+@dataclass(frozen=True)
+class Serve:
+    """A vLLM server that the run starts."""
+
+    python: PathText = ""  # an environment's interpreter with vLLM; "": $VLLM_PYTHON
+    port: Annotated[int, Range(0, 65535)] = 0  # 0: a free one
+    tensor_parallel: Size = 1
+    # share of each GPU's memory that the server takes
+    gpu_memory: Annotated[float, Range(0, 1, open=True)] = 0.3
+    devices: str = ""  # CUDA_VISIBLE_DEVICES of the server; "": those of training
+    start_timeout: Positive = 600  # seconds
+    # after the server died or hung, in the whole run
+    restarts: Annotated[int, Range(0)] = 3
+    args: list[str] = field(default_factory=list)  # more arguments of vLLM's server
+    # instead of python and all arguments; {model}, {port} and {plugin} are replaced
+    command: list[str] = field(default_factory=list)
 
 
 # role -> what stands in place of the output layer; None: a language model
