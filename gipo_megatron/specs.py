@@ -214,19 +214,22 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Serve:
-    """A vLLM server that the run starts."""
+    """A vLLM server that rank 0 starts, watches and stops."""
 
-    python: PathText = ""  # an environment's interpreter with vLLM; "": $VLLM_PYTHON
+    # the interpreter of an environment that has vLLM; "": the variable VLLM_PYTHON's
+    python: PathText = ""
     port: Annotated[int, Range(0, 65535)] = 0  # 0: a free one
     tensor_parallel: Size = 1
     # share of each GPU's memory that the server takes
     gpu_memory: Annotated[float, Range(0, 1, open=True)] = 0.3
-    devices: str = ""  # CUDA_VISIBLE_DEVICES of the server; "": those of training
-    start_timeout: Positive = 600  # seconds
-    # after the server died or hung, in the whole run
+    # the server's CUDA_VISIBLE_DEVICES; "": the GPUs of rank 0, shared with the training
+    devices: str = ""
+    start_timeout: Positive = 600.0  # seconds until it has to be ready
+    # starts after it died or hung, in the whole run
     restarts: Annotated[int, Range(0)] = 3
     args: list[str] = field(default_factory=list)  # more arguments of vLLM's server
-    # instead of python and all arguments; {model}, {port} and {plugin} are replaced
+    # in place of python and all arguments, such as a container's start; {model}, {port} and
+    # {plugin} are filled in
     command: list[str] = field(default_factory=list)
 
 
