@@ -27,6 +27,7 @@ from torch import Tensor
 from gipo_megatron.errors import UserError
 
 BUCKET = 32 << 20  # bytes
+PREFIX = "gipo_weights_"  # of the names of files
 
 
 class Control(Protocol):
@@ -69,10 +70,11 @@ class Transfer:
             client.post("/finish_weight_update", {"weight_version": version})
             client.post("/reset_prefix_cache")
             client.post("/resume")
-        except Exception:
+        except BaseException as error:
             self.close()
-            for _ in weights:
-                pass
+            if isinstance(error, Exception):  # not at Ctrl-C: the other ranks end as well
+                for _ in weights:
+                    pass
             raise
 
     def _send_all(self, client: Control, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -98,11 +100,15 @@ class Transfer:
             "checksums": self.checksums,
         }
         self._send(client, bucket)
-        self._names, self._shapes, self._bytes = [], [], 0
+        self._clear()
 
     def close(self) -> None:
-        """Leave the server and remove what is left of a failed push."""
+        """Leave the server; a later push joins again."""
         self._joined = None
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove the bucket."""
         self._names, self._shapes, self._bytes = [], [], 0
 
     def _join(self, client: Control, device: torch.device) -> None:
@@ -131,21 +137,17 @@ class FileTransfer(Transfer):
     def _add(self, tensor: Tensor) -> None:
         if self._file is None:
             folder = folder_with_room(max(BUCKET, tensor.nbytes))
-            handle, path = tempfile.mkstemp(prefix="gipo_weights_", dir=folder)
+            handle, path = tempfile.mkstemp(prefix=PREFIX, dir=folder)
             self._path, self._file = Path(path), os.fdopen(handle, "wb")
         self._file.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
 
     def _send(self, client: Control, bucket: dict[str, Any]) -> None:
         self._file.close()
         client.post("/update_weights", {"update_info": {**bucket, "path": str(self._path)}})
-        self._remove()
 
-    def close(self) -> None:
-        super().close()
-        self._remove()
-
-    def _remove(self) -> None:
-        if self._path is not None and self._file is not None:
+    def _clear(self) -> None:
+        super()._clear()
+        if self._path is not None:
             self._file.close()
             self._path.unlink(missing_ok=True)
         self._path = self._file = None
@@ -207,11 +209,14 @@ class BroadcastTransfer(Transfer):
         answer.result()
         for work in works:
             work.wait()
-        self._tensors = []
 
     def close(self) -> None:
         super().close()
-        self._group, self._tensors = None, []
+        self._group = None
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._tensors = []
 
 
 def group(store: Any, rank: int, size: int, backend: str, limit: datetime.timedelta) -> Any:

@@ -102,8 +102,8 @@ class Weights(WeightTransferEngine[Join, Bucket]):
             raise
         if update_info.checksums:
             for name, tensor in tensors.items():
-                data = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
-                self.checksums[name] = hashlib.sha256(memoryview(data)).hexdigest()
+                data: Any = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+                self.checksums[name] = hashlib.sha256(data).hexdigest()
         self.model.load_weights(tensors.items())
         self.received |= tensors.keys()
 
