@@ -1,1 +1,1 @@
-"""Rollouts on a server of vLLM: its process, its HTTP client, and the way of weights to it."""
+"""Responses drawn by a vLLM server: its process, its HTTP interface, the actor's weights in it."""
