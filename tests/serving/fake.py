@@ -466,6 +466,7 @@ ROUTES: dict[str, tuple[str, Callable[[Handler, Any, Any], Any]]] = {
 def serving(options: Options, port: int = 0) -> Iterator[Server]:
     """Serve on a thread; a fault `die` closes the port and all connections."""
     server = Server(port, options, leave=lambda: None)
+    assert server.engine.model is not None  # made here: it uses torch's global generator
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
