@@ -50,16 +50,13 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Policy:
-    """A folder of weights in fp32, and what transformers draws greedily from them."""
+    """A folder of weights in fp32, and transformers' greedy responses: tokens and log-probs
+    [ROWS, TOKENS]."""
 
     folder: Path
-    model: LlamaForCausalLM
-    tokens: list[list[int]]
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        state = self.model.state_dict()
-        return {name: state[name] for name in state if name != "lm_head.weight"}
+    state: dict[str, Tensor]
+    tokens: Tensor
+    logprobs: Tensor
 
 
 @cache
@@ -71,64 +68,36 @@ def prompts() -> list[list[int]]:
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             texts = [json.loads(line)["chosen"].rpartition("\n\nAssistant:")[0] for line in lines]
     else:
-        words = [
-            "Tell",
-            "me",
-            "how",
-            "a",
-            "small",
-            "boat",
-            "crosses",
-            "the",
-            "wide",
-            "river",
-            "at",
-            "night",
-            "when",
-            "it",
-            "rains",
-        ]
-        texts = [
-            f"\n\nHuman: {' '.join(words.split()[: i % 13 + 1] * (i // 6 + 1))}?" for i in range(99)
-        ]
+        sentence = "Tell me how a small boat crosses the wide river at night when it rains "
+        texts = [f"\n\nHuman: {(sentence * 9)[: 6 * i + 9]}?" for i in range(99)]
     found: dict[int, list[int]] = {}
-    for text in texts:
+    for text in texts[:300]:
         ids = tokenizer(f"{text}\n\nAssistant:", add_special_tokens=False)["input_ids"]
         if len(ids) <= LONGEST:
             found.setdefault(len(ids), ids)
-        if len(found) == ROWS:
-            break
-    assert len(found) == ROWS and max(found) > BLOCK
-    return list(found.values())
+    lengths = sorted(found)
+    chosen = [lengths[i * (len(lengths) - 1) // (ROWS - 1)] for i in range(ROWS)]
+    assert len(set(chosen)) == ROWS and chosen[-1] > BLOCK
+    return [found[length] for length in chosen]
 
 
-def greedy(model: LlamaForCausalLM) -> list[list[int]]:
+def greedy(model: LlamaForCausalLM) -> tuple[Tensor, Tensor]:
     lengths = [len(p) for p in prompts()]
     width = max(lengths)
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts()])
-    mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
     with torch.inference_mode():
         out = model.generate(
-            ids,
-            attention_mask=mask,
+            torch.tensor([[0] * (width - len(p)) + p for p in prompts()]),
+            attention_mask=(torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long(),
             do_sample=False,
             min_new_tokens=TOKENS,
             max_new_tokens=TOKENS,
             pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
-    return out[:, width:].tolist()
-
-
-def logprob_differences(model: LlamaForCausalLM, answers: list[Answer]) -> Tensor:
-    """|server's log-prob - transformers', of the whole sequence at once|, of every token."""
-    found = []
-    for prompt, answer in zip(prompts(), answers, strict=True):
-        ids = torch.tensor([prompt + list(answer.token_ids)])
-        with torch.inference_mode():
-            logits = model(ids).logits[0, len(prompt) - 1 : -1]
-        picked = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-        found.append((picked - torch.tensor(answer.logprobs)).abs())
-    return torch.cat(found)
+    tokens = out.sequences[:, width:]
+    logprobs = torch.stack(out.logits, dim=1).log_softmax(-1)
+    return tokens, logprobs.gather(2, tokens[..., None])[..., 0]
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +113,9 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
                     p.mul_(1 + 0.05 * torch.randn(p.shape, generator=g))
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)
-        found[name] = Policy(folder, model, greedy(model))
-    assert found["published"].tokens != found["changed"].tokens
+        state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
+        found[name] = Policy(folder, state, *greedy(model))
+    assert not torch.equal(found["published"].tokens, found["changed"].tokens)
     return found
 
 
@@ -185,14 +155,14 @@ def answers(client: Client) -> list[Answer]:
 def check(client: Client, policy: Policy, version: str, title: str) -> None:
     """Check that the server has a policy's weights."""
     found = answers(client)
-    assert [list(answer.token_ids) for answer in found] == policy.tokens
+    assert [list(answer.token_ids) for answer in found] == policy.tokens.tolist()
     assert {answer.version for answer in found} == {version}
-    different = logprob_differences(policy.model, found)
+    different = (torch.tensor([a.logprobs for a in found]) - policy.logprobs).abs()
     print(
         f"{title}: {different.numel()} tokens, log-prob differences from transformers: mean"
         f" {different.mean():.1e}, max {different.max():.1e}"
     )
-    assert different.numel() == ROWS * TOKENS and different.max() < 1e-3
+    assert different.max() < 1e-3
 
 
 def received(client: Client) -> Mapping[str, str]:
