@@ -14,8 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from gipo_megatron import registry
 from gipo_megatron.data.tokenizer import check_vocabulary
 from gipo_megatron.environment import line as environment_line
@@ -71,7 +69,7 @@ def evaluate(recipe: EvaluationRecipe) -> None:
     deterministic = recipe.precision.deterministic
     with RunLock(Path(recipe.run.dir)) as lock:
         with mesh_session(recipe.parallel, deterministic=deterministic) as mesh:
-            mesh.on_main(lock.take)
+            mesh.from_main(lock.take)
             prompts = respond(mesh, recipe)
         if mesh.is_main:  # a judge may take hours: no other rank waits in a collective meanwhile
             conclude(recipe, prompts)
@@ -96,7 +94,8 @@ def respond(mesh: Mesh, recipe: EvaluationRecipe) -> list[TaskPrompt]:
     if mesh.is_main:
         stores = open_folder(recipe, prompts, origin(recipe, weights, tokenizer))
         announce(recipe, tasks, [*notes, *not_independent(recipe)])
-    done = _from_main(mesh, {name: store.done for name, store in stores.items()})
+    # only rank 0's disk counts
+    done = mesh.from_main(lambda: {name: store.done for name, store in stores.items()})
     left = {name: [p for p in prompts if p.prompt_id not in done[name]] for name in recipe.policies}
     scores = responder.load_scores() if any(left.values()) else None
     shown = Display(mesh.is_main)
@@ -149,14 +148,6 @@ def announce(recipe: EvaluationRecipe, tasks: Sequence[LoadedTask], notes: Seque
 
 def _responses(directory: Path, policy: str) -> ResponseStore:
     return ResponseStore(directory / "responses" / f"{policy}.jsonl")
-
-
-def _from_main(mesh: Mesh, value: Any) -> Any:
-    """Return rank 0's value on every rank: only its disk counts."""
-    box = [value]
-    if mesh.world > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 # ----------------------------------------------------------------------------- verdicts and results

@@ -7,7 +7,7 @@ recipe builds exactly the models that it uses.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,13 +59,18 @@ class Assembly:
 
 
 def assemble(
-    recipe: Recipe, mesh: Mesh, timer: Timer, count: Count = lambda *numbers: None
+    recipe: Recipe,
+    mesh: Mesh,
+    timer: Timer,
+    count: Count = lambda *numbers: None,
+    closing: ExitStack | None = None,
 ) -> Assembly:
     """Build the page and all that it uses; nothing is trained yet. Collective.
 
-    Raises UserError for what a recipe check cannot find.
+    closing: ends what the parts started, when it is closed. Raises UserError for what a recipe
+    check cannot find.
     """
-    given = Providers(recipe, mesh, timer, count)
+    given = Providers(recipe, mesh, timer, count, closing or ExitStack())
     return Assembly(
         recipe,
         mesh,
@@ -83,9 +88,11 @@ def assemble(
 class Providers:
     """The table: `runtime` by the names of `from_runtime`, `components` by the page's fields."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, timer: Timer, count: Count) -> None:
+    def __init__(
+        self, recipe: Recipe, mesh: Mesh, timer: Timer, count: Count, closing: ExitStack
+    ) -> None:
         self.recipe, self.mesh, self.dp = recipe, mesh, mesh.data_parallel
-        self.count = count
+        self.count, self.closing = count, closing
         self.notes: list[str] = []
         block, batch = recipe.algorithm, recipe.batch
         page: Any = registry.lookup("algorithm", block["name"])
