@@ -19,7 +19,7 @@ FLOORS = [
     {"errors", "environment", "statistics", "tensors"},
     {"capabilities", "files", "launcher", "metrics", "ops", "specs"},
     {"registry", "types"},
-    {"data", "roles"},
+    {"data", "roles", "rollouts"},
     {"components", "local", "telemetry", "weights"},
     {"algorithms", "megatron", "reports"},
     {"conversion", "recipe"},

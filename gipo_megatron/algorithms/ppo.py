@@ -182,6 +182,7 @@ class PPO:
             repetition_penalty=1.0,
         )
         return evaluate_policy(
+            self.rollout,
             self.actor,
             self.reference,
             self.reward,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gipo_megatron import ops
+from gipo_megatron.components.protocols import Sampler
 from gipo_megatron.components.tracker import GroupTracker
 from gipo_megatron.conversion.verify import release
 from gipo_megatron.data.tokenizer import Tokenizer
@@ -72,6 +73,7 @@ class Responder:
     tokenizer: Tokenizer
     weights: Mapping[str, Path]
     ids: Mapping[str, list[int]]
+    sampler: Sampler
 
     def __post_init__(self) -> None:
         key = "models.critic.load"
@@ -137,7 +139,7 @@ class Responder:
         dp = self.mesh.data_parallel
         places = range(dp.rank, -(-len(prompts) // dp.size) * dp.size, dp.size)
         rows = [prompts[min(place, len(prompts) - 1)] for place in places]
-        rollout = actor.generate(self._prompts(rows), self._sampling())
+        rollout = self.sampler.respond(actor, self._prompts(rows), self._sampling())
         figures = {name: values.tolist() for name, values in scores.of(actor, rollout).items()}
         tokens, finished = rollout.response_lengths.tolist(), rollout.finished.tolist()
         mine = [

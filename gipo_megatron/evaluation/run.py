@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron import registry
+from gipo_megatron.components.protocols import Sampler
 from gipo_megatron.data.tokenizer import check_vocabulary
 from gipo_megatron.environment import line as environment_line
 from gipo_megatron.errors import UserError
@@ -89,7 +90,8 @@ def respond(mesh: Mesh, recipe: EvaluationRecipe) -> list[TaskPrompt]:
     tasks = [read_task(task, recipe.data_root, tokenizer, length) for task in recipe.tasks]
     prompts = [prompt for task in tasks for prompt in task.prompts]
     ids = {prompt_id: tokens for task in tasks for prompt_id, tokens in task.ids.items()}
-    responder = Responder(recipe, mesh, tokenizer, weights, ids)
+    sampler = build_sampler(recipe)
+    responder = Responder(recipe, mesh, tokenizer, weights, ids, sampler)
     stores: dict[str, ResponseStore] = {}
     if mesh.is_main:
         stores = open_folder(recipe, prompts, origin(recipe, weights, tokenizer))
@@ -109,6 +111,14 @@ def respond(mesh: Mesh, recipe: EvaluationRecipe) -> list[TaskPrompt]:
                 more(len(responses))
     mesh.barrier()
     return prompts
+
+
+def build_sampler(recipe: EvaluationRecipe) -> Sampler:
+    """Return what draws the responses, as `generation` describes."""
+    drawn = recipe.generation
+    runtime = {"max_response": drawn.max_response, "seed": drawn.seed}
+    sampler: Sampler = registry.build("rollout", recipe.rollout, runtime)
+    return sampler
 
 
 def open_folder(

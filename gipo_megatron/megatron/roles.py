@@ -72,6 +72,10 @@ class MegatronActor:
     decode: Callable[[list[int]], str]
     temperature: float = 1.0
 
+    @property
+    def version(self) -> int:
+        return self.engine.version
+
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         engine = self.engine
         with engine.ready():

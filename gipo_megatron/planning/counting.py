@@ -102,6 +102,7 @@ class CountingRole:
     role: str
     table: Table
     reads: str = BATCH
+    version: int = 0
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         """Return a response of one token to each prompt."""
