@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import cpu_compat
+from gipo_megatron.roles import T
 from gipo_megatron.specs import Parallel
 
 _FAILURE = "gipo_megatron/failure"
@@ -148,14 +149,15 @@ class Mesh:
         if self.world > 1:
             dist.barrier()
 
-    def from_main(self, action: Callable[[], Any]) -> Any:
+    def from_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0; its value is returned, or its UserError raised, on every rank.
         Collective.
 
         The action may take any time: the other ranks wait without a time limit, and end with an
         error as soon as rank 0's process does.
         """
-        value, refused = None, None
+        value: Any = None
+        refused: UserError | None = None
         if self.is_main:
             try:
                 value = action()
@@ -167,9 +169,9 @@ class Mesh:
             value, refused = outcome
         if refused is not None:
             raise refused
-        return value
+        return cast(T, value)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """Return every replica's `value`, replica r's at r. Collective."""
         group = self.data_parallel
         gathered = [value] * group.size
