@@ -86,10 +86,12 @@ class Client:
             "base_url": self.url,
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
             "trust_env": False,
+            # the server closes a connection after an error, and one that was idle for 5 s
+            "limits": httpx.Limits(max_keepalive_connections=0),
         }
         with _errors(self.url, timeout):
-            limits = httpx.Timeout(timeout, connect=min(CONNECT, timeout))
-            self._http = httpx.Client(timeout=limits, **self._settings)
+            patience = httpx.Timeout(timeout, connect=min(CONNECT, timeout))
+            self._http = httpx.Client(timeout=patience, **self._settings)
 
     def close(self) -> None:
         self._http.close()
@@ -180,16 +182,17 @@ class Client:
     async def _generate(self, missing: dict[int, Request], answers: dict[int, Answer]) -> None:
         # a request waits here, not in httpx's pool, whose work grows with its queue
         free = asyncio.Semaphore(CONNECTIONS)
-        limits = httpx.Limits(max_connections=CONNECTIONS)
         patience = httpx.Timeout(None, connect=min(CONNECT, self.timeout))
-        async with httpx.AsyncClient(timeout=patience, limits=limits, **self._settings) as http:
+        async with httpx.AsyncClient(timeout=patience, **self._settings) as http:
 
             async def send(index: int, request: Request) -> None:
                 body = {"token_ids": list(request.token_ids), "sampling_params": request.sampling}
                 async with free:
                     with _errors(self.url, self.timeout):
                         response = await http.post(GENERATE, json=body)
-                answers[index] = read_answer(_read(response), self.url)
+                answer = read_answer(_read(response), self.url)
+                self._refuse_cut(request, answer)
+                answers[index] = answer
 
             tasks = {asyncio.create_task(send(*item)) for item in missing.items()}
             try:
@@ -198,6 +201,15 @@ class Client:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _refuse_cut(self, request: Request, answer: Answer) -> None:
+        """Raise UserError for a response that ended at the server's limit, which is no error to
+        vLLM."""
+        limit, found = request.sampling["max_tokens"], len(answer.token_ids)
+        if found > limit or (found < limit and answer.finish == "length"):
+            fix = f"start it with --max-model-len {len(request.token_ids) + limit} or more"
+            what = f"the server cut a response after {found} tokens, where {limit} were requested"
+            raise UserError(what, where=self.url, fix=fix)
 
     async def _finish(self, tasks: set[asyncio.Task[None]]) -> None:
         """Wait for all tasks, at most `timeout` seconds for the next one that ends. Raise the first

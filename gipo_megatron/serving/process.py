@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -52,7 +51,6 @@ class ServerProcess:
     pushed), with its output in the file `log`. It ends with this process, however that ends.
 
     `dtype`: vLLM's name, as float32. `max_length`: tokens of prompt and response together.
-    `backend`: the plugin's name of the weight transfer.
     """
 
     serve: Serve
@@ -60,7 +58,6 @@ class ServerProcess:
     log: Path
     dtype: str
     max_length: int
-    backend: str
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _log_start: int = field(default=0, init=False)  # bytes of earlier servers
 
@@ -133,7 +130,6 @@ class ServerProcess:
         return words
 
     def _arguments(self, port: int) -> list[str]:
-        transfer = json.dumps({"backend": self.backend})
         return [
             *("-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(self.model), "--served-model-name", MODEL_NAME),
@@ -146,7 +142,7 @@ class ServerProcess:
             *("--gpu-memory-utilization", str(self.serve.gpu_memory)),
             *("--logprobs-mode", "processed_logprobs"),
             *("--worker-extension-cls", "gipo_vllm_worker.Extension"),
-            *("--weight-transfer-config", transfer),
+            *("--weight-transfer-config", '{"backend": "gipo"}'),  # of the plugin
             "--disable-uvicorn-access-log",
         ]
 

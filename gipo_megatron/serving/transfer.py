@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -25,20 +25,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.serving.client import Client
 
 BUCKET = 32 << 20  # bytes
 PREFIX = "gipo_weights_"  # of the names of files
-
-
-class Control(Protocol):
-    """The part of a client that a push uses. Methods return the decoded JSON of the answer."""
-
-    url: str
-    timeout: float
-
-    def get(self, route: str, **query: Any) -> Any: ...
-
-    def post(self, route: str, body: Any = None, **query: Any) -> Any: ...
 
 
 @dataclass
@@ -49,12 +39,12 @@ class Transfer:
     """
 
     checksums: bool = False
-    _joined: Control | None = field(init=False, default=None)
+    _joined: Client | None = field(init=False, default=None)
     _names: list[str] = field(init=False, default_factory=list)
     _shapes: list[list[int]] = field(init=False, default_factory=list)
     _bytes: int = field(init=False, default=0)
 
-    def push(self, client: Control, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
+    def push(self, client: Client, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
         """Load all weights into the server, which then has this weight version.
 
         weights: (Hugging Face name, whole tensor) in the model's order; always iterated to its
@@ -77,7 +67,7 @@ class Transfer:
                     pass
             raise
 
-    def _send_all(self, client: Control, weights: Iterator[tuple[str, Tensor]]) -> None:
+    def _send_all(self, client: Client, weights: Iterator[tuple[str, Tensor]]) -> None:
         dtype = None
         for name, tensor in weights:
             if client is not self._joined:
@@ -92,7 +82,7 @@ class Transfer:
             self._add(tensor.detach().contiguous())
         self._flush(client, dtype)
 
-    def _flush(self, client: Control, dtype: torch.dtype | None) -> None:
+    def _flush(self, client: Client, dtype: torch.dtype | None) -> None:
         bucket = {
             "names": self._names,
             "shapes": self._shapes,
@@ -111,13 +101,13 @@ class Transfer:
         """Remove the bucket."""
         self._names, self._shapes, self._bytes = [], [], 0
 
-    def _join(self, client: Control, device: torch.device) -> None:
+    def _join(self, client: Client, device: torch.device) -> None:
         raise NotImplementedError
 
     def _add(self, tensor: Tensor) -> None:
         raise NotImplementedError
 
-    def _send(self, client: Control, bucket: dict[str, Any]) -> None:
+    def _send(self, client: Client, bucket: dict[str, Any]) -> None:
         raise NotImplementedError
 
 
@@ -131,7 +121,7 @@ class FileTransfer(Transfer):
     _path: Path | None = field(init=False, default=None)
     _file: Any = field(init=False, default=None)
 
-    def _join(self, client: Control, device: torch.device) -> None:
+    def _join(self, client: Client, device: torch.device) -> None:
         client.post("/init_weight_transfer_engine", {"init_info": {}})
 
     def _add(self, tensor: Tensor) -> None:
@@ -141,7 +131,7 @@ class FileTransfer(Transfer):
             self._path, self._file = Path(path), os.fdopen(handle, "wb")
         self._file.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
 
-    def _send(self, client: Control, bucket: dict[str, Any]) -> None:
+    def _send(self, client: Client, bucket: dict[str, Any]) -> None:
         self._file.close()
         client.post("/update_weights", {"update_info": {**bucket, "path": str(self._path)}})
 
@@ -179,7 +169,7 @@ class BroadcastTransfer(Transfer):
         init=False, default_factory=lambda: ThreadPoolExecutor(1), repr=False
     )
 
-    def _join(self, client: Control, device: torch.device) -> None:
+    def _join(self, client: Client, device: torch.device) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         size = 1 + client.get("/get_world_size")["world_size"]
         host, limit = own_address(client.url), datetime.timedelta(seconds=client.timeout)
@@ -203,7 +193,7 @@ class BroadcastTransfer(Transfer):
     def _add(self, tensor: Tensor) -> None:
         self._tensors.append(tensor)
 
-    def _send(self, client: Control, bucket: dict[str, Any]) -> None:
+    def _send(self, client: Client, bucket: dict[str, Any]) -> None:
         answer = self._pool.submit(client.post, "/update_weights", {"update_info": bucket})
         works = [self._group.broadcast([t], dist.BroadcastOptions()) for t in self._tensors]
         answer.result()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
-import itertools
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gipo_megatron.errors import UserError
 from gipo_megatron.serving import transfer
-from gipo_megatron.serving.transfer import TRANSFERS, Transfer, folder_with_room, group
+from gipo_megatron.serving.transfer import TRANSFERS, Transfer, group
 from tests.watch import LiveBytes
 
 MIB = 1 << 20
