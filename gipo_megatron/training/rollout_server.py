@@ -22,7 +22,6 @@ from gipo_megatron.weights.end_tokens import GENERATION, generation_config
 from gipo_megatron.weights.hf_config import config_text
 from gipo_megatron.weights.hf_files import HF_DTYPES
 
-BACKEND = "gipo"  # of serving/plugin, for every transfer
 # read by two tokenizers that agree as the same ids: letters, figures, other scripts, spaces
 SAMPLE = "\n\nHuman: What is 12 + 7?  Größe, 東京, naïve…\n\nAssistant: 19."
 
@@ -63,7 +62,6 @@ def connect(
         folder / "server.log",
         HF_DTYPES[policy.dtype],
         policy.longest,
-        BACKEND,
     )
     server = Server(
         Needed(
