@@ -103,6 +103,7 @@ class CountingRole:
     table: Table
     reads: str = BATCH
     version: int = 0
+    end_ids: tuple[int, ...] = ()
 
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         """Return a response of one token to each prompt."""
