@@ -24,9 +24,8 @@ from gipo_megatron.commands import RECIPES
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.check import missing_loads
 from gipo_megatron.recipe.compose import compose
-from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.recipe.schema import NODE, Recipe
 
-NODE = 8  # GPUs of one machine; a recipe for more is for several machines
 # share of a card's nominal memory: an "80 GB" card reports 79.1 to 79.6 GiB, or 74.5
 MEMORY_SHARE = 0.9
 NOTHING = "-"
