@@ -20,7 +20,7 @@ FLOORS = [
     {"capabilities", "files", "launcher", "metrics", "ops", "specs"},
     {"registry", "types"},
     {"data", "roles", "rollouts"},
-    {"components", "local", "telemetry", "weights"},
+    {"components", "local", "serving", "telemetry", "weights"},
     {"algorithms", "megatron", "reports"},
     {"conversion", "recipe"},
     {"cli", "planning", "training"},
