@@ -24,6 +24,10 @@ from gipo_megatron.types import Groups, Prompts, Rollout, Rows, Weights
 class Sampler(Protocol):
     temperature: float
 
+    def start(self) -> None:
+        """Start what responses need beside the actor; called before models are loaded."""
+        ...
+
     def sample(self, actor: Actor, prompts: Prompts, step: int) -> Rollout:
         """Return the training responses of an iteration."""
         ...

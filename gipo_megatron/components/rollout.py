@@ -44,6 +44,9 @@ class Rollouts:
             what = "is not read: correction is none"
             yield UserError(what, where="correction_cap", fix="correction: truncated")
 
+    def start(self) -> None:
+        """Start what responses need beside the actor, before models take their time to load."""
+
     def sample(self, actor: Actor, prompts: Prompts, step: int) -> Rollout:
         """Return one response a row; noise is a pure function of (seed, step, sample_id,
         position)."""
@@ -130,6 +133,9 @@ class VLLMRollout(Rollouts):
     @cached_property
     def _server(self) -> RolloutServer:
         return self.connect(self)
+
+    def start(self) -> None:
+        assert self._server is not None  # reading it starts it
 
     def respond(self, actor: Actor, prompts: Prompts, sampling: Sampling) -> Rollout:
         return self._server.respond(actor, prompts, sampling)

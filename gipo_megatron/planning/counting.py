@@ -104,6 +104,7 @@ class CountingRole:
     table: Table
     reads: str = BATCH
     version: int = 0
+    end_ids: tuple[int, ...] = ()
 
     def generate(
         self, prompts: Prompts, sampling: Sampling, server: VLLMRollout | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,7 +169,9 @@ def test_a_page_that_needs_real_rows_has_no_plan() -> None:
 def test_a_run_has_the_same_table(tmp_path: Path) -> None:
     recipe = small(tmp_path)
     mesh: Any = SimpleNamespace(data_parallel=SingleReplica())
-    real = assembly.Providers(recipe, mesh, lambda name: nullcontext(), lambda *numbers: None)
+    real = assembly.Providers(
+        recipe, mesh, lambda name: nullcontext(), lambda *numbers: None, ExitStack()
+    )
     assert set(real.runtime) == set(Table(recipe).runtime)
 
 
