@@ -16,7 +16,7 @@ from gipo_megatron.specs import Positive, Sampling, Serve
 from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Prompts, Rollout
 
-CAP = 2.0  # of Yao et al. 2025, and the default of verl and NeMo-RL
+CAP = 2.0  # the usual one: examples of verl, Open Instruct; TRL began with it, and has 3 now
 
 
 @dataclass
