@@ -25,6 +25,7 @@ PLUGIN = Path(__file__).with_name("plugin")  # the folder that is the server's P
 MODEL_NAME = "policy"
 WHERE = "algorithm.rollout.serve"
 TICK = 0.2  # seconds between two looks
+READY = 10.0  # seconds until /health answers
 PORTS = 3  # free ports that are tried; another program may take one before the server does
 LINES = 20  # of the log in an error
 SEARCHED = 200  # last lines of the log in which a reason is looked for
@@ -213,7 +214,7 @@ def free_port() -> int:
 
 def _ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=10, trust_env=False).is_success
+        return httpx.get(f"{url}/health", timeout=READY, trust_env=False).is_success
     except httpx.RequestError:
         return False
 

@@ -224,6 +224,7 @@ class Server(ThreadingHTTPServer):
         self.stopped, self.dead = threading.Event(), False
         self.responses = 0  # finished
         self.requests: list[dict[str, Any]] = []  # bodies of GENERATE
+        self.keys: set[str] = set()
         fired = options.once is not None and options.once.exists()
         self._kind, _, after = ("" if fired else options.fault).partition(":")
         self._after = int(after or 0)
@@ -269,6 +270,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve(self, method: str) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.keys.add(self.headers.get("Authorization", ""))
         self.close_connection = self.server.dead
         if self.server.dead:
             return
