@@ -16,6 +16,7 @@ from gipo_megatron.megatron.precision import DTYPES
 from gipo_megatron.planning.activations import Pass
 from gipo_megatron.planning.arithmetic import Iteration
 from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.serving.client import CONNECTIONS
 from gipo_megatron.specs import Architecture, Parallel, Serve
 from gipo_megatron.telemetry.performance import num_parameters
 
@@ -76,7 +77,8 @@ class Server:
     @property
     def rows(self) -> int:
         """Return how many rows at their longest are generated at once."""
-        return max(1, (self.share - self.fixed) // (self.longest * self.token))
+        fit = (self.share - self.fixed) // (self.longest * self.token)
+        return min(max(1, fit), CONNECTIONS)
 
     def beside(self, rank: int) -> int:
         """Return the bytes that it takes on a rank's GPU."""
