@@ -22,8 +22,8 @@ from gipo_megatron.types import Groups, Prompts, Rollout, Rows, Weights
 
 
 class Sampler(Protocol):
-    temperature: float
     correction_cap: float  # the share of tokens whose probability ratio is above it is logged
+    temperature: float
 
     def start(self) -> None:
         """Start what responses need beside the actor; called before models are loaded."""

@@ -122,13 +122,15 @@ class VLLMRollout(Rollouts):
 
     def problems(self) -> Iterator[UserError]:
         yield from super().problems()
-        address = urlsplit(self.url)
-        if self.url and (address.scheme not in ("http", "https") or not address.hostname):
+        if self.url and not _is_address(self.url):
             what = f"{self.url!r} is no http address"
             yield UserError(what, where="url", fix="http://HOST:PORT, or '' to start a server")
         if self.url and self.serve != Serve():
             what = "is not read: the server at `url` runs already"
             yield UserError(what, where="serve", fix="remove one of serve and url")
+        if self.serve.command and (self.serve.python or self.serve.args):
+            what = "python and args are not read: command stands in their place"
+            yield UserError(what, where="serve", fix="remove command, or python and args")
 
     @cached_property
     def _server(self) -> RolloutServer:
@@ -139,3 +141,12 @@ class VLLMRollout(Rollouts):
 
     def respond(self, actor: Actor, prompts: Prompts, sampling: Sampling) -> Rollout:
         return self._server.respond(actor, prompts, sampling)
+
+
+def _is_address(url: str) -> bool:
+    """Check for http(s)://HOST, with or without a port."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets of no address, or a port that is no number
+        return False

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from gipo_megatron.components.rollout import SamplingRollout
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.origin import check_origin, origin
-from gipo_megatron.evaluation.recipe import EvaluationRecipe, Generation, compose_evaluation
+from gipo_megatron.evaluation.recipe import Generation, compose_evaluation
 from gipo_megatron.evaluation.respond import Responder, ResponseScores, sample_id
-from gipo_megatron.evaluation.run import build_sampler
 from gipo_megatron.evaluation.types import TaskPrompt
 from gipo_megatron.roles import SingleReplica
 from gipo_megatron.specs import Sampling
@@ -64,14 +62,6 @@ def test_the_sampler_draws_as_generation_describes() -> None:
     assert [(r.prompt_id, r.text, r.tokens) for r in found] == [("b", "to 7", 2), ("a", "to 5", 2)]
     assert sampler.calls == [("actor", Sampling(3, 0.5, 4, 0.7, 1.0, 6))]
     assert responder._prompts(prompts).sample_id.tolist() == [sample_id("b"), sample_id("a")]
-
-
-def test_a_recipe_chooses_the_sampler() -> None:
-    """One that the recipe does not configure is the actor's own."""
-    recipe: EvaluationRecipe = compose_evaluation(["recipe=tiny/evaluate"], RECIPES)
-    assert build_sampler(recipe) == SamplingRollout(
-        data_max_response=recipe.generation.max_response, seed=recipe.generation.seed
-    )
 
 
 def test_responses_of_two_samplers_are_not_mixed(tmp_path: Path) -> None:
