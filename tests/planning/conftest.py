@@ -79,7 +79,7 @@ PLANS = {
     "server_cpu": ["recipe=tiny/gipo", "algorithm.rollout.name=vllm"],
     "needed": ["recipe=hh_sft", "memory.recompute=full", "hardware.gpu_memory_gib=31"],
 }
-DOCUMENT = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "docs" / name for name in ("scaling.md", "rollout.md")]
 
 
 def shipped() -> list[str]:
@@ -93,8 +93,9 @@ def shipped() -> list[str]:
 
 
 def documented() -> dict[str, str]:
-    """Arguments of `gipo plan` -> the part of its output in docs/scaling.md."""
-    return dict(re.findall(r"```\n\$ gipo plan ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL))
+    """Arguments of `gipo plan` -> the part of its output in a document."""
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    return dict(re.findall(r"```\n\$ gipo plan ([^\n]+)\n(.*?)```", text, re.DOTALL))
 
 
 def layout_cases() -> dict[str, dict[str, Any]]:
