@@ -37,7 +37,6 @@ from gipo_megatron.registry import Lazy
 from gipo_megatron.specs import Optimisation, Sampling, base_role
 from gipo_megatron.training.held_out import HeldOut
 from gipo_megatron.types import Pairs, Prompts, Sequences
-from gipo_megatron.weights.checkpoints import stored_hf_files
 from gipo_megatron.weights.sources import check_tokenizer, find_tokenizer, locate
 
 Timer = Callable[[str], AbstractContextManager[None]]
@@ -314,16 +313,7 @@ class Providers:
     def _connect(self, sampler: VLLMRollout) -> RolloutServer:
         """Start the sampler's server with the actor's model."""
         # imported here: runs without a server need no HTTP client
-        from gipo_megatron.training.rollout_server import Policy, connect
+        from gipo_megatron.training.rollout_server import connect, trained_policy
 
-        recipe, data = self.recipe, self.recipe.data
-        load, key = recipe.models["actor"].load, "models.actor.load"
-        response = max(data.max_response, sampler.max_response)
-        policy = Policy(
-            recipe.model.architecture,
-            recipe.precision.dtype,
-            self.tokenizer,
-            {} if load == "random" else stored_hf_files(locate(load, key)),
-            data.max_length - data.max_response + response,
-        )
-        return connect(sampler, policy, self.mesh, Path(recipe.run.dir) / "vllm", self.closing)
+        policy, folder = trained_policy(self.recipe, self.tokenizer), Path(self.recipe.run.dir)
+        return connect(sampler, policy, self.mesh, folder / "vllm", self.closing)

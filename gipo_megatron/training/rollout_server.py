@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gipo_megatron.components.rollout import VLLMRollout
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.files import write_text
-from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.serving.client import Needed
 from gipo_megatron.serving.process import ServerProcess
 from gipo_megatron.serving.rollouts import ServerRollouts
@@ -18,9 +19,14 @@ from gipo_megatron.serving.server import Server
 from gipo_megatron.serving.transfer import TRANSFERS
 from gipo_megatron.specs import Architecture
 from gipo_megatron.telemetry.loggers import warn
+from gipo_megatron.weights.checkpoints import stored_hf_files
 from gipo_megatron.weights.end_tokens import GENERATION, generation_config
 from gipo_megatron.weights.hf_config import config_text
 from gipo_megatron.weights.hf_files import HF_DTYPES
+from gipo_megatron.weights.sources import locate
+
+if TYPE_CHECKING:  # `gipo doctor` runs where Megatron cannot be imported
+    from gipo_megatron.megatron.mesh import Mesh
 
 # read by two tokenizers that agree as the same ids: letters, figures, other scripts, spaces
 SAMPLE = "\n\nHuman: What is 12 + 7?  Größe, 東京, naïve…\n\nAssistant: 19."
@@ -37,6 +43,12 @@ class Policy:
     files: Mapping[str, str]
     longest: int
 
+    @property
+    def needed(self) -> Needed:
+        """Return what the server must have."""
+        a, tokens = self.architecture, self.tokenizer.encode(SAMPLE)
+        return Needed(self.longest, a.vocab_size, a.hidden_size, a.num_layers, SAMPLE, tokens)
+
     def write(self, folder: Path) -> None:
         """Write a Hugging Face folder without weights."""
         ids = self.tokenizer.special_ids
@@ -44,6 +56,19 @@ class Policy:
         write_text(folder / "config.json", config)
         write_text(folder / GENERATION, generation_config(self.files, ids))
         self.tokenizer.save(folder)
+
+
+def trained_policy(recipe: Recipe, tokenizer: Tokenizer) -> Policy:
+    """Return the actor of a training recipe. Raises UserError where its weights are absent."""
+    data, load = recipe.data, recipe.models["actor"].load
+    response = max(data.max_response, recipe.algorithm["rollout"]["max_response"])
+    return Policy(
+        recipe.model.architecture,
+        recipe.precision.dtype,
+        tokenizer,
+        {} if load == "random" else stored_hf_files(locate(load, "models.actor.load")),
+        data.max_length - data.max_response + response,
+    )
 
 
 def connect(
@@ -54,8 +79,7 @@ def connect(
     folder: for the model's files and the log of a server that is started. It ends when `closing`
     is closed. Raises UserError.
     """
-    architecture, tokenizer = policy.architecture, policy.tokenizer
-    model = folder / "model"
+    tokenizer, model = policy.tokenizer, folder / "model"
     process = ServerProcess(
         sampler.serve,
         model.absolute(),
@@ -64,14 +88,7 @@ def connect(
         policy.longest,
     )
     server = Server(
-        Needed(
-            policy.longest,
-            architecture.vocab_size,
-            architecture.hidden_size,
-            architecture.num_layers,
-            SAMPLE,
-            tokenizer.encode(SAMPLE),
-        ),
+        policy.needed,
         TRANSFERS[sampler.transfer](),
         None if sampler.url else process,
         sampler.url,

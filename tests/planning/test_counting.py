@@ -83,6 +83,16 @@ def test_a_rollout_and_its_updates() -> None:
     assert sampling is not None and (sampling.top_k, sampling.max_response) == (7, 512)
 
 
+def test_a_server_generates_in_the_actors_place() -> None:
+    """The same calls; the rollout's has the sampler, whose keys describe the server."""
+    own = counted("recipe=hh_gipo")
+    work = counted("recipe=hh_gipo", "algorithm.rollout={name: vllm, serve: {tensor_parallel: 8}}")
+    assert brief(work.calls) == brief(own.calls) and work.built == own.built
+    server = work.calls[0].server
+    assert server is not None and server.serve.tensor_parallel == 8
+    assert all(call.server is None for call in (*own.calls, *work.calls[1:]))
+
+
 def test_rows_that_are_mixed_in_are_counted() -> None:
     """ptx adds a minibatch of examples to each of the actor's updates."""
     work = counted("recipe=hh_ppo_kl", "algorithm.ptx=0.1")
