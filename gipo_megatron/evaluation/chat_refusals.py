@@ -35,7 +35,7 @@ CHANGES = {
     ),
     NO_LENGTH: re.compile(r"\bmaxLength\b"),
     NO_FORMAT: re.compile(
-        r"response.?format|json.?(schema|mode|object|validat)|generat\w* json|structured|grammar"
+        r"response.?format|schema|json.?(mode|object|validat)|generat\w* json|structured|grammar"
         r"|guided|output_(config|format)",
         re.IGNORECASE,
     ),

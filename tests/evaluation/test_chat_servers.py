@@ -65,6 +65,7 @@ REFUSALS = [
     (400, "Failed to generate JSON. Please adjust your prompt."),
     (400, "This model does not support structured outputs"),
     (400, "output_config.format: Extra inputs are not permitted"),
+    (400, "Unknown name 'additionalProperties' at 'generation_config.response_schema'"),
     (501, "guided decoding is not implemented for this backend"),
 ]
 
