@@ -23,7 +23,7 @@ class UserError(ValueError):
 
 
 class SamplerLost(UserError):
-    """The end of a server that draws responses. Nothing has changed since they were wanted: a run
+    """The end of a server that draws responses. No weights have changed since the draw began: a run
     can save, and continue from there."""
 
 

@@ -1,4 +1,4 @@
-"""Rollouts from a server: rank 0 talks to it, all ranks get their responses.
+"""Rollouts from a server: rank 0 is its client, all ranks get their responses.
 
 prompts of all replicas ─▶ rank 0: the actor's weights, if they changed; one request a response ─▶
 answers to all ranks, which keep their own rows
