@@ -26,6 +26,11 @@ class Actor(Trainable, Protocol):
         """A count that every change of the weights raises; equal on all ranks."""
         ...
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a response."""
+        ...
+
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout: ...
 
     def logprobs(self, batch: Rows, entropy: bool = False) -> TokenStats: ...
@@ -77,14 +82,13 @@ class World(Protocol):
         ...
 
     @property
-    def replica(self) -> int: ...
-
-    @property
-    def in_first_replica(self) -> bool: ...
+    def replica(self) -> int:
+        """The index of this rank's replica; rank 0 is in replica 0."""
+        ...
 
     def from_main(self, action: Callable[[], T]) -> T:
         """Return what rank 0's `action` returns, on every rank; a UserError that it raises is
-        raised on every rank. Collective."""
+        raised on every rank. Collective; the action may take any time."""
         ...
 
     def gather(self, value: T) -> list[T]:

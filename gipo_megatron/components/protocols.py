@@ -22,7 +22,12 @@ from gipo_megatron.types import Groups, Prompts, Rollout, Rows, Weights
 
 
 class Sampler(Protocol):
+    correction_cap: float  # the share of tokens whose probability ratio is above it is logged
     temperature: float
+
+    def start(self) -> None:
+        """Start what responses need beside the actor; called before models are loaded."""
+        ...
 
     def sample(self, actor: Actor, prompts: Prompts, step: int) -> Rollout:
         """Return the training responses of an iteration."""

@@ -16,7 +16,7 @@ from gipo_megatron.specs import Positive, Sampling, Serve
 from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Prompts, Rollout
 
-CAP = 2.0  # of Yao et al. 2025, and the default of verl and NeMo-RL
+CAP = 2.0  # the usual one: examples of verl, Open Instruct; TRL began with it, and has 3 now
 
 
 @dataclass
@@ -43,6 +43,9 @@ class Rollouts:
         if self.correction == "none" and self.correction_cap != CAP:
             what = "is not read: correction is none"
             yield UserError(what, where="correction_cap", fix="correction: truncated")
+
+    def start(self) -> None:
+        """Start what responses need beside the actor, before models take their time to load."""
 
     def sample(self, actor: Actor, prompts: Prompts, step: int) -> Rollout:
         """Return one response a row; noise is a pure function of (seed, step, sample_id,
@@ -119,17 +122,31 @@ class VLLMRollout(Rollouts):
 
     def problems(self) -> Iterator[UserError]:
         yield from super().problems()
-        address = urlsplit(self.url)
-        if self.url and (address.scheme not in ("http", "https") or not address.hostname):
+        if self.url and not _is_address(self.url):
             what = f"{self.url!r} is no http address"
             yield UserError(what, where="url", fix="http://HOST:PORT, or '' to start a server")
         if self.url and self.serve != Serve():
             what = "is not read: the server at `url` runs already"
             yield UserError(what, where="serve", fix="remove one of serve and url")
+        if self.serve.command and (self.serve.python or self.serve.args):
+            what = "python and args are not read: command stands in their place"
+            yield UserError(what, where="serve", fix="remove command, or python and args")
 
     @cached_property
     def _server(self) -> RolloutServer:
         return self.connect(self)
 
+    def start(self) -> None:
+        _ = self._server  # reading it connects
+
     def respond(self, actor: Actor, prompts: Prompts, sampling: Sampling) -> Rollout:
         return self._server.respond(actor, prompts, sampling)
+
+
+def _is_address(url: str) -> bool:
+    """Check for http(s)://HOST, with or without a port."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets of no address, or a port that is no number
+        return False

@@ -15,9 +15,9 @@ from gipo_megatron.components.rollout import Rollouts
 from gipo_megatron.evaluation import judges
 from gipo_megatron.evaluation.tasks import Task
 from gipo_megatron.evaluation.types import RESERVED
-from gipo_megatron.recipe import check
-from gipo_megatron.recipe.check import Draft, Found
+from gipo_megatron.recipe import check, samplers
 from gipo_megatron.recipe.compose import drafted, load_components
+from gipo_megatron.recipe.draft import Draft, Found
 from gipo_megatron.recipe.files import merged
 from gipo_megatron.recipe.problems import Problem, RecipeErrors, suggest
 from gipo_megatron.recipe.schema import (
@@ -135,7 +135,7 @@ def checked(tree: Block, name: str, world: int = 0) -> EvaluationRecipe:
         raise RecipeErrors(name, problems or hidden)
     sections = draft.sections
     sections["opponents"] = sections["opponents"] or list(sections["policies"])[1:]
-    warnings = tuple(map(str, draft.found((absent,))))
+    warnings = tuple(map(str, draft.found((absent, samplers.served))))
     return EvaluationRecipe(
         **sections, name=name, world=draft.world, warnings=warnings, tree=pruned(draft.tree)
     )
@@ -278,6 +278,7 @@ PROBLEMS = (
     check.architecture,
     check.vocabulary,
     check.precision,
+    samplers.server,
 )
 
 

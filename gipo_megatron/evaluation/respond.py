@@ -7,10 +7,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gipo_megatron import ops
@@ -158,10 +156,7 @@ class Responder:
             for i, (place, prompt) in enumerate(zip(places, rows, strict=True))
             if place < len(prompts)
         ]
-        gathered: list[Any] = [mine]
-        if dp.size > 1:
-            gathered = [None] * dp.size
-            dist.all_gather_object(gathered, mine, group=dp.group)
+        gathered = self.mesh.gather(mine)
         ordered = sorted((row for rows in gathered for row in rows), key=lambda row: row[0])
         return [check_finite(response) for _, response in ordered]
 

@@ -91,6 +91,7 @@ class TorchActor:
         self.output = Linear(hidden, num_actions or vocab, seed + 1, init_std).to(dtype)
         self.dp, self.micro_batch = dp or SingleReplica(), micro_batch
         self.version = 0
+        self.end_ids = (EOS,)
         self.parameters = [*self.trunk.parameters(), *self.output.parameters()]
         self._stepper = Stepper(self.parameters, lr, clip)
 

@@ -29,9 +29,9 @@ def main(command: list[str]) -> int:
     parent = os.getppid()
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
-    asked: list[int] = []
+    received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: asked.append(received))
+        signal.signal(number, lambda signalled, _: received.append(signalled))
     server = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -39,7 +39,7 @@ def main(command: list[str]) -> int:
         preexec_fn=partial(libc.prctl, PR_SET_PDEATHSIG, signal.SIGTERM),
     )
     codes: dict[int, int] = {}
-    while not asked and os.getppid() == parent and server.pid not in codes:
+    while not received and os.getppid() == parent and server.pid not in codes:
         ended, _, _ = select.select([sys.stdin], [], [], TICK)
         if ended:
             break
@@ -60,21 +60,22 @@ def reap(codes: dict[int, int]) -> bool:
 
 
 def end(server: int, codes: dict[int, int]) -> None:
-    """End the server's process group, and what left the group, which became this one's children."""
+    """End the server's process group, and what left the group, once it is this one's child."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in [-server, *children()]:
-            send(process, number)
+        send(-server, number)
+        signalled = {server}
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             if not reap(codes):
                 return
-            if number == signal.SIGKILL:
-                for process in children():
-                    send(process, number)
+            for process in set(children()) - signalled:
+                send(process, number)
+                signalled.add(process)
             time.sleep(TICK)
 
 
 def children() -> list[int]:
+    """Return the ids of this process's children; none on a system that does not list them."""
     own = Path("/proc/thread-self/children")
     return [int(word) for word in own.read_text().split()] if own.is_file() else []
 
