@@ -224,3 +224,16 @@ def test_files_are_where_there_is_room(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "transfer=broadcast" in error.value.fix
     del free["/dev/shm"]
     assert folder_with_room(MIB) == str(tmp_path)
+
+
+def test_a_full_disk_is_the_users_error_after_the_last_tensor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(prefix: str, dir: str) -> tuple[int, str]:
+        return os.open("/dev/full", os.O_WRONLY), str(tmp_path / prefix)
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    end: list[str] = []
+    with pytest.raises(UserError, match="cannot write: No space left"):
+        TRANSFERS["file"]().push(Server(), watched(model(MIB), end), "v")
+    assert end == ["end"]
