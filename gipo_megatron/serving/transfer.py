@@ -82,7 +82,11 @@ class Transfer:
             self._shapes.append(list(tensor.shape))
             self._bytes += tensor.nbytes
             self._add(tensor.detach().contiguous())
-        self._flush(client, dtype)
+            if self._bytes >= BUCKET:
+                self._flush(client, dtype)
+            del tensor  # before the next one is made
+        if self._names:
+            self._flush(client, dtype)
 
     def _flush(self, client: Client, dtype: torch.dtype | None) -> None:
         bucket = {
