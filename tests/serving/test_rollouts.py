@@ -301,7 +301,7 @@ def test_restarts_are_counted_over_the_whole_run(fleet: Fleet) -> None:
     fleet.faults = [lose(3)]
     with pytest.raises(SamplerLost) as lost:
         rollouts.respond(actor, prompts(), SAMPLING)
-    assert "lost 3 times; 2 restarts are allowed" in str(lost.value)
+    assert "lost, and its restarts (2) are used up" in str(lost.value)
     assert "connection reset" in str(lost.value) and "the same command continues" in str(lost.value)
 
 
@@ -348,7 +348,10 @@ def test_an_error_ends_all_ranks_alike(fleet: Fleet, fault: str) -> None:
         return str(lost.value)
 
     found = on_threads(2, 2, work)
-    assert len({*found}) == 1 and ("no room" if fault == "push" else "lost 2 times") in found[0]
+    assert (
+        len({*found}) == 1
+        and ("no room" if fault == "push" else "restarts (1) are used up") in found[0]
+    )
 
 
 def test_a_server_that_is_not_there_is_no_loss(fleet: Fleet) -> None:
