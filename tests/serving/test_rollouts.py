@@ -348,10 +348,8 @@ def test_an_error_ends_all_ranks_alike(fleet: Fleet, fault: str) -> None:
         return str(lost.value)
 
     found = on_threads(2, 2, work)
-    assert (
-        len({*found}) == 1
-        and ("no room" if fault == "push" else "restarts (1) are used up") in found[0]
-    )
+    reason = "no room" if fault == "push" else "restarts (1) are used up"
+    assert len({*found}) == 1 and reason in found[0]
 
 
 def test_a_server_that_is_not_there_is_no_loss(fleet: Fleet) -> None:
