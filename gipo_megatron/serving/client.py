@@ -277,13 +277,13 @@ def _read(response: httpx.Response) -> Any:
 
 
 def _reason(response: httpx.Response) -> str:
-    """Return the message of an error, which vLLM puts into {"error": {"message": …}} or
-    {"error": …}; the text where it is something else."""
+    """Return the message of an error, which vLLM puts into {"error": {"message": …}}, {"error": …}
+    or {"detail": …}; the text where it is something else."""
     try:
         body = response.json()
     except ValueError:
         body = response.text
-    error = _at(body, "error") or body
+    error = _at(body, "error") or _at(body, "detail") or body
     return " ".join(str(_at(error, "message") or error).split())[:LONGEST_REASON]
 
 

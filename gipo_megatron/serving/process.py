@@ -13,19 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import indent
 
-import httpx
-
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import user_errors
 from gipo_megatron.serving import watchdog
-from gipo_megatron.serving.client import SCALE_OUT
+from gipo_megatron.serving.client import SCALE_OUT, Client
 from gipo_megatron.specs import Serve
 
 PLUGIN = Path(__file__).with_name("plugin")  # the folder that is the server's PYTHONPATH
 MODEL_NAME = "policy"
 WHERE = "algorithm.rollout.serve"
 TICK = 0.2  # seconds between two looks
-READY = 10.0  # seconds until /health answers
 PORTS = 3  # free ports that are tried; another program may take one before the server does
 LINES = 20  # of the log in an error
 SEARCHED = 200  # last lines of the log in which a reason is looked for
@@ -166,17 +163,20 @@ class ServerProcess:
         """Return whether the server is ready; False where it ended. Raises UserError where it is
         neither within start_timeout."""
         until = time.monotonic() + self.serve.start_timeout
+        client = Client(url, self.serve.start_timeout)
         try:
             while time.monotonic() < until:
                 if not self.alive():
                     self.stop()
                     return False
-                if _ready(url):
+                if client.healthy():
                     return True
                 time.sleep(TICK)
         except BaseException:  # Ctrl-C
             self.stop()
             raise
+        finally:
+            client.close()
         self.stop()
         limit = f"{WHERE}.start_timeout, {self.serve.start_timeout:g} s"
         raise self.failure(f"vLLM's server was not ready within {limit}")
@@ -210,13 +210,6 @@ def is_free(port: int) -> bool:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
-
-
-def _ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=READY, trust_env=False).is_success
-    except httpx.RequestError:
-        return False
 
 
 def _python(serve: Serve) -> str:

@@ -18,7 +18,7 @@ import httpx
 RECORDED = Path(__file__).with_name("recorded")
 PROMPT = [5, 6, 7, 8]
 LONG = 100_000  # tokens: more than any server of these tests takes
-CHARACTERS = 300  # of a recorded text
+CHARACTERS, ITEMS = 300, 8  # of a recorded text, of a list
 
 
 def sampling(**more: Any) -> dict[str, Any]:
@@ -42,12 +42,12 @@ def generate(token_ids: list[int], **more: Any) -> dict[str, Any]:
     return {"token_ids": token_ids, "sampling_params": sampling(**more)}
 
 
-def exchanges(bucket: dict[str, Any]) -> dict[str, tuple[str, str, Any]]:
+def exchanges(bucket: dict[str, Any], vocab_size: int) -> dict[str, tuple[str, str, Any]]:
     """Name -> (method, route, body), in an order that a server can follow. `bucket`: all tensors of
     the server's model, as serving/transfer.py sends them."""
     route = "/inference/v1/generate"
     update = {"update_info": bucket}
-    every_id = list(range(60_000))
+    every_id = list(range(vocab_size))
     return {
         "health": ("GET", "/health", None),
         "models": ("GET", "/v1/models", None),
@@ -63,6 +63,7 @@ def exchanges(bucket: dict[str, Any]) -> dict[str, tuple[str, str, Any]]:
         "generate greedy": ("POST", route, generate(PROMPT, temperature=0.0)),
         "generate top": ("POST", route, generate(PROMPT, top_k=3, top_p=0.5, temperature=0.5)),
         "generate stop": ("POST", route, generate(PROMPT, stop_token_ids=every_id)),
+        "stop id out of vocabulary": ("POST", route, generate(PROMPT, stop_token_ids=[10**7])),
         "generate penalty": ("POST", route, generate(PROMPT, repetition_penalty=1.5)),
         "prompt too long": ("POST", route, generate([5] * LONG)),
         "response too long": ("POST", route, generate(PROMPT, max_tokens=LONG)),
@@ -84,6 +85,8 @@ def exchanges(bucket: dict[str, Any]) -> dict[str, tuple[str, str, Any]]:
         "reset then": ("POST", "/collective_rpc", {"method": "gipo_reset"}),
         "start update then": ("POST", "/start_weight_update", None),
         "bad update": ("POST", "/update_weights", {"update_info": {"names": 3}}),
+        "update after a bad one": ("POST", "/update_weights", update),
+        "start update again": ("POST", "/start_weight_update", None),
         "update": ("POST", "/update_weights", update),
         "finish update": ("POST", "/finish_weight_update", {"weight_version": "a1"}),
         "reset prefix cache": ("POST", "/reset_prefix_cache", None),
@@ -118,22 +121,27 @@ def answer(http: httpx.Client, method: str, route: str, body: Any) -> dict[str, 
 
 
 def cut(value: Any) -> Any:
+    """Return what is kept of an answer: no long text or list, and no path of the machine."""
     if isinstance(value, dict):
         return {name: cut(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [cut(item) for item in value]
-    return value[:CHARACTERS] if isinstance(value, str) else value
+        return [cut(item) for item in value[:ITEMS]]
+    if isinstance(value, str):
+        return "PATH" if value.startswith("/") else value[:CHARACTERS]
+    return value
 
 
 def record(url: str, folder: Path) -> None:
     """Write what the server at `url` answers, one file."""
     from safetensors.torch import load_file
 
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    vocab_size = config["vocab_size"]
     tensors = load_file(folder / "model.safetensors")
     found = {}
     with tempfile.TemporaryDirectory() as scratch, httpx.Client(timeout=300) as http:
         bucket = written(tensors, Path(scratch) / "weights")
-        for name, (method, route, body) in exchanges(bucket).items():
+        for name, (method, route, body) in exchanges(bucket, vocab_size).items():
             found[name] = cut(answer(http, method, url + route, body))
             print(name, str(found[name])[:200], flush=True)
     RECORDED.mkdir(exist_ok=True)

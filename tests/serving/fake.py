@@ -125,6 +125,7 @@ class Engine:
             names, shapes = bucket["names"], [torch.Size(shape) for shape in bucket["shapes"]]
             dtype, path = getattr(torch, bucket["dtype"]), bucket.get("path", "")
         except KeyError as error:
+            self.received = None
             raise failed(f"Invalid update_info: {error}") from error
         sizes = [shape.numel() for shape in shapes]
         flat = (
@@ -293,9 +294,9 @@ class Handler(BaseHTTPRequestHandler):
         return path == GENERATE or path in DEVELOPMENT or path.endswith("weights")
 
     def send(self, status: int, answer: Any) -> None:
-        content = b"" if answer is None else json.dumps(answer).encode()
-        if isinstance(answer, bytes):
-            content = answer
+        content = answer or b""
+        if not isinstance(content, bytes):
+            content = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -405,6 +406,8 @@ def check(body: Any, engine: Engine) -> None:
         raise Refused(400, f"The decoder prompt (length {len(ids)}) is longer than {limit}.")
     if max(ids) >= engine.vocab_size:
         raise Refused(400, f"Token id {max(ids)} is out of vocabulary")
+    if max(body["sampling_params"]["stop_token_ids"], default=0) >= engine.vocab_size:
+        raise Refused(400, "token_id(s) in stop_token_ids out of vocabulary", "stop_token_ids")
     if body["sampling_params"]["temperature"] < 0:
         raise Refused(400, "temperature must be non-negative", "temperature")
 
@@ -463,6 +466,7 @@ ROUTES: dict[str, tuple[str, Callable[[Handler, Any, Any], Any]]] = {
 def serving(options: Options, port: int = 0) -> Iterator[Server]:
     """Serve on a thread; a fault `die` closes the port and all connections."""
     server = Server(port, options, leave=lambda: None)
+    assert server.engine.model is not None  # made here: it uses torch's global generator
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

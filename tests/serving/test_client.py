@@ -176,12 +176,10 @@ def test_a_server_that_finishes_nothing_is_lost(options: Options, clients: list[
 
 
 def test_a_control_request_has_a_limit(options: Options, clients: list[Client]) -> None:
-    with serving(options) as server:
-        server.engine.lock.acquire()
-        with pytest.raises(ServerLost, match="does not answer: ReadTimeout"):
-            body = {"token_ids": PROMPT, "sampling_params": sampling()}
-            connect(server, clients, timeout=0.2).post("/inference/v1/generate", body)
-        server.engine.lock.release()
+    body = {"token_ids": PROMPT, "sampling_params": sampling()}
+    hangs, words = replace(options, fault="hang:0"), "does not answer: ReadTimeout"
+    with serving(hangs) as server, pytest.raises(ServerLost, match=words):
+        connect(server, clients, timeout=0.2).post("/inference/v1/generate", body)
 
 
 @pytest.mark.parametrize(

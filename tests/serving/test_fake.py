@@ -12,7 +12,7 @@ import torch
 
 from gipo_megatron.serving.client import Client, Request, read_answer
 from gipo_megatron.serving.transfer import TRANSFERS
-from tests.serving.conftest import hf_model, named
+from tests.serving.conftest import CONFIG, hf_model, named
 from tests.serving.exchanges import PROMPT, RECORDED, answer, exchanges, sampling, written
 from tests.serving.fake import Options, serving
 
@@ -39,7 +39,7 @@ def test_answers_have_the_form_of_recorded_ones(folder: Path, tmp_path: Path) ->
         serving(Options(folder, max_model_len=64, tokens={"a b": [1, 2]})) as server,
         httpx.Client() as http,
     ):
-        for name, (method, route, body) in exchanges(bucket).items():
+        for name, (method, route, body) in exchanges(bucket, CONFIG["vocab_size"]).items():
             fake = answer(http, method, server.url + route, body)
             found += differences(fake, REAL[name], name)
             if fake["status"] != REAL[name]["status"]:

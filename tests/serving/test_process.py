@@ -194,7 +194,7 @@ def test_a_free_port_that_another_program_takes_meanwhile(
         monkeypatch.setattr("gipo_megatron.serving.process.free_port", lambda: next(ports))
         monkeypatch.setattr("gipo_megatron.serving.process.is_free", lambda port: True)
         # the other program is no server: it accepts and does not answer
-        monkeypatch.setattr("gipo_megatron.serving.process.READY", 0.1)
+        monkeypatch.setattr("gipo_megatron.serving.client.CONNECT", 0.1)
         server = process(folder, tmp_path / "log", *fake())
         assert server.start().startswith("http://127.0.0.1:")
         assert not list(ports)

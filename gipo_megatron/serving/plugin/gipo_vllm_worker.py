@@ -87,6 +87,7 @@ class Weights(WeightTransferEngine[Join, Bucket]):
             if info.can_load() and info.kernel_tensors is not None:
                 _place_kernel_tensors(layer, info)
             info.reset()
+        self.head, self.embedding = tied_layers(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -120,19 +121,18 @@ class Weights(WeightTransferEngine[Join, Bucket]):
             yield name, part.view(shape)
 
     def finish_weight_update(self) -> None:
-        unfed = missing(self.model)
+        unfed = [name for name, layer in missing(self.model) if layer is not self.head]
         if unfed:
             raise ValueError(
-                f"the trainer sent {len(self.received)} tensors, which leaves parameters of the"
+                f"the trainer sent {len(self.received)} tensors, which leaves layers of the"
                 f" server's model without weights: {', '.join(unfed[:6])}"
             )
-        head = tied_head(self.model)
-        if head is not None and "lm_head.weight" in self.received:
+        if self.head is not None and "lm_head.weight" in self.received:
             raise ValueError("the trainer's model has an output weight; the server's ties its own")
         finalize_layerwise_reload(self.model, self.model_config)
-        if hasattr(head, "cpu_linear"):
-            # on a CPU it is a packed copy of the embedding, which vLLM 0.32 does not pack again
-            head.quant_method.process_weights_after_loading(head)
+        if hasattr(self.head, "cpu_linear"):
+            # a packed copy of the embedding, which vLLM 0.32 leaves as it was: take the new one
+            self.head.cpu_linear = self.embedding.cpu_linear
 
     def shutdown(self) -> None:
         self.group = None
@@ -152,27 +152,28 @@ def join(info: Join, rank: int) -> Any:
     return dist.ProcessGroupNCCL(store, rank, info.world_size, options)
 
 
-def tied_head(model: nn.Module) -> Any:
-    """Return the output layer that shares the embedding's weight; None where there is none."""
+def tied_layers(model: nn.Module) -> tuple[Any, Any]:
+    """Return the output layer and the embedding where they share their weight; else None, None."""
     head = getattr(model, "lm_head", None)
-    config = getattr(model, "config", None)
-    return head if getattr(config, "tie_word_embeddings", False) else None
+    weight = getattr(head, "weight", None)
+    for layer in model.modules():
+        if weight is not None and layer is not head and getattr(layer, "weight", None) is weight:
+            return head, layer
+    return None, None
 
 
-def missing(model: nn.Module) -> list[str]:
-    """Return the layers that have not received all their weights, during a layerwise reload."""
-    found, head = [], tied_head(model)
+def missing(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers that lack some of their weights, during a layerwise reload."""
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
         needed = sum(
             getattr(p, "weight_loader_numel", p.numel()) for p in layer.parameters(recurse=False)
         )
-        if layer is head or not needed or not info.can_load():  # processed: it had all
-            continue
-        padded = hasattr(layer, "num_embeddings_padded")  # rows that no checkpoint has
-        if info.load_numel < (1 if padded else needed):
-            found.append(name)
-    return found
+        if hasattr(layer, "num_embeddings_padded"):  # has rows that no checkpoint has
+            needed = min(needed, 1)
+        # a layer that had all its weights can load no more
+        if info.can_load() and info.load_numel < needed:
+            yield name, layer
 
 
 class Extension:
