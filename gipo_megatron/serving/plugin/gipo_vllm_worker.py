@@ -10,7 +10,7 @@ started with this file's folder alone on PYTHONPATH, and with
 
 Weights come in buckets under Hugging Face names, in checkpoint format: vLLM fuses, shards and
 repacks them itself (its layerwise reload). One backend takes both transports: the bytes of a
-bucket lie in a file, or they come by broadcast from the trainer.
+bucket are in a file, or they come by broadcast from the trainer.
 """
 
 from __future__ import annotations
