@@ -16,7 +16,7 @@ from textwrap import indent
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import user_errors
 from gipo_megatron.serving import watchdog
-from gipo_megatron.serving.client import SCALE_OUT, Client
+from gipo_megatron.serving.client import LOGPROBS, SCALE_OUT, Client
 from gipo_megatron.specs import Serve
 
 PLUGIN = Path(__file__).with_name("plugin")  # the folder that is the server's PYTHONPATH
@@ -149,7 +149,7 @@ class ServerProcess:
             *("--dtype", self.dtype, "--max-model-len", str(self.max_length)),
             *("--tensor-parallel-size", str(self.serve.tensor_parallel)),
             *("--gpu-memory-utilization", str(self.serve.gpu_memory)),
-            *("--logprobs-mode", "processed_logprobs"),
+            *("--logprobs-mode", LOGPROBS),
             *("--worker-extension-cls", "gipo_vllm_worker.Extension"),
             *("--weight-transfer-config", '{"backend": "gipo"}'),  # of the plugin
             "--disable-uvicorn-access-log",
