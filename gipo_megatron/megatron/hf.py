@@ -207,7 +207,10 @@ def _stage(name: str, mesh: Mesh, architecture: Architecture) -> int:
 
 
 def _gather(place: Placement, parameter: Tensor, mesh: Mesh) -> Tensor:
-    if place.dim is None or mesh.tensor_size == 1:
+    """Return the whole tensor in new memory."""
+    if place.dim is None:
+        return parameter.detach().clone()
+    if mesh.tensor_size == 1:
         return place.join([parameter.detach()])
     parts = [torch.empty_like(parameter) for _ in range(mesh.tensor_size)]
     dist.all_gather(parts, parameter.detach().contiguous(), group=mesh.tensor_group)
