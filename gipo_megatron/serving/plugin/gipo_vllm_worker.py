@@ -188,6 +188,7 @@ class Extension:
             "hidden_size": config.hidden_size,
             "num_layers": config.num_hidden_layers,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "logprobs_mode": model.logprobs_mode,
         }
 
     def gipo_checksums(self) -> dict[str, str]:
