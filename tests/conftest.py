@@ -91,7 +91,7 @@ def no_global_rng(request: pytest.FixtureRequest) -> Iterator[None]:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     """One process without torchrun."""
     yield Mesh.create(Parallel(), seed=1)
