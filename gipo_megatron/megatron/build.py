@@ -12,6 +12,7 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import initialise_weights
 from gipo_megatron.megatron.offload import Snapshot
 from gipo_megatron.specs import (
+    AdapterSpec,
     Architecture,
     HeadSpec,
     Optimisation,
@@ -34,6 +35,7 @@ def build_engine(
     micro_tokens: int | None = None,
     seed: int = 0,
     group: HeadSpec | None = None,
+    adapter: AdapterSpec = AdapterSpec(),
     optimisation: Optimisation | None = None,
     recompute: str = "none",
     offload: str = "none",
@@ -53,6 +55,7 @@ def build_engine(
         seed=seed,
         head=head_of(role),
         group=group,
+        adapter=adapter,
         optimisation=optimisation,
         recompute=recompute,
         offload=offload,

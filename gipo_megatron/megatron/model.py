@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import cpu_compat, fusions
 from gipo_megatron.megatron import precision as number_formats
+from gipo_megatron.megatron.adapters import adapt
 from gipo_megatron.megatron.heads import LanguageHead, ScalarHead
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.param_sharding import EMBEDDING, OUTPUT, SCORE, placements
-from gipo_megatron.specs import Architecture, Parallel, Precision, split_problems
+from gipo_megatron.megatron.param_sharding import ADAPTER, EMBEDDING, OUTPUT, SCORE, placements
+from gipo_megatron.specs import AdapterSpec, Architecture, Parallel, Precision, split_problems
 
 INIT_STD = 0.02
 VOCAB_MULTIPLE = 64
@@ -54,13 +55,14 @@ def build_chunks(
     *,
     recompute: str = "none",
     head: str | None = None,
+    adapter: AdapterSpec = AdapterSpec(),
     seed: int = 0,
     initialise: bool = True,
 ) -> list[GPTModel]:
     """Build this rank's model chunks, one per virtual pipeline stage. `head` is None (language
     model), "value" or "score".
 
-    Without `initialise` only a head is initialised; a load of the other weights follows. On the
+    Without `initialise` only a head and adapters are; a load of the other weights follows. On the
     last stage a chunk returns hidden states [b, s, H] in the model's dtype, for
     `outputs.token_stats`, or the head's [b, s, 1] in fp32. Raises UserError for an architecture
     that cannot be split over the mesh or is not supported.
@@ -70,10 +72,10 @@ def build_chunks(
     config = transformer_config(architecture, mesh.parallel, precision, recompute)
     with cpu_compat.host_mode():
         chunks = [
-            _chunk(architecture, mesh, config, head, stage)
+            _chunk(architecture, mesh, config, head, adapter, stage)
             for stage in range(mesh.parallel.virtual_pipeline)
         ]
-    initialise_weights(chunks, architecture, mesh, seed, only_head=not initialise)
+    initialise_weights(chunks, architecture, mesh, seed, only_added=not initialise)
     return chunks
 
 
@@ -142,7 +144,12 @@ def transformer_config(
 
 
 def _chunk(
-    architecture: Architecture, mesh: Mesh, config: TransformerConfig, head: str | None, stage: int
+    architecture: Architecture,
+    mesh: Mesh,
+    config: TransformerConfig,
+    head: str | None,
+    adapter: AdapterSpec,
+    stage: int,
 ) -> GPTModel:
     virtual = stage if mesh.parallel.virtual_pipeline > 1 else None
     model = GPTModel(
@@ -164,6 +171,8 @@ def _chunk(
         LanguageHead.replace(model)
     elif model.post_process:
         model.output_layer = ScalarHead(config, mesh.device)
+    if adapter.rank:
+        adapt(model, adapter, architecture, mesh)
     return model.to(mesh.device)
 
 
@@ -299,10 +308,12 @@ def initialise_weights(
     architecture: Architecture,
     mesh: Mesh,
     seed: int,
-    only_head: bool = False,
+    only_added: bool = False,
 ) -> None:
     """Draw weights ~ normal(0, 0.02), in layers that write to the residual stream normal(0, 0.02 /
-    sqrt(2 L)); norms are 1, biases 0.
+    sqrt(2 L)); norms are 1, biases 0. Adapters, as PEFT's: A ~ uniform(-1, 1) / sqrt(in), B is 0.
+
+    only_added: heads and adapters, which the weights of a language model lack.
 
     Each whole tensor is drawn from a generator keyed by (seed, its name in the whole model) and
     then cut, so every layout starts from the same weights.
@@ -310,16 +321,19 @@ def initialise_weights(
     for chunk in chunks:
         for place, parameter in placements(chunk, architecture.vocab_size):
             name = place.name
-            if only_head and name != SCORE:
+            if only_added and name != SCORE and ADAPTER not in name:
                 continue
             if name.endswith("layernorm.weight"):
                 parameter.fill_(1.0)
-            elif name.endswith(".bias"):
+            elif name.endswith((".bias", f"{ADAPTER}b")):
                 parameter.zero_()
             else:
                 shape = place.full_shape(parameter, mesh.tensor_size)
-                full = torch.randn(shape, generator=generator_for(seed, name))
-                full = full * _init_std(name, architecture)
+                generator = generator_for(seed, name)
+                if ADAPTER in name:
+                    full = (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
+                else:
+                    full = torch.randn(shape, generator=generator) * _init_std(name, architecture)
                 parameter.copy_(place.take(full, mesh.tensor_rank, parameter, mesh.tensor_size))
 
 
