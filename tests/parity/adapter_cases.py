@@ -1,0 +1,102 @@
+"""What ranks find out about adapters at every layout: first values, gradients, export, decoding."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from gipo_megatron.megatron.hf_adapters import export_adapters
+from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.specs import Sampling
+from gipo_megatron.types import Prompts
+from tests.parity.adapters import FACTOR, SPEC, adapter_tensors, hf_adapted
+from tests.parity.matrix import LAYOUTS
+from tests.parity.roles import digest_of, engine, new_actor, new_reward, parts_of
+from tests.parity.tiny import (
+    ARCHITECTURE,
+    VOCAB,
+    generator,
+    hf_gradients,
+    hf_model,
+    relative_errors,
+)
+
+# variant -> (loss, recompute)
+VARIANTS = {"text": ("text", "none"), "full": ("text", "full"), "reward": ("reward", "selective")}
+
+
+@cache
+def plain_gradients(kind: str) -> dict[str, torch.Tensor]:
+    return hf_gradients(kind, model=hf_adapted())
+
+
+def gradients(mesh: Mesh, variant: str) -> dict[str, float]:
+    """Relative error per tensor against autograd over the plain adapters."""
+    kind, recompute = VARIANTS[variant]
+    new = new_reward if kind == "reward" else new_actor
+    role = new(mesh, adapter=SPEC, recompute=recompute)
+    _, bad = role.engine.backward(parts_of(kind, mesh), role.readout)
+    assert bad == []
+    return relative_errors(dict(role.engine.gradients()), plain_gradients(kind))
+
+
+def exported(mesh: Mesh) -> float:
+    """The largest error of W + factor · B A."""
+    plain, tensors = dict(hf_model().named_parameters()), adapter_tensors()
+    errors = []
+    for name, found in new_actor(mesh, adapter=SPEC).export_weights():
+        layer, expected = name.removesuffix("weight"), plain[name].detach()
+        if f"{layer}lora_A.weight" in tensors:
+            a, b = (tensors[f"{layer}lora_{x}.weight"] for x in "AB")
+            expected = expected + FACTOR * b @ a
+        errors.append(float((found - expected).abs().max()))
+    assert len(errors) == len(plain)
+    return max(errors)
+
+
+def decoded(mesh: Mesh) -> dict[str, Any]:
+    """Greedy tokens, and the largest difference of the decoder's log-probs from the training
+    forward pass's."""
+    data = mesh.data_parallel
+    ids = torch.arange(data.rank, 4, data.size)
+    tokens = torch.randint(2, VOCAB, (4, 5), generator=generator(9))[ids]
+    names = {"source": ("test",) * len(ids), "extras": ({},) * len(ids)}
+    prompts = Prompts(tokens, torch.full((len(ids),), 5), ids, ids, **names)
+    actor = new_actor(mesh, adapter=SPEC)
+    rollout = actor.generate(prompts, Sampling(max_response=4, temperature=0.0))
+    seen, trained = rollout.generation_logprobs, actor.logprobs(rollout).logprobs
+    assert seen is not None
+    return {
+        "tokens": dict(zip(ids.tolist(), rollout.tokens.tolist(), strict=True)),
+        "error": float(((seen - trained) * rollout.mask).abs().max()),
+    }
+
+
+def initial(mesh: Mesh) -> str:
+    """A digest of new adapters, not those that `fill` writes."""
+    new = engine("actor", mesh, adapter=SPEC, seed=4)
+    return digest_of(export_adapters(new.chunks, mesh, ARCHITECTURE, SPEC))
+
+
+def steps(mesh: Mesh) -> list[float]:
+    """Gradient norms of two updates."""
+    actor = new_actor(mesh, adapter=SPEC)
+    updates = [actor.update(*parts_of("actor", mesh)) for _ in range(2)]
+    assert all(update.skipped is None for update in updates)
+    return [update.metrics["grad_norm"].result() for update in updates]
+
+
+def run(world: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, parallel in LAYOUTS[world].items():
+        mesh = Mesh.create(parallel)
+        found[name] = {
+            "gradients": {variant: gradients(mesh, variant) for variant in VARIANTS},
+            "exported": exported(mesh),
+            "decoded": decoded(mesh),
+            "initial": initial(mesh),
+            "steps": steps(mesh),
+        }
+    return found
