@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.checkpoint import check_architecture, load_weights
 from gipo_megatron.megatron.engine import Count, Engine
 from gipo_megatron.megatron.hf import Seen, ignore, load_group_head, load_hf
@@ -36,13 +37,15 @@ def build_engine(
     seed: int = 0,
     group: HeadSpec | None = None,
     adapter: AdapterSpec = AdapterSpec(),
+    base: Base | None = None,
     optimisation: Optimisation | None = None,
     recompute: str = "none",
     offload: str = "none",
     seen: Seen = ignore,
     count: Count = lambda *numbers: None,
 ) -> Engine:
-    """Return the model of `role` with the weights at `load`; `group` is a critic's group head.
+    """Return the model of `role` with the weights at `load`; `group` is a critic's group head. On a
+    `base` the model is frozen, but for adapters and head, and shared with all that have this base.
 
     Collective. Raises UserError when the weights do not fit.
     """
@@ -56,6 +59,7 @@ def build_engine(
         head=head_of(role),
         group=group,
         adapter=adapter,
+        base=base,
         optimisation=optimisation,
         recompute=recompute,
         offload=offload,
@@ -80,7 +84,11 @@ def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
         return load_weights(path, base_role(role), engine)
     check_architecture(path / "config.json", architecture_from_hf(path), engine.architecture)
     with engine.residency.use(training=engine.optimisation is not None):
-        load_hf(path, engine.chunks, engine.mesh, engine.architecture, head=engine.head, seen=seen)
+        place = engine.chunks, engine.mesh, engine.architecture
+        filled = engine.base.filled if engine.base is not None else ()
+        load_hf(path, *place, head=engine.head, but=filled, seen=seen)
+        if engine.base is not None:
+            engine.base.fill()
         if engine.group_head is not None:
             load_group_head(path, engine.group_head)
         engine.weights_changed()

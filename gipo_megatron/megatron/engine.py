@@ -21,6 +21,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from gipo_megatron.megatron import cpu_compat, schedules
+from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.heads import GroupHead
 from gipo_megatron.megatron.hf import export_weights
 from gipo_megatron.megatron.hf_adapters import export_adapters
@@ -60,9 +61,9 @@ class Engine:
     """A model and, with an `optimisation`, all it takes to train it.
 
     head: None for a language model, "value" or "score"; group: a group head beside the value head;
-    adapter: rank 0 trains all weights; micro_batch or micro_tokens: rows or tokens of a
-    micro-batch; offload: none | cpu. Every method is collective: all ranks call it, the ranks of a
-    replica with the same rows.
+    adapter: of rank 0, none; base: frozen weights that it shares; micro_batch or micro_tokens: rows
+    or tokens of a micro-batch; offload: none | cpu. Every method is collective: all ranks call it,
+    the ranks of a replica with the same rows.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Engine:
         head: str | None = None,
         group: HeadSpec | None = None,
         adapter: AdapterSpec = AdapterSpec(),
+        base: Base | None = None,
         optimisation: Optimisation | None = None,
         recompute: str = "none",
         offload: str = "none",
@@ -85,7 +87,7 @@ class Engine:
     ) -> None:
         Residency.make_room()
         self.mesh, self.architecture, self.precision = mesh, architecture, precision
-        self.head, self.group, self.adapter = head, group, adapter
+        self.head, self.group, self.adapter, self.base = head, group, adapter, base
         self.optimisation, self.count = optimisation, count
         self.micro_batch, self.micro_tokens = micro_batch, micro_tokens  # one of them
         # config.json and the like of the Hugging Face model it came from, word for word
@@ -97,6 +99,7 @@ class Engine:
             recompute=recompute,
             head=head,
             adapter=adapter,
+            base=base,
             seed=seed,
             initialise=initialise,
         )
@@ -307,11 +310,11 @@ class Engine:
     # ------------------------------------------------------------------- weights and where they are
 
     def _weights(self) -> list[Tensor]:
-        """Return the tensors of this rank's weights: flat buffers once wrapped, else the
-        parameters."""
+        """Return the tensors of this rank's weights, but frozen ones: flat buffers once wrapped,
+        else the parameters."""
         if self.optimisation is not None:
             return [b.param_data for w in self._wrapped for b in w.buffers]
-        return [p.data for chunk in self.chunks for p in chunk.parameters()]
+        return [p.data for chunk in self.chunks for p in chunk.parameters() if p.requires_grad]
 
     def _gradients(self) -> list[Tensor]:
         return [b.grad_data for w in self._wrapped for b in w.buffers]

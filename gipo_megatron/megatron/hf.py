@@ -3,7 +3,7 @@ model chunks, in both directions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -38,10 +38,11 @@ def load_hf(
     architecture: Architecture,
     *,
     head: str | None = None,
+    but: Collection[str] = (),
     seen: Seen = ignore,
 ) -> tuple[str, ...]:
-    """Copy a Hugging Face model into this rank's chunks, one tensor in memory at a time; every rank
-    reads the folder itself.
+    """Copy a Hugging Face model into this rank's chunks, one tensor in memory at a time, without
+    the parameters `but`; every rank reads the folder itself.
 
     Returns the names that the source lacks and that keep their initial values: ("score.weight",)
     when a language model starts a reward model or a critic, else (). With an optimizer, call
@@ -56,7 +57,7 @@ def load_hf(
     _check_tied(weights, architecture, head)
     mine = held(chunks, architecture)
     for entry in entries:
-        if entry.name in mine:
+        if entry.name in mine and entry.name not in but:
             place, parameter = mine[entry.name]
             full = entry.fuse([weights.read(name) for name in entry.hf], architecture)
             with torch.no_grad():

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from gipo_megatron.megatron.cpu_compat import on_meta
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.optimizer import build_optimizer, mark_shards, wrap
@@ -70,8 +71,7 @@ def pretend(parallel: Parallel, world: int, rank: int) -> Iterator[Mesh]:
     try:
         with patch.object(dist, "new_group", fake_group):
             mesh = Mesh.create(parallel)
-        current_device = patch.object(torch.cuda, "current_device", lambda: META)
-        with torch.device(META), _PlainTypes(), current_device:
+        with on_meta(), _PlainTypes():
             yield replace(mesh, device=META, data_parallel=replace(mesh.data_parallel, device=META))
     finally:
         if mesh is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Collection
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import cpu_compat, fusions
 from gipo_megatron.megatron import precision as number_formats
 from gipo_megatron.megatron.adapters import adapt
+from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.heads import LanguageHead, ScalarHead
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import ADAPTER, EMBEDDING, OUTPUT, SCORE, placements
@@ -56,6 +59,7 @@ def build_chunks(
     recompute: str = "none",
     head: str | None = None,
     adapter: AdapterSpec = AdapterSpec(),
+    base: Base | None = None,
     seed: int = 0,
     initialise: bool = True,
 ) -> list[GPTModel]:
@@ -65,17 +69,21 @@ def build_chunks(
     Without `initialise` only a head and adapters are; a load of the other weights follows. On the
     last stage a chunk returns hidden states [b, s, H] in the model's dtype, for
     `outputs.token_stats`, or the head's [b, s, 1] in fp32. Raises UserError for an architecture
-    that cannot be split over the mesh or is not supported.
+    that cannot be split over the mesh or is not supported. On a `base` the weights are its
+    parameters, which it keeps frozen.
     """
     assert head is None or head in HEADS, head
     check_split(architecture, mesh.parallel)
     config = transformer_config(architecture, mesh.parallel, precision, recompute)
     with cpu_compat.host_mode():
         chunks = [
-            _chunk(architecture, mesh, config, head, adapter, stage)
+            _chunk(architecture, mesh, config, head, adapter, base, stage)
             for stage in range(mesh.parallel.virtual_pipeline)
         ]
-    initialise_weights(chunks, architecture, mesh, seed, only_added=not initialise)
+    filled = base.filled if base is not None else set[str]()
+    initialise_weights(chunks, architecture, mesh, seed, only_added=not initialise, but=filled)
+    if base is not None and initialise:
+        base.fill()
     return chunks
 
 
@@ -149,28 +157,40 @@ def _chunk(
     config: TransformerConfig,
     head: str | None,
     adapter: AdapterSpec,
+    base: Base | None,
     stage: int,
 ) -> GPTModel:
     virtual = stage if mesh.parallel.virtual_pipeline > 1 else None
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=_block_spec(config, virtual, rope_frequencies(architecture)),
-        vocab_size=padded_vocab(architecture, mesh.tensor_size),
-        max_sequence_length=architecture.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual),
-        parallel_output=True,
-        share_embeddings_and_output_weights=architecture.tied_embeddings and head is None,
-        position_embedding_type="rope" if config.apply_rope_fusion else "none",
-        rotary_base=architecture.rope_base,
-        vp_stage=virtual,
-    )
+    frequencies = rope_frequencies(architecture)
+    tied = architecture.tied_embeddings and head is None
+    with cpu_compat.on_meta() if base is not None else nullcontext():
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, virtual, frequencies),
+            vocab_size=padded_vocab(architecture, mesh.tensor_size),
+            max_sequence_length=architecture.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=virtual
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=virtual
+            ),
+            parallel_output=True,
+            # mcore sums the two copies of a tied weight, which have no memory on the meta device
+            share_embeddings_and_output_weights=tied and (base is None or mesh.pipeline_size == 1),
+            position_embedding_type="rope" if config.apply_rope_fusion else "none",
+            rotary_base=architecture.rope_base,
+            vp_stage=virtual,
+        )
+    model.share_embeddings_and_output_weights = tied
     if config.apply_rope_fusion:
-        model.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(mesh.device)
+        model.rotary_pos_emb.inv_freq = frequencies.to(mesh.device)
     if model.post_process and head is None:
         LanguageHead.replace(model)
     elif model.post_process:
         model.output_layer = ScalarHead(config, mesh.device)
+    if base is not None:
+        base.adopt(model, architecture.vocab_size, mesh)
     if adapter.rank:
         adapt(model, adapter, architecture, mesh)
     return model.to(mesh.device)
@@ -309,11 +329,13 @@ def initialise_weights(
     mesh: Mesh,
     seed: int,
     only_added: bool = False,
+    but: Collection[str] = (),
 ) -> None:
     """Draw weights ~ normal(0, 0.02), in layers that write to the residual stream normal(0, 0.02 /
     sqrt(2 L)); norms are 1, biases 0. Adapters, as PEFT's: A ~ uniform(-1, 1) / sqrt(in), B is 0.
 
-    only_added: heads and adapters, which the weights of a language model lack.
+    only_added: heads and adapters, which the weights of a language model lack; but: names of
+    tensors that stay.
 
     Each whole tensor is drawn from a generator keyed by (seed, its name in the whole model) and
     then cut, so every layout starts from the same weights.
@@ -321,7 +343,7 @@ def initialise_weights(
     for chunk in chunks:
         for place, parameter in placements(chunk, architecture.vocab_size):
             name = place.name
-            if only_added and name != SCORE and ADAPTER not in name:
+            if name in but or (only_added and name != SCORE and ADAPTER not in name):
                 continue
             if name.endswith("layernorm.weight"):
                 parameter.fill_(1.0)

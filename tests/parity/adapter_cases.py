@@ -1,19 +1,23 @@
-"""What ranks find out about adapters at every layout: first values, gradients, export, decoding."""
+"""What ranks find out about adapters at every layout: first values, gradients, export, decoding,
+and a base that roles share."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
+from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.hf_adapters import export_adapters
 from gipo_megatron.megatron.mesh import Mesh
+from gipo_megatron.megatron.roles import MegatronActor, MegatronReference
 from gipo_megatron.specs import Sampling
 from gipo_megatron.types import Prompts
 from tests.parity.adapters import FACTOR, SPEC, adapter_tensors, hf_adapted
 from tests.parity.matrix import LAYOUTS
-from tests.parity.roles import digest_of, engine, new_actor, new_reward, parts_of
+from tests.parity.roles import digest_of, engine, mine, new_actor, new_reward, parts_of
 from tests.parity.tiny import (
     ARCHITECTURE,
     VOCAB,
@@ -21,6 +25,7 @@ from tests.parity.tiny import (
     hf_gradients,
     hf_model,
     relative_errors,
+    weighted,
 )
 
 # variant -> (loss, recompute)
@@ -88,6 +93,21 @@ def steps(mesh: Mesh) -> list[float]:
     return [update.metrics["grad_norm"].result() for update in updates]
 
 
+def shared(mesh: Mesh) -> list[bool]:
+    """Whether actor and reference on one base have, after an update, the bits of models with
+    weights of their own. Two stages have a copy each of a tied output layer."""
+    architecture = replace(ARCHITECTURE, tied_embeddings=mesh.pipeline_size > 1)
+    rows, found = mine(mesh, weighted()), []
+    for base in (Base(), None):
+        common = {"architecture": architecture, "base": base, "seed": 4}
+        trained = engine("actor", mesh, adapter=SPEC, **common)
+        actor = MegatronActor(trained, eos_id=1, pad_id=0, decode=str)
+        reference = MegatronReference(engine("reference", mesh, optimisation=None, **common))
+        assert actor.update(*parts_of("actor", mesh)).skipped is None
+        found.append([role.logprobs(rows).logprobs for role in (actor, reference)])
+    return [torch.equal(a, b) for a, b in zip(*found, strict=True)]
+
+
 def run(world: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, parallel in LAYOUTS[world].items():
@@ -98,5 +118,6 @@ def run(world: int) -> dict[str, Any]:
             "decoded": decoded(mesh),
             "initial": initial(mesh),
             "steps": steps(mesh),
+            "shared": shared(mesh),
         }
     return found

@@ -58,3 +58,7 @@ def test_updates_do_not_depend_on_the_layout(cells: dict[tuple[str, int], dict[s
     for place, cell in cells.items():
         assert len(cell["steps"]) == 2
         assert cell["steps"] == pytest.approx(cells["single", 0]["steps"], rel=1e-4), place
+
+
+def test_a_shared_base_changes_no_bit(cells: dict[tuple[str, int], dict[str, Any]]) -> None:
+    assert all(cell["shared"] == [True, True] for cell in cells.values())
