@@ -4,6 +4,7 @@ torch; imports no package that needs a GPU."""
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import re
 import subprocess
@@ -69,7 +70,7 @@ class Capabilities:
     transformer_engine: str | None = None
     apex: Apex | None = None
     wandb: str | None = None
-    vllm: str | None = None
+    vllm: str | None = None  # in the environment of $VLLM_PYTHON
 
 
 def probe() -> Capabilities:
@@ -86,7 +87,7 @@ def probe() -> Capabilities:
         transformer_engine=_version("transformer-engine"),
         apex=find_apex(),
         wandb=_version("wandb"),
-        vllm=_version("vllm"),
+        vllm=version_in(os.environ.get("VLLM_PYTHON", ""), "vllm"),
     )
 
 
@@ -102,6 +103,32 @@ def _version(part: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+# prints the version of the first distribution that is installed
+_VERSION = """
+import sys
+from importlib.metadata import PackageNotFoundError, version
+for name in sys.argv[1:]:
+    try:
+        print(version(name))
+        break
+    except PackageNotFoundError:
+        continue
+"""
+
+
+def version_in(python: str, part: str) -> str | None:
+    """Return the version of a part in the environment of another interpreter; None where the part
+    is absent, or the interpreter is."""
+    command = [python, "-I", "-c", _VERSION, *DISTRIBUTIONS[part]]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def find_apex() -> Apex | None:

@@ -10,8 +10,8 @@ class UserError(ValueError):
     """Mistake in a recipe, a file or the command line. Printed without a traceback; exit code 2."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        # `args` stays what the class was called with, so that other ranks can be sent the error
         self.what, self.where, self.fix = what, where, fix
-        super().__init__(what)
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -20,6 +20,11 @@ class UserError(ValueError):
         if self.fix:
             lines.append(f"  fix:   {self.fix}")
         return "\n".join(lines)
+
+
+class SamplerLost(UserError):
+    """The end of a server that draws responses. Nothing has changed since they were wanted: a run
+    can save, and continue from there."""
 
 
 @contextmanager

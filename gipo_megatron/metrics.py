@@ -13,7 +13,8 @@ class Metric:
     """Sufficient statistics that add, or of which the extreme is taken, over micro-batches,
     minibatches and replicas."""
 
-    kind: str  # sum | mean | std | correlation | explained_variance | min | max
+    # sum | mean | std | effective_sample_size | correlation | explained_variance | min | max
+    kind: str
     parts: Tensor  # float64 [k]
 
     @staticmethod
@@ -38,6 +39,11 @@ class Metric:
         """Population standard deviation."""
         x = values.detach().double().flatten()
         return Metric("std", torch.stack([torch.ones_like(x).sum(), x.sum(), x.square().sum()]))
+
+    @staticmethod
+    def effective_sample_size(weights: Tensor) -> Metric:
+        """(sum w)² / (n sum w²), Kish's effective share of n samples, in (0, 1]."""
+        return Metric("effective_sample_size", Metric.std(weights).parts)
 
     @staticmethod
     def _paired(kind: str, x: Tensor, y: Tensor) -> Metric:
@@ -90,6 +96,8 @@ class Metric:
         n = p[0]
         if not n:
             return float("nan")
+        if self.kind == "effective_sample_size":
+            return p[1] ** 2 / (n * p[2]) if p[2] else float("nan")
         if self.kind == "std":
             return max(p[2] / n - (p[1] / n) ** 2, 0.0) ** 0.5
         var_x, var_y = p[3] / n - (p[1] / n) ** 2, p[4] / n - (p[2] / n) ** 2

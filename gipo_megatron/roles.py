@@ -4,11 +4,13 @@ split."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from gipo_megatron.specs import Sampling
 from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import BatchLoss, CriticOutput, Prompts, Rollout, Rows, TokenStats, Update
+
+T = TypeVar("T")
 
 
 class Trainable(Protocol):
@@ -19,6 +21,16 @@ class Trainable(Protocol):
 
 
 class Actor(Trainable, Protocol):
+    @property
+    def version(self) -> int:
+        """A count that every change of the weights raises; equal on all ranks."""
+        ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a response."""
+        ...
+
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout: ...
 
     def logprobs(self, batch: Rows, entropy: bool = False) -> TokenStats: ...
@@ -59,6 +71,29 @@ class DataParallel(Protocol):
     def sum(self, x: Tensor) -> Tensor: ...
 
     def max(self, x: Tensor) -> Tensor: ...
+
+
+class World(Protocol):
+    """All ranks. Each replica has one or more of them."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0."""
+        ...
+
+    @property
+    def replica(self) -> int:
+        """The index of this rank's replica; rank 0 is in replica 0."""
+        ...
+
+    def from_main(self, action: Callable[[], T]) -> T:
+        """Return what rank 0's `action` returns, on every rank; a UserError that it raises is
+        raised on every rank. Collective; the action may take any time."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """Return every replica's value, replica r's at r, on every rank. Collective."""
+        ...
 
 
 class HeldOut(Protocol):

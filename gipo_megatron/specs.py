@@ -4,7 +4,7 @@ optimiser, group head, sampling."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, get_type_hints
 
 from gipo_megatron.errors import UserError
@@ -230,6 +230,27 @@ class Sampling:
     repetition_penalty: Positive = 1.0  # 1: off; evaluation only (algorithm.md 5.7)
     seed: int = 0
     step: int = 0
+
+
+@dataclass(frozen=True)
+class Serve:
+    """A vLLM server that rank 0 starts, watches and stops."""
+
+    # the interpreter of an environment that has vLLM; "": the variable VLLM_PYTHON's
+    python: PathText = ""
+    port: Annotated[int, Range(0, 65535)] = 0  # 0: a free one
+    tensor_parallel: Size = 1
+    # share of each GPU's memory that the server takes
+    gpu_memory: Annotated[float, Range(0, 1, open=True)] = 0.3
+    # the server's CUDA_VISIBLE_DEVICES; "": the GPUs of rank 0, shared with the training
+    devices: str = ""
+    start_timeout: Positive = 600.0  # seconds until it has to be ready
+    # starts after it died or hung, in the whole run
+    restarts: Annotated[int, Range(0)] = 3
+    args: list[str] = field(default_factory=list)  # more arguments of vLLM's server
+    # in place of python and all arguments, such as a container's start; {model}, {port} and
+    # {plugin} are filled in
+    command: list[str] = field(default_factory=list)
 
 
 # role -> what stands in place of the output layer; None: a language model

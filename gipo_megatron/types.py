@@ -167,7 +167,8 @@ class Experience(Rows):
     rollout: Rollout
     logprobs: Tensor  # [B, T] of the behaviour policy, by the training forward
     values: Tensor | None  # [B, T] before the update; None without a critic
-    advantages: Tensor  # [B, T], whitened over the global batch, not yet weighted
+    # [B, T], whitened over the global batch, times the sampler's token weights, not yet times w_i
+    advantages: Tensor
     returns: Tensor  # [B, T], targets of the critic
     weights: Tensor  # [B], w_i of the variance regulariser
     group_probs: Tensor  # [B, M]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from gipo_megatron.evaluation import recipe as evaluation_recipe
 from gipo_megatron.evaluation.recipe import EvaluationRecipe, compose_evaluation, is_evaluation
 from gipo_megatron.recipe.compose import compose, load_components
 from gipo_megatron.recipe.files import Files, find_recipe, recipe_names
@@ -38,13 +39,20 @@ def _is_evaluation(name: str) -> bool:
     return is_evaluation([f"recipe={name}"], RECIPES)
 
 
+def read_by(cls: type, tree: Block) -> Block:
+    """The keys that a recipe of this kind reads."""
+    if cls is EvaluationRecipe:
+        return evaluation_recipe.pruned(tree)
+    return pruned(tree, needed(tree))
+
+
 def values(name: str) -> dict[str, str]:
     """key.path -> its value as YAML, expanded; of a base recipe with ??? and ${…} as they stand."""
     if name.startswith("base/"):
         written = Files(RECIPES).load(find_recipe(name, RECIPES))
         cls = EvaluationRecipe if _is_evaluation(name) else Recipe
         complete, _ = Validation().block(written, cls)
-        tree = complete if cls is EvaluationRecipe else pruned(complete, needed(complete))
+        tree = read_by(cls, complete)
     elif _is_evaluation(name):
         tree = compose_evaluation([f"recipe={name}"], RECIPES).tree
     else:

@@ -18,7 +18,6 @@ from gipo_megatron.commands.recipe import composed, differences
 from gipo_megatron.evaluation.recipe import EvaluationRecipe, compose_evaluation, is_evaluation
 from gipo_megatron.recipe.compose import compose, load_components
 from gipo_megatron.recipe.files import Files, recipe_names
-from gipo_megatron.recipe.needs import needed, pruned
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import DEFAULT, MISSING, Block, Leaf, dump_value, leaves
 from gipo_megatron.recipe.validate import Validation
@@ -256,7 +255,7 @@ def test_a_base_lists_every_key_at_its_default_with_a_comment(base: str) -> None
     validation = Validation()
     complete, _ = validation.block(tree, cls)
     assert {p.what for p in validation.problems} == {"missing"}
-    read = complete if cls is EvaluationRecipe else pruned(complete, needed(complete))
+    read = golden.read_by(cls, complete)
     unwritten = {".".join(path) for path, leaf in leaves(read) if leaf.origin == DEFAULT}
     assert unwritten == set() and all(comment for _, comment in written.values())
 

@@ -1,5 +1,5 @@
 """Ratios measured in one run, the two sides taking turns: python tools/benchmark.py
-generate|readout|update|padding|convert|peers|growth [options]
+generate|readout|update|padding|convert|peers|growth|push|rollout [options]
 
 generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and
 end tokens; equal lengths, then ragged prompts and responses
@@ -10,6 +10,8 @@ padding    micro-batches, padding and seconds of an SFT update, by rows and by t
 convert    peak memory of the two converters, over the bytes of the model and of one shard
 peers      samples/s and peak memory of a training step, against TRL's SFT, reward and DPO trainers
 growth     seconds and peak memory of a training step against vocabulary, length, batch and layers
+push       seconds and memory of a push of weights to a vLLM server, against reading them from disk
+rollout    tokens/s of the own decoder, of a vLLM server over HTTP and of Hugging Face's generate
 
 On a GPU: tools/gpu_verify.py.
 """
@@ -44,7 +46,7 @@ from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel
 from gipo_megatron.training.assembly import assemble
 from gipo_megatron.types import Sequences
-from tools import benchmark_growth, benchmark_peers
+from tools import benchmark_growth, benchmark_peers, benchmark_vllm
 from tools.benchmark_common import interleave, ratio, show
 from tools.benchmark_generate import SHAPES, run_generate
 
@@ -177,6 +179,15 @@ def run_readout(options: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------- command line
 
+RUNS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "readout": run_readout,
+    "update": run_update,
+    "peers": benchmark_peers.run_peers,
+    "growth": benchmark_growth.run_growth,
+    "push": benchmark_vllm.run_push,
+    "rollout": benchmark_vllm.run_rollout,
+}
+
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
@@ -204,6 +215,8 @@ def main(arguments: list[str]) -> None:
     commands.add_parser("convert")
     benchmark_peers.add_arguments(commands.add_parser("peers"))
     benchmark_growth.add_arguments(commands.add_parser("growth"))
+    benchmark_vllm.add_push_arguments(commands.add_parser("push"))
+    benchmark_vllm.add_rollout_arguments(commands.add_parser("rollout"))
     inner = commands.add_parser("measure")
     inner.add_argument("side", choices=("naive", "readout"))
     for name in ("rows", "length", "hidden", "vocabulary"):
@@ -214,10 +227,6 @@ def main(arguments: list[str]) -> None:
         run_generate(
             options.shape, options.batch, options.prompt, options.response, options.repeats
         )
-    elif options.command == "readout":
-        run_readout(options)
-    elif options.command == "update":
-        run_update(options)
     elif options.command == "padding":
         from tools.benchmark_padding import run_padding
 
@@ -226,10 +235,8 @@ def main(arguments: list[str]) -> None:
         from tools.benchmark_convert import run_convert
 
         run_convert(show)
-    elif options.command == "peers":
-        benchmark_peers.run_peers(options)
-    elif options.command == "growth":
-        benchmark_growth.run_growth(options)
+    elif options.command in RUNS:
+        RUNS[options.command](options)
     else:
         size = options.rows, options.length, options.hidden, options.vocabulary
         measure_readout(options.side, *size)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gipo_megatron import ops
+from gipo_megatron.components.protocols import Sampler
 from gipo_megatron.components.reward import Reward
 from gipo_megatron.metrics import Metric, Metrics, merge_metrics
 from gipo_megatron.roles import Actor, HeldOut, Reference, RewardModel
@@ -40,6 +41,7 @@ def evaluate_pairs(
 
 
 def evaluate_policy(
+    sampler: Sampler,
     actor: Actor,
     reference: Reference,
     reward: Reward,
@@ -59,7 +61,7 @@ def evaluate_policy(
     metrics: Metrics = {}
     samples: list[dict[str, Any]] = []
     for prompts, valid in held_out.batches():
-        rollout = actor.generate(prompts, sampling)
+        rollout = sampler.respond(actor, prompts, sampling)
         raw, _ = reward.raw(rollout)
         weights = valid.to(raw.device)
         values = {
@@ -73,7 +75,8 @@ def evaluate_policy(
         elif held_out.gold is not None:
             values["gold"] = by_source["gold"] = raw.new_tensor(_gold(held_out.gold, rollout))
         if not metrics:
-            values["kl"] = _kl(actor, reference, actor.generate(prompts, trained))
+            drawn = sampler.respond(actor, prompts, trained)
+            values["kl"] = _kl(actor, reference, drawn)
         new = {f"eval/{name}": Metric.mean(value, weights) for name, value in values.items()}
         for source in sources:
             rows = weights * _is_from(source, rollout.source, weights)

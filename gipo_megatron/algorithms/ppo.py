@@ -121,7 +121,9 @@ class PPO:
             old = self.actor.logprobs(rollout).logprobs
             reference = self.reference.logprobs(rollout).logprobs
             values, logits = self._criticise(rollout)
-        if bad := self._non_finite(rollout, scores.raw, old, reference, values, logits):
+        corrections = self.rollout.token_weights(old, rollout)
+        found = (scores.raw, old, reference, values, logits, corrections)
+        if bad := self._non_finite(rollout, *found):
             metrics = {"reward/non_finite": Metric.mean(float(len(bad)))}
             return StepResult(metrics, skipped={"rollout": bad})
 
@@ -137,7 +139,8 @@ class PPO:
             rollout=rollout,
             logprobs=old,
             values=values,
-            advantages=advantages,
+            # the sampler's tokens stand for the trainer's; the clip's ratio stays new / old
+            advantages=advantages * corrections,
             returns=returns,
             weights=weights.values,
             group_probs=groups.probs,
@@ -152,7 +155,7 @@ class PPO:
         response_kl = ops.sequence_sum(old - reference, mask)  # k1, nats per response
         observed = self._observe(groups, learned, scores, response_kl)  # 9
         metrics = {
-            **ppo_metrics.rollout_metrics(rollout, old, self.dp),
+            **ppo_metrics.rollout_metrics(rollout, old, self.rollout.correction_cap, self.dp),
             **ppo_metrics.score_metrics(scores, rollout, self.dp),
             **ppo_metrics.kl_metrics(response_kl, coefficients),
             **ppo_metrics.group_metrics(groups, scores, rollout, response_kl),
@@ -182,6 +185,7 @@ class PPO:
             repetition_penalty=1.0,
         )
         return evaluate_policy(
+            self.rollout,
             self.actor,
             self.reference,
             self.reward,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gipo_megatron import ops
+from gipo_megatron.components.rollout import token_ratios
 from gipo_megatron.metrics import Metric, Metrics, digest, prefixed
 from gipo_megatron.roles import DataParallel, gather_rows
 from gipo_megatron.tensors import Tensor, torch
@@ -14,8 +15,9 @@ from gipo_megatron.types import Experience, Groups, Rollout, Scores, TokenStats,
 SAME_LABEL = 1e-6
 
 
-def rollout_metrics(rollout: Rollout, logprobs: Tensor, dp: DataParallel) -> Metrics:
-    """`distinct`: share of different responses in the global batch."""
+def rollout_metrics(rollout: Rollout, logprobs: Tensor, cap: float, dp: DataParallel) -> Metrics:
+    """`distinct`: share of different responses in the global batch. effective_sample_size and
+    capped: of the ratios trainer / sampler, used or not."""
     texts = gather_rows(
         torch.tensor([digest(text) for text in rollout.response_text], device=logprobs.device), dp
     )
@@ -28,6 +30,9 @@ def rollout_metrics(rollout: Rollout, logprobs: Tensor, dp: DataParallel) -> Met
         gap = (rollout.generation_logprobs - logprobs).abs()
         metrics["rollout/logprob_gap_mean"] = Metric.mean(gap, rollout.mask)
         metrics["rollout/logprob_gap_max"] = Metric.max(torch.where(rollout.mask, gap, 0.0))
+        ratios = token_ratios(logprobs.double(), rollout)[rollout.mask]
+        metrics["rollout/effective_sample_size"] = Metric.effective_sample_size(ratios)
+        metrics["rollout/capped"] = Metric.mean(ratios > cap)
     return metrics
 
 

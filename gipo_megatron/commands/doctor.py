@@ -9,6 +9,7 @@ Exit code 0: it can run; 2: it cannot (the reasons are printed), or a mistake in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from gipo_megatron.capabilities import (
     BF16_COMPUTE,
@@ -19,14 +20,19 @@ from gipo_megatron.capabilities import (
     fp8_obstacle,
     probe,
     transformer_engine_failure,
+    version_in,
 )
 from gipo_megatron.commands import RECIPES
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.check import missing_loads
 from gipo_megatron.recipe.compose import compose
-from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.recipe.schema import NODE, Recipe
+from gipo_megatron.serving.client import CONNECT, Client, ServerLost
+from gipo_megatron.serving.process import ServerProcess
+from gipo_megatron.specs import Serve
+from gipo_megatron.training.rollout_server import trained_policy
+from gipo_megatron.weights.sources import find_tokenizer
 
-NODE = 8  # GPUs of one machine; a recipe for more is for several machines
 # share of a card's nominal memory: an "80 GB" card reports 79.1 to 79.6 GiB, or 74.5
 MEMORY_SHARE = 0.9
 NOTHING = "-"
@@ -62,7 +68,11 @@ def rows(here: Capabilities) -> list[tuple[str, str, str]]:
             optional + "Transformer Engine or this project's Adam is used instead",
         ),
         ("wandb", here.wandb, optional + "no run.loggers=[wandb]"),
-        ("vllm", here.vllm, optional + "responses come from this project's own decoder"),
+        (
+            "vllm (VLLM_PYTHON's)",
+            here.vllm,
+            optional + "responses come from this project's own decoder; docs/rollout.md",
+        ),
     ]
     result = [(part, found or NOTHING, "" if found else costs) for part, found, costs in table]
     if here.apex is not None and not here.apex.nvidia:
@@ -101,7 +111,47 @@ def obstacles(recipe: Recipe, here: Capabilities) -> list[str]:
             found.append(f"{error.what}; {error.fix}")
     if "wandb" in recipe.run.loggers and here.wandb is None:
         found.append("run.loggers names wandb, which is not installed")
-    return found + [f"{problem.key}: {problem.what}" for problem in missing_loads(recipe)]
+    missing = [f"{problem.key}: {problem.what}" for problem in missing_loads(recipe)]
+    return found + missing + _server(recipe, ready=not missing)
+
+
+def _server(recipe: Recipe, ready: bool) -> list[str]:
+    """Return the reason why the recipe's rollouts have no server. The one at a url is compared with
+    the actor where the weights are here (`ready`); of the others vLLM has to be installed."""
+    sampler = recipe.algorithm.get("rollout", {})
+    if "serve" not in sampler:
+        return []
+    try:
+        if sampler["url"]:
+            _check_url(recipe, sampler["url"], ready)
+        else:
+            _check_program(sampler["serve"])
+    except (ServerLost, UserError) as error:
+        return [" ".join(str(error).split())]
+    return []
+
+
+def _check_url(recipe: Recipe, url: str, ready: bool) -> None:
+    client = Client(url, CONNECT)
+    try:
+        if not ready:
+            client.get("/v1/models")
+            return
+        loads = {f"models.{role}.load": model.load for role, model in recipe.models.items()}
+        tokenizer = find_tokenizer(recipe.model.tokenizer, loads)
+        client.check(trained_policy(recipe, tokenizer).needed)
+    finally:
+        client.close()
+
+
+def _check_program(serve: Serve) -> None:
+    program = ServerProcess(serve, Path(), Path(), "", 0).command(0)[0]
+    if not serve.command and version_in(program, "vllm") is None:
+        raise UserError(
+            f"{program} has no vLLM",
+            where="algorithm.rollout.serve.python",
+            fix="docs/rollout.md shows how to make an environment with it",
+        )
 
 
 def _gpus(recipe: Recipe, here: Capabilities) -> list[str]:

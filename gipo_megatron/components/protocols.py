@@ -16,15 +16,38 @@ from typing import Protocol, runtime_checkable
 
 from gipo_megatron.metrics import Metrics
 from gipo_megatron.roles import Actor, Trainable
-from gipo_megatron.specs import HeadSpec
+from gipo_megatron.specs import HeadSpec, Sampling
 from gipo_megatron.tensors import Tensor
 from gipo_megatron.types import Groups, Prompts, Rollout, Rows, Weights
 
 
 class Sampler(Protocol):
+    correction_cap: float  # the share of tokens whose probability ratio is above it is logged
     temperature: float
 
-    def sample(self, actor: Actor, prompts: Prompts, step: int) -> Rollout: ...
+    def start(self) -> None:
+        """Start what responses need beside the actor; called before models are loaded."""
+        ...
+
+    def sample(self, actor: Actor, prompts: Prompts, step: int) -> Rollout:
+        """Return the training responses of an iteration."""
+        ...
+
+    def respond(self, actor: Actor, prompts: Prompts, sampling: Sampling) -> Rollout:
+        """Return responses drawn as `sampling` describes: held-out ones, or an evaluation's."""
+        ...
+
+    def token_weights(self, logprobs: Tensor, rollout: Rollout) -> Tensor:
+        """Return the weight of each token in the policy's loss, [B, T]; logprobs [B, T] are the
+        trainer's."""
+        ...
+
+
+class RolloutServer(Protocol):
+    """A server that is given the actor's weights and samples from them. Collective over the whole
+    world."""
+
+    def respond(self, actor: Actor, prompts: Prompts, sampling: Sampling) -> Rollout: ...
 
 
 class GroupClassifier(Protocol):

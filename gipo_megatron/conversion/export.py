@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gipo_megatron.conversion.card import model_card
@@ -23,7 +22,7 @@ from gipo_megatron.megatron.hf import (
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.weights.checkpoints import CheckpointMeta
 from gipo_megatron.weights.end_tokens import GENERATION, generation_config
-from gipo_megatron.weights.hf_config import config_for, config_like
+from gipo_megatron.weights.hf_config import config_text
 from gipo_megatron.weights.hf_files import HF_DTYPES, SHARD_BYTES
 
 NOT_COMPARED = "NOT checked (verify=false): outputs against transformers"
@@ -98,33 +97,21 @@ def write_folder(
 
 
 def _config(engine: Engine, tokenizer: Tokenizer | None, padded: bool) -> str:
-    """Return the config.json that the model came with, where it came from Hugging Face; else one
-    for its architecture."""
-    dtype = HF_DTYPES[engine.precision.dtype]
-    pad_id = tokenizer.pad_id if tokenizer is not None and padded else None
-    source = engine.hf_files.get("config.json")
-    if source is not None:
-        return config_like(source, dtype, head=engine.head, pad_token_id=pad_id)
-    tokens: dict[str, int | None] = {} if tokenizer is None else {**_special_ids(tokenizer)}
-    if engine.head is not None:
-        tokens["pad_token_id"] = pad_id
-    config = config_for(engine.architecture, dtype, head=engine.head, tokens=tokens)
-    return json.dumps(config, indent=2) + "\n"
+    special = {} if tokenizer is None else tokenizer.special_ids
+    return config_text(
+        engine.hf_files,
+        engine.architecture,
+        HF_DTYPES[engine.precision.dtype],
+        special,
+        head=engine.head,
+        pad_token_id=tokenizer.pad_id if tokenizer is not None and padded else None,
+    )
 
 
 def _generation_config(engine: Engine, tokenizer: Tokenizer | None) -> str:
     if tokenizer is None:
         return engine.hf_files.get(GENERATION, "")
-    return generation_config(engine.hf_files, _special_ids(tokenizer))
-
-
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    ids = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.inner.pad_token_id,
-    }
-    return {name: number for name, number in ids.items() if number is not None}
+    return generation_config(engine.hf_files, tokenizer.special_ids)
 
 
 def check_folder(work: Path, engine: Engine, progress: Display) -> list[str]:

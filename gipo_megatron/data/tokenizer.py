@@ -60,6 +60,16 @@ class Tokenizer:
             self.bos_id
         ]
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """bos_token_id, eos_token_id and pad_token_id, as far as there are such tokens."""
+        ids = {
+            "bos_token_id": self.bos_id,
+            "eos_token_id": self.eos_id,
+            "pad_token_id": self.inner.pad_token_id,
+        }
+        return {name: number for name, number in ids.items() if number is not None}
+
     def encode(self, text: str, markup: bool = False) -> list[int]:
         """Return the ids without bos and eos. Names of special tokens in the text are plain text
         unless `markup` (a rendered chat template)."""

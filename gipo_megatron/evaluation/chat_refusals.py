@@ -6,15 +6,16 @@ import email.utils
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # error codes and types of a 429 that no wait ends
 QUOTA = re.compile(r"quota|billing|credit|balance|payment")
 # error codes, or words where a server gives no code, of a refusal of one text: forbidden, too long
 TEXT = re.compile(
-    r"content_filter|content.policy|content management policy|context.(length|window|size)"
-    r"|too long|longer than|token count",
+    r"content_filter|content.policy|content management policy"
+    r"|(context|prompt|input|sequence|message).(length|window|size|limit)"
+    r"|too long|longer than|too many tokens|token count|`inputs` tokens",
     re.IGNORECASE,
 )
 
@@ -22,6 +23,7 @@ TEXT = re.compile(
 NO_SYSTEM = "the system text in front of the user's text"
 COMPLETION_TOKENS = "max_completion_tokens instead of max_tokens"
 NO_TEMPERATURE = "no temperature"
+NO_FORMAT = "no response_format"
 CHANGES = {
     COMPLETION_TOKENS: re.compile(r"\bmax_tokens\b"),
     NO_TEMPERATURE: re.compile(r"\btemperature\b"),
@@ -30,7 +32,14 @@ CHANGES = {
         r"|template.?error",
         re.IGNORECASE,
     ),
+    NO_FORMAT: re.compile(
+        r"response.?format|json.?(schema|mode|object|validat)|generat\w* json|structured|grammar"
+        r"|guided|output_(config|format)",
+        re.IGNORECASE,
+    ),
 }
+# headers with a wait, and their units in seconds
+WAITS = {"retry-after-ms": 1e-3, "x-ms-retry-after-ms": 1e-3, "retry-after": 1.0}
 
 
 def changed(request: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
@@ -40,6 +49,8 @@ def changed(request: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
         sent["max_completion_tokens"] = sent.pop("max_tokens")
     if NO_TEMPERATURE in changes:
         sent.pop("temperature", None)
+    if NO_FORMAT in changes:
+        sent.pop("response_format", None)
     if NO_SYSTEM in changes:
         text = "\n\n".join(message["content"] for message in sent["messages"])
         sent["messages"] = [{"role": "user", "content": text}]
@@ -59,13 +70,19 @@ def error_object(body: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {"message": str(found)}
 
 
-def seconds_to_wait(retry_after: str) -> float:
+def seconds_to_wait(headers: Mapping[str, str]) -> float:
+    """Return the first wait that the headers hold; 0 without one."""
+    waits = (_seconds(headers.get(name, ""), unit) for name, unit in WAITS.items())
+    return next((wait for wait in waits if wait), 0.0)
+
+
+def _seconds(value: str, unit: float) -> float:
     """Return seconds from a number or a date; 0 for anything else, and for the past."""
     try:
-        seconds = float(retry_after)
+        seconds = float(value) * unit
     except ValueError:
         try:
-            seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         except (ValueError, TypeError, OverflowError):
             return 0.0
     return 0.0 if math.isnan(seconds) else max(0.0, seconds)

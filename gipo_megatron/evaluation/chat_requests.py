@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.evaluation.chat_bodies import GIVEN_UP, at, body_of
 from gipo_megatron.evaluation.chat_refusals import (
     CHANGES,
     QUOTA,
@@ -46,6 +47,7 @@ HINTS = {
     404: "check judge.base_url (most end in /v1) and judge.model",
     429: "raise the account's quota, then repeat the same command",
 }
+NO_TEMPLATE = "serve a model with a chat template, or start vLLM with --chat-template FILE"
 SHOWN = 300  # characters of a server's message
 QUIET = 10.0  # seconds between two lines about waits
 # The server is considered dead after this many failed requests in a row (or `concurrency` many).
@@ -209,9 +211,9 @@ class Requests:
                     "/chat/completions", cast_to=str, content=content, options={"headers": headers}
                 )
         except openai.APIStatusError as error:
-            retry_after = error.response.headers.get("Retry-After", "")
+            wait = seconds_to_wait(error.response.headers)
             body = error.body or error.response.text
-            return self._refusal(error.status_code, body, request, seconds_to_wait(retry_after))
+            return self._refusal(error.status_code, body, request, wait)
         except (TimeoutError, openai.APIConnectionError) as error:
             cause = error.__cause__ or error
             name = type(cause).__name__
@@ -228,16 +230,17 @@ class Requests:
 
     def _completion(self, text: str, request: dict[str, Any]) -> dict[str, Any]:
         """Return the body if it has choices, even unreadable ones: it is paid for."""
-        try:
-            body = json.loads(self._hide(text))
-        except ValueError:
-            body = None
+        body = body_of(self._hide(text))
         error = error_object(body)
         if isinstance(body, dict) and "choices" in body and not body.get("error"):
+            finish = str(at(body, "choices", 0, "finish_reason")).lower()
+            if finish in GIVEN_UP:
+                raise Unanswered(f"the server gave the answer up: finish_reason {finish}")
             self._judge.counts["completions"] += 1
             return body
-        if isinstance(error.get("code"), int) and 400 <= error["code"] < 600:
-            return self._refusal(error["code"], error, request)  # of a server behind this one
+        code = str(error.get("code"))
+        if code.isdecimal() and 400 <= int(code) < 600:
+            return self._refusal(int(code), error, request)  # of a server behind this one
         what = f"HTTP 200, but no chat completion: {self._short(text)}"
         if self._judge.counts["completions"]:
             raise Unanswered(what)
@@ -254,17 +257,22 @@ class Requests:
             return {"refused": reason}
         proven = self._judge.counts["completions"] > 0
         change = change_for(f"{error.get('param')} {words}", request) if error else ""
-        if status in (400, 422, 500) and change and (change in self._judge.changes or not proven):
+        if (
+            status in (400, 422, 500, 501)
+            and change
+            and (change in self._judge.changes or not proven)
+        ):
             raise Unanswered(reason, change=change)
         if wait > LONGEST_WAIT:
             what = f"requests a wait of {wait:.0f} s: {reason}"
-            raise self._permanent(what, "repeat the same command then")
+            raise self._permanent(what, "repeat the same command after that time")
         spent = status == 429 and QUOTA.search(f"{code} {error.get('type')}")
         if (status in RETRIED or status >= 500) and not spent:
             raise Unanswered(reason, wait)
         if status in (400, 413, 422) and proven:  # the settings are right, so it is the text
             return {"refused": reason}
         hint = HINTS.get(status, "correct the setting that it names")
+        hint = NO_TEMPLATE if "chat template" in words else hint
         fix = hint.format(key=self._judge.api_key_env or "judge.api_key_env")
         raise self._permanent(f"refused the request: {reason}", fix)
 

@@ -124,6 +124,7 @@ def origin(
     generation = asdict(recipe.generation)
     return {
         **{f"generation.{key}": str(v) for key, v in generation.items() if key != "batch"},
+        "rollout.name": recipe.rollout["name"],
         "model.tokenizer": tokenizer.fingerprint,
         **{key: _state_of(folder) for key, folder in weights.items()},
     }

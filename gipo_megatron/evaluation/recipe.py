@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron import registry
+from gipo_megatron.components.rollout import Rollouts
 from gipo_megatron.evaluation import judges
 from gipo_megatron.evaluation.tasks import Task
 from gipo_megatron.evaluation.types import RESERVED
-from gipo_megatron.recipe import check
-from gipo_megatron.recipe.check import Draft, Found
+from gipo_megatron.recipe import check, samplers
 from gipo_megatron.recipe.compose import drafted, load_components
+from gipo_megatron.recipe.draft import Draft, Found
 from gipo_megatron.recipe.files import merged
 from gipo_megatron.recipe.problems import Problem, RecipeErrors, suggest
 from gipo_megatron.recipe.schema import (
@@ -33,6 +34,8 @@ from gipo_megatron.specs import Parallel, PathText, Precision
 
 # models that measure responses: score, KL, inferred group
 HELPERS = ("reward", "reference", "critic")
+# keys of a sampler that are for training: an evaluation draws as `generation` describes
+UNREAD = {f.name: f.default for f in registry.recipe_fields(Rollouts)}
 _FILE_NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -88,6 +91,8 @@ class EvaluationRecipe(Composed):
     data_root: PathText = "."
     tasks: list[Task] = field(default_factory=list)
     generation: Generation = field(default_factory=Generation)
+    # what draws the responses; of its keys those that `generation` replaces are not read
+    rollout: dict[str, Any] = component("rollout", "sampling")
     judge: dict[str, Any] = component("judge", "")  # what registry.build reads
     report: Statistics = field(default_factory=Statistics)
     run: EvaluationRun
@@ -130,10 +135,19 @@ def checked(tree: Block, name: str, world: int = 0) -> EvaluationRecipe:
         raise RecipeErrors(name, problems or hidden)
     sections = draft.sections
     sections["opponents"] = sections["opponents"] or list(sections["policies"])[1:]
-    warnings = tuple(map(str, draft.found((absent,))))
+    warnings = tuple(map(str, draft.found((absent, samplers.served))))
     return EvaluationRecipe(
-        **sections, name=name, world=draft.world, warnings=warnings, tree=draft.tree
+        **sections, name=name, world=draft.world, warnings=warnings, tree=pruned(draft.tree)
     )
+
+
+def pruned(tree: Block) -> Block:
+    """Return the tree without the sampler's keys that an evaluation does not read."""
+    sampler = tree.children["rollout"]
+    if not isinstance(sampler, Block):
+        return tree
+    read = {key: node for key, node in sampler.children.items() if key not in UNREAD}
+    return Block({**tree.children, "rollout": Block(read, sampler.origin)}, tree.origin)
 
 
 def _loads(tree: Block) -> dict[str, str]:
@@ -226,6 +240,15 @@ def micro_batches(d: Draft) -> Found:
     yield from check.too_few_tokens(d, longest, "a row of a task's max_length")
 
 
+def sampler(d: Draft) -> Found:
+    """Keys of a sampler that an evaluation does not read."""
+    for key, default in UNREAD.items():
+        if (value := d.rollout.get(key, default)) != default:
+            drawn = f"generation.{key}={value}" if hasattr(d.generation, key) else "remove it"
+            what = f"{value!r} is not read: `generation` describes how responses are drawn"
+            yield d.problem(f"rollout.{key}", what, drawn)
+
+
 def judge(d: Draft) -> Found:
     """The models that the judge needs."""
     name = d.judge["name"]
@@ -248,12 +271,14 @@ PROBLEMS = (
     tasks,
     lengths,
     micro_batches,
+    sampler,
     judge,
     run,
     check.layout,
     check.architecture,
     check.vocabulary,
     check.precision,
+    samplers.server,
 )
 
 

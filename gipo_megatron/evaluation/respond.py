@@ -7,13 +7,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gipo_megatron import ops
+from gipo_megatron.components.protocols import Sampler
 from gipo_megatron.components.tracker import GroupTracker
 from gipo_megatron.conversion.verify import release
 from gipo_megatron.data.tokenizer import Tokenizer
@@ -72,6 +71,7 @@ class Responder:
     tokenizer: Tokenizer
     weights: Mapping[str, Path]
     ids: Mapping[str, list[int]]
+    sampler: Sampler
 
     def __post_init__(self) -> None:
         key = "models.critic.load"
@@ -137,7 +137,7 @@ class Responder:
         dp = self.mesh.data_parallel
         places = range(dp.rank, -(-len(prompts) // dp.size) * dp.size, dp.size)
         rows = [prompts[min(place, len(prompts) - 1)] for place in places]
-        rollout = actor.generate(self._prompts(rows), self._sampling())
+        rollout = self.sampler.respond(actor, self._prompts(rows), self._sampling())
         figures = {name: values.tolist() for name, values in scores.of(actor, rollout).items()}
         tokens, finished = rollout.response_lengths.tolist(), rollout.finished.tolist()
         mine = [
@@ -156,10 +156,7 @@ class Responder:
             for i, (place, prompt) in enumerate(zip(places, rows, strict=True))
             if place < len(prompts)
         ]
-        gathered: list[Any] = [mine]
-        if dp.size > 1:
-            gathered = [None] * dp.size
-            dist.all_gather_object(gathered, mine, group=dp.group)
+        gathered = self.mesh.gather(mine)
         ordered = sorted((row for rows in gathered for row in rows), key=lambda row: row[0])
         return [check_finite(response) for _, response in ordered]
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from gipo_megatron import registry
-from gipo_megatron.data.tokenizer import check_vocabulary
+from gipo_megatron.components.protocols import RolloutServer, Sampler
+from gipo_megatron.components.rollout import VLLMRollout
+from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary
 from gipo_megatron.environment import line as environment_line
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.audit import audit_responses
@@ -58,6 +59,7 @@ from gipo_megatron.reports.audit_page import audit_document
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.training import run_folder
 from gipo_megatron.training.run_lock import RunLock
+from gipo_megatron.weights.checkpoints import stored_hf_files
 
 CHUNK = 256  # pairs judged between two writes
 REASON = 200  # characters of a failed verdict's text in an error
@@ -71,7 +73,7 @@ def evaluate(recipe: EvaluationRecipe) -> None:
     deterministic = recipe.precision.deterministic
     with RunLock(Path(recipe.run.dir)) as lock:
         with mesh_session(recipe.parallel, deterministic=deterministic) as mesh:
-            mesh.on_main(lock.take)
+            mesh.from_main(lock.take)
             prompts = respond(mesh, recipe)
         if mesh.is_main:  # a judge may take hours: no other rank waits in a collective meanwhile
             conclude(recipe, prompts)
@@ -91,25 +93,74 @@ def respond(mesh: Mesh, recipe: EvaluationRecipe) -> list[TaskPrompt]:
     tasks = [read_task(task, recipe.data_root, tokenizer, length) for task in recipe.tasks]
     prompts = [prompt for task in tasks for prompt in task.prompts]
     ids = {prompt_id: tokens for task in tasks for prompt_id, tokens in task.ids.items()}
-    responder = Responder(recipe, mesh, tokenizer, weights, ids)
+    closing = ExitStack()
+    sampler = build_sampler(recipe, mesh, tokenizer, weights, closing)
+    responder = Responder(recipe, mesh, tokenizer, weights, ids, sampler)
     stores: dict[str, ResponseStore] = {}
     if mesh.is_main:
         stores = open_folder(recipe, prompts, origin(recipe, weights, tokenizer))
         announce(recipe, tasks, [*notes, *not_independent(recipe)])
-    done = _from_main(mesh, {name: store.done for name, store in stores.items()})
+    # only rank 0's disk counts
+    done = mesh.from_main(lambda: {name: store.done for name, store in stores.items()})
     left = {name: [p for p in prompts if p.prompt_id not in done[name]] for name in recipe.policies}
-    scores = responder.load_scores() if any(left.values()) else None
-    shown = Display(mesh.is_main)
-    for name, rest in left.items():
-        if not rest or scores is None:
-            continue
-        with shown.counting(f"{name}: responses", len(prompts), len(prompts) - len(rest)) as more:
-            for responses in responder.responses(name, rest, scores):
-                if mesh.is_main:
-                    stores[name].append(responses)
-                more(len(responses))
+    if any(left.values()):
+        with closing:
+            sampler.start()
+            _draw(responder, left, len(prompts), stores)
     mesh.barrier()
     return prompts
+
+
+def _draw(
+    responder: Responder,
+    left: Mapping[str, Sequence[TaskPrompt]],
+    total: int,
+    stores: Mapping[str, ResponseStore],
+) -> None:
+    """Draw and store the responses that are left; `stores` are rank 0's. Collective."""
+    scores = responder.load_scores()
+    shown = Display(responder.mesh.is_main)
+    for name, rest in left.items():
+        if not rest:
+            continue
+        with shown.counting(f"{name}: responses", total, total - len(rest)) as more:
+            for responses in responder.responses(name, rest, scores):
+                if responder.mesh.is_main:
+                    stores[name].append(responses)
+                more(len(responses))
+
+
+def build_sampler(
+    recipe: EvaluationRecipe,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    weights: Mapping[str, Path],
+    closing: ExitStack,
+) -> Sampler:
+    """Return what draws the responses, as `generation` describes. `closing` ends what it starts."""
+    drawn = recipe.generation
+
+    def connect(sampler: VLLMRollout) -> RolloutServer:
+        # imported here: evaluations without a server need no HTTP client
+        from gipo_megatron.training import rollout_server
+
+        policy = rollout_server.Policy(
+            recipe.model.architecture,
+            recipe.precision.dtype,
+            tokenizer,
+            stored_hf_files(weights[f"policies.{recipe.subject}.load"]),
+            max(task.max_length for task in recipe.tasks),
+        )
+        folder = Path(recipe.run.dir) / "vllm"
+        return rollout_server.connect(sampler, policy, mesh, folder, closing)
+
+    runtime = {
+        "max_response": drawn.max_response,
+        "seed": drawn.seed,
+        "connect": connect,
+    }
+    sampler: Sampler = registry.build("rollout", recipe.rollout, runtime)
+    return sampler
 
 
 def open_folder(
@@ -149,14 +200,6 @@ def announce(recipe: EvaluationRecipe, tasks: Sequence[LoadedTask], notes: Seque
 
 def _responses(directory: Path, policy: str) -> ResponseStore:
     return ResponseStore(directory / "responses" / f"{policy}.jsonl")
-
-
-def _from_main(mesh: Mesh, value: Any) -> Any:
-    """Return rank 0's value on every rank: only its disk counts."""
-    box = [value]
-    if mesh.world > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 # ----------------------------------------------------------------------------- verdicts and results

@@ -90,6 +90,8 @@ class TorchActor:
         self.trunk = Trunk(vocab, hidden, seed).to(dtype)
         self.output = Linear(hidden, num_actions or vocab, seed + 1, init_std).to(dtype)
         self.dp, self.micro_batch = dp or SingleReplica(), micro_batch
+        self.version = 0
+        self.end_ids = (EOS,)
         self.parameters = [*self.trunk.parameters(), *self.output.parameters()]
         self._stepper = Stepper(self.parameters, lr, clip)
 
@@ -149,6 +151,7 @@ class TorchActor:
 
     def update(self, *parts: tuple[Rows, BatchLoss]) -> Update:
         metrics = backward(parts, self._stats, self.dp, self.micro_batch)
+        self.version += 1
         return Update({**metrics, "grad_norm": Metric.mean(self._stepper.step(self.dp))})
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -92,6 +92,7 @@ class Engine:
         self.micro_batch, self.micro_tokens = micro_batch, micro_tokens  # one of them
         # config.json and the like of the Hugging Face model it came from, word for word
         self.hf_files: dict[str, str] = {}
+        self.version = 0  # changes of the weights, equal on all ranks
         self.chunks: list[GPTModel] = build_chunks(
             architecture,
             mesh,
@@ -114,11 +115,8 @@ class Engine:
             self.learning_rate = LearningRate(optimisation)
             config = self.chunks[0].config
             config.finalize_model_grads_func = finalize_model_grads
-            config.no_sync_func = (
-                [w.no_sync for w in self._wrapped]
-                if len(self._wrapped) > 1
-                else self._wrapped[0].no_sync
-            )
+            no_sync = [wrapped.no_sync for wrapped in self._wrapped]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.scaling = Scaling(self.chunks, precision)
         shelves = (
             (Shelf(self._gradients, keep=False), Shelf(self._optimizer_tensors))
@@ -153,7 +151,10 @@ class Engine:
         parts = (
             tensors(output)
             if output is not None
-            else [None if x is None else self._empty(*x) for x in layout]
+            else [
+                None if x is None else torch.empty(x[0], dtype=x[1], device=self.mesh.device)
+                for x in layout
+            ]
         )
         return rebuild(
             kind,
@@ -162,9 +163,6 @@ class Engine:
                 for t in parts
             ],
         )
-
-    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.mesh.device)
 
     def _share(self, message: list[Any]) -> Any:
         """Return the last stage's object on every stage of its pipeline."""
@@ -196,8 +194,8 @@ class Engine:
             if self.group_head is not None:
                 self.group_head.step(head_norm)
             self.learning_rate.steps += 1
-            metrics = {**metrics, "grad_norm": _exact(norm), "learning_rate": _exact(lr)}
-            return Update(metrics)
+            self.version += 1
+            return Update({**metrics, "grad_norm": _exact(norm), "learning_rate": _exact(lr)})
 
     def backward(self, parts: Sequence[Part], readout: Readout) -> tuple[Metrics, list[int]]:
         """Compute the gradients of the update's loss, reduced but not clipped; return the loss's
@@ -355,6 +353,7 @@ class Engine:
     def weights_changed(self) -> None:
         """Copy loaded weights to the optimizer's fp32 masters; else the next step would bring the
         old ones back."""
+        self.version += 1
         if self.optimisation is not None:
             with cpu_compat.host_mode():
                 self.optimizer.reload_model_params()

@@ -14,6 +14,7 @@ from gipo_megatron.megatron.decode_loop import respond
 from gipo_megatron.megatron.kv_budget import Need, Room, find_room
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.sampling import check_sampling
+from gipo_megatron.rollouts import join
 from gipo_megatron.specs import Architecture, Sampling
 from gipo_megatron.types import Prompts, Rollout
 
@@ -57,7 +58,7 @@ def generate(
                 responses[rows], counts[rows], logprobs[rows] = respond(
                     decoder, sampling, ends, prompts.select(rows)
                 )
-    return _assemble(prompts, responses, counts, logprobs, ends, pad_id, decode)
+    return join(prompts, responses, counts, logprobs, end_ids, pad_id, decode)
 
 
 def _check_lengths(prompts: Prompts, sampling: Sampling, architecture: Architecture) -> None:
@@ -84,40 +85,3 @@ def _slices(lengths: Tensor, max_response: int, token_bytes: int, room: Room) ->
         stop = start + room.rows(int(lengths[order[start]]) + max_response, token_bytes)
         yield order[start:stop]
         start = stop
-
-
-def _assemble(
-    prompts: Prompts,
-    responses: Tensor,
-    counts: Tensor,
-    logprobs: Tensor,
-    ends: Tensor,
-    pad_id: int,
-    decode: Callable[[list[int]], str],
-) -> Rollout:
-    """Join prompts and responses, right-padded to the longest row."""
-    lengths = prompts.lengths
-    total = int((lengths + counts).max()) if len(prompts) else 0
-    position = torch.arange(total, device=lengths.device).expand(len(prompts), -1)
-    index = position - lengths[:, None]
-    mask = (index >= 0) & (index < counts[:, None])
-    index = index.clamp(0, responses.shape[1] - 1)
-    prompt = prompts.tokens.gather(1, position.clamp(max=prompts.tokens.shape[1] - 1))
-    prompt = prompt.masked_fill(position >= lengths[:, None], pad_id)
-    tokens = torch.where(mask, responses.gather(1, index), prompt)
-    last = responses.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
-    finished = torch.isin(last, ends)
-    rows = zip(responses.tolist(), (counts - finished.long()).tolist(), strict=True)
-    texts = [decode(row[:count]) for row, count in rows]  # without the end token
-    return Rollout(
-        tokens=tokens,
-        mask=mask,
-        prompt_lengths=lengths,
-        finished=finished,
-        generation_logprobs=torch.where(mask, logprobs.gather(1, index), 0.0),
-        response_text=tuple(texts),
-        prompt_id=prompts.prompt_id,
-        sample_id=prompts.sample_id,
-        source=prompts.source,
-        extras=prompts.extras,
-    )

@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import cpu_compat
+from gipo_megatron.roles import T
 from gipo_megatron.specs import Parallel
 
 _FAILURE = "gipo_megatron/failure"
+_PATIENCE = timedelta(days=365)  # of ranks that wait for rank 0's own work
 _layout: tuple[int, int, int] | None = None  # tensor, pipeline, virtual pipeline of mcore's groups
+_waiting: dist.ProcessGroup | None = None  # all ranks; lives as long as mcore's groups
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Mesh:
     pipeline_group: dist.ProcessGroup
     model_group: dist.ProcessGroup  # the replica
     last_stage_rank: int  # global rank of this rank's pipeline's last stage
+    # all ranks, over TCP, where others wait for rank 0; None in a world of one
+    waiting_group: dist.ProcessGroup | None
 
     @staticmethod
     def create(parallel: Parallel, seed: int = 0, deterministic: bool = False) -> Mesh:
@@ -104,6 +110,7 @@ class Mesh:
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
             model_group=parallel_state.get_model_parallel_group(),
             last_stage_rank=parallel_state.get_pipeline_model_parallel_last_rank(),
+            waiting_group=_waiting,
         )
 
     @property
@@ -118,6 +125,11 @@ class Mesh:
     def is_main(self) -> bool:
         """True on rank 0 of the world, which writes and prints."""
         return self.rank == 0
+
+    @property
+    def replica(self) -> int:
+        """The index of this rank's replica; rank 0 is in the first."""
+        return self.data_parallel.rank
 
     def broadcast_from_last_stage(self, x: Tensor) -> Tensor:
         """Overwrite `x` (same shape and dtype on every stage) with the last stage's, in place."""
@@ -137,19 +149,35 @@ class Mesh:
         if self.world > 1:
             dist.barrier()
 
-    def on_main(self, action: Callable[[], None]) -> None:
-        """Run `action` on rank 0; its UserError is raised on every rank. Collective."""
+    def from_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0; its value is returned, or its UserError raised, on every rank.
+        Collective.
+
+        The action may take any time: the other ranks wait without a time limit, and end with an
+        error as soon as rank 0's process does.
+        """
+        value: Any = None
         refused: UserError | None = None
         if self.is_main:
             try:
-                action()
+                value = action()
             except UserError as error:
                 refused = error
-        reason = [str(refused) if refused else ""]
-        if self.world > 1:
-            dist.broadcast_object_list(reason, src=0)
-        if reason[0]:
-            raise refused or UserError(reason[0])
+        if self.waiting_group is not None:
+            outcome = [value, refused]
+            dist.broadcast_object_list(outcome, src=0, group=self.waiting_group)
+            value, refused = outcome
+        if refused is not None:
+            raise refused
+        return cast(T, value)
+
+    def gather(self, value: T) -> list[T]:
+        """Return every replica's `value`, replica r's at r. Collective."""
+        group = self.data_parallel
+        gathered = [value] * group.size
+        if group.size > 1:
+            dist.all_gather_object(gathered, value, group=group.group)
+        return gathered
 
     def report(self, failure: str) -> None:
         """Publish this rank's error; other ranks read it if their connection breaks."""
@@ -190,7 +218,7 @@ def mesh_session(parallel: Parallel, seed: int = 0, deterministic: bool = False)
 
 def _make_groups(parallel: Parallel) -> None:
     """Set up mcore's groups for these sizes, or keep them where the sizes are the same."""
-    global _layout
+    global _layout, _waiting
     layout = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
     if parallel_state.model_parallel_is_initialized():
         if layout == _layout:
@@ -204,16 +232,18 @@ def _make_groups(parallel: Parallel) -> None:
         ),
     )
     _layout = layout
+    if dist.get_world_size() > 1:
+        _waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _free_groups() -> None:
     """Destroy mcore's groups. mcore only drops its references; each gloo group keeps threads."""
-    global _layout
+    global _layout, _waiting
     parallel_state.destroy_model_parallel()
     for group in [*dist.distributed_c10d._world.pg_map] if dist.is_initialized() else []:
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
-    _layout = None
+    _layout, _waiting = None, None
 
 
 def check_factors(parallel: Parallel, world: int) -> None:

@@ -63,8 +63,8 @@ def pretend(parallel: Parallel, world: int, rank: int) -> Iterator[Mesh]:
     assert not torch.cuda.is_available(), "a plan needs CUDA_VISIBLE_DEVICES to be empty"
     real = dist.new_group
 
-    def fake_group(ranks: list[int], **arguments: Any) -> Any:
-        return real(ranks, **{**arguments, "backend": "fake"})  # mcore names gloo
+    def fake_group(ranks: list[int] | None = None, **arguments: Any) -> Any:
+        return real(ranks, **{**arguments, "backend": "fake"})  # instead of gloo
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     mesh = None

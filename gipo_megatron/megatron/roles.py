@@ -72,6 +72,14 @@ class MegatronActor:
     decode: Callable[[list[int]], str]
     temperature: float = 1.0
 
+    @property
+    def version(self) -> int:
+        return self.engine.version
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return end_ids(self.engine.hf_files, self.eos_id)
+
     def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
         engine = self.engine
         with engine.ready():
@@ -81,7 +89,7 @@ class MegatronActor:
                 engine.mesh,
                 prompts,
                 sampling,
-                end_ids(engine.hf_files, self.eos_id),
+                self.end_ids,
                 self.pad_id,
                 self.decode,
             )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gipo_megatron.components.rollout import VLLMRollout
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.specs import Sampling
 
@@ -23,6 +24,7 @@ class Call:
     sequences: int = 0  # of the rows; a pair has two
     count: int = 1
     sampling: Sampling | None = None  # of `generate`
+    server: VLLMRollout | None = None  # of `generate`: not the role's own decoder, but a server
     reads: str = BATCH  # the iteration's batch, the probe, or the whole dataset
 
     def __add__(self, other: Call) -> Call:

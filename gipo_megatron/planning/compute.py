@@ -3,13 +3,14 @@ assumptions below."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gipo_megatron.megatron.meta_shard import Shard
 from gipo_megatron.planning.activations import need_of
-from gipo_megatron.planning.arithmetic import BATCH, DATASET, Iteration
+from gipo_megatron.planning.arithmetic import BATCH, DATASET, Call, Iteration
 from gipo_megatron.planning.memory import Footprint, Phase, slot_of
+from gipo_megatron.planning.server import server_of
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.specs import Parallel, head_of
 from gipo_megatron.telemetry.performance import PEAK_FLOPS, flops, num_parameters
@@ -86,6 +87,12 @@ def timing(iteration: Iteration, footprint: Footprint, gpus_per_node: int) -> Ti
     return Timing(gpu, tuple(works), moved / HOST_BANDWIDTH)
 
 
+def cut(rows: int, together: int) -> list[int]:
+    """Return the slices of rows that are generated one after the other."""
+    whole, rest = divmod(rows, together)
+    return [together] * whole + [rest] * bool(rest)
+
+
 def kernel_seconds(parallel: Parallel) -> float:
     """Return the time between two kernels of a decoding step that has no other work."""
     return LAUNCH_SECONDS if parallel.model > 1 else GRAPH_SECONDS
@@ -111,6 +118,8 @@ class Estimates:
         return self.iteration.recipe
 
     def work(self, phase: Phase) -> Work:
+        if phase.call.server is not None:
+            return self._served(phase.call)
         if phase.call.verb == "generate":
             return self._rollout(phase)
         call, tokens = phase.call, self.iteration.tokens(phase.call)
@@ -162,12 +171,32 @@ class Estimates:
         reduces = 2 * REDUCE_SECONDS if parallel.tensor > 1 else 0.0
         launching = shard.layers * (kernels + reduces)
         token = need_of(slot_of(self.iteration)).token
-        row = (longest - response / 2) * token
-        whole, rest = divmod(self.iteration.rows_per_replica, phase.work.rows)
-        slices = [phase.work.rows] * whole + [rest] * bool(rest)
-        step = sum(
-            max((shard.weights + rows * row) / self.gpu.bandwidth, launching) for rows in slices
-        )
+        slices = cut(self.iteration.rows_per_replica, phase.work.rows)
+        step = self._step(slices, shard.weights, token, response, launching)
         decode = flops(self.recipe.model.architecture, call.sequences * response, 1)
         seconds = prefill.seconds + response * parallel.pipeline * step
         return Work(phase.name, prefill.flops + decode, 0.0, seconds)
+
+    def _step(
+        self, slices: Sequence[int], weights: int, token: int, response: int, launching: float
+    ) -> float:
+        """Return the seconds in which every slice of rows gets one token."""
+        row = (self.recipe.data.max_length - response / 2) * token
+        return sum(max((weights + rows * row) / self.gpu.bandwidth, launching) for rows in slices)
+
+    def _served(self, call: Call) -> Work:
+        """Return the same estimate for a server's GPUs, which have all rows; without seconds for a
+        server that the run does not start: its GPUs are not known."""
+        longest, architecture = self.recipe.data.max_length, self.recipe.model.architecture
+        assert call.sampling is not None
+        response, server = call.sampling.max_response, server_of(self.iteration)
+        prefill = flops(architecture, call.sequences * (longest - response), 1)
+        work = Work(call.name, flops(architecture, call.sequences * longest, 1), 0.0, 0.0)
+        if server is None:
+            return work
+        reduces = 2 * REDUCE_SECONDS if server.tensor > 1 else 0.0
+        launching = architecture.num_layers * (DECODE_KERNELS * GRAPH_SECONDS + reduces)
+        slices = cut(self.iteration.rows, server.rows)
+        step = self._step(slices, server.weights, server.token, response, launching)
+        busy = prefill / (server.tensor * self.gpu.bf16 * ASSUMED_MFU)
+        return replace(work, seconds=busy + response * step)

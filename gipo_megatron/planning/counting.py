@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gipo_megatron import registry
+from gipo_megatron.components.rollout import VLLMRollout
 from gipo_megatron.errors import UserError
 from gipo_megatron.planning.arithmetic import BATCH, DATASET, PROBE, Call, Iteration
 from gipo_megatron.recipe.schema import ROLES, Recipe
@@ -102,11 +103,16 @@ class CountingRole:
     role: str
     table: Table
     reads: str = BATCH
+    version: int = 0
+    end_ids: tuple[int, ...] = ()
 
-    def generate(self, prompts: Prompts, sampling: Sampling) -> Rollout:
+    def generate(
+        self, prompts: Prompts, sampling: Sampling, server: VLLMRollout | None = None
+    ) -> Rollout:
         """Return a response of one token to each prompt."""
         size = len(prompts)
-        self._note(Call("rollout", "generate", self.role, size, size, sampling=sampling))
+        call = Call("rollout", "generate", self.role, size, size, sampling=sampling, server=server)
+        self._note(call)
         rows = sequences(size)
         return Rollout(
             tokens=rows.tokens,
@@ -161,6 +167,16 @@ class CountingRole:
         self.table.notes.append(call)
 
 
+@dataclass
+class CountingServer:
+    """The server of a sampler (serving/rollouts.py)."""
+
+    sampler: VLLMRollout
+
+    def respond(self, actor: CountingRole, prompts: Prompts, sampling: Sampling) -> Rollout:
+        return actor.generate(prompts, sampling, self.sampler)
+
+
 class Table:
     """The objects that pages and components name (training/assembly.py has the same names)."""
 
@@ -179,6 +195,7 @@ class Table:
                 **{role: partial(self._role, role) for role in ROLES},
                 **{name: lambda: None for name in evaluation},
                 "reward_models": self._reward_models,
+                "connect": lambda: CountingServer,
                 "dp": SingleReplica,
                 "seed": lambda: recipe.run.seed,
                 "sources": lambda: sources,

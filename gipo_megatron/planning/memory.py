@@ -15,11 +15,9 @@ from gipo_megatron.megatron.microbatches import padded_length
 from gipo_megatron.megatron.precision import DTYPES, length_multiple
 from gipo_megatron.planning.activations import Pass, Slot, forward, generation, need_of, training
 from gipo_megatron.planning.arithmetic import BATCH, Call, Iteration, added_up
+from gipo_megatron.planning.server import CONTEXT_BYTES, GIB, push, server_of
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.specs import Sampling, head_of
-
-GIB = 2**30
-CONTEXT_BYTES = 2 * GIB  # CUDA context, kernels, NCCL's buffers
 
 
 class State(NamedTuple):
@@ -38,6 +36,7 @@ class Phase:
     state: State  # of all models that are on the device
     work: Pass
     moved: int = 0  # bytes between host and device when the call begins
+    server: int = 0  # bytes that a rollout server takes on the same device, busy or not
 
     @property
     def name(self) -> str:
@@ -45,7 +44,7 @@ class Phase:
 
     @property
     def peak(self) -> int:
-        return sum(self.state) + self.work.peak
+        return sum(self.state) + self.work.peak + self.server
 
     def __add__(self, other: Phase) -> Phase:
         """Return both calls as one phase: the memory of the larger, the traffic of both."""
@@ -178,9 +177,11 @@ def footprint(
     saves = [calls.phase(Call("save", "save", role)) for role in recipe.trained]
     largest = max([*set_up, *once], key=lambda phase: phase.peak)
     phases = [*([largest] if largest in set_up else []), *once, *usual, *saves]
+    server, rank = server_of(iteration), next(iter(roles.values())).rank
+    beside = 0 if server is None else server.beside(rank)
     return Footprint(
         roles=roles,
-        phases=tuple(added_up(phases)),
+        phases=tuple(replace(phase, server=beside) for phase in added_up(phases)),
         host=sum(s.weights + s.optimizer for role, s in roles.items() if device.offloaded(role)),
         staged=staging(max(roles[role].gradients for role in recipe.trained), recipe.data_parallel),
     )
@@ -219,7 +220,9 @@ class Calls:
         if swapped:  # the actor's own weights are kept on the device meanwhile
             state = state._replace(weights=state.weights + shard.weights)
             moved += shard.weights
-        if call.verb == "generate":
+        if call.server is not None:
+            work = push(self.recipe)
+        elif call.verb == "generate":
             work = self._generate(call, shard)
         elif call.verb == "forward":
             work = forward(self.slot, shard.stage, head_of(role) is not None)

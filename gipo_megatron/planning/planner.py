@@ -9,10 +9,10 @@ from gipo_megatron.planning.arithmetic import Iteration
 from gipo_megatron.planning.compute import Timing, timing
 from gipo_megatron.planning.counting import count
 from gipo_megatron.planning.memory import Footprint, budget, footprints
+from gipo_megatron.planning.server import Server, server_of
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.specs import Architecture, Parallel, Precision, head_of
 
-NODE = 8  # GPUs a node, unless the recipe has fewer
 Kind = tuple[str | None, bool]  # scalar head, trained
 
 
@@ -40,8 +40,15 @@ class Plan:
         return budget(memory) if memory else 0
 
     @property
+    def server(self) -> Server | None:
+        return server_of(self.iteration)
+
+    @property
     def fits(self) -> bool:
-        return not self.limit or self.heaviest.worst.peak <= self.limit
+        """Return whether the models fit beside the server, and the server into its share."""
+        if self.limit and self.heaviest.worst.peak > self.limit:
+            return False
+        return self.server is None or self.server.fits
 
     @property
     def saving(self) -> int:
@@ -71,7 +78,7 @@ class Planner:
         Raises UserError when a model cannot be split like that, or when the calls of the algorithm
         cannot be counted.
         """
-        last, per_node = recipe.parallel.pipeline - 1, min(recipe.hardware.gpus or NODE, NODE)
+        last, per_node = recipe.parallel.pipeline - 1, recipe.hardware.per_node
         second = min(1, last)
         stages = {stage: self._roles(recipe, stage) for stage in sorted({0, second, last})}
         parameters = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from math import ceil
 from pathlib import Path
 
 from gipo_megatron.planning import compute
 from gipo_megatron.planning.compute import Timing
-from gipo_megatron.planning.memory import CONTEXT_BYTES, FRAGMENTATION, GIB, Phase
+from gipo_megatron.planning.memory import FRAGMENTATION, Phase
 from gipo_megatron.planning.planner import Plan, Planner
+from gipo_megatron.planning.server import CONTEXT_BYTES, GIB, Server
 from gipo_megatron.planning.verdict import Change, Verdict, judge
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.recipe.length import stated_length
@@ -25,6 +27,7 @@ COLUMNS: dict[str, Callable[[Phase], int]] = {
     "optim.": lambda phase: phase.state.optimizer,
     "kept": lambda phase: phase.work.activations,
     "KV": lambda phase: phase.work.cache,
+    "server": lambda phase: phase.server,
     "layer": lambda phase: phase.work.layer,
     "logits": lambda phase: phase.work.logits,
     "Adam": lambda phase: phase.work.step,
@@ -137,6 +140,8 @@ def _phases(plan: Plan) -> list[str]:
         mark = " *" if phase is found.worst else ""
         rows.append([phase.name + mark, *(_size(f(phase), unit) for f in columns.values())])
     notes = [note for name, note in _meanings(plan).items() if name in columns]
+    if plan.server is not None:
+        notes.append(_server(plan.server, plan.iteration.rows))
     saving = f"{_size(plan.saving, unit)} {unit[0]} a node"
     notes.append(f"save: a checkpoint; the optimizer is gathered in host memory, {saving}")
     title = f"memory of an iteration on that rank, {unit[0]}; * the largest"
@@ -160,15 +165,30 @@ def _meanings(plan: Plan) -> dict[str, str]:
     }
 
 
+def _server(server: Server, rows: int) -> str:
+    gpus, share = server.tensor, f"{server.share / GIB:.1f} GiB"
+    where = "shared with training" if server.shared else "of its own"
+    text = f"server: vLLM has {share} on {gpus} GPU{'s' if gpus > 1 else ''} {where}: weights"
+    text += f" {server.weights / GIB:.1f}"
+    if server.fits:
+        text += (
+            f", keys and values of {min(server.rows, rows)} of {rows} sequences at their longest"
+        )
+    return text
+
+
 def _time(plan: Plan, time: Timing, steps: int) -> list[str]:
     recipe, gpu = plan.recipe, time.gpu
     rows = [["", "PFLOP", "again", "seconds"]]
     for work in time.works:
-        rows.append([work.name, _peta(work.flops), _peta(work.recomputed), f"{work.seconds:.1f}"])
+        seconds = f"{work.seconds:.1f}" if work.seconds else "not estimated"
+        rows.append([work.name, _peta(work.flops), _peta(work.recomputed), seconds])
     if time.offload:
         rows.append(["offload", "-", "-", f"{time.offload:.1f}"])
     again = sum(work.recomputed for work in time.works)
-    rows.append(["an iteration", _peta(time.flops), _peta(again), f"{time.seconds:.1f}"])
+    partly = "" if all(work.seconds for work in time.works) else ", without the rollout"
+    total = _peta(time.flops), _peta(again), f"{time.seconds:.1f}"
+    rows.append([f"an iteration{partly}", *total])
     peak = compute.peak_rate(recipe, gpu)
     assumed = (
         f"Estimated, not measured, with every sequence at its longest. Rates: {gpu.name} (by its"
@@ -180,11 +200,16 @@ def _time(plan: Plan, time: Timing, steps: int) -> list[str]:
         " GB/s a GPU between nodes. FLOP: 2 · parameters · tokens a pass, without attention's own"
         " products; again: recomputed activations and logits."
     )
+    if plan.server is not None:
+        assumed += (
+            f" The server launches as many, {compute.GRAPH_SECONDS * 1e6:g} µs each; the push of"
+            " weights to it is left out."
+        )
     hours = time.seconds * steps / 3600
     return [
         "work and time of an iteration, all GPUs",
         *table(rows),
-        *([f"  {steps} iterations: {hours:.1f} hours"] if steps else []),
+        *([f"  {steps} iterations{partly}: {hours:.1f} hours"] if steps else []),
         *wrapped(assumed, "  "),
     ]
 
@@ -202,18 +227,40 @@ def _verdict(plan: Plan, verdict: Verdict) -> list[str]:
         return [*lines, *wrapped(f"{cpu}; largest: {largest}")]
     kept = f"{CONTEXT_BYTES / GIB:.0f} GiB for CUDA and NCCL, {FRAGMENTATION:.0%} for fragmentation"
     answer = "fits" if verdict.fits else "DOES NOT FIT"
+    if plan.server is not None and not plan.server.fits:
+        answer += f": {_too_small(plan.server)}"
     lines += wrapped(
         f"verdict: {answer}. {worst.peak / GIB:.1f} GiB in {worst.name!r}; usable"
         f" {plan.limit / GIB:.1f} of {memory} GiB (left: {kept})"
     )
     if verdict.fits:
         return lines
+    if plan.server is not None and plan.server.fits and plan.server.shared:
+        lines += wrapped(_part(plan.server), "  ")
     if verdict.change is not None:
         return [*lines, *_change("cheapest change", verdict.change)]
     if verdict.closest is not None:
         lines += _change("no change tried here fits; closest", verdict.closest)
     others = "a smaller model, shorter sequences (data.max_length), or GPUs with more memory"
     return [*lines, *wrapped(others, "  ")]
+
+
+def _too_small(server: Server) -> str:
+    """Return the reason why the server does not start."""
+    return (
+        f"the server needs {server.least / GIB:.1f} GiB a GPU for its weights, its work and the"
+        f" longest sequence, and serve.gpu_memory {server.serve.gpu_memory:g} gives it"
+        f" {server.share / GIB:.1f}"
+    )
+
+
+def _part(server: Server) -> str:
+    """Return the server's part of a peak that does not fit."""
+    key, least = "algorithm.rollout.serve", ceil(100 * server.least / server.gpu) / 100
+    return (
+        f"{server.share / GIB:.1f} GiB of it are the server's: lower {key}.gpu_memory ({least:g} at"
+        f" least), or give it GPUs of its own ({key}.devices)"
+    )
 
 
 def _change(title: str, change: Change) -> list[str]:

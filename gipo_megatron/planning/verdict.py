@@ -9,10 +9,10 @@ from functools import partial
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.planning.compute import bubble
-from gipo_megatron.planning.memory import GIB
-from gipo_megatron.planning.planner import NODE, Plan, Planner
+from gipo_megatron.planning.planner import Plan, Planner
+from gipo_megatron.planning.server import GIB, Server
 from gipo_megatron.recipe.length import kind_of
-from gipo_megatron.recipe.schema import Recipe
+from gipo_megatron.recipe.schema import NODE, Recipe
 
 # more key=value words -> the recipe with them; UserError when that is no recipe
 Vary = Callable[[Sequence[str]], Recipe]
@@ -64,9 +64,9 @@ def judge(plan: Plan, planner: Planner, vary: Vary) -> Verdict:
         return Verdict(None, warnings)
     tried = partial(_tried, planner, vary)
     if plan.fits:
-        return Verdict(True, (*warnings, *_needless(plan, tried)))
+        return Verdict(True, (*warnings, *_needless(plan, tried), *_waiting(plan, tried)))
     found = []
-    for parts in changes(plan.recipe, plan.gpus_per_node):
+    for parts in changes(plan):
         change = tried(parts)
         if change is not None and change.plan.fits:
             return Verdict(False, warnings, change=_needed(change, tried))
@@ -113,12 +113,33 @@ def _needless(plan: Plan, tried: Tried) -> Iterator[str]:
             return
 
 
-def changes(recipe: Recipe, gpus_per_node: int) -> Iterator[tuple[Part, ...]]:
+def _waiting(plan: Plan, tried: Tried) -> Iterator[str]:
+    """Warn of GPUs that wait while the server works on a part of them, where it is worth a tenth of
+    an iteration."""
+    server, best = plan.server, plan
+    if server is None or not server.shared:
+        return
+    for tensor in _doubled(server.tensor, min(plan.gpus_per_node, plan.recipe.world)):
+        change = tried((Part((f"algorithm.rollout.serve.tensor_parallel={tensor}",), ""),))
+        if change is not None and change.plan.fits and _seconds(change.plan) < 0.9 * _seconds(best):
+            best = change.plan
+    if best.server is not None and best is not plan:
+        yield (
+            f"the server works on {server.tensor} of {plan.gpus_per_node} GPUs, and training waits:"
+            f" algorithm.rollout.serve.tensor_parallel={best.server.tensor} makes an iteration of"
+            f" {_seconds(best):.0f} s out of {_seconds(plan):.0f} (estimated)"
+        )
+
+
+def _seconds(plan: Plan) -> float:
+    assert plan.time is not None, "a plan for GPUs has times"
+    return plan.time.seconds
+
+
+def changes(plan: Plan) -> Iterator[tuple[Part, ...]]:
     """Yield changes, cheapest first: alone, then each on top of the strongest of all kinds before
     it."""
-    kinds = [
-        [Part(words, cost) for words in found] for cost, found in _kinds(recipe, gpus_per_node)
-    ]
+    kinds = [[Part(words, cost) for words in found] for cost, found in _kinds(plan)]
     for kind in kinds:
         yield from ((part,) for part in kind)
     so_far: tuple[Part, ...] = ()
@@ -128,15 +149,17 @@ def changes(recipe: Recipe, gpus_per_node: int) -> Iterator[tuple[Part, ...]]:
         so_far += tuple(kind[-1:])
 
 
-def _kinds(recipe: Recipe, gpus_per_node: int) -> Iterator[tuple[str, list[Words]]]:
+def _kinds(plan: Plan) -> Iterator[tuple[str, list[Words]]]:
     """Yield (cost, changes at that cost, the weakest first), from the lowest cost to the
     highest."""
-    parallel = recipe.parallel
+    recipe, parallel = plan.recipe, plan.recipe.parallel
+    if plan.server is not None:
+        yield _share(plan.server)
     yield "smaller matrix products", _smaller(recipe)
     more = RECOMPUTE[RECOMPUTE.index(recipe.memory.recompute) + 1 :]
     yield "activations computed twice", [(f"memory.recompute={name}",) for name in more]
     yield "models travel between host and GPU in every iteration", _offload(recipe)
-    tensor = _doubled(parallel.tensor, min(gpus_per_node, recipe.world))
+    tensor = _doubled(parallel.tensor, min(plan.gpus_per_node, recipe.world))
     yield (
         "traffic inside each layer, fewer replicas",
         [(f"parallel.tensor={n}", "parallel.sequence=true") for n in tensor],
@@ -158,6 +181,17 @@ def _smaller(recipe: Recipe) -> list[Words]:
     longest = recipe.data.longest_row(kind_of(recipe) == "preference")
     halves = [tokens // 2**n for n in range(1, 32)]
     return [(f"batch.micro_tokens={n}",) for n in halves if n >= longest]
+
+
+def _share(server: Server) -> tuple[str, list[Words]]:
+    """Return other shares of its GPUs with which the server starts, in steps of 0.05: larger ones
+    where its own is too small, else smaller ones."""
+    key, now = "algorithm.rollout.serve.gpu_memory", server.serve.gpu_memory
+    shares = [n / 20 for n in range(1, 19) if n / 20 * server.gpu >= server.least]
+    if not server.fits:
+        return "less memory for training", [(f"{key}={n:g}",) for n in shares]
+    smaller = [n for n in reversed(shares) if n < now and server.shared]
+    return "fewer responses at once", [(f"{key}={n:g}",) for n in smaller]
 
 
 def _doubled(size: int, most: int) -> list[int]:

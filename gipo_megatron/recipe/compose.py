@@ -12,7 +12,8 @@ from types import ModuleType
 
 from gipo_megatron import algorithms, components
 from gipo_megatron.recipe.architecture import read_architecture
-from gipo_megatron.recipe.check import PROBLEMS, WARNINGS, Draft
+from gipo_megatron.recipe.check import PROBLEMS, WARNINGS
+from gipo_megatron.recipe.draft import Draft
 from gipo_megatron.recipe.files import merged
 from gipo_megatron.recipe.interpolation import resolve
 from gipo_megatron.recipe.needs import needed, pruned

@@ -115,12 +115,20 @@ class Evaluation:
     repetition_penalty: Annotated[float, Range(1)] = 1.0
 
 
+NODE = 8  # GPUs of one machine, unless the recipe has fewer
+
+
 @dataclass(frozen=True)
 class Hardware:
     """The machine that the recipe is written for; for checks and planning without torchrun."""
 
     gpus: NotNegative = 0  # 0: CPU, any number of processes
     gpu_memory_gib: NotNegative = 0
+
+    @property
+    def per_node(self) -> int:
+        """GPUs of one machine; for a CPU, processes."""
+        return min(self.gpus or NODE, NODE)
 
 
 def composed() -> Any:

@@ -17,7 +17,7 @@ from gipo_megatron.registry import SLOTS
 DEFAULT = "default"  # origin of a value that no file sets
 COMMAND_LINE = "command line"  # origin of a value set there
 MISSING = "???"  # a value that a child recipe must set
-COMPONENTS = ("algorithm", "judge")  # sections that are components themselves
+COMPONENTS = ("algorithm", "judge", "rollout")  # sections that are components themselves
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _tree(
 
 
 def is_slot(path: KeyPath) -> bool:
-    """Return whether `path` holds a component: `algorithm` or `judge`, and slots below."""
+    """Return whether `path` holds a component: one of COMPONENTS, or a slot below."""
     return bool(path) and path[0] in COMPONENTS and path[-1] in SLOTS
 
 

@@ -29,6 +29,10 @@ class Alerts:
     length_drift: float = 2.0
     # share of responses that equal another one (1 - rollout/distinct), above this
     repetition: float = 0.5
+    # rollout/logprob_gap_mean, nats per token, above this. Inference kernels in bf16 give 0.01 to
+    # 0.03 (Qwen3 4B, Megatron and vLLM: 0.011, vime issue 64); 0.05 is a quarter of the default
+    # clip range, before any update
+    logprob_gap: float = 0.05
     non_finite: bool = True  # any infinity, or NaN in a loss, gradient norm, score or KL
 
     raised: dict[str, int] = field(
@@ -99,6 +103,14 @@ class Alerts:
                 kl > self.kl_above,
                 f"kl/mean = {kl:.3g} > {self.kl_above:g} nats per response: the policy is leaving"
                 " the reference; raise kl_controller.eta, lower models.actor.lr, or stop earlier",
+            )
+        if (gap := finite.get("rollout/logprob_gap_mean")) is not None:
+            yield (
+                "logprob_gap",
+                gap > self.logprob_gap,
+                f"rollout/logprob_gap_mean = {gap:.3g} > {self.logprob_gap:g} nats per token: the"
+                " sampler's probabilities are not the trainer's; use the same dtype for both,"
+                " top_k 0 and top_p 1, or set algorithm.rollout.correction=truncated",
             )
         if (length := finite.get("rollout/length_mean")) is not None:
             yield from self._length(length)

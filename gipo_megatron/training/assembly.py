@@ -7,15 +7,18 @@ recipe builds exactly the models that it uses.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from gipo_megatron import registry
 from gipo_megatron.algorithms.pair_reference import LiveReference, PrecomputedReference, Split
+from gipo_megatron.components.protocols import RolloutServer
+from gipo_megatron.components.rollout import VLLMRollout
 from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary
 from gipo_megatron.errors import UserError
@@ -59,13 +62,20 @@ class Assembly:
 
 
 def assemble(
-    recipe: Recipe, mesh: Mesh, timer: Timer, count: Count = lambda *numbers: None
+    recipe: Recipe,
+    mesh: Mesh,
+    timer: Timer,
+    count: Count = lambda *numbers: None,
+    closing: ExitStack | None = None,
 ) -> Assembly:
     """Build the page and all that it uses; nothing is trained yet. Collective.
 
-    Raises UserError for what a recipe check cannot find.
+    closing: ends what the parts started, when it is closed. Raises UserError for what a recipe
+    check cannot find.
     """
-    given = Providers(recipe, mesh, timer, count)
+    given = Providers(recipe, mesh, timer, count, closing or ExitStack())
+    if "rollout" in given.components:
+        given.components["rollout"].start()
     return Assembly(
         recipe,
         mesh,
@@ -83,9 +93,11 @@ def assemble(
 class Providers:
     """The table: `runtime` by the names of `from_runtime`, `components` by the page's fields."""
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, timer: Timer, count: Count) -> None:
+    def __init__(
+        self, recipe: Recipe, mesh: Mesh, timer: Timer, count: Count, closing: ExitStack
+    ) -> None:
         self.recipe, self.mesh, self.dp = recipe, mesh, mesh.data_parallel
-        self.count = count
+        self.count, self.closing = count, closing
         self.notes: list[str] = []
         block, batch = recipe.algorithm, recipe.batch
         page: Any = registry.lookup("algorithm", block["name"])
@@ -122,6 +134,7 @@ class Providers:
                 "probe": self._probe,
                 "held_out": self._held_out,
                 "sampling": self._sampling,
+                "connect": lambda: self._connect,
             }
         )
         self.components = Lazy(
@@ -296,3 +309,11 @@ class Providers:
             repetition_penalty=drawn.repetition_penalty,
             seed=self.recipe.run.seed,
         )
+
+    def _connect(self, sampler: VLLMRollout) -> RolloutServer:
+        """Start the sampler's server with the actor's model."""
+        # imported here: runs without a server need no HTTP client
+        from gipo_megatron.training.rollout_server import connect, trained_policy
+
+        policy, folder = trained_policy(self.recipe, self.tokenizer), Path(self.recipe.run.dir)
+        return connect(sampler, policy, self.mesh, folder / "vllm", self.closing)

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import gc
 import math
-import signal
-import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from gipo_megatron.environment import commit
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import SamplerLost, UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh, mesh_session
 from gipo_megatron.metrics import Metric, Metrics
@@ -29,38 +27,11 @@ from gipo_megatron.telemetry.performance import performance
 from gipo_megatron.telemetry.sinks import Sink
 from gipo_megatron.training import run_folder
 from gipo_megatron.training.assembly import Assembly, assemble
+from gipo_megatron.training.interrupt import Interrupt
 from gipo_megatron.training.run_lock import RunLock
 from gipo_megatron.types import StepResult
 from gipo_megatron.weights.checkpoints import CheckpointMeta, latest, read_meta
 from gipo_megatron.weights.sources import check_tokenizer
-
-# seconds; torchrun forwards a terminal's Ctrl-C, so every worker sees one press twice
-REPEATED_SIGNAL = 2.0
-
-
-class Interrupt:
-    """SIGTERM, SIGUSR1 and the first Ctrl-C end the run after the step and a checkpoint; a second
-    Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._pressed = -math.inf
-        self._before = {
-            number: signal.signal(number, self._receive)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        }
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT:
-            if self.name and now - self._pressed > REPEATED_SIGNAL:
-                raise KeyboardInterrupt
-            self._pressed = now
-        self.name = self.name or signal.Signals(number).name
 
 
 @dataclass
@@ -74,6 +45,8 @@ class Progress:
     stale: int = 0  # evaluations since then
     skipped: int = 0  # consecutive steps with a non-finite loss or gradient
     data: str = ""  # fingerprint of the training rows
+    # of the last step, until its evaluation is done: values, samples, skipped
+    unlogged: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -104,13 +77,13 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
         for sink in sinks:
             sink.phase(phase)
 
-    with RunLock(directory) as lock:
+    with RunLock(directory) as lock, ExitStack() as closing:
         try:
-            mesh.on_main(lock.take)
+            mesh.from_main(lock.take)
             # again: a run that held the lock may have written since
             start_from = find_checkpoint(recipe, directory)
             timer = PhaseTimer(show)
-            parts = assemble(recipe, mesh, timer.phase, timer.count)
+            parts = assemble(recipe, mesh, timer.phase, timer.count, closing)
             # mcore collects garbage at every save; objects that stay need not be visited each time
             gc.freeze()
             Run(recipe, mesh, parts, sinks, timer, interrupt, directory).run(start_from)
@@ -163,29 +136,53 @@ class Run:
         run, steps, progress = self.recipe.run, self.parts.steps, self.progress
         self._resume(start_from)
         origin = f"resumed from {start_from}" if start_from is not None else "started"
-        self.mesh.on_main(partial(self._begin, origin))
+        self.mesh.from_main(partial(self._begin, origin))
         if run.eval_every and progress.step == 0:
             evaluated, responses = self._evaluate()
             self._log(0, evaluated, held_out=responses)
         self.timer.metrics()  # the set-up is no part of the first step
-        ending = "" if progress.step < steps else "complete"
+        ending = "" if progress.unlogged or progress.step < steps else "complete"
         while not ending:
-            result = self.parts.algorithm.step(progress.step)
-            progress.step += 1
-            values = self._values(result)
-            held_out: list[dict[str, Any]] = []
-            improved = False
-            if run.eval_every and (progress.step % run.eval_every == 0 or progress.step == steps):
-                evaluated, held_out = self._evaluate()
-                improved = self._judge(evaluated)
-                values |= evaluated
-            self._watch(values, result)
-            ending = self._ending(values)
-            self._log(progress.step, values, samples=result.samples, held_out=held_out)
-            if ending or improved or (run.save_every and progress.step % run.save_every == 0):
-                self._save(best=improved)
-            self.timer.metrics()  # evaluations and checkpoints are no part of the next step
+            try:
+                if not progress.unlogged:
+                    self._step()
+                ending = self._account()
+            except SamplerLost:  # the step, or its evaluation, can be done again from here
+                if progress.step:
+                    self._save(best=False)
+                raise
         self._end(ending)
+
+    def _step(self) -> None:
+        """Run one iteration; its row of the log is complete after `_account`."""
+        progress = self.progress
+        result = self.parts.algorithm.step(progress.step)
+        progress.step += 1
+        progress.unlogged = {
+            "values": self._values(result),
+            "samples": result.samples,
+            "skipped": result.skipped,
+        }
+
+    def _account(self) -> str:
+        """Evaluate, watch, log and save after a step; return why the run ends, or ""."""
+        run, progress = self.recipe.run, self.progress
+        row = progress.unlogged
+        held_out: list[dict[str, Any]] = []
+        improved = False
+        last = progress.step == self.parts.steps
+        if run.eval_every and (progress.step % run.eval_every == 0 or last):
+            evaluated, held_out = self._evaluate()
+            improved = self._judge(evaluated)
+            row["values"] |= evaluated
+        progress.unlogged = {}
+        self._watch(row["values"], row["skipped"])
+        ending = self._ending(row["values"])
+        self._log(progress.step, row["values"], samples=row["samples"], held_out=held_out)
+        if ending or improved or (run.save_every and progress.step % run.save_every == 0):
+            self._save(best=improved)
+        self.timer.metrics()  # evaluations and checkpoints are no part of the next step
+        return ending
 
     # -------------------------------------------------------------------------------------- numbers
 
@@ -222,11 +219,11 @@ class Run:
         progress.best, progress.best_step, progress.stale = figure, progress.step, 0
         return True
 
-    def _watch(self, values: Mapping[str, float], result: StepResult) -> None:
+    def _watch(self, values: Mapping[str, float], skipped: Mapping[str, tuple[int, ...]]) -> None:
         progress = self.progress
         messages = self.recipe.alerts.check(values, progress.step)
-        progress.skipped = progress.skipped + 1 if result.skipped else 0
-        for role, rows in result.skipped.items():
+        progress.skipped = progress.skipped + 1 if skipped else 0
+        for role, rows in skipped.items():
             shown = ", ".join(map(str, rows[:8])) + (
                 f" and {len(rows) - 8} more" if len(rows) > 8 else ""
             )

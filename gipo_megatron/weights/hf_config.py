@@ -130,6 +130,29 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, floa
     return float(base), block if scaled else None, float(partial or 1.0)
 
 
+def config_text(
+    files: Mapping[str, str],
+    architecture: Architecture,
+    dtype: str,
+    special_ids: Mapping[str, int],
+    *,
+    head: str | None = None,
+    pad_token_id: int | None = None,
+) -> str:
+    """Return the config.json of written weights: the one that the model came with, where it came
+    from Hugging Face (files: {name: text}), else one for its architecture.
+
+    special_ids: bos_token_id, eos_token_id, pad_token_id. pad_token_id: of a model with a head.
+    """
+    if "config.json" in files:
+        return config_like(files["config.json"], dtype, head=head, pad_token_id=pad_token_id)
+    tokens: dict[str, int | None] = {**special_ids}
+    if head is not None:
+        tokens["pad_token_id"] = pad_token_id
+    config = config_for(architecture, dtype, head=head, tokens=tokens)
+    return json.dumps(config, indent=2) + "\n"
+
+
 def config_for(
     a: Architecture, dtype: str, *, head: str | None = None, tokens: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from gipo_megatron.algorithms.ppo import PPO
 from gipo_megatron.components.groups import CriticHead, LabelledGroups, NoGroups
 from gipo_megatron.components.kl import AdaptiveKL, FixedKL, GroupAdaptiveKL
+from gipo_megatron.components.rollout import Rollouts
 from gipo_megatron.components.variance import GroupDRO, GroupVariance, NoVariance
 from gipo_megatron.local.replicas import run_replicas
 from gipo_megatron.local.roles import TorchActor, TorchCritic
@@ -29,7 +30,15 @@ from gipo_megatron.types import (
     TokenStats,
     Update,
 )
-from tests.small_ppo import BATCH, RESPONSES, SOURCES, make_ppo, prompts_at, stored_rollout
+from tests.small_ppo import (
+    BATCH,
+    RESPONSES,
+    SOURCES,
+    VOCAB,
+    make_ppo,
+    prompts_at,
+    stored_rollout,
+)
 
 DP = SingleReplica()
 
@@ -221,8 +230,8 @@ def test_the_critic_warms_up_alone() -> None:
     before = [p.clone() for p in ppo.actor.parameters]
     first = ppo.step(0)
     assert all(torch.equal(p, q) for p, q in zip(before, ppo.actor.parameters, strict=True))
-    assert "policy/loss" not in first.metrics
-    assert "policy/loss" in ppo.step(1).metrics
+    assert "policy/loss" not in first.metrics and ppo.actor.version == 0
+    assert "policy/loss" in ppo.step(1).metrics and ppo.actor.version == 4
 
 
 def test_minibatches_are_blocks_in_order_every_epoch() -> None:
@@ -359,6 +368,26 @@ class Lengths:
         return rollout.response_lengths.double()
 
 
+def test_held_out_responses_come_from_the_sampler() -> None:
+    """As it is told to draw them, and not from the actor."""
+    ppo = gipo()
+    ppo.held_out = WithGold()  # type: ignore[assignment]
+    ppo.sampling = Sampling(max_response=RESPONSES, temperature=0.2, seed=5)
+    drawn: list[Sampling] = []
+
+    class Elsewhere(Rollouts):
+        def respond(self, actor: Any, prompts: Prompts, sampling: Sampling) -> Rollout:
+            drawn.append(sampling)
+            return other.generate(prompts, sampling)
+
+    other = TorchActor(VOCAB, hidden=16, init_std=2.0, seed=50)
+    ppo.rollout = Elsewhere()
+    _, rows = ppo.evaluate()
+    assert drawn == [ppo.sampling, replace(ppo.sampling, temperature=1.0)]
+    expected = other.generate(prompts_at(100, DP), ppo.sampling).response_text
+    assert [row["response"] for row in rows] == list(expected[:-1])
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_a_gold_model_is_used_before_the_gold_of_the_data(given: bool) -> None:
     """By source, too. Without either there is no gold."""
@@ -391,6 +420,7 @@ def test_a_step_shows_the_stable_names() -> None:
             f"rollout/{x}"
             for x in ("length_mean", "truncated", "logprob_gap_mean", "logprob_gap_max")
         ),
+        *(f"rollout/{x}" for x in ("effective_sample_size", "capped")),
         *(f"reward/{x}" for x in ("score_mean", "score_std", "between_prompts")),
         *(f"kl/{x}" for x in ("mean", "coef_mean")),
         *(f"groups/{x}" for x in groups.split()),
@@ -401,7 +431,7 @@ def test_a_step_shows_the_stable_names() -> None:
         *(f"policy/{x}" for x in ("loss", "clip_fraction", "entropy", "grad_norm", "ratio_max")),
         *(f"value/{x}" for x in ("loss", "explained_variance", "grad_norm")),
     }
-    assert len(expected) == 55
+    assert len(expected) == 57
     assert expected - result.metrics.keys() == set()
     assert len(result.samples) == BATCH
     assert result.samples[0].keys() >= {"prompt", "response", "score", "p_high", "weight", "kl"}

@@ -14,6 +14,14 @@ REFUSED: dict[tuple[str, str, str], list[str]] = {
     ("rollout", "sampling", "top_p"): ["0.0", "1.5"],
     ("rollout", "sampling", "top_k"): ["-1"],
     ("rollout", "sampling", "max_response"): ["-1"],
+    ("rollout", "sampling", "correction"): ["sequence"],
+    ("rollout", "sampling", "correction_cap"): ["0.5", "3.0"],  # 3: nothing reads it
+    ("rollout", "vllm", "url"): [
+        *("localhost:8000", "ftp://a", "'http://'"),
+        *("'http://[a'", "'http://a:80x'", "'http://a:70000'"),
+    ],
+    ("rollout", "vllm", "transfer"): ["nccl"],
+    ("rollout", "vllm", "timeout"): ["0.0"],
     ("reward", "model", "clip"): ["-1.0"],
     ("reward", "model", "anchor"): ["rejected"],
     ("reward", "ensemble", "combine"): ["median"],

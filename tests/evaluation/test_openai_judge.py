@@ -108,7 +108,10 @@ def test_answers_come_back_in_order_and_are_paid_once(tmp_path: Path) -> None:
 def test_what_is_sent(tmp_path: Path) -> None:
     _, log, _ = one(lambda *_: GOOD, tmp_path, temperature=0.25, max_tokens=77)
     _, bare, _ = one(lambda *_: GOOD, tmp_path, temperature=None, max_tokens=0)
-    expected: dict[str, object] = {"model": "judge-1", "messages": prompts.messages(pair(1))}
+    expected: dict[str, object] = {
+        "model": "judge-1",
+        "messages": prompts.messages(pair(1), "text"),
+    }
     assert log.bodies == [{**expected, "temperature": 0.25, "max_tokens": 77}]
     assert bare.bodies == [expected], (
         "another setting is another request, and null leaves a setting to the server"
@@ -202,14 +205,14 @@ def test_a_refused_setting_is_changed_once_for_the_run(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and message in lines[0]
     assert len(again.about()["changes"]) == 1 and again.about()["changes"][0] in lines[0]
-    system, user = (message["content"] for message in prompts.messages(pair(1)))
+    system, user = (message["content"] for message in prompts.messages(pair(1), "text"))
     sent = next(b for b in log.bodies[1:] if "Q1 what?" in b["messages"][-1]["content"])
     expected = {
         "system": {"messages": [{"role": "user", "content": f"{system}\n\n{user}"}]},
         "max_tokens": {"max_completion_tokens": 1024},
         "temperature": {},
     }[refused]
-    whole = {"messages": prompts.messages(pair(1)), "temperature": 0.0, "max_tokens": 1024}
+    whole = {"messages": prompts.messages(pair(1), "text"), "temperature": 0.0, "max_tokens": 1024}
     kept = {key: value for key, value in whole.items() if key != refused}
     assert sent == {"model": "judge-1", **kept, **expected}
 

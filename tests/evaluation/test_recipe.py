@@ -88,6 +88,15 @@ def test_rows_or_tokens_of_a_micro_batch(tmp_path: Path, words: list[str], what:
     assert (problem.key, problem.what) == ("batch.micro_tokens", what)
 
 
+def test_the_sampler_has_the_keys_that_an_evaluation_reads(tmp_path: Path) -> None:
+    recipe = small(tmp_path, "rollout={name: vllm, url: 'http://a:1'}")
+    assert recipe.rollout["url"] == "http://a:1"
+    shown = plain(recipe.tree)["rollout"]
+    assert shown.keys() == {"name", "url", "serve", "transfer", "timeout"}
+    assert plain(small(tmp_path).tree)["rollout"] == {"name": "sampling"}
+    assert small(tmp_path, text=recipe.to_yaml()).rollout == recipe.rollout
+
+
 def test_the_expanded_recipe_is_a_recipe(tmp_path: Path) -> None:
     recipe = small(tmp_path)
     again = small(tmp_path, text=recipe.to_yaml())
@@ -147,6 +156,20 @@ WRONG = [
         ],
     ),
     (["run.dir="], [("run.dir", "is empty", "")]),
+    (
+        ["rollout={name: sampling, temperature: 0.5, top_k: 3, max_response: 8}"],
+        [
+            ("rollout.temperature", "0.5 is not read", "generation.temperature=0.5"),
+            ("rollout.top_k", "3 is not read", "generation.top_k=3"),
+            ("rollout.max_response", "8 is not read", "generation.max_response=8"),
+        ],
+    ),
+    (
+        ["rollout={name: vllm, correction: truncated}"],
+        [("rollout.correction", "'truncated' is not read", "remove it")],
+    ),
+    (["rollout.url=http://a"], [("rollout.url", "does not read it", "vllm")]),
+    (["rollout=vlm"], [("rollout.name", "there is no rollout 'vlm'", "'vllm'")]),
     (
         ["batch.prompts=3", "run.steps=3", "algorithm=ppo"],
         [

@@ -4,6 +4,7 @@ tests/parity/test_training.py."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -91,6 +92,26 @@ def test_a_constant_loss_is_a_step_of_nothing(mesh: Mesh) -> None:
     update = actor.update((pretraining(), constant))
     assert update.metrics["grad_norm"].result() == 0.0 and update.metrics["seen"].result() == 2.0
     assert digest(actor) == before
+
+
+def test_the_version_counts_changes_of_the_weights(mesh: Mesh) -> None:
+    """Steps that were taken, and loaded weights; not a forward pass, not a skipped step."""
+
+    def broken(output: TokenStats, rows: Sequences) -> Loss:
+        return Loss({"x": (output.logprobs.sum() * float("nan"), "token")})
+
+    actor = new_actor(mesh)
+    seen = [actor.version]
+    for action in (
+        lambda: actor.logprobs(pretraining()),
+        lambda: actor.update((pretraining(), language_loss)),
+        lambda: actor.update((pretraining(), broken)),
+        lambda: actor.update((pretraining(), language_loss)),
+        lambda: actor.engine.weights_changed(),
+    ):
+        action()
+        seen.append(actor.version)
+    assert [b - a for a, b in pairwise(seen)] == [0, 1, 0, 1, 1]
 
 
 def test_no_rows_is_an_error(mesh: Mesh) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import cpu_compat
 from gipo_megatron.megatron import mesh as mesh_module
 from gipo_megatron.megatron.mesh import Mesh, check_factors
+from gipo_megatron.recipe.problems import Problem, RecipeErrors
 from gipo_megatron.specs import Parallel
 
 
@@ -38,6 +40,21 @@ def test_one_plain_process(mesh: Mesh) -> None:
         and mesh.broadcast_from_last_stage(x) is x
     )
     mesh.barrier()
+    assert mesh.gather("x") == ["x"] and mesh.replica == 0
+    assert mesh.from_main(lambda: 3) == 3 and mesh.waiting_group is None
+    with pytest.raises(UserError, match="why"):
+        mesh.from_main(refuse)
+
+
+def refuse() -> None:
+    raise UserError("why")
+
+
+def test_an_error_of_any_kind_can_be_sent_to_other_ranks() -> None:
+    problem = Problem("key", "what", fix="fix")
+    for error in (UserError("a", where="b", fix="c"), RecipeErrors("tiny", [problem])):
+        sent = pickle.loads(pickle.dumps(error))
+        assert (type(sent), str(sent)) == (type(error), str(error)) and sent.args == error.args
 
 
 def test_the_world_must_fit_before_anything_is_built(mesh: Mesh) -> None:
@@ -83,5 +100,11 @@ def test_two_processes(model_cells: list[dict[str, Any]]) -> None:
         assert cells["mesh/sum"] and cells["mesh/input_kept"]
         assert cells["mesh/max"] == [1, 0]
         assert cells["mesh/broadcast"] == [1]  # the last stage's rank
+        assert cells["mesh/from_main"] == {"rank": 0}
+        assert cells["mesh/refused"] == (
+            "no such server\n  where: algorithm.rollout.url\n  fix:   start it"
+        )
+        assert cells["mesh/gather"] == [["replica", 0], ["replica", 1]]
+        assert cells["mesh/patience"] >= 1  # days: no rollout takes longer
         assert cells["mesh/place"] == [rank, 2, 0, 0]
     assert len(model_cells) == 2

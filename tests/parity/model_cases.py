@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.checkpoint.sharded import InlineSave
 from gipo_megatron.megatron.cpu_compat import host_mode
 from gipo_megatron.megatron.engine import Engine
@@ -281,7 +282,33 @@ def check_mesh(mesh: Mesh) -> dict[str, Any]:
         and total.dtype == torch.float64,
         "mesh/input_kept": torch.equal(given, exact),
         "mesh/max": group.max(torch.tensor([rank, -rank])).tolist(),
+        **check_messages(mesh),
         "mesh/place": [group.rank, group.size, mesh.tensor_rank, mesh.pipeline_rank],
+    }
+
+
+class Refused(UserError):
+    """An error of a kind of its own, as rank 0 may raise it."""
+
+
+def check_messages(mesh: Mesh) -> dict[str, Any]:
+    """What rank 0 returns and raises, on every rank; objects of both replicas."""
+    refused: UserError | None = None
+
+    def refuse() -> None:
+        assert mesh.is_main
+        raise Refused("no such server", where="algorithm.rollout.url", fix="start it")
+
+    try:
+        mesh.from_main(refuse)
+    except Refused as error:
+        refused = error
+    assert mesh.waiting_group is not None
+    return {
+        "mesh/from_main": mesh.from_main(lambda: {"rank": mesh.rank}),
+        "mesh/refused": str(refused),
+        "mesh/patience": mesh.waiting_group._get_backend(torch.device("cpu")).options._timeout.days,
+        "mesh/gather": mesh.gather(("replica", mesh.replica)),
     }
 
 

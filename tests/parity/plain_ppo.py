@@ -8,6 +8,7 @@ so that ratios leave the clip range.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -33,6 +34,7 @@ ETA, FLOOR, CEILING, GAP, HIGH = (
 )  # the price's ramp is half way; group 1 is the high one
 GAMMA, LAM, SHAPED_CLIP, RETURN_CLIP = 0.98, 0.9, 0.8, 3.0
 LENGTH_PENALTY = 0.05
+CAP = 1.2  # of the weights between the sampler and the model
 SCORES = (-0.8, -1.3, 0.4, 2.2, -0.2, 0.1, 0.9, 1.5)
 SOURCES = ("easy", "hard")
 
@@ -44,13 +46,14 @@ def stored_score(prompt: str, response: str, extras: dict[str, float]) -> float:
 
 def stored_rollout() -> Rollout:
     rows = tiny.sequences(tiny.RAGGED, 3)
-    size = len(rows)
+    size, even = len(rows), -math.log(tiny.ARCHITECTURE.vocab_size)
+    drawn = even + 0.4 * torch.randn(rows.mask.shape, generator=tiny.generator(33))
     return Rollout(
         tokens=rows.tokens,
         mask=rows.mask,
         prompt_lengths=rows.prompt_lengths,
         finished=torch.ones(size, dtype=torch.bool),
-        generation_logprobs=None,
+        generation_logprobs=torch.where(rows.mask, drawn, 0.0),  # of a sampler unlike the model
         response_text=tuple(f"response {i}" for i in range(size)),
         prompt_id=torch.arange(size) // 2,
         sample_id=torch.arange(size),
@@ -77,6 +80,7 @@ class Plain:
     weights: Tensor  # w [N], mass variance
     uniform_weights: Tensor  # w [N] of the paper's variance, not clamped
     clipped: float  # share of tokens outside the ratio clip
+    capped: float  # share of tokens whose weight is the cap
     actor: list[dict[str, Tensor]]  # gradients of each minibatch
     critic: list[dict[str, Tensor]]
 
@@ -118,13 +122,16 @@ def plain_step(num_groups: int = 2) -> Plain:
     ratios = (tiny.hf_token_stats(live, rows).logprobs.detach() - old).exp()[mask]
 
     blocks = [torch.arange(start, start + MINIBATCH) for start in range(0, len(G), MINIBATCH)]
-    weighted = advantages * weights[:, None]
+    assert rollout.generation_logprobs is not None
+    corrections = (old - rollout.generation_logprobs.double()).exp().clamp(max=CAP)
+    weighted = advantages * weights[:, None] * corrections
     return Plain(
         returns=R,
         masses=masses,
         weights=weights,
         uniform_weights=uniform,
         clipped=float(((ratios - 1).abs() > CLIP).double().mean()),
+        capped=float((corrections == CAP)[mask].double().mean()),
         actor=[actor_gradients(live, rows.select(b), old[b], weighted[b]) for b in blocks],
         critic=[
             critic_gradients(live, rows.select(b), critic.values[b], returns[b], coefficients[b])

@@ -15,6 +15,7 @@ from gipo_megatron.components.advantage import GeneralisedAdvantage
 from gipo_megatron.components.groups import CriticHead
 from gipo_megatron.components.kl import GroupAdaptiveKL
 from gipo_megatron.components.reward import FunctionReward
+from gipo_megatron.components.rollout import Rollouts
 from gipo_megatron.components.variance import GroupVariance
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic
@@ -74,14 +75,14 @@ class OffPolicy:
 
 
 @dataclass
-class Stored:
+class Stored(Rollouts):
     """A sampler that has its rollout already."""
 
-    rollout: Rollout
-    temperature: float = 1.0
+    stored: Rollout | None = None
 
     def sample(self, actor: Any, prompts: Prompts, step: int) -> Rollout:
-        return self.rollout
+        assert self.stored is not None
+        return self.stored
 
 
 @dataclass
@@ -132,7 +133,7 @@ def make_ppo(
         critic_warmup=0,
         entropy=plain.ENTROPY,
         ptx=plain.PTX,
-        rollout=Stored(rollout),
+        rollout=Stored(correction="truncated", correction_cap=plain.CAP, stored=rollout),
         reward=FunctionReward(
             "tests.parity.plain_ppo:stored_score",
             length_penalty=plain.LENGTH_PENALTY,

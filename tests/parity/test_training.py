@@ -61,7 +61,7 @@ def test_the_stored_rollout_exercises_the_page() -> None:
     """Else the cells below prove less than they say: ratios on both sides of the clip, weights
     inside and at their limits."""
     plain = plain_ppo.plain_step()
-    assert 0.1 < plain.clipped < 0.9
+    assert 0.1 < plain.clipped < 0.9 and 0.1 < plain.capped < 0.9
     assert (
         len(plain.weights.unique()) > 4 and float(plain.weights.max() - plain.weights.min()) > 0.3
     )

@@ -32,6 +32,7 @@ TIED = Architecture(
 )
 TIED_LAYOUT = Parallel(tensor=2, pipeline=4)
 PLUGIN = "plugins=[tests.planning.pages]"
+SERVE = "algorithm.rollout.serve"
 TIGHT = ["recipe=hh_gipo", "hardware.gpu_memory_gib=40"]
 PLANS = {
     "hh_sft": ["recipe=hh_sft"],
@@ -59,9 +60,26 @@ PLANS = {
         *(f"models.{role}.offload=cpu" for role in ("actor", "reward")),
     ],
     "needless": ["recipe=hh_gipo", "memory.recompute=full"],
+    "server": ["recipe=hh_gipo_vllm"],
+    "server_narrow": ["recipe=hh_gipo_vllm", f"{SERVE}.tensor_parallel=4"],
+    "server_wide": ["recipe=hh_gipo_vllm", f"{SERVE}.gpu_memory=0.6"],
+    "server_small": ["recipe=hh_gipo_vllm", f"{SERVE}.gpu_memory=0.04"],
+    "server_in_stages": [
+        "recipe=hh_gipo_vllm",
+        "parallel.pipeline=2",
+        f"{SERVE}.tensor_parallel=4",
+    ],
+    "server_apart": [
+        "recipe=hh_gipo",
+        "world=4",
+        "hardware.gpus=4",
+        "algorithm.rollout={name: vllm, serve: {devices: '4,5', tensor_parallel: 2}}",
+    ],
+    "server_elsewhere": ["recipe=hh_gipo", "algorithm.rollout={name: vllm, url: http://node7:80}"],
+    "server_cpu": ["recipe=tiny/gipo", "algorithm.rollout.name=vllm"],
     "needed": ["recipe=hh_sft", "memory.recompute=full", "hardware.gpu_memory_gib=31"],
 }
-DOCUMENT = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "docs" / name for name in ("scaling.md", "rollout.md")]
 
 
 def shipped() -> list[str]:
@@ -75,8 +93,9 @@ def shipped() -> list[str]:
 
 
 def documented() -> dict[str, str]:
-    """Arguments of `gipo plan` -> the part of its output in docs/scaling.md."""
-    return dict(re.findall(r"```\n\$ gipo plan ([^\n]+)\n(.*?)```", DOCUMENT, re.DOTALL))
+    """Arguments of `gipo plan` -> the part of its output in a document."""
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    return dict(re.findall(r"```\n\$ gipo plan ([^\n]+)\n(.*?)```", text, re.DOTALL))
 
 
 def layout_cases() -> dict[str, dict[str, Any]]:

@@ -81,6 +81,8 @@ def plan(case: dict[str, Any]) -> dict[str, Any]:
         if found.time is None
         else {work.name: work.seconds for work in found.time.works},
         "saving": found.saving,
+        "server": [{phase.server for phase in stage.phases}.pop() for stage in found.footprints],
+        "server_rows": 0 if found.server is None else found.server.rows,
         "text": render(found, verdict),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +83,16 @@ def test_a_rollout_and_its_updates() -> None:
     assert sampling is not None and (sampling.top_k, sampling.max_response) == (7, 512)
 
 
+def test_a_server_generates_in_the_actors_place() -> None:
+    """The same calls; the rollout's has the sampler, whose keys describe the server."""
+    own = counted("recipe=hh_gipo")
+    work = counted("recipe=hh_gipo", "algorithm.rollout={name: vllm, serve: {tensor_parallel: 8}}")
+    assert brief(work.calls) == brief(own.calls) and work.built == own.built
+    server = work.calls[0].server
+    assert server is not None and server.serve.tensor_parallel == 8
+    assert all(call.server is None for call in (*own.calls, *work.calls[1:]))
+
+
 def test_rows_that_are_mixed_in_are_counted() -> None:
     """ptx adds a minibatch of examples to each of the actor's updates."""
     work = counted("recipe=hh_ppo_kl", "algorithm.ptx=0.1")
@@ -159,7 +169,9 @@ def test_a_page_that_needs_real_rows_has_no_plan() -> None:
 def test_a_run_has_the_same_table(tmp_path: Path) -> None:
     recipe = small(tmp_path)
     mesh: Any = SimpleNamespace(data_parallel=SingleReplica())
-    real = assembly.Providers(recipe, mesh, lambda name: nullcontext(), lambda *numbers: None)
+    real = assembly.Providers(
+        recipe, mesh, lambda name: nullcontext(), lambda *numbers: None, ExitStack()
+    )
     assert set(real.runtime) == set(Table(recipe).runtime)
 
 

@@ -247,12 +247,72 @@ def test_recomputation_without_need_is_a_warning(plans: dict[str, Any]) -> None:
 
 
 def test_shipped_recipes_fit_and_compute_nothing_twice_without_need(plans: dict[str, Any]) -> None:
-    assert plans["shipped"] == {name: [True, []] for name in shipped()} and len(shipped()) == 28
+    assert plans["shipped"] == {name: [True, []] for name in shipped()} and len(shipped()) == 29
+
+
+def test_a_server_on_the_same_gpus_takes_its_share_in_every_phase(plans: dict[str, Any]) -> None:
+    """0.2 of 80 GiB on all eight GPUs; the actor's own decoder needs nothing, a push two tensors of
+    32000 × 4096 in bf16."""
+    plan, plain = plans["server"], plans["hh_gipo"]
+    assert plan["server"] == [16 * GIB] and plain["server"] == [0] and plan["fits"] is True
+    for name, phase in plan["phases"].items():
+        if name != "rollout":
+            assert phase == plain["phases"][name], name
+    assert plan["phases"]["rollout"][1] == 2 * 32000 * 4096 * 2
+    update = plain["phases"]["actor update"]
+    assert plan["worst"] == "actor update" and plan["peak"] == 16 * GIB + update[0] + update[1]
+    # four tensor ranks, on the first of two pipeline stages
+    assert plans["server_in_stages"]["server"] == [16 * GIB, 0]
+    assert plans["server_apart"]["server"] == plans["server_elsewhere"]["server"] == [0]
+    assert plans["server_cpu"]["server"] == [0]
+
+
+def test_a_server_fits_its_share(plans: dict[str, Any]) -> None:
+    """On each of eight GPUs an eighth of 7B in bf16, 1.57 GiB, 2 GiB for CUDA, and 0.3 to 0.4 for a
+    block of 8192 prompt tokens; a row of 2048 tokens is 2 × 32 layers × 4 heads × 128 × 2 bytes."""
+    row = 2048 * 2 * 32 * 4 * 128 * 2
+    fixed = 2 * 6_738_415_616 / 8 + 2 * GIB
+    rows = [(16 * GIB - fixed - work * GIB) / row for work in (0.4, 0.2)]
+    assert rows[0] < plans["server"]["server_rows"] < rows[1]
+    assert "keys and values of 97 of 256 sequences" in " ".join(plans["server"]["text"].split())
+    assert plans["server_apart"]["fits"] is True
+    small, text = plans["server_small"], " ".join(plans["server_small"]["text"].split())
+    assert small["fits"] is False and small["peak"] < small["limit"]
+    assert "the server needs 4.0 GiB a GPU" in text and "0.04 gives it 3.2" in text
+    assert small["change"][0] == ["algorithm.rollout.serve.gpu_memory=0.05"]
+
+
+def test_a_server_beside_which_training_does_not_fit(plans: dict[str, Any]) -> None:
+    """0.6 of the GPU; the largest share below it that leaves room is 0.25."""
+    wide, text = plans["server_wide"], " ".join(plans["server_wide"]["text"].split())
+    assert wide["fits"] is False
+    assert "48.0 GiB of it are the server's: lower algorithm.rollout.serve.gpu_memory" in text
+    assert "or give it GPUs of its own (algorithm.rollout.serve.devices)" in text
+    words, peak = wide["change"]
+    assert words == ["algorithm.rollout.serve.gpu_memory=0.25"]
+    assert peak == plans["server"]["peak"] + 4 * GIB <= wide["limit"]
+
+
+def test_the_time_of_a_server(plans: dict[str, Any]) -> None:
+    """Prefill of 256 prompts of 1536 tokens on eight GPUs, then 512 steps of three slices: in each
+    the memory is read once, or 22 kernels and two all-reduces a layer are launched."""
+    parameters, row = 6_738_415_616, 2 * 32 * 4 * 128 * 2 * (2048 - 256)
+    prefill = 2 * parameters * 256 * 1536 / (8 * 989e12 * 0.4)
+    launched = 32 * (22 * 1.5e-6 + 2 * 20e-6)
+    read = [(2 * parameters / 8 + rows * row) / 3.35e12 for rows in (97, 97, 62)]
+    seconds = prefill + 512 * sum(max(each, launched) for each in read)
+    assert plans["server"]["seconds"]["rollout"] == pytest.approx(seconds, rel=1e-3)
+    elsewhere = " ".join(plans["server_elsewhere"]["text"].split())
+    assert "rollout 7.1 - not estimated" in elsewhere
+    assert "an iteration, without the rollout 84.8 0.1 24.7" in elsewhere
+    (warning,) = plans["server_narrow"]["warnings"]
+    assert "works on 4 of 8 GPUs" in warning and "tensor_parallel=8 makes an iteration" in warning
+    assert plans["server"]["warnings"] == plans["server_apart"]["warnings"] == []
 
 
 def test_the_printed_plan(plans: dict[str, Any]) -> None:
     texts = {name: plans[name]["text"] for name in PLANS}
-    assert len(texts) == 17
+    assert len(texts) == 25
     for name, text in texts.items():
         assert max(map(len, text.splitlines())) <= 100, name
         assert text.count("verdict: ") == 1, name
@@ -266,8 +326,8 @@ def test_the_printed_plan(plans: dict[str, Any]) -> None:
     assert prod((256, 4, 2048)) == plans["70b"]["tokens"]
 
 
-def test_the_document_shows_the_printed_plan(plans: dict[str, Any]) -> None:
-    """docs/scaling.md: whole sections, with … for those left out."""
+def test_the_documents_show_the_printed_plan(plans: dict[str, Any]) -> None:
+    """Whole sections, with … for those left out."""
     checked = 0
     for words, shown in documented().items():
         printed = plans[f"document/{words}"]["text"].rstrip("\n").split("\n\n")
@@ -275,4 +335,4 @@ def test_the_document_shows_the_printed_plan(plans: dict[str, Any]) -> None:
         for section in re.split(r"\n\n+", sections):
             assert section in printed, f"{words}\n{section}"
             checked += 1
-    assert len(documented()) == 5 and checked == 11
+    assert len(documented()) == 7 and checked == 13

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gipo_megatron.recipe.check import default_world, missing_loads
+from gipo_megatron.recipe.check import missing_loads
+from gipo_megatron.recipe.draft import default_world
 from gipo_megatron.recipe.schema import Hardware
 from gipo_megatron.recipe.validate import WRONG
 from gipo_megatron.specs import Parallel

@@ -24,6 +24,7 @@ LOUD = [
     ("kl/mean", 80.0, "50"),
     ("rollout/distinct", 0.2, "0.5"),
     ("rollout/repetition", 0.7, "0.5"),
+    ("rollout/logprob_gap_mean", 0.2, "0.05"),
     ("policy/loss", float("nan"), "finite"),
     ("value/loss", float("inf"), "finite"),
     ("source/hh/score", float("inf"), "finite"),
@@ -98,6 +99,7 @@ def test_state_is_no_recipe_key() -> None:
         "kl_above",
         "length_drift",
         "repetition",
+        "logprob_gap",
         "non_finite",
     }
     assert {f.name for f in dataclasses.fields(Alerts)} - keys == {"raised", "lengths"}

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from gipo_megatron.capabilities import Apex, Capabilities, GpuInfo
+from gipo_megatron.capabilities import Apex, Capabilities, GpuInfo, probe
 from gipo_megatron.commands import doctor
+from gipo_megatron.data.tokenizer import byte_tokenizer
 from gipo_megatron.recipe.compose import compose, load_components
 from gipo_megatron.recipe.source import Block
+from gipo_megatron.training.rollout_server import SAMPLE, trained_policy
 from tests import broken_transformer_engine, forked
 from tests.forked import ROOT
+from tests.recipe.helpers import small
+from tests.serving import fake
 
 # here, since a package that the components import may draw from a global generator
 load_components(Block({}, "tests"))
@@ -102,7 +106,7 @@ def test_missing_parts_are_told_with_their_cost() -> None:
             "transformer-engine",
             "apex (NVIDIA's)",
             "wandb",
-            "vllm",
+            "vllm (VLLM_PYTHON's)",
         ),
         *("FP8 delayed", "FP8 tensorwise", "FP8 blockwise"),
     }
@@ -165,6 +169,57 @@ def test_a_broken_transformer_engine_is_told_in_the_words_of_a_run(
     assert (
         f"tiny/sft: cannot run here\n  - {told}" if stops else "tiny/sft: can run here\n"
     ) in done.stdout
+
+
+def interpreter(folder: Path, version: str) -> str:
+    """Return a program in the place of a Python whose environment has that version of vLLM."""
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\necho {version}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+def server_reasons(folder: Path, *words: str) -> list[str]:
+    return doctor.obstacles(small(folder, "algorithm.rollout.name=vllm", *words), LAPTOP)
+
+
+def test_the_program_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = "algorithm.rollout.serve"
+    monkeypatch.delenv("VLLM_PYTHON", raising=False)
+    (reason,) = server_reasons(tmp_path)
+    assert reason.startswith("no Python with vLLM is given") and "export VLLM_PYTHON=" in reason
+    monkeypatch.setenv("VLLM_PYTHON", interpreter(tmp_path, "0.32.0"))
+    assert server_reasons(tmp_path) == [] and probe().vllm == "0.32.0"
+    monkeypatch.setenv("VLLM_PYTHON", str(tmp_path / "nowhere"))
+    assert probe().vllm is None
+    (reason,) = server_reasons(tmp_path)
+    assert reason.startswith(f"no program '{tmp_path}/nowhere'")
+    (reason,) = server_reasons(tmp_path, f"{serve}.python={interpreter(tmp_path, '')}")
+    assert reason.startswith(f"{tmp_path}/python has no vLLM")
+    assert server_reasons(tmp_path, f"{serve}.command=[sh, serve]") == []
+    (reason,) = server_reasons(tmp_path, f"{serve}.command=[no-such-program]")
+    assert reason.startswith("no program 'no-such-program'")
+
+
+def test_the_server_at_a_url(tmp_path: Path) -> None:
+    """Compared with the actor: length, routes, model, tokenizer."""
+    policy = trained_policy(small(tmp_path), byte_tokenizer())
+    policy.write(tmp_path / "model")
+    options = fake.Options(tmp_path / "model", tokens={SAMPLE: policy.tokenizer.encode(SAMPLE)})
+    with fake.serving(options) as server:
+        url = f"algorithm.rollout.url=http://127.0.0.1:{server.server_port}"
+        assert server_reasons(tmp_path, url) == []
+        (reason,) = server_reasons(tmp_path, url, "model.architecture.hidden_size=64")
+        assert "the server has another model: hidden_size 128, not 64" in reason
+        elsewhere = "models.actor.load=runs/nowhere/final"
+        (reason,) = server_reasons(tmp_path, url, elsewhere)
+        assert "is not on this machine" in reason, "without weights it has only to answer"
+    (reason,) = server_reasons(tmp_path, url)
+    assert "ConnectError" in reason
+    with fake.serving(replace(options, routes=False)) as server:
+        url = f"algorithm.rollout.url=http://127.0.0.1:{server.server_port}"
+        (reason,) = server_reasons(tmp_path, url)
+    assert "fix: start it with --enable-scale-out and VLLM_SERVER_DEV_MODE=1" in reason
 
 
 def test_tiny_runs_anywhere(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gipo_megatron.components.rollout import SamplingRollout
 from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.encoding import Encoder
 from gipo_megatron.data.examples import Example, Tally
@@ -272,7 +273,7 @@ class Judge:
         weights: Mapping[str, Path] = {f"policies.{name}.load": load}
         responder = Responder(
             replace(chain.evaluation, generation=generation),
-            chain.mesh, chain.tokenizer, weights, chain.task.ids,
+            chain.mesh, chain.tokenizer, weights, chain.task.ids, SamplingRollout(),
         )  # fmt: skip
         batches = responder.responses(
             name, chain.task.prompts, ResponseScores(None, self.reference)

@@ -17,7 +17,7 @@ from gipo_megatron.evaluation.judges import prompts
 from gipo_megatron.evaluation.judges.answers import Answer, read_answer
 from gipo_megatron.evaluation.judges.cache import ReplyCache, request_key
 from gipo_megatron.evaluation.types import FAILED, Judge, Pair, Verdict
-from gipo_megatron.registry import Range, from_runtime, register
+from gipo_megatron.registry import OneOf, Range, from_runtime, register
 
 CACHE = "judge_cache.jsonl"
 
@@ -26,7 +26,8 @@ CACHE = "judge_cache.jsonl"
 @register("judge", "openai")
 @dataclass
 class OpenAIJudge(Judge):
-    """The model explains its choice and ends with [[A]], [[B]] or [[C]].
+    """The model explains its choice, then gives its verdict: as text that ends with [[A]], [[B]] or
+    [[C]], or as JSON of a schema, where the server restricts the answer to it.
 
     Every reply is written to judge_cache.jsonl before it is read. An answer without a verdict is
     FAILED and kept; one that was cut is requested again with another max_tokens; a request that
@@ -38,6 +39,7 @@ class OpenAIJudge(Judge):
     base_url: str = "https://api.openai.com/v1"
     # the environment variable with the key; "" for a server without keys
     api_key_env: str = "OPENAI_API_KEY"
+    answer: Annotated[str, OneOf(*prompts.FORMS)] = "text"  # form that is requested; both are read
     concurrency: Annotated[int, Range(1)] = 8  # requests in flight
     # null: the server's default (some models refuse the setting)
     temperature: Annotated[float, Range(0)] | None = 0.0
@@ -67,6 +69,9 @@ class OpenAIJudge(Judge):
         if not known:
             fix = "use an address such as http://localhost:8000/v1"
             raise UserError("is not the address of a server", where=where, fix=fix)
+        if url.path.rstrip("/").endswith("/chat/completions"):
+            fix = f"use {self.base_url.rpartition('/chat/completions')[0]}"
+            raise UserError("is the address of one route", where=where, fix=fix)
         if "@" in url.netloc or url.query:
             fix = "put the key into an environment variable, and its name into judge.api_key_env"
             raise UserError("contains a password or a query", where=where, fix=fix)
@@ -133,7 +138,8 @@ class OpenAIJudge(Judge):
             "base_url": self.base_url,
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
-            "prompts": prompts.fingerprint(),
+            "answer": self.answer,
+            "prompts": prompts.fingerprint(self.answer),
             "changes": sorted({change for reply in replies for change in reply.changes}),
             "answers": len(answers),
             "prompt_tokens": prompt,
@@ -148,7 +154,10 @@ class OpenAIJudge(Judge):
         return about
 
     def _request(self, pair: Pair) -> dict[str, Any]:
-        request: dict[str, Any] = {"model": self.model, "messages": prompts.messages(pair)}
+        messages = prompts.messages(pair, self.answer)
+        request: dict[str, Any] = {"model": self.model, "messages": messages}
+        if self.answer == "json":
+            request["response_format"] = prompts.JSON
         if self.temperature is not None:
             request["temperature"] = self.temperature
         if self.max_tokens:

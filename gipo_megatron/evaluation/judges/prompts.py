@@ -1,29 +1,48 @@
-"""The messages a language model gets about a pair, and how its verdict is read."""
+"""The messages a language model gets about a pair, and the form of its answer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
+from typing import Any
 
-from gipo_megatron.evaluation.types import FIRST, KINDS, SECOND, TIE, Pair
+from gipo_megatron.evaluation.judges.verdicts import VERDICTS
+from gipo_megatron.evaluation.types import KINDS, Pair
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
+FORMS = ("text", "json")  # of an answer
 
 
 def _template(name: str) -> str:
     return (TEMPLATES / f"judge_{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
 
 
-SYSTEM = _template("system")
+SYSTEMS = {
+    form: _template("system").replace("{answer}", _template(f"answer_{form}")) for form in FORMS
+}
 CRITERIA = {kind: _template(kind) for kind in KINDS}
 TITLES = {"helpful": "CONVERSATION", "harmless": "CONVERSATION", "summary": "TEXT"}
-VERDICTS = {"A": FIRST, "B": SECOND, "C": TIE}
-_TOKEN = re.compile(r"\[\[([ABC])\]\]")
+# a request's response_format for `json`; the reasons come before the verdict
+JSON = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "verdict",
+        "strict": True,
+        "schema": {
+            "type": "object",
+            "properties": {
+                "explanation": {"type": "string"},
+                "verdict": {"type": "string", "enum": list(VERDICTS)},
+            },
+            "required": ["explanation", "verdict"],
+            "additionalProperties": False,
+        },
+    },
+}
 
 
-def messages(pair: Pair) -> list[dict[str, str]]:
+def messages(pair: Pair, form: str) -> list[dict[str, str]]:
     """Return the pair as chat messages, equal for equal pairs.
 
     The mark of the quoted blocks is a hash of their content, so no response can contain it.
@@ -34,23 +53,16 @@ def messages(pair: Pair) -> list[dict[str, str]]:
     quoted = "\n\n".join(
         f"BEGIN {title} {mark}\n{text}\nEND {title} {mark}" for title, text in blocks
     )
+    system = SYSTEMS[form].format(criteria=CRITERIA[pair.kind], mark=mark)
     return [
-        {"role": "system", "content": SYSTEM.format(criteria=CRITERIA[pair.kind], mark=mark)},
+        {"role": "system", "content": system},
         {"role": "user", "content": f"{quoted}\n\nWhich answer is better?"},
     ]
 
 
-def choice(text: str) -> str | None:
-    """Return FIRST, SECOND or TIE by the last verdict token of the text; None without one."""
-    tokens = _TOKEN.findall(text)
-    return VERDICTS[tokens[-1]] if tokens else None
-
-
-def ends_with_verdict(text: str) -> bool:
-    """Return whether a verdict token is the last thing in the text, markup aside."""
-    return re.search(rf"{_TOKEN.pattern}\W*\Z", text) is not None
-
-
-def fingerprint() -> str:
-    """Return a hash that changes with any judge prompt."""
-    return hashlib.sha256(json.dumps([SYSTEM, CRITERIA, TITLES]).encode()).hexdigest()[:16]
+def fingerprint(form: str) -> str:
+    """Return a hash that changes with any judge prompt of that form."""
+    parts: list[Any] = [SYSTEMS[form], CRITERIA, TITLES]
+    if form == "json":
+        parts.append(JSON)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

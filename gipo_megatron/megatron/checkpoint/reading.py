@@ -85,6 +85,7 @@ def _restore_role(folder: Path, engine: Engine) -> None:
             wanted["group_head"] = engine.group_head.sharded_state()
         loaded = dist_checkpointing.load(wanted, str(folder))
         _fill(engine, list(sharded), loaded)
+        engine.version += 1
         if engine.optimisation is not None:
             engine.optimizer.load_state_dict(loaded["optimizer"])
             engine.learning_rate.load_state_dict(loaded["learning_rate"])

@@ -1,0 +1,1 @@
+"""Responses drawn by a vLLM server: its process, its HTTP interface, the actor's weights in it."""
