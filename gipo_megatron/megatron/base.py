@@ -15,6 +15,7 @@ from torch import nn
 
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import SCORE, placements
+from gipo_megatron.weights.base import BaseMeta
 
 
 @dataclass
@@ -22,11 +23,13 @@ class Base:
     """This rank's parameters by the names of the whole tensors; the roles that are built on it add
     what they need: a critic's has no output layer.
 
-    filled: names of those with values; the others are new, and wait for a load.
+    filled: names of those with values; the others are new, and wait for a load. meta: the model's
+    identity, once it is loaded.
     """
 
     held: dict[str, nn.Parameter] = field(default_factory=dict)
     filled: set[str] = field(default_factory=set)
+    meta: BaseMeta | None = None
 
     def adopt(self, model: GPTModel, vocab_size: int, mesh: Mesh) -> None:
         """Put the parameters held here in the place of the model's own, which may be on the meta
@@ -43,6 +46,11 @@ class Base:
             module, _, attribute = path.rpartition(".")
             setattr(model.get_submodule(module), attribute, self.held[name])
 
-    def fill(self) -> None:
-        """Note that all parameters have values now."""
+    @property
+    def complete(self) -> bool:
+        return self.held.keys() == self.filled
+
+    def fill(self, meta: BaseMeta) -> None:
+        """Note that all parameters have the values of this model now."""
         self.filled |= self.held.keys()
+        self.meta = meta

@@ -3,10 +3,13 @@ and tests make their models."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.base import Base
-from gipo_megatron.megatron.checkpoint import check_architecture, load_weights
+from gipo_megatron.megatron.checkpoint import check_architecture, load_weights, source_of
 from gipo_megatron.megatron.engine import Count, Engine
 from gipo_megatron.megatron.hf import Seen, ignore, load_group_head, load_hf
 from gipo_megatron.megatron.mesh import Mesh
@@ -21,6 +24,7 @@ from gipo_megatron.specs import (
     base_role,
     head_of,
 )
+from gipo_megatron.weights.base import BaseMeta, base_at
 from gipo_megatron.weights.checkpoints import read_hf_files, weights_kind
 from gipo_megatron.weights.hf_config import architecture_from_hf
 
@@ -49,6 +53,8 @@ def build_engine(
 
     Collective. Raises UserError when the weights do not fit.
     """
+    if adapter.rank and base is None:
+        base = Base()
     engine = Engine(
         mesh,
         architecture,
@@ -79,21 +85,72 @@ def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
     """
     if load == "random":
         return load
-    path = Path(load)
+    path, base = Path(load), engine.base
     if weights_kind(path) == "checkpoint":
-        return load_weights(path, base_role(role), engine)
+        home, saved = source_of(path, base_role(role))
+        if base is not None and saved.base is not None:
+            _load_base(engine, base, saved.base, role, path, seen)
+            return load_weights(path, base_role(role), engine)
+        with _filling(base, path / home):
+            return load_weights(path, base_role(role), engine)
     check_architecture(path / "config.json", architecture_from_hf(path), engine.architecture)
-    with engine.residency.use(training=engine.optimisation is not None):
+    with _filling(base, path), engine.residency.use(training=engine.optimisation is not None):
         place = engine.chunks, engine.mesh, engine.architecture
-        filled = engine.base.filled if engine.base is not None else ()
+        filled = base.filled if base is not None else ()
         load_hf(path, *place, head=engine.head, but=filled, seen=seen)
-        if engine.base is not None:
-            engine.base.fill()
         if engine.group_head is not None:
             load_group_head(path, engine.group_head)
         engine.weights_changed()
     engine.hf_files = read_hf_files(path)
     return "huggingface"
+
+
+@contextmanager
+def _filling(base: Base | None, folder: Path) -> Iterator[None]:
+    """Hold while the whole model in `folder` is loaded, of which a base takes what it lacks."""
+    if base is None:
+        yield
+        return
+    meta = base_at(folder)
+    _check_base(base, meta, folder)
+    yield
+    base.fill(meta)
+
+
+def _check_base(base: Base, meta: BaseMeta, where: Path) -> None:
+    if base.meta not in (None, meta):
+        raise UserError(
+            f"its base is another model than the one at {base.meta.source or 'random'}",
+            where=str(where),
+            fix="give roles that share a base weights that were trained on it",
+        )
+
+
+def _load_base(
+    engine: Engine, base: Base, meta: BaseMeta, role: str, where: Path, seen: Seen
+) -> None:
+    """Load what the base lacks of the model that the adapters at `where` belong to. Raises
+    UserError where that model is no longer there, or has changed."""
+    _check_base(base, meta, where)
+    if base.complete:
+        return
+    base.meta = meta
+    if meta.seed is not None:
+        names = {name for name in base.held if name not in base.filled}
+        place = engine.chunks, engine.architecture, engine.mesh
+        initialise_weights(*place, meta.seed, only=names)
+        base.fill(meta)
+        return
+    source = Path(meta.source)
+    if base_at(source) != meta:
+        raise UserError(
+            f"the base of these adapters is not at {source}, or has changed since",
+            where=str(where),
+            fix="put the model there that they were trained on",
+        )
+    load_into(
+        engine, str(source if (source / "config.json").is_file() else source.parent), role, seen
+    )
 
 
 def snapshot_of(engine: Engine, load: str, role: str, seed: int = 0) -> Snapshot:

@@ -36,6 +36,7 @@ from gipo_megatron.megatron.heads import LanguageHead, ScalarHead
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import ADAPTER, EMBEDDING, OUTPUT, SCORE, placements
 from gipo_megatron.specs import AdapterSpec, Architecture, Parallel, Precision, split_problems
+from gipo_megatron.weights.base import random_base
 
 INIT_STD = 0.02
 VOCAB_MULTIPLE = 64
@@ -80,10 +81,15 @@ def build_chunks(
             _chunk(architecture, mesh, config, head, adapter, base, stage)
             for stage in range(mesh.parallel.virtual_pipeline)
         ]
+    names = {
+        place.name for chunk in chunks for place, _ in placements(chunk, architecture.vocab_size)
+    }
+    if not initialise:
+        names = {name for name in names if name == SCORE or ADAPTER in name}
     filled = base.filled if base is not None else set[str]()
-    initialise_weights(chunks, architecture, mesh, seed, only_added=not initialise, but=filled)
+    initialise_weights(chunks, architecture, mesh, seed, only=names - filled)
     if base is not None and initialise:
-        base.fill()
+        base.fill(random_base(seed))
     return chunks
 
 
@@ -328,14 +334,12 @@ def initialise_weights(
     architecture: Architecture,
     mesh: Mesh,
     seed: int,
-    only_added: bool = False,
-    but: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> None:
     """Draw weights ~ normal(0, 0.02), in layers that write to the residual stream normal(0, 0.02 /
     sqrt(2 L)); norms are 1, biases 0. Adapters, as PEFT's: A ~ uniform(-1, 1) / sqrt(in), B is 0.
 
-    only_added: heads and adapters, which the weights of a language model lack; but: names of
-    tensors that stay.
+    only: names of whole tensors, where others stay as they are.
 
     Each whole tensor is drawn from a generator keyed by (seed, its name in the whole model) and
     then cut, so every layout starts from the same weights.
@@ -343,7 +347,7 @@ def initialise_weights(
     for chunk in chunks:
         for place, parameter in placements(chunk, architecture.vocab_size):
             name = place.name
-            if name in but or (only_added and name != SCORE and ADAPTER not in name):
+            if only is not None and name not in only:
                 continue
             if name.endswith("layernorm.weight"):
                 parameter.fill_(1.0)

@@ -10,7 +10,8 @@ from typing import Any
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_json
-from gipo_megatron.specs import Architecture, HeadSpec
+from gipo_megatron.specs import AdapterSpec, Architecture, HeadSpec
+from gipo_megatron.weights.base import BaseMeta
 
 FORMAT, VERSION = "gipo_megatron", 2  # 2: FP8 scaling state as tensors; all else as in 1
 HF_FILES = ("config.json", "generation_config.json")
@@ -27,6 +28,8 @@ class RoleMeta:
     num_groups: int | None = None  # None: no group head
     group_input: str | None = None
     trained: bool = False  # saved with its optimizer
+    adapter: AdapterSpec | None = None  # None: the whole model is saved
+    base: BaseMeta | None = None  # that the adapters belong to
 
     @property
     def group(self) -> HeadSpec | None:
@@ -78,15 +81,20 @@ def parse_meta(path: Path) -> CheckpointMeta | None:
         )
     known = {f.name for f in fields(CheckpointMeta)}
     try:
-        roles = {
-            role: RoleMeta(**{**about, "architecture": Architecture(**about["architecture"])})
-            for role, about in content.get("roles", {}).items()
-        }
+        roles = {role: _role(about) for role, about in content.get("roles", {}).items()}
     except (AttributeError, KeyError, TypeError) as error:
         what = f"{file} describes no architecture of this version: {error}"
         raise _unusable(path, what) from None
     plain = {key: value for key, value in content.items() if key in known}
     return CheckpointMeta(**{**plain, "roles": roles})
+
+
+def _role(about: dict[str, Any]) -> RoleMeta:
+    values = {**about, "architecture": Architecture(**about["architecture"])}
+    if adapter := about.get("adapter"):
+        values["adapter"] = AdapterSpec(**{**adapter, "targets": tuple(adapter["targets"])})
+        values["base"] = BaseMeta(**about["base"])
+    return RoleMeta(**values)
 
 
 def read_meta(path: Path) -> CheckpointMeta:

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import checkpoint as torch_checkpoint
 
+from gipo_megatron.errors import UserError
+from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.engine import Engine
@@ -15,6 +18,8 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.meta_shard import num_bytes
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, outputs
 from gipo_megatron.specs import AdapterSpec, Precision
+from gipo_megatron.weights.base import BaseMeta
+from gipo_megatron.weights.checkpoints import CheckpointMeta, read_meta
 from tests.parity.adapters import SPEC
 from tests.parity.roles import ADAM, parts_of
 from tests.parity.tiny import ARCHITECTURE, VOCAB, generator, hf_model
@@ -84,3 +89,68 @@ def test_a_folder_is_read_once(mesh: Mesh, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = hf_model()(tokens()).logits
     torch.testing.assert_close(outputs(engine, tokens()), expected, atol=1e-5, rtol=1e-5)
+
+
+def save(engines: dict[str, Engine], mesh: Mesh, folder: Path) -> Path:
+    return checkpoint.save(folder, engines, mesh, CheckpointMeta(1))
+
+
+def test_a_checkpoint_has_adapters_and_head_alone(mesh: Mesh, tmp_path: Path) -> None:
+    base = Base()
+    engines = {role: build(role, mesh, base) for role in ("actor", "critic")}
+    saved = save(engines, mesh, tmp_path)
+    for role, head in (("actor", set()), ("critic", {"score.weight"})):
+        stored = torch_checkpoint.FileSystemReader(saved / role).read_metadata()
+        names = {n for n in stored.state_dict_metadata if not n.startswith("optimizer")}
+        kinds = {n for n in names if ".adapter." in n}
+        assert len(kinds) == 4 * 4 * 2 and names == kinds | head
+    about = read_meta(saved).roles["actor"]
+    assert (about.adapter, about.base) == (SPEC, BaseMeta("random/3"))
+
+
+def test_the_next_stage_continues_on_the_same_base(mesh: Mesh, tmp_path: Path) -> None:
+    """A trained actor's adapters start a reward model and a critic; the base is read from where it
+    was, once."""
+    hf_model().save_pretrained(tmp_path / "hf")
+    first = build("actor", mesh, None, load=str(tmp_path / "hf"))
+    actor = MegatronActor(first, eos_id=1, pad_id=0, decode=str)
+    actor.update(*parts_of("actor", mesh))
+    saved = save({"actor": first}, mesh, tmp_path)
+    base = Base()
+    again, critic = (build(role, mesh, base, load=str(saved)) for role in ("actor", "critic"))
+    assert torch.equal(outputs(again, tokens()), outputs(first, tokens()))
+    weights = [dict(engine.chunks[0].named_parameters()) for engine in (again, critic)]
+    name = "decoder.layers.1.mlp.linear_fc1"
+    assert weights[0][f"{name}.weight"] is weights[1][f"{name}.weight"]
+    for matrix in "ab":
+        values = [w[f"{name}.adapter.{matrix}"] for w in weights]
+        assert values[0] is not values[1] and torch.equal(*values)
+    assert weights[1][f"{name}.adapter.b"].any()
+
+
+def test_adapters_without_their_base(mesh: Mesh, tmp_path: Path) -> None:
+    model = hf_model()
+    model.save_pretrained(tmp_path / "hf")
+    saved = save({"actor": build("actor", mesh, None, load=str(tmp_path / "hf"))}, mesh, tmp_path)
+    for spec, base in ((AdapterSpec(rank=2), None), (AdapterSpec(), Base()), (AdapterSpec(), None)):
+        with pytest.raises(UserError, match="has other adapters: there AdapterSpec"):
+            build("reference", mesh, base, load=str(saved), adapter=spec)
+    with pytest.raises(UserError, match="its base is another model"):
+        base = Base()
+        build("critic", mesh, base)
+        build("actor", mesh, base, load=str(saved))
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained(tmp_path / "hf")
+    with pytest.raises(UserError, match="has changed since"):
+        build("actor", mesh, None, load=str(saved))
+
+
+def test_a_whole_checkpoint_is_a_base(mesh: Mesh, tmp_path: Path) -> None:
+    whole = build("actor", mesh, None, adapter=AdapterSpec())
+    saved, base = save({"actor": whole}, mesh, tmp_path), Base()
+    for role in ("critic", "actor", "reference"):  # the critic's has no output layer
+        engine = build(role, mesh, base, load=str(saved))
+        assert base.complete
+    assert torch.equal(outputs(engine, tokens()), outputs(whole, tokens()))
+    assert base.meta is not None and base.meta.source == str(saved / "actor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from tests.parity.tiny import (
     relative_errors,
     weighted,
 )
+from tests.parity.train_cases import interrupted, resumed
 
 # variant -> (loss, recompute)
 VARIANTS = {"text": ("text", "none"), "full": ("text", "full"), "reward": ("reward", "selective")}
@@ -108,11 +110,16 @@ def shared(mesh: Mesh) -> list[bool]:
     return [torch.equal(a, b) for a, b in zip(*found, strict=True)]
 
 
-def run(world: int) -> dict[str, Any]:
+def run(world: int, out: Path) -> dict[str, Any]:
+    """A checkpoint that the first layout writes in OUT is resumed at every one."""
     found: dict[str, Any] = {}
+    whole: dict[str, Any] | None = None
     for name, parallel in LAYOUTS[world].items():
         mesh = Mesh.create(parallel)
+        whole = whole or interrupted(mesh, out, adapter=SPEC)
         found[name] = {
+            "whole": whole,
+            "resumed": resumed(mesh, out, adapter=SPEC),
             "gradients": {variant: gradients(mesh, variant) for variant in VARIANTS},
             "exported": exported(mesh),
             "decoded": decoded(mesh),

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.global_rng]
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
     """(layout, rank) -> what it found; one process is ("single", 0)."""
-    found = {("single", 0): adapter_cases.run(1)["single"]}
+    found = {("single", 0): adapter_cases.run(1, tmp_path_factory.mktemp("one"))["single"]}
     for rank, results in enumerate(ranks(2, tmp_path_factory)[1]):
         found |= {(layout, rank): cell for layout, cell in results["adapters"].items()}
     assert len(found) == 1 + 2 * len(LAYOUTS[2]) == 11
@@ -62,3 +62,15 @@ def test_updates_do_not_depend_on_the_layout(cells: dict[tuple[str, int], dict[s
 
 def test_a_shared_base_changes_no_bit(cells: dict[tuple[str, int], dict[str, Any]]) -> None:
     assert all(cell["shared"] == [True, True] for cell in cells.values())
+
+
+def test_a_checkpoint_is_resumed_at_every_layout(
+    cells: dict[tuple[str, int], dict[str, Any]],
+) -> None:
+    """Bit for bit at the layout that wrote it."""
+    for (layout, rank), cell in cells.items():
+        whole, again = cell["whole"], cell["resumed"]
+        assert len(whole["norms"]) == 4 and again["steps"] == [3, 3]
+        assert again["norms"] == pytest.approx(whole["norms"], rel=1e-4), (layout, rank)
+        if layout in ("single", "tp2"):
+            assert (again["norms"], again["digests"]) == (whole["norms"], whole["digests"])

@@ -71,7 +71,7 @@ def checkpoints(world: int, out: Path) -> dict[str, Any]:
 def jobs(world: int, out: Path, ends: dict[str, int]) -> dict[str, Callable[[], Any]]:
     every = {
         "training": partial(training, world),
-        "adapters": partial(adapter_cases.run, world),
+        "adapters": partial(adapter_cases.run, world, out / "adapters"),
         "checkpoints": partial(checkpoints, world, out),
         "scaling": partial(train_cases.scaling, out / "scaling", LAYOUTS[world]),
         "model": partial(model_cases.run, out),
