@@ -8,15 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gipo_megatron.errors import library_errors
 from gipo_megatron.megatron.adapters import layer_of
 from gipo_megatron.megatron.hf import check_names, held, whole_tensors
 from gipo_megatron.megatron.hf_table import Entry, table
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import ADAPTER, SCORE
 from gipo_megatron.specs import AdapterSpec, Architecture
-from gipo_megatron.weights.hf_files import open_weights
+from gipo_megatron.weights.hf_files import Weights, open_weights
+from gipo_megatron.weights.peft_config import CONFIG, PREFIX, TENSORS
 
 
 def adapter_table(a: Architecture, spec: AdapterSpec, head: str | None = None) -> list[Entry]:
@@ -69,7 +72,7 @@ def export_adapters(
 
 @torch.no_grad()
 def load_adapters(
-    source: str | Path | Mapping[str, Tensor],
+    source: Path | Mapping[str, Tensor],
     chunks: Sequence[nn.Module],
     mesh: Mesh,
     architecture: Architecture,
@@ -77,13 +80,13 @@ def load_adapters(
     *,
     head: str | None = None,
 ) -> None:
-    """Copy adapters, and a head, into this rank's chunks; every rank reads them itself. With an
-    optimizer, call `Engine.weights_changed` afterwards.
+    """Copy adapters, and a head, of a PEFT folder into this rank's chunks; every rank reads it
+    itself. With an optimizer, call `Engine.weights_changed` afterwards.
 
     Raises UserError naming missing and unexpected tensors and wrong shapes, before anything is
     copied.
     """
-    weights = open_weights(source)
+    weights = _open(source) if isinstance(source, Path) else open_weights(source)
     entries = adapter_table(architecture, spec, head)
     check_names(weights, [_in_file(entry, spec) for entry in entries], architecture, head)
     mine = held(chunks, architecture)
@@ -96,3 +99,21 @@ def load_adapters(
             ]
             full = entry.fuse(parts, architecture)
             parameter.copy_(place.take(full, mesh.tensor_rank, parameter, mesh.tensor_size))
+
+
+def _open(folder: Path) -> Weights:
+    with library_errors(f"cannot read {TENSORS}", where=str(folder), fix="export it again"):
+        tensors = load_file(folder / TENSORS)
+    names = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return replace(open_weights(names), where=str(folder))
+
+
+def save_adapters(
+    folder: Path, weights: Iterator[tuple[str, Tensor]], mesh: Mesh, config: str
+) -> None:
+    """Write exported adapters and `config`, the text of adapter_config.json, as PEFT and vLLM read
+    them. Collective; rank 0 writes. Raises OSError (a full disk)."""
+    tensors = {PREFIX + name: tensor.cpu().contiguous() for name, tensor in weights}
+    if mesh.is_main:
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(config, encoding="utf-8")

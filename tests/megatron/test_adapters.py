@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.adapters import Adapter, _add_adapter
 from gipo_megatron.megatron.build import build_engine
-from gipo_megatron.megatron.hf_adapters import export_adapters, load_adapters
+from gipo_megatron.megatron.hf_adapters import export_adapters, load_adapters, save_adapters
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import outputs
 from gipo_megatron.specs import AdapterSpec, Precision, Sampling
 from gipo_megatron.types import Prompts
+from gipo_megatron.weights.peft_config import config_for, spec_of
 from tests.parity.adapters import SPEC, adapter_tensors, hf_adapted
 from tests.parity.roles import fill, new_actor, new_reward, parts_of
 from tests.parity.tiny import (
@@ -172,6 +175,40 @@ def test_adapters_of_another_shape_are_refused(mesh: Mesh) -> None:
     engine = started(mesh, FEW)
     with pytest.raises(UserError, match="unexpected"):
         load_adapters(adapter_tensors(), engine.chunks, mesh, ARCHITECTURE, FEW)
+
+
+@pytest.mark.parametrize("kind", ["text", "reward"])
+def test_peft_reads_what_is_written(mesh: Mesh, tmp_path: Path, kind: str) -> None:
+    """Its outputs are ours, also of a reward model with its head; what PEFT writes is read again,
+    bit for bit."""
+    engine = (new_actor if kind == "text" else new_reward)(mesh, adapter=SPEC).engine
+    hf_model().save_pretrained(tmp_path / "base")
+    place = engine.chunks, mesh, ARCHITECTURE, SPEC
+    config = config_for(SPEC, str(tmp_path / "base"), engine.head)
+    save_adapters(tmp_path, export_adapters(*place, head=engine.head), mesh, config)
+    auto = transformers.AutoModelForCausalLM
+    if kind == "reward":
+        auto = transformers.AutoModelForSequenceClassification
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        labels = {"num_labels": 1} if kind == "reward" else {}
+        theirs = auto.from_pretrained(tmp_path / "base", **labels)
+        adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path))
+    ids = torch.randint(1, VOCAB, (1, 11), generator=generator(6))
+    with torch.no_grad():
+        expected = adapted(ids).logits
+    found = outputs(engine, ids)
+    torch.testing.assert_close(found if kind == "text" else found[:, -1], expected)
+    adapted.save_pretrained(tmp_path / "again")
+    assert spec_of(tmp_path / "again") == SPEC
+    new = started(mesh, SPEC, "actor" if kind == "text" else "reward")
+    load_adapters(tmp_path / "again", new.chunks, mesh, ARCHITECTURE, SPEC, head=new.head)
+    for (name, a), (_, b) in zip(
+        export_adapters(*place, head=engine.head),
+        export_adapters(new.chunks, *place[1:], head=new.head),
+        strict=True,
+    ):
+        assert torch.equal(a, b), name
 
 
 class _NormAndLinear(nn.Module):
