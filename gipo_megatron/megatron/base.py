@@ -20,7 +20,7 @@ from gipo_megatron.weights.base import BaseMeta
 
 @dataclass
 class Base:
-    """This rank's parameters by the names of the whole tensors; the roles that are built on it add
+    """Parameters of this rank by the names of the whole tensors; the roles that are built on it add
     what they need: a critic's has no output layer.
 
     filled: names of those with values; the others are new, and wait for a load. meta: the model's

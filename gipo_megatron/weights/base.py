@@ -1,4 +1,4 @@
-"""Which frozen model adapters belong to: where its weights were, and a fingerprint of them."""
+"""The identity of the frozen model that adapters belong to: a fingerprint, and where it was."""
 
 from __future__ import annotations
 
