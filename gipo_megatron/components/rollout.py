@@ -129,7 +129,7 @@ class VLLMRollout(Rollouts):
             what = "is not read: the server at `url` runs already"
             yield UserError(what, where="serve", fix="remove one of serve and url")
         if self.serve.command and (self.serve.python or self.serve.args):
-            what = "python and args are not read: command stands in their place"
+            what = "python and args are not read: command replaces them"
             yield UserError(what, where="serve", fix="remove command, or python and args")
 
     @cached_property

@@ -18,7 +18,7 @@ import httpx
 from gipo_megatron.errors import UserError
 
 GENERATE = "/inference/v1/generate"
-# vLLM adds each group of routes only where it is asked for
+# vLLM has each group of routes only where an option or a variable turns it on
 SCALE_OUT = "--enable-scale-out"
 ROUTES = {
     GENERATE: SCALE_OUT,
@@ -26,6 +26,7 @@ ROUTES = {
     "/update_weights": "VLLM_SERVER_DEV_MODE=1",
     "/collective_rpc": "VLLM_SERVER_DEV_MODE=1",
 }
+LOGPROBS = "processed_logprobs"  # after temperature, top_k and top_p
 PLUGIN = 1  # version of the protocol with serving/plugin
 TESTED = "vLLM 0.32 is the version that was tested"
 CONNECT = 10.0  # seconds until a connection is there
@@ -128,7 +129,7 @@ class Client:
                 f" {needed.tokens} are needed",
                 where=self.url,
                 fix=f"start it with --max-model-len {needed.tokens} or more, or shorten"
-                " data.max_prompt or algorithm.rollout.max_response",
+                " data.max_length or algorithm.rollout.max_response",
             )
         self._check_model(needed)
         body = {"prompt": needed.text, "add_special_tokens": False}
@@ -170,6 +171,13 @@ class Client:
             pairs = [f"{name} {_at(found, name)}, not {getattr(needed, name)}" for name in wrong]
             what = f"the server has another model: {'; '.join(pairs)}"
             raise UserError(what, where=self.url, fix="start it with the actor's model")
+        if (mode := _at(found, "logprobs_mode")) != LOGPROBS:
+            raise UserError(
+                f"the server's log-probs are {mode}, not of the distribution that tokens are drawn"
+                " from",
+                where=self.url,
+                fix=f"start it with --logprobs-mode {LOGPROBS}",
+            )
 
     def generate(self, requests: Sequence[Request], answers: dict[int, Answer]) -> None:
         """Send each request whose index is not in `answers`, and put its answer there.

@@ -16,7 +16,7 @@ from textwrap import indent
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import user_errors
 from gipo_megatron.serving import watchdog
-from gipo_megatron.serving.client import SCALE_OUT, Client
+from gipo_megatron.serving.client import LOGPROBS, SCALE_OUT, Client
 from gipo_megatron.specs import Serve
 
 PLUGIN = Path(__file__).with_name("plugin")  # the folder that is the server's PYTHONPATH
@@ -24,21 +24,23 @@ MODEL_NAME = "policy"
 WHERE = "algorithm.rollout.serve"
 TICK = 0.2  # seconds between two looks
 PORTS = 3  # free ports that are tried; another program may take one before the server does
-LINES = 20  # of the log in an error
-SEARCHED = 200  # last lines of the log in which a reason is looked for
+LINES, ERRORS, WIDTH = 10, 5, 300  # of the log in an error; WIDTH: characters of a line
+SEARCHED = 500  # last lines of the log in which errors are looked for
+ERROR = re.compile(r"\b\w*(error|exception)\b[:,] \S", re.IGNORECASE)
+PREFIX = re.compile(r"^\(\w+ pid=\d+\) (\w+ [\d-]+ [\d:]+ \[\S+\] )?")  # of vLLM's lines
 # variables of torchrun's world and of the trainer's Python are not the server's
 LEFT_OUT = re.compile(r"(GROUP_|ROLE_|LOCAL_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_\w+")
 LEFT_OUT_TOO = ("TORCHELASTIC_", "PYTHON")
-PORT_TAKEN = r"Address already in use"
+PORT_TAKEN = r"(?i)address already in use"
 # a sign in the log -> what to do
 FIXES = {
     r"No module named '?vllm": "serve.python: the interpreter of an environment with vLLM"
     " (docs/rollout.md shows how to make one)",
     PORT_TAKEN: "another serve.port, or 0 for a free one",
-    r"out of memory|OutOfMemory|Free memory on device|[Nn]o available memory"
-    r"|KV cache is needed|MemoryError|Killed": "a smaller serve.gpu_memory where training shares"
-    " the GPU, a larger one where the server has too little, or serve.devices for GPUs of its own",
-    r"unrecognized arguments|expected one argument|invalid choice": "correct serve.args; the"
+    r"out of memory|OutOfMemory|MemoryError|memory utili[sz]ation|No available memory"
+    r"|cache is needed": "a smaller serve.gpu_memory where the memory is shared with training, a"
+    " larger one where the server has too little, or serve.devices for GPUs of its own",
+    r"unrecogni[sz]ed arguments|expected one argument|invalid choice": "correct serve.args; the"
     " project was tested with vLLM 0.32",
 }
 
@@ -102,13 +104,22 @@ class ServerProcess:
         return "\n".join(text.splitlines()[-count:])
 
     def failure(self, what: str) -> UserError:
-        """Return the error of a server that is given up, with the log's last lines and, where they
-        show a known reason, what to do."""
+        """Return the error of a server that is given up: the errors in its log, which stand above
+        long tracebacks, the log's last lines, and what to do where the reason is a known one."""
         text = self.last_lines(SEARCHED)
-        found = [fix for sign, fix in FIXES.items() if re.search(sign, text)]
-        lines = indent(self.last_lines() or "(none)", "    ")
+        errors = [PREFIX.sub("", line).strip() for line in text.splitlines() if ERROR.search(line)]
+        # not the whole text: warnings name what did not happen
+        telling = "\n".join([*errors, self.last_lines()])
+        found = [fix for sign, fix in FIXES.items() if re.search(sign, telling)]
+        parts = [what]
+        for title, lines in (
+            ("errors in its log", [*dict.fromkeys(errors)][-ERRORS:]),
+            ("last lines of its log", self.last_lines().splitlines()),
+        ):
+            shown = "\n".join(line[:WIDTH] for line in lines)
+            parts.append(f"{title}:\n{indent(shown or '(none)', '    ')}")
         fix = found[0] if found else "read the log"
-        return UserError(f"{what}; its last lines:\n{lines}", where=str(self.log), fix=fix)
+        return UserError("\n  ".join(parts), where=str(self.log), fix=fix)
 
     def command(self, port: int) -> list[str]:
         """Return the words that start the server. Raises UserError where its program is absent."""
@@ -138,7 +149,7 @@ class ServerProcess:
             *("--dtype", self.dtype, "--max-model-len", str(self.max_length)),
             *("--tensor-parallel-size", str(self.serve.tensor_parallel)),
             *("--gpu-memory-utilization", str(self.serve.gpu_memory)),
-            *("--logprobs-mode", "processed_logprobs"),
+            *("--logprobs-mode", LOGPROBS),
             *("--worker-extension-cls", "gipo_vllm_worker.Extension"),
             *("--weight-transfer-config", '{"backend": "gipo"}'),  # of the plugin
             "--disable-uvicorn-access-log",

@@ -14,7 +14,8 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.serving.client import Client
+from gipo_megatron.files import user_errors
+from gipo_megatron.serving.client import Client, ServerLost
 
 BUCKET = 32 << 20  # bytes
 PREFIX = "gipo_weights_"  # of the names of files
@@ -80,7 +82,11 @@ class Transfer:
             self._shapes.append(list(tensor.shape))
             self._bytes += tensor.nbytes
             self._add(tensor.detach().contiguous())
-        self._flush(client, dtype)
+            if self._bytes >= BUCKET:
+                self._flush(client, dtype)
+            del tensor  # before the next one is made
+        if self._names:
+            self._flush(client, dtype)
 
     def _flush(self, client: Client, dtype: torch.dtype | None) -> None:
         bucket = {
@@ -115,7 +121,7 @@ class Transfer:
 class FileTransfer(Transfer):
     """A bucket is a file that the server maps: both are on one host.
 
-    The file lies in shared memory where that has room, else in the folder for temporary files.
+    The file is in shared memory where that has room, else in the folder for temporary files.
     """
 
     _path: Path | None = field(init=False, default=None)
@@ -125,14 +131,17 @@ class FileTransfer(Transfer):
         client.post("/init_weight_transfer_engine", {"init_info": {}})
 
     def _add(self, tensor: Tensor) -> None:
-        if self._file is None:
+        if self._path is None:
             folder = folder_with_room(max(BUCKET, tensor.nbytes))
             handle, path = tempfile.mkstemp(prefix=PREFIX, dir=folder)
-            self._path, self._file = Path(path), os.fdopen(handle, "wb")
-        self._file.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+            self._path, self._file = Path(path), os.fdopen(handle, "wb", buffering=0)
+        data: Any = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+        left = memoryview(data)
+        with user_errors(self._path):
+            while left:
+                left = left[self._file.write(left) :]
 
     def _send(self, client: Client, bucket: dict[str, Any]) -> None:
-        self._file.close()
         client.post("/update_weights", {"update_info": {**bucket, "path": str(self._path)}})
 
     def _clear(self) -> None:
@@ -151,8 +160,8 @@ def folder_with_room(size: int) -> str:
     raise UserError(
         f"neither /dev/shm nor {tempfile.gettempdir()} has {size / 2**20:.0f} MiB free for the"
         " weights on their way to the server",
-        where="rollout.transfer",
-        fix="make room, set TMPDIR to a folder with room, or set rollout.transfer=broadcast",
+        where="algorithm.rollout.transfer",
+        fix="make room, set TMPDIR to a folder with room, or transfer=broadcast",
     )
 
 
@@ -183,11 +192,13 @@ class BroadcastTransfer(Transfer):
         }
         answer = self._pool.submit(client.post, "/init_weight_transfer_engine", {"init_info": info})
         there = [f"here/{rank}" for rank in range(1, size)]
-        while not answer.done() and not store.check(there):
+        while not store.check(there):
+            if answer.done():
+                answer.result()  # raises what the server answered
+                raise ServerLost(f"{client.url}: its workers did not join the trainer's group")
             time.sleep(0.01)
-        if not store.check(there):
-            answer.result()  # raises: the server refused, or is lost
-        self._group = group(store, 0, size, backend, limit)
+        with group_errors(answer):
+            self._group = group(store, 0, size, backend, limit)
         answer.result()
 
     def _add(self, tensor: Tensor) -> None:
@@ -195,10 +206,11 @@ class BroadcastTransfer(Transfer):
 
     def _send(self, client: Client, bucket: dict[str, Any]) -> None:
         answer = self._pool.submit(client.post, "/update_weights", {"update_info": bucket})
-        works = [self._group.broadcast([t], dist.BroadcastOptions()) for t in self._tensors]
-        answer.result()
-        for work in works:
-            work.wait()
+        with group_errors(answer):
+            works = [self._group.broadcast([t], dist.BroadcastOptions()) for t in self._tensors]
+            answer.result()
+            for work in works:
+                work.wait()
 
     def close(self) -> None:
         super().close()
@@ -207,6 +219,20 @@ class BroadcastTransfer(Transfer):
     def _clear(self) -> None:
         super()._clear()
         self._tensors = []
+
+
+@contextmanager
+def group_errors(answer: Future[Any]) -> Iterator[None]:
+    """Raise the server's own error in place of the group's, where it has one."""
+    try:
+        yield
+    except RuntimeError as error:
+        answer.result()
+        raise UserError(
+            f"the trainer and the server cannot form a group: {str(error).splitlines()[0]}",
+            where="algorithm.rollout.transfer",
+            fix="transfer=file on one host; NCCL needs other GPUs for the server (serve.devices)",
+        ) from error
 
 
 def group(store: Any, rank: int, size: int, backend: str, limit: datetime.timedelta) -> Any:

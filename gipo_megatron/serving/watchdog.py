@@ -25,7 +25,8 @@ PATIENCE = 10.0  # seconds from SIGTERM to SIGKILL, and from there to giving up
 
 
 def main(command: list[str]) -> int:
-    """Return the server's exit code; 128 + N where a signal N ended it."""
+    """Return the server's exit code, 128 + N where a signal N ended it; 0 where this process ended
+    it."""
     parent = os.getppid()
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -44,9 +45,11 @@ def main(command: list[str]) -> int:
         if ended:
             break
         reap(codes)
+    if (code := codes.get(server.pid, 0)) == -signal.SIGKILL:
+        print("the server was ended by SIGKILL; the machine may have run out of memory", flush=True)
     end(server.pid, codes)
-    server.returncode = codes.get(server.pid, -signal.SIGKILL)
-    return server.returncode if server.returncode >= 0 else 128 - server.returncode
+    server.returncode = code  # was read above
+    return code if code >= 0 else 128 - code
 
 
 def reap(codes: dict[int, int]) -> bool:

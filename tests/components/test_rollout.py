@@ -86,7 +86,7 @@ def test_keys_of_a_server_that_are_wrong() -> None:
     assert "'port'" in found[f"{key}.prot"].fix
     for serve in ("{command: [sh], python: sh}", "{command: [sh], args: [x]}"):
         (problem,) = problems(f"algorithm.rollout={{name: vllm, serve: {serve}}}").values()
-        assert problem.key == key and "command stands in their place" in problem.what
+        assert problem.key == key and "command replaces them" in problem.what
     (problem,) = problems(
         "algorithm.rollout={name: vllm, url: 'http://a:1', serve: {port: 1}}"
     ).values()

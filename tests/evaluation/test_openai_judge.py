@@ -29,6 +29,7 @@ GOOD = Reply()
 SETTINGS = {
     "model": "judge-1",
     "api_key_env": "TEST_JUDGE_KEY",
+    "answer": "text",
     "timeout": 60.0,
     "retries": 3,
     "backoff": 0.02,

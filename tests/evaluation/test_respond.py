@@ -51,7 +51,7 @@ def test_the_sampler_draws_as_generation_describes() -> None:
     sampler = Echo()
     responder = Responder(
         SimpleNamespace(generation=GENERATION, models={}),  # type: ignore[arg-type]
-        SimpleNamespace(data_parallel=SingleReplica()),  # type: ignore[arg-type]
+        SimpleNamespace(data_parallel=SingleReplica(), gather=lambda value: [value]),  # type: ignore[arg-type]
         SimpleNamespace(pad_id=0),  # type: ignore[arg-type]
         {},
         IDS,

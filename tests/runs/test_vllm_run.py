@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gipo_megatron.commands import train
 from tests.forked import ROOT
 from tests.runs import chain
 from tests.runs.chain import Outcome
@@ -188,7 +190,7 @@ def test_a_run_without_its_server_saves_and_continues(runs: Runs) -> None:
     """Lost in a rollout, then in the evaluation that was due: each step is done once."""
     for name in ("lost", "lost_again"):
         error = runs.outcomes[name].error
-        assert "the rollout server was lost 1 times; 0 restarts are allowed" in error
+        assert "the rollout server was lost, and its restarts (0) are used up" in error
         assert "fake server starts" in error and "the same command continues" in error
         assert len(error.splitlines()) < 30
     assert runs.outcomes["continued"].error == ""
@@ -241,6 +243,21 @@ def test_ctrl_c_ends_the_server_too(base: Path, runs: Runs) -> None:
         out, err = run.communicate(timeout=200)
     assert (run.returncode, err) == (0, "")
     assert "interrupted (SIGINT) at step" in out
+    assert not left_over(directory)
+
+
+def test_a_second_ctrl_c_stops_a_run_whose_server_hangs(base: Path, runs: Runs) -> None:
+    directory = runs.folder / "hangs"
+    rollout = served("--fault", "hang:0")
+    with chain.running(gipo(directory, base, rollout, "run.eval_every=0")) as run:
+        chain.wait_for((directory / "log.txt").exists, run)
+        time.sleep(1.0)  # in the first rollout, which has no end
+        run.send_signal(signal.SIGINT)
+        time.sleep(2.5)
+        assert run.poll() is None and left_over(directory)
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=200)
+    assert (run.returncode, err) == (130, f"{train.STOPPED}\n")
     assert not left_over(directory)
 
 

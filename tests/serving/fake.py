@@ -62,6 +62,7 @@ class Options:
     vocab_size: int = 0
     routes: bool = True
     plugin: int = 1
+    logprobs_mode: str = "processed_logprobs"
     tokens: dict[str, list[int]] = field(default_factory=dict)  # of texts; else the model's
     fault: str = ""
     once: Path | None = None
@@ -162,6 +163,7 @@ class Engine:
                 "hidden_size": self.config["hidden_size"],
                 "num_layers": self.config["num_hidden_layers"],
                 "dtype": "float32",
+                "logprobs_mode": self.options.logprobs_mode,
             }
         if method == "gipo_reset":
             self.received = None

@@ -64,6 +64,7 @@ def test_the_right_server_passes(options: Options, clients: list[Client]) -> Non
         ({"max_model_len": 63}, "takes 63 tokens", "--max-model-len 64"),
         ({"vocab_size": 48}, "another model: vocab_size 48, not 40", "the actor's model"),
         ({"plugin": 0}, "without version 1 of this project's plugin", "gipo_vllm_worker"),
+        ({"logprobs_mode": "raw_logprobs"}, "log-probs are raw_logprobs", "processed_logprobs"),
         ({"tokens": {TEXT: [2, 1]}}, "another tokenizer", "--tokenizer"),
     ],
 )

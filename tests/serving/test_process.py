@@ -106,7 +106,8 @@ def test_start_stop_and_start_again(folder: Path, tmp_path: Path, marked: Marked
     second = server.start()
     assert second != first and server.alive()
     assert server.last_lines() == "fake server starts"
-    assert server.log.read_text() == "fake server starts\n" * 2
+    first_log, killed, second_log = server.log.read_text().splitlines()
+    assert first_log == second_log == "fake server starts" and "SIGKILL" in killed
     server.stop()
     assert not server.alive() and not marked.find()
     server.stop()
@@ -141,23 +142,44 @@ def test_the_server_ends_with_its_watchdog(folder: Path, tmp_path: Path, marked:
     [
         ("ModuleNotFoundError: No module named 'vllm'", "serve.python"),
         ("torch.OutOfMemoryError: CUDA out of memory.", "serve.gpu_memory"),
-        ("ValueError: Free memory on device (1/80 GiB) is less than desired", "serve.gpu_memory"),
+        ("ValueError: Free memory on device (1/80 GiB) on startup is less than desired GPU memory"
+         " utilization (0.9, 72 GiB).", "serve.gpu_memory"),
         ("api_server.py: error: unrecognized arguments: --nothing", "serve.args"),
-        ("something else", "read the log"),
+        ("ValueError: something else", "read the log"),
     ],
-)
-def test_a_failed_start_shows_the_logs_end(
+)  # fmt: skip
+def test_a_failed_start_shows_the_logs_errors_and_its_end(
     folder: Path, tmp_path: Path, marked: Marked, output: str, fix: str
 ) -> None:
-    code = f"for i in range(100): print('line', i)\nprint({output!r})\nraise SystemExit(3)"
+    """As vLLM writes them: three times, with a prefix, above much else."""
+    code = f"""
+for i in range(3):
+    print("Traceback (most recent call last):")
+    print("(EngineCore pid=12) ERROR 11-29 01:33:36 [core.py:1750] " + {output!r})
+for i in range(100):
+    print("line", i)
+raise SystemExit(3)
+"""
     server = process(folder, tmp_path / "log", sys.executable, "-S", "-c", code)
     with pytest.raises(UserError) as error:
         server.start()
     assert fix in error.value.fix and error.value.where == str(tmp_path / "log")
-    lines = error.value.what.splitlines()
-    assert "ended while it started" in lines[0] and len(lines) == 21
-    assert lines[-1] == f"    {output}" and lines[-2] == "    line 99"
+    assert error.value.what.splitlines() == [
+        "vLLM's server ended while it started",
+        "  errors in its log:",
+        f"    {output}",
+        "  last lines of its log:",
+        *(f"    line {i}" for i in range(90, 100)),
+    ]
     assert not server.alive() and not marked.find()
+
+
+def test_a_server_that_the_kernel_ended(folder: Path, tmp_path: Path) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    server = process(folder, tmp_path / "log", sys.executable, "-S", "-c", code)
+    with pytest.raises(UserError, match="ended by SIGKILL") as error:
+        server.start()
+    assert "serve.gpu_memory" in error.value.fix
 
 
 def test_a_python_without_vllm(folder: Path, tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ CACHE = "judge_cache.jsonl"
 @register("judge", "openai")
 @dataclass
 class OpenAIJudge(Judge):
-    """The model explains its choice, then gives its verdict: as text that ends with [[A]], [[B]] or
-    [[C]], or as JSON of a schema, where the server restricts the answer to it.
+    """The model explains its choice and gives its verdict: as JSON of a schema to which the server
+    restricts the answer, or as text that ends with [[A]], [[B]] or [[C]].
 
     Every reply is written to judge_cache.jsonl before it is read. An answer without a verdict is
     FAILED and kept; one that was cut is requested again with another max_tokens; a request that
@@ -39,7 +39,7 @@ class OpenAIJudge(Judge):
     base_url: str = "https://api.openai.com/v1"
     # the environment variable with the key; "" for a server without keys
     api_key_env: str = "OPENAI_API_KEY"
-    answer: Annotated[str, OneOf(*prompts.FORMS)] = "text"  # form that is requested; both are read
+    answer: Annotated[str, OneOf(*prompts.FORMS)] = "json"  # form that is requested; both are read
     concurrency: Annotated[int, Range(1)] = 8  # requests in flight
     # null: the server's default (some models refuse the setting)
     temperature: Annotated[float, Range(0)] | None = 0.0

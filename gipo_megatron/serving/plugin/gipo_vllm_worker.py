@@ -10,7 +10,7 @@ started with this file's folder alone on PYTHONPATH, and with
 
 Weights come in buckets under Hugging Face names, in checkpoint format: vLLM fuses, shards and
 repacks them itself (its layerwise reload). One backend takes both transports: the bytes of a
-bucket lie in a file, or they come by broadcast from the trainer.
+bucket are in a file, or they come by broadcast from the trainer.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Weights(WeightTransferEngine[Join, Bucket]):
     group: Any = None
 
     def init_transfer_engine(self, init_info: Join) -> None:
-        self.shutdown()
         if init_info.host:
+            self.shutdown()
             own = self.parallel_config
             rank = 1 + own.data_parallel_index * own.world_size + own.rank
             self.group = join(init_info, rank)
@@ -188,6 +188,7 @@ class Extension:
             "hidden_size": config.hidden_size,
             "num_layers": config.num_hidden_layers,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "logprobs_mode": model.logprobs_mode,
         }
 
     def gipo_checksums(self) -> dict[str, str]:
