@@ -23,8 +23,8 @@ class UserError(ValueError):
 
 
 class SamplerLost(UserError):
-    """The end of a server that draws responses. Nothing has changed since they were wanted: a run
-    can save, and continue from there."""
+    """The end of a server that draws responses. It comes before anything has changed: a run can
+    save, and continue from there."""
 
 
 @contextmanager

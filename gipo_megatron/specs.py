@@ -252,6 +252,13 @@ class Serve:
     # {plugin} are filled in
     command: list[str] = field(default_factory=list)
 
+    @property
+    def gpus(self) -> list[str]:
+        """The GPUs that it works on, by their names in CUDA_VISIBLE_DEVICES; rank r of training on
+        this machine has GPU r."""
+        listed = [name.strip() for name in self.devices.split(",") if name.strip()]
+        return (listed or [*map(str, range(self.tensor_parallel))])[: self.tensor_parallel]
+
 
 # role -> what stands in place of the output layer; None: a language model
 HEADS = {

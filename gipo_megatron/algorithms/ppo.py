@@ -121,11 +121,9 @@ class PPO:
             old = self.actor.logprobs(rollout).logprobs
             reference = self.reference.logprobs(rollout).logprobs
             values, logits = self._criticise(rollout)
-        corrections = self.rollout.token_weights(old, rollout)
-        found = (scores.raw, old, reference, values, logits, corrections)
-        if bad := self._non_finite(rollout, *found):
-            metrics = {"reward/non_finite": Metric.mean(float(len(bad)))}
-            return StepResult(metrics, skipped={"rollout": bad})
+        drawn = self.rollout.token_weights(old, rollout)
+        if skipped := self._skipped(rollout, scores.raw, old, reference, values, logits, drawn):
+            return skipped
 
         mask = rollout.mask
         groups, learned = self._groups(logits, values, rollout, scores)  # 4
@@ -139,8 +137,7 @@ class PPO:
             rollout=rollout,
             logprobs=old,
             values=values,
-            # the sampler's tokens stand for the trainer's; the clip's ratio stays new / old
-            advantages=advantages * corrections,
+            advantages=advantages * drawn,  # the tokens may come from another policy than `old`
             returns=returns,
             weights=weights.values,
             group_probs=groups.probs,
@@ -367,12 +364,15 @@ class PPO:
                 metrics |= part.observe(groups, float(kl[0] / kl[1]))
         return metrics
 
-    def _non_finite(self, rollout: Rollout, *found: Tensor | None) -> tuple[int, ...]:
-        """Return the sample ids, over all replicas, of rows that hold a NaN or an infinity."""
+    def _skipped(self, rollout: Rollout, *found: Tensor | None) -> StepResult | None:
+        """Return the result of an iteration without updates, where a row of any replica holds a NaN
+        or an infinity; else None."""
         tensors = [x for x in found if x is not None]
         bad = torch.stack([~torch.isfinite(x.reshape(len(x), -1)).all(1) for x in tensors]).any(0)
         everywhere, ids = gather_rows(bad, self.dp), gather_rows(rollout.sample_id, self.dp)
-        return tuple(int(i) for i in ids[everywhere > 0].tolist())
+        rows = tuple(int(i) for i in ids[everywhere > 0].tolist())
+        metrics = {"reward/non_finite": Metric.mean(float(len(rows)))}
+        return StepResult(metrics, skipped={"rollout": rows}) if rows else None
 
     def _memory(self) -> dict[str, Stateful]:
         parts = {f.name: getattr(self, f.name) for f in component_fields(type(self))}

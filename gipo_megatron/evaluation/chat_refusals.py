@@ -23,6 +23,7 @@ TEXT = re.compile(
 NO_SYSTEM = "the system text in front of the user's text"
 COMPLETION_TOKENS = "max_completion_tokens instead of max_tokens"
 NO_TEMPERATURE = "no temperature"
+NO_LENGTH = "no maxLength in the schema"
 NO_FORMAT = "no response_format"
 CHANGES = {
     COMPLETION_TOKENS: re.compile(r"\bmax_tokens\b"),
@@ -32,8 +33,9 @@ CHANGES = {
         r"|template.?error",
         re.IGNORECASE,
     ),
+    NO_LENGTH: re.compile(r"\bmaxLength\b"),
     NO_FORMAT: re.compile(
-        r"response.?format|json.?(schema|mode|object|validat)|generat\w* json|structured|grammar"
+        r"response.?format|schema|json.?(mode|object|validat)|generat\w* json|structured|grammar"
         r"|guided|output_(config|format)",
         re.IGNORECASE,
     ),
@@ -49,12 +51,20 @@ def changed(request: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
         sent["max_completion_tokens"] = sent.pop("max_tokens")
     if NO_TEMPERATURE in changes:
         sent.pop("temperature", None)
+    if NO_LENGTH in changes:
+        sent = _without("maxLength", sent)
     if NO_FORMAT in changes:
         sent.pop("response_format", None)
     if NO_SYSTEM in changes:
         text = "\n\n".join(message["content"] for message in sent["messages"])
         sent["messages"] = [{"role": "user", "content": text}]
     return sent
+
+
+def _without(name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without(name, inner) for key, inner in value.items() if key != name}
 
 
 def change_for(words: str, sent: dict[str, Any]) -> str:

@@ -46,10 +46,6 @@ class Base:
             module, _, attribute = path.rpartition(".")
             setattr(model.get_submodule(module), attribute, self.held[name])
 
-    @property
-    def complete(self) -> bool:
-        return self.held.keys() == self.filled
-
     def fill(self, meta: BaseMeta) -> None:
         """Note that all parameters have the values of this model now."""
         self.filled |= self.held.keys()

@@ -129,11 +129,12 @@ def _check_base(base: Base, meta: BaseMeta, where: Path) -> None:
 def _load_base(
     engine: Engine, base: Base, meta: BaseMeta, role: str, where: Path, seen: Seen
 ) -> None:
-    """Load what the base lacks of the model that the adapters at `where` belong to. Raises
-    UserError where that model is no longer there, or has changed."""
+    """Load what the base lacks of the model that the adapters at `where` belong to. Collective,
+    because a rank may lack nothing and another the output layer.
+
+    Raises UserError where that model is no longer there, or has changed.
+    """
     _check_base(base, meta, where)
-    if base.complete:
-        return
     base.meta = meta
     if meta.seed is not None:
         names = {name for name in base.held if name not in base.filled}
@@ -148,9 +149,8 @@ def _load_base(
             where=str(where),
             fix="put the model there that they were trained on",
         )
-    load_into(
-        engine, str(source if (source / "config.json").is_file() else source.parent), role, seen
-    )
+    whole = source if (source / "config.json").is_file() else source.parent  # a role's folder
+    load_into(engine, str(whole), role, seen)
 
 
 def snapshot_of(engine: Engine, load: str, role: str, seed: int = 0) -> Snapshot:

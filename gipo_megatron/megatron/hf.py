@@ -201,15 +201,16 @@ def whole_tensors(
 ) -> Iterator[tuple[Entry, Tensor]]:
     """Yield each entry's whole Megatron tensor on every rank, with the adapter of that name in
     `merged` added. Collective."""
-    mine = held(chunks, architecture)
+    mine: Mapping[str, tuple[Placement, Tensor]] = held(chunks, architecture)
     ranks = dist.get_process_group_ranks(mesh.pipeline_group)
     dtype = next(iter(chunks[0].parameters())).dtype
     for entry in entries:
         stage = _stage(entry.name, mesh, architecture)
         if stage == mesh.pipeline_rank:
             place, part = mine[entry.name]
-            local = merged[entry.name].merged(part) if entry.name in merged else part
-            full = _gather(place, local, mesh).contiguous()
+            if entry.name in merged:
+                part = merged[entry.name].merged(part)
+            full = _gather(place, part, mesh).contiguous()
         else:
             shape = (sum(s[0] for s in entry.shapes), *entry.shapes[0][1:])
             full = torch.empty(shape, dtype=dtype, device=mesh.device)
@@ -231,7 +232,10 @@ def _stage(name: str, mesh: Mesh, architecture: Architecture) -> int:
 
 
 def _gather(place: Placement, parameter: Tensor, mesh: Mesh) -> Tensor:
-    if place.dim is None or mesh.tensor_size == 1:
+    """Return the whole tensor in new memory."""
+    if place.dim is None:
+        return parameter.detach().clone()
+    if mesh.tensor_size == 1:
         return place.join([parameter.detach()])
     parts = [torch.empty_like(parameter) for _ in range(mesh.tensor_size)]
     dist.all_gather(parts, parameter.detach().contiguous(), group=mesh.tensor_group)

@@ -37,14 +37,14 @@ class Entry:
         return torch.cat(grouped, 1).flatten(0, 1)
 
     def split(self, full: Tensor, a: Architecture) -> tuple[Tensor, ...]:
-        """Invert `fuse`; return new tensors, not views of a live weight."""
+        """Invert `fuse`; return parts of `full` itself where they are in one piece."""
         if self.kind == "copy":
-            return (full.clone(),)
+            return (full,)
         if self.kind == "stack":
-            return tuple(part.clone() for part in full.chunk(len(self.hf)))
+            return full.chunk(len(self.hf))
         grouped = full.reshape(a.num_kv_heads, -1, *full.shape[1:])
         sizes = [shape[0] // a.num_kv_heads for shape in self.shapes]
-        return tuple(part.flatten(0, 1).clone() for part in grouped.split(sizes, 1))
+        return tuple(part.flatten(0, 1) for part in grouped.split(sizes, 1))
 
 
 def table(a: Architecture, head: str | None = None) -> list[Entry]:

@@ -185,8 +185,9 @@ def footprint(
     saves = [calls.phase(Call("save", "save", role)) for role in recipe.trained]
     largest = max([*set_up, *once], key=lambda phase: phase.peak)
     phases = [*([largest] if largest in set_up else []), *once, *usual, *saves]
-    server, rank = server_of(iteration), next(iter(roles.values())).rank
-    beside = 0 if server is None else server.beside(rank)
+    server, first = server_of(iteration), next(iter(roles.values())).rank
+    stage = range(first, first + recipe.world // recipe.parallel.pipeline)
+    beside = 0 if server is None else server.beside(stage)
     return Footprint(
         roles=roles,
         phases=tuple(replace(phase, server=beside) for phase in added_up(phases)),

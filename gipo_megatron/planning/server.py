@@ -3,8 +3,8 @@
     a GPU of the server    weights / t │ CUDA, NCCL │ work on a block of prompts │ keys and values
 
 t: serve.tensor_parallel. vLLM takes the share serve.gpu_memory of the GPU when it starts, and keeps
-as many keys and values as fit. With serve.devices it has GPUs of its own; without, it runs on the
-first t GPUs of rank 0's machine, beside the models of the ranks there.
+as many keys and values as fit. It runs on rank 0's machine: on the first t GPUs, or on those that
+serve.devices lists, which training may have or not.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Server:
     itemsize: int  # of the weights' dtype, which the server has, too
     gpu: int  # bytes of a GPU
     longest: int  # tokens of the longest row
+    ranks: int  # of training on its machine
 
     @property
     def tensor(self) -> int:
@@ -40,8 +41,8 @@ class Server:
 
     @property
     def shared(self) -> bool:
-        """Return whether training has the same GPUs."""
-        return not self.serve.devices
+        """Return whether training has one of its GPUs, too."""
+        return self.beside(range(self.ranks)) > 0
 
     @property
     def share(self) -> int:
@@ -80,9 +81,10 @@ class Server:
         fit = (self.share - self.fixed) // (self.longest * self.token)
         return min(max(1, fit), CONNECTIONS)
 
-    def beside(self, rank: int) -> int:
-        """Return the bytes that it takes on a rank's GPU."""
-        return self.share if self.shared and rank < self.tensor else 0
+    def beside(self, ranks: range) -> int:
+        """Return the bytes that it takes on the GPU of one of these ranks."""
+        near = {str(rank) for rank in ranks if rank < self.ranks}
+        return 0 if near.isdisjoint(self.serve.gpus) else self.share
 
 
 def server_of(iteration: Iteration) -> Server | None:
@@ -97,6 +99,7 @@ def server_of(iteration: Iteration) -> Server | None:
         DTYPES[recipe.precision.dtype].itemsize,
         recipe.hardware.gpu_memory_gib * GIB,
         recipe.data.max_length,
+        min(recipe.world, recipe.hardware.per_node),
     )
 
 

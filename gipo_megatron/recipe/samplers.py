@@ -3,13 +3,12 @@ evaluation."""
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
 from gipo_megatron.recipe.draft import Draft, Found
 from gipo_megatron.specs import divisors
-
-HERE = ("localhost", "::1")  # names of the machine itself, beside 127.…
 
 
 def _sampler(d: Draft) -> tuple[str, dict[str, Any]]:
@@ -28,7 +27,7 @@ def server(d: Draft) -> Found:
         return
     serve, key = sampler["serve"], f"{block}.serve.tensor_parallel"
     tensor, a = serve.tensor_parallel, d.model.architecture
-    gpus = len(serve.devices.split(",")) if serve.devices else d.hardware.per_node
+    gpus = len(serve.gpus) if serve.devices else d.hardware.per_node
     if (serve.devices or d.hardware.gpus) and tensor > gpus:
         where = "serve.devices lists" if serve.devices else "a machine has"
         yield d.problem(key, f"{tensor}, and {where} {gpus}", f"{key}={gpus}")
@@ -37,9 +36,9 @@ def server(d: Draft) -> Found:
         sizes = f"num_heads {a.num_heads}, num_kv_heads {a.num_kv_heads}"
         what = f"{tensor} does not divide {sizes}, ffn_hidden_size {a.ffn_hidden_size}"
         yield d.problem(key, what, divisors(a.num_heads))
-    if sampler["transfer"] == "broadcast" and d.hardware.gpus and not serve.devices:
+    if sampler["transfer"] == "broadcast" and d.hardware.gpus and "0" in serve.gpus:
         what = "broadcast goes over NCCL, which has no two ranks on one GPU: the server and rank 0"
-        fix = f"{block}.transfer=file, or GPUs of the server's own ({block}.serve.devices)"
+        fix = f"{block}.transfer=file, or other GPUs for the server ({block}.serve.devices)"
         yield d.problem(f"{block}.transfer", what, fix)
 
 
@@ -56,6 +55,15 @@ def served(d: Draft) -> Found:
         what = "a server's responses depend on how it batches them: they may differ between runs"
         yield d.problem("precision.deterministic", what, f"{block}.name=sampling")
     host = urlsplit(sampler["url"]).hostname or "localhost"
-    if sampler["transfer"] == "file" and not (host in HERE or host.startswith("127.")):
+    if sampler["transfer"] == "file" and not _is_here(host):
         what = f"file needs the server on rank 0's machine, and {block}.url names {host}"
         yield d.problem(f"{block}.transfer", what, f"{block}.transfer=broadcast")
+
+
+def _is_here(host: str) -> bool:
+    """Check for an address that every machine has for itself."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return address.is_loopback or address.is_unspecified

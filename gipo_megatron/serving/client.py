@@ -129,7 +129,7 @@ class Client:
                 f" {needed.tokens} are needed",
                 where=self.url,
                 fix=f"start it with --max-model-len {needed.tokens} or more, or shorten"
-                " data.max_prompt or algorithm.rollout.max_response",
+                " data.max_length or algorithm.rollout.max_response",
             )
         self._check_model(needed)
         body = {"prompt": needed.text, "add_special_tokens": False}

@@ -37,10 +37,10 @@ FIXES = {
     r"No module named '?vllm": "serve.python: the interpreter of an environment with vLLM"
     " (docs/rollout.md shows how to make one)",
     PORT_TAKEN: "another serve.port, or 0 for a free one",
-    r"out of memory|OutOfMemory|MemoryError|memory utilization|No available memory"
+    r"out of memory|OutOfMemory|MemoryError|memory utili[sz]ation|No available memory"
     r"|cache is needed": "a smaller serve.gpu_memory where the memory is shared with training, a"
     " larger one where the server has too little, or serve.devices for GPUs of its own",
-    r"unrecognized arguments|expected one argument|invalid choice": "correct serve.args; the"
+    r"unrecogni[sz]ed arguments|expected one argument|invalid choice": "correct serve.args; the"
     " project was tested with vLLM 0.32",
 }
 

@@ -1,4 +1,4 @@
-"""Rollouts from a server: rank 0 talks to it, all ranks get their responses.
+"""Rollouts from a server that rank 0 alone uses.
 
 prompts of all replicas ─▶ rank 0: the actor's weights, if they changed; one request a response ─▶
 answers to all ranks, which keep their own rows
@@ -52,7 +52,7 @@ class ServerRollouts:
         return self._rollout(prompts, answers[first : first + len(prompts)], actor.end_ids)
 
     def _draw(self, actor: Actor, wanted: Sequence[Request]) -> list[Answer]:
-        """Return the answers in the order of `wanted`."""
+        """Return the answers to `wanted`, in its order."""
         answers: dict[int, Answer] = {}  # rank 0's; those that came before a loss are kept
 
         def draw() -> list[Answer] | None:
@@ -76,7 +76,7 @@ class ServerRollouts:
             if held is actor and version == actor.version:
                 return True
         self._holds = None
-        failure = self._send(actor.export_weights()) if self.world.replica == 0 else None
+        failure = self._send(self._together(actor.export_weights()))
 
         def settle() -> bool:
             if isinstance(failure, ServerLost):
@@ -91,8 +91,7 @@ class ServerRollouts:
         return pushed
 
     def _send(self, weights: Iterator[tuple[str, Tensor]]) -> ServerLost | UserError | None:
-        """Iterate the weights to their end, which is collective in a replica; rank 0 sends them.
-        Returns its error."""
+        """Iterate the weights to their end on every rank; rank 0 sends them. Returns its error."""
         if not self.world.is_main:
             for _ in weights:
                 pass
@@ -102,6 +101,16 @@ class ServerRollouts:
         except (ServerLost, UserError) as error:
             return error
         return None
+
+    def _together(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield a tensor when rank 0 is ready for it. The export is collective, and its collectives
+        have a time limit, which a slow server would exceed; from_main has none."""
+        while True:
+            self.world.from_main(lambda: None)
+            found = next(weights, None)
+            if found is None:
+                return
+            yield found
 
     def _rollout(
         self, prompts: Prompts, answers: Sequence[Answer], end_ids: Sequence[int]

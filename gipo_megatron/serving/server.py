@@ -88,11 +88,10 @@ class Server:
         that happened too often."""
         self._lost += 1
         if self._lost > self.restarts:
-            times = f"{self._lost} times; {self.restarts} restarts are allowed"
-            raise self._error(f"the rollout server was lost {times}. {reason}")
-        self.report(
-            f"the rollout server was lost: {reason}; restart {self._lost} of {self.restarts}"
-        )
+            spent = f"its restarts ({self.restarts}) are used up"
+            raise self._error(f"the rollout server was lost, and {spent}: {reason}")
+        count = f"restart {self._lost} of {self.restarts}"
+        self.report(f"{count}: the rollout server was lost: {reason}")
         self.close()
         self.open()
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import user_errors
 from gipo_megatron.serving.client import Client, ServerLost
 
 BUCKET = 32 << 20  # bytes
@@ -81,7 +82,11 @@ class Transfer:
             self._shapes.append(list(tensor.shape))
             self._bytes += tensor.nbytes
             self._add(tensor.detach().contiguous())
-        self._flush(client, dtype)
+            if self._bytes >= BUCKET:
+                self._flush(client, dtype)
+            del tensor  # before the next one is made
+        if self._names:
+            self._flush(client, dtype)
 
     def _flush(self, client: Client, dtype: torch.dtype | None) -> None:
         bucket = {
@@ -126,14 +131,17 @@ class FileTransfer(Transfer):
         client.post("/init_weight_transfer_engine", {"init_info": {}})
 
     def _add(self, tensor: Tensor) -> None:
-        if self._file is None:
+        if self._path is None:
             folder = folder_with_room(max(BUCKET, tensor.nbytes))
             handle, path = tempfile.mkstemp(prefix=PREFIX, dir=folder)
-            self._path, self._file = Path(path), os.fdopen(handle, "wb")
-        self._file.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+            self._path, self._file = Path(path), os.fdopen(handle, "wb", buffering=0)
+        data: Any = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+        left = memoryview(data)
+        with user_errors(self._path):
+            while left:
+                left = left[self._file.write(left) :]
 
     def _send(self, client: Client, bucket: dict[str, Any]) -> None:
-        self._file.close()
         client.post("/update_weights", {"update_info": {**bucket, "path": str(self._path)}})
 
     def _clear(self) -> None:
@@ -200,9 +208,9 @@ class BroadcastTransfer(Transfer):
         answer = self._pool.submit(client.post, "/update_weights", {"update_info": bucket})
         with group_errors(answer):
             works = [self._group.broadcast([t], dist.BroadcastOptions()) for t in self._tensors]
-        answer.result()
-        for work in works:
-            work.wait()
+            answer.result()
+            for work in works:
+                work.wait()
 
     def close(self) -> None:
         super().close()

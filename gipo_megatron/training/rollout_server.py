@@ -100,6 +100,7 @@ def connect(
     def open_server() -> None:
         if not sampler.url:
             policy.write(model)
+            print(f"vLLM's server starts; its output: {process.log}", flush=True)
         server.open()
 
     if mesh.is_main:

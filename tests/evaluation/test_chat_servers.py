@@ -65,6 +65,7 @@ REFUSALS = [
     (400, "Failed to generate JSON. Please adjust your prompt."),
     (400, "This model does not support structured outputs"),
     (400, "output_config.format: Extra inputs are not permitted"),
+    (400, "Unknown name 'additionalProperties' at 'generation_config.response_schema'"),
     (501, "guided decoding is not implemented for this backend"),
 ]
 
@@ -86,6 +87,31 @@ def test_a_server_without_schemas_is_asked_without_one(
     assert judge.about()["changes"] == ["no response_format"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Invalid schema for response_format 'verdict': 'maxLength' is not permitted.",
+        "output_config.format.schema: For 'string' type, property 'maxLength' is not supported",
+    ],
+)
+def test_a_strict_server_gets_the_schema_without_a_length(tmp_path: Path, message: str) -> None:
+    log = Log()
+
+    def script(*_: object) -> Reply:
+        return refusal(400, message) if "maxLength" in json.dumps(log.bodies[-1]) else Reply(OBJECT)
+
+    with serving(script, log) as server:
+        judge = judge_at(server.url, tmp_path, answer="json")
+        assert {v.choice for v in ask(judge, pairs(2))} == {FIRST}
+    assert sum(log.requests.values()) == 2 + 1
+    assert judge.about()["changes"] == ["no maxLength in the schema"]
+    sent = log.bodies[-1]["response_format"]["json_schema"]["schema"]
+    assert sent["properties"] == {
+        "explanation": {"type": "string"},
+        "verdict": {"type": "string", "enum": ["A", "B", "C"]},
+    }
 
 
 def test_a_server_that_refuses_everything_in_turn(tmp_path: Path) -> None:

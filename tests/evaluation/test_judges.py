@@ -54,12 +54,15 @@ def test_every_kind_has_its_criteria_and_its_form(form: str, verdicts: tuple[str
 
 
 def test_the_schema_puts_reasons_first_and_is_accepted_in_strict_mode() -> None:
-    """Strict servers (OpenAI, Anthropic) need every key required, and no other key allowed."""
+    """Strict servers (OpenAI, Anthropic) need every key required, and no other key allowed. The
+    prompt names the longest explanation."""
     schema: Any = prompts.JSON["json_schema"]
     assert schema["strict"] is True
     assert list(schema["schema"]["properties"]) == schema["schema"]["required"]
     assert schema["schema"]["required"] == ["explanation", "verdict"]
     assert schema["schema"]["additionalProperties"] is False
+    longest = schema["schema"]["properties"]["explanation"]["maxLength"]
+    assert f"at most {longest} characters" in systems("json")["helpful"]
 
 
 def test_a_fingerprint_per_form() -> None:

@@ -8,20 +8,18 @@ docs/evaluation.md.
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import httpx
 import pytest
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.evaluation.chat_refusals import CHANGES
 from gipo_megatron.evaluation.judges.openai import OpenAIJudge
 from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, Pair, Verdict
+from gipo_megatron.serving.process import ServerProcess
+from gipo_megatron.specs import Serve
 
 PYTHON, MODEL = os.environ.get("VLLM_PYTHON", ""), os.environ.get("SMOLLM", "")
 MISSING = [name for name in ("VLLM_PYTHON", "SMOLLM") if not os.environ.get(name)]
@@ -31,6 +29,9 @@ pytestmark = [
 ]
 LENGTH = 2048  # tokens of the server's context
 START = 400.0  # seconds
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+# max_tokens; the text form has no bound of its own, and small models repeat themselves
+MOST = {"text": 320, "json": 1024}
 
 # a question, a good answer, a bad one
 DOZEN = [
@@ -57,49 +58,25 @@ DOZEN = [
 ]
 
 
-@contextmanager
-def vllm(log: Path) -> Iterator[str]:
-    """The server's base_url. Its whole process group ends with the block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        *(PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL),
-        *("--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port)),
-        *("--max-model-len", str(LENGTH), "--max-num-seqs", "8", "--enforce-eager"),
-    ]
-    added = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | added
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + START
-        while not healthy(port):
-            assert server.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(server.pid, sign)
-            with suppress(subprocess.TimeoutExpired):
-                server.wait(20)
-
-
-def healthy(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with vllm(tmp_path_factory.mktemp("vllm") / "log") as address:
-        yield address
+    """The server's base_url."""
+    command = [
+        *(PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}"),
+        *("--served-model-name", "judge", "--host", "127.0.0.1", "--port", "{port}"),
+        *("--max-model-len", str(LENGTH), "--max-num-seqs", "8", "--enforce-eager"),
+    ]
+    serve = Serve(command=command, start_timeout=START)
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        server = ServerProcess(serve, Path(MODEL), log, dtype="auto", max_length=LENGTH)
+        address = server.start()
+    try:
+        yield f"{address}/v1"
+    finally:
+        server.stop()
 
 
 def judge_at(url: str, folder: Path, **changed: object) -> OpenAIJudge:
@@ -134,12 +111,12 @@ def figures(form: str, verdicts: list[Verdict]) -> str:
 
 def test_every_answer_of_the_schema_has_a_verdict(url: str, tmp_path: Path) -> None:
     for form in ("text", "json"):
-        judge = judge_at(url, tmp_path, answer=form)
+        judge = judge_at(url, tmp_path, answer=form, max_tokens=MOST[form])
         start = time.monotonic()
         verdicts = judged(judge, both_orders())
         print(f"\n{figures(form, verdicts)}; {time.monotonic() - start:.0f} s")
         assert len(verdicts) == 24 and judge.about()["changes"] == []
-        again = judged(judge_at(url, tmp_path, answer=form), both_orders())
+        again = judged(judge, both_orders())
         assert all(v.cached for v in again)
     assert not [v.text for v in verdicts if v.choice == FAILED], "of json, the last one"
 
@@ -166,8 +143,6 @@ def test_settings_that_the_server_refuses_end_it(url: str, tmp_path: Path) -> No
 
 def test_other_names_of_a_setting(url: str, tmp_path: Path) -> None:
     """The changes after a refusal are accepted: vLLM takes both names, and a user's text alone."""
-    from gipo_megatron.evaluation.chat_refusals import CHANGES
-
     judge = judge_at(url, tmp_path, answer="json", max_tokens=64)
     judge.changes.extend(CHANGES)
     (verdict,) = judged(judge, both_orders()[:1])

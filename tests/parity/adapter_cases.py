@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.hf_adapters import export_adapters
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronReference
 from gipo_megatron.specs import Sampling
 from gipo_megatron.types import Prompts
+from gipo_megatron.weights.checkpoints import CheckpointMeta
 from tests.parity.adapters import FACTOR, SPEC, adapter_tensors, hf_adapted
 from tests.parity.matrix import LAYOUTS
 from tests.parity.roles import digest_of, engine, mine, new_actor, new_reward, parts_of
@@ -110,6 +112,20 @@ def shared(mesh: Mesh) -> list[bool]:
     return [torch.equal(a, b) for a, b in zip(*found, strict=True)]
 
 
+def on_a_checkpoint(mesh: Mesh, out: Path) -> bool:
+    """Whether a policy has the bits of the whole checkpoint that is its base, after a critic took
+    all but the output layer, which one stage lacks then; and adapters saved there find it again."""
+    whole = engine("actor", mesh, optimisation=None, seed=6)
+    saved = str(checkpoint.save(out / "whole", {"actor": whole}, mesh, CheckpointMeta(1)))
+    adapted = engine("critic", mesh, adapter=SPEC, load=saved)
+    adapters = checkpoint.save(out / "adapters", {"critic": adapted}, mesh, CheckpointMeta(1))
+    base, rows = Base(), mine(mesh, weighted())
+    engine("critic", mesh, base=base, adapter=SPEC, load=str(adapters))
+    policy = engine("actor", mesh, base=base, optimisation=None, load=saved)
+    a, b = (MegatronReference(model).logprobs(rows).logprobs for model in (whole, policy))
+    return torch.equal(a, b)
+
+
 def run(world: int, out: Path) -> dict[str, Any]:
     """A checkpoint that the first layout writes in OUT is resumed at every one."""
     found: dict[str, Any] = {}
@@ -126,5 +142,6 @@ def run(world: int, out: Path) -> dict[str, Any]:
             "initial": initial(mesh),
             "steps": steps(mesh),
             "shared": shared(mesh),
+            "on_a_checkpoint": on_a_checkpoint(mesh, out / name),
         }
     return found

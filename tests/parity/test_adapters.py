@@ -64,6 +64,10 @@ def test_a_shared_base_changes_no_bit(cells: dict[tuple[str, int], dict[str, Any
     assert all(cell["shared"] == [True, True] for cell in cells.values())
 
 
+def test_a_whole_checkpoint_is_a_base(cells: dict[tuple[str, int], dict[str, Any]]) -> None:
+    assert all(cell["on_a_checkpoint"] for cell in cells.values())
+
+
 def test_a_checkpoint_is_resumed_at_every_layout(
     cells: dict[tuple[str, int], dict[str, Any]],
 ) -> None:

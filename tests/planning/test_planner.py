@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gipo_megatron.planning.server import Server
 from gipo_megatron.recipe.compose import compose
-from gipo_megatron.specs import Architecture
+from gipo_megatron.specs import Architecture, Serve
 from gipo_megatron.weights.hf_config import config_for
 from tests.parity.planning_cases import RECIPES
 from tests.planning.conftest import PLANS, TIED, documented, shipped
@@ -298,6 +299,29 @@ def test_a_server_on_the_same_gpus_takes_its_share_in_every_phase(plans: dict[st
     assert plans["server_in_stages"]["server"] == [16 * GIB, 0]
     assert plans["server_apart"]["server"] == plans["server_elsewhere"]["server"] == [0]
     assert plans["server_cpu"]["server"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("devices", "tensor", "expected"),
+    [
+        ("", 1, [True, False, True]),
+        ("", 4, [True, False, True]),
+        ("1,2", 2, [True, False, True]),
+        (" 5 , 6", 1, [False, True, True]),
+        ("3,4", 2, [True, True, True]),
+        ("8,9", 2, [False, False, False]),
+        ("GPU-5b0c,7", 1, [False, False, False]),
+    ],
+)
+def test_the_ranks_beside_a_server(devices: str, tensor: int, expected: list[bool]) -> None:
+    """Eight ranks on its machine, in stages of four; rank r has GPU r. Ranks 8 and on are on
+    another machine."""
+    serve = Serve(devices=devices, tensor_parallel=tensor, gpu_memory=0.5)
+    server = Server(serve, TIED, itemsize=2, gpu=80 * GIB, longest=2048, ranks=8)
+    stages = (range(4), range(4, 8))
+    found = [*(server.beside(stage) == 40 * GIB for stage in stages), server.shared]
+    assert found == expected
+    assert server.beside(range(8, 16)) == 0
 
 
 def test_a_server_fits_its_share(plans: dict[str, Any]) -> None:

@@ -55,9 +55,11 @@ def test_key_value_heads_may_be_fewer_than_tensor_ranks(tmp_path: Path) -> None:
 
 def test_nccl_has_no_two_ranks_on_a_gpu(tmp_path: Path) -> None:
     broadcast = f"{ROLLOUT}.transfer=broadcast"
-    ((key, what, fix),) = server(tmp_path, broadcast, *GPUS, world=16)
-    assert key == f"{ROLLOUT}.transfer" and "no two ranks on one GPU" in what
-    assert fix.startswith(f"{ROLLOUT}.transfer=file")
+    for devices in ("''", "'1,0'"):
+        words = (broadcast, *GPUS, f"{SERVE}.devices={devices}", f"{SERVE}.tensor_parallel=2")
+        ((key, what, fix),) = server(tmp_path, *words, world=16)
+        assert key == f"{ROLLOUT}.transfer" and "no two ranks on one GPU" in what
+        assert fix.startswith(f"{ROLLOUT}.transfer=file")
     others = ((broadcast,), (broadcast, *GPUS, f"{SERVE}.devices='8'"))
     for words in others:
         assert small(tmp_path, VLLM, *words, world=16).warnings == ()
@@ -74,6 +76,8 @@ def test_nccl_has_no_two_ranks_on_a_gpu(tmp_path: Path) -> None:
         ((f"{ROLLOUT}.url=http://node7:8000", f"{ROLLOUT}.transfer=broadcast"), []),
         ((f"{ROLLOUT}.url=http://127.0.0.1:8000",), []),
         ((f"{ROLLOUT}.url=http://localhost:8000/",), []),
+        ((f"{ROLLOUT}.url=http://0.0.0.0:8000",), []),
+        ((f"{ROLLOUT}.url=http://10.0.0.7:8000",), [f"{ROLLOUT}.transfer"]),
         ((f"{ROLLOUT}.url='http://[::1]:8000'",), []),
         ((f"{ROLLOUT}.top_p=0.9",), [f"{ROLLOUT}.top_p"]),
     ],

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gipo_megatron.commands import train
+from tests import forked
 from tests.forked import ROOT
 from tests.runs import chain
 from tests.runs.chain import Outcome
@@ -188,7 +191,7 @@ def test_a_run_without_its_server_saves_and_continues(runs: Runs) -> None:
     """Lost in a rollout, then in the evaluation that was due: each step is done once."""
     for name in ("lost", "lost_again"):
         error = runs.outcomes[name].error
-        assert "the rollout server was lost 1 times; 0 restarts are allowed" in error
+        assert "the rollout server was lost, and its restarts (0) are used up" in error
         assert "fake server starts" in error and "the same command continues" in error
         assert len(error.splitlines()) < 30
     assert runs.outcomes["continued"].error == ""
@@ -216,7 +219,12 @@ def test_every_layout_draws_the_same_responses(base: Path, runs: Runs, url: str)
         gipo(runs.folder / name, base, there, "run.steps=1", *more)
         for name, more in layouts.items()
     ]
+    lost = runs.folder / "lost_tp2"
+    lose_amid_two(lost, base)
+    words = ("parallel.tensor=2", "run.eval_every=0")
+    cases.append(gipo(lost, base, there, *words))
     chain.run_cases(cases, runs.folder, processes=2)
+    assert [row["step"] for row in chain.rows(lost)] == [1, 2]
     alone = chain.rows(runs.folder / "url")
     for name in layouts:
         other = chain.rows(runs.folder / name)
@@ -230,6 +238,18 @@ def test_every_layout_draws_the_same_responses(base: Path, runs: Runs, url: str)
             assert not far, (name, far)
 
 
+def lose_amid_two(directory: Path, base: Path) -> None:
+    """Both ranks save together when the server is lost in iteration 2, and end by its error."""
+    words = ("parallel.tensor=2", "run.eval_every=0")
+    case = gipo(directory, base, served("--fault", "die:20", restarts=0), *words)
+    file = directory.with_suffix(".json")
+    file.write_text(json.dumps([case]))
+    done = forked.run(ROOT / "tests" / "runs" / "worker.py", str(file), ranks=2, timeout=200)
+    assert done.code == 1 and "its restarts (0) are used up" in done.stderr
+    assert [row["step"] for row in chain.rows(directory)] == [1]
+    assert (directory / "checkpoints" / "step_1" / "meta.json").is_file()
+
+
 def test_ctrl_c_ends_the_server_too(base: Path, runs: Runs) -> None:
     """The terminal signals the process group: the step ends, with the server, then both end."""
     directory = runs.folder / "interrupted"
@@ -241,6 +261,21 @@ def test_ctrl_c_ends_the_server_too(base: Path, runs: Runs) -> None:
         out, err = run.communicate(timeout=200)
     assert (run.returncode, err) == (0, "")
     assert "interrupted (SIGINT) at step" in out
+    assert not left_over(directory)
+
+
+def test_a_second_ctrl_c_stops_a_run_whose_server_hangs(base: Path, runs: Runs) -> None:
+    directory = runs.folder / "hangs"
+    rollout = served("--fault", "hang:0")
+    with chain.running(gipo(directory, base, rollout, "run.eval_every=0")) as run:
+        chain.wait_for((directory / "log.txt").exists, run)
+        time.sleep(1.0)  # in the first rollout, which has no end
+        run.send_signal(signal.SIGINT)
+        time.sleep(2.5)
+        assert run.poll() is None and left_over(directory)
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=200)
+    assert (run.returncode, err) == (130, f"{train.STOPPED}\n")
     assert not left_over(directory)
 
 

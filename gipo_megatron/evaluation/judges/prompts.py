@@ -23,6 +23,8 @@ SYSTEMS = {
 }
 CRITERIA = {kind: _template(kind) for kind in KINDS}
 TITLES = {"helpful": "CONVERSATION", "harmless": "CONVERSATION", "summary": "TEXT"}
+# characters; small models repeat themselves without an end
+LONGEST = 1000
 # a request's response_format for `json`; the reasons come before the verdict
 JSON = {
     "type": "json_schema",
@@ -32,7 +34,7 @@ JSON = {
         "schema": {
             "type": "object",
             "properties": {
-                "explanation": {"type": "string"},
+                "explanation": {"type": "string", "maxLength": LONGEST},
                 "verdict": {"type": "string", "enum": list(VERDICTS)},
             },
             "required": ["explanation", "verdict"],

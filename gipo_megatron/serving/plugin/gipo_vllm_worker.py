@@ -73,8 +73,8 @@ class Weights(WeightTransferEngine[Join, Bucket]):
     group: Any = None
 
     def init_transfer_engine(self, init_info: Join) -> None:
-        self.shutdown()
         if init_info.host:
+            self.shutdown()
             own = self.parallel_config
             rank = 1 + own.data_parallel_index * own.world_size + own.rank
             self.group = join(init_info, rank)
