@@ -392,4 +392,4 @@ def test_the_documents_show_the_printed_plan(plans: dict[str, Any]) -> None:
         for section in re.split(r"\n\n+", sections):
             assert section in printed, f"{words}\n{section}"
             checked += 1
-    assert len(documented()) == 7 and checked == 13
+    assert len(documented()) == 12 and checked == 20
