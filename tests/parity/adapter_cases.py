@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 
+from gipo_megatron.conversion.export import export_run
+from gipo_megatron.data.tokenizer import byte_tokenizer
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.base import Base
-from gipo_megatron.megatron.hf_adapters import export_adapters
+from gipo_megatron.megatron.hf_adapters import export_adapters, load_adapters
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronReference
 from gipo_megatron.specs import Sampling
+from gipo_megatron.telemetry.console import Display
 from gipo_megatron.types import Prompts
 from gipo_megatron.weights.checkpoints import CheckpointMeta
+from gipo_megatron.weights.hf_files import open_weights
 from tests.parity.adapters import FACTOR, SPEC, adapter_tensors, hf_adapted
 from tests.parity.matrix import LAYOUTS
 from tests.parity.roles import digest_of, engine, mine, new_actor, new_reward, parts_of
@@ -126,6 +130,23 @@ def on_a_checkpoint(mesh: Mesh, out: Path) -> bool:
     return torch.equal(a, b)
 
 
+def written(mesh: Mesh, out: Path) -> bool:
+    """Whether a run's export, which all ranks write together, has the adapters bit for bit."""
+    base = out / "base"
+    if mesh.is_main:
+        hf_model().save_pretrained(base)
+    mesh.barrier()
+    adapted = engine("actor", mesh, adapter=SPEC, load=str(base))
+    load_adapters(adapter_tensors(), adapted.chunks, mesh, ARCHITECTURE, SPEC)
+    place, meta = out / "peft", CheckpointMeta(1)
+    tokenizer = byte_tokenizer()
+    export_run(place, "actor", adapted, tokenizer, meta, Display(shown=False))
+    mesh.barrier()
+    saved, expected = open_weights(place), adapter_tensors()
+    same = [torch.equal(saved.read(name), tensor) for name, tensor in expected.items()]
+    return all(same) and saved.shapes.keys() == expected.keys()
+
+
 def run(world: int, out: Path) -> dict[str, Any]:
     """A checkpoint that the first layout writes in OUT is resumed at every one."""
     found: dict[str, Any] = {}
@@ -138,6 +159,7 @@ def run(world: int, out: Path) -> dict[str, Any]:
             "resumed": resumed(mesh, out, adapter=SPEC),
             "gradients": {variant: gradients(mesh, variant) for variant in VARIANTS},
             "exported": exported(mesh),
+            "written": written(mesh, out / name),
             "decoded": decoded(mesh),
             "initial": initial(mesh),
             "steps": steps(mesh),
