@@ -80,7 +80,7 @@ class Responder:
             self._head, self._ranks = group_head(self.weights[key], key)
         self._bases = Bases()
         for key, folder in self.weights.items():
-            section, name, _ = key.split(".")
+            section, _, name = key.removesuffix(".load").partition(".")
             self._bases.settings("actor" if section == "policies" else name, str(folder))
 
     def _engine(self, role: str, key: str, group: HeadSpec | None = None) -> Engine:

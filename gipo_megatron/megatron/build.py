@@ -91,11 +91,11 @@ class Bases:
     held: dict[str, Base] = field(default_factory=dict)  # by fingerprint
 
     def settings(self, role: str, load: str, adapter: AdapterSpec | None = None) -> dict[str, Any]:
-        """Return `adapter` and `base` of build_engine. adapter: of a trained role; another has the
-        adapters that are stored at `load`.
+        """Return `adapter` and `base` of build_engine. adapter: of a role that is trained; others
+        have the adapters that are stored at `load`.
 
-        A whole model has the base that earlier calls for adapters made of it, if they did, so roles
-        with adapters come first. Raises UserError for weights that cannot be read.
+        A whole model that is not trained is the base of an earlier call for adapters, where there
+        is one: roles with adapters come first. Raises UserError for weights that cannot be read.
         """
         stored, meta = stored_base(load, role, self.seed)
         spec = stored if adapter is None else adapter

@@ -15,7 +15,7 @@ class BaseMeta:
     """The identity of a frozen model: equal fingerprints are one model, wherever it is."""
 
     fingerprint: str  # of a folder's files, or random/SEED
-    source: str = field(default="", compare=False)  # the folder
+    source: str = field(default="", compare=False)  # the folder, found from any directory
 
     @property
     def seed(self) -> int | None:
@@ -40,4 +40,4 @@ def base_at(folder: Path) -> BaseMeta:
             digest.update(file.read(_ENDS))
             file.seek(max(size - _ENDS, 0))
             digest.update(file.read(_ENDS))
-    return BaseMeta(digest.hexdigest(), str(folder))
+    return BaseMeta(digest.hexdigest(), str(folder.resolve()))

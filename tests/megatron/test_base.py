@@ -144,6 +144,9 @@ def test_adapters_without_their_base(mesh: Mesh, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "hf")
     with pytest.raises(UserError, match="has changed since"):
         build("actor", mesh, None, load=str(saved))
+    (tmp_path / "hf").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=f"is not at {tmp_path}/hf, or"):
+        build("actor", mesh, None, load=str(saved))
 
 
 def test_a_whole_checkpoint_is_a_base(mesh: Mesh, tmp_path: Path) -> None:

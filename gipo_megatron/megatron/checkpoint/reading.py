@@ -167,7 +167,10 @@ def _check_adapter(path: Path, saved: RoleMeta, mine: RoleMeta) -> None:
             raise UserError(
                 f"the checkpoint has {what}: there {there}, here {here}",
                 where=str(path),
-                fix="give the same model.adapter, on the same base model",
+                fix=(
+                    "give the same model.adapter, on the same base model, or load the merged model"
+                    " (gipo convert to-hf merge=true)"
+                ),
             )
 
 
