@@ -227,9 +227,8 @@ def growth(action: Callable[[], None]) -> tuple[int, int]:
     """Return the peaks of this process's resident memory and of /dev/shm, above those before."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text(
-        "5", encoding="ascii"
-    )  # VmHWM starts at the present RSS
+    # VmHWM starts at the present RSS
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before, shared = resident("VmRSS"), shutil.disk_usage(SHARED_MEMORY).used
     peak, ended = [shared], threading.Event()
 

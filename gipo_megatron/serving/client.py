@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -30,10 +30,12 @@ LOGPROBS = "processed_logprobs"  # after temperature, top_k and top_p
 PLUGIN = 1  # version of the protocol with serving/plugin
 TESTED = "vLLM 0.32 is the version that was tested"
 CONNECT = 10.0  # seconds until a connection is there
+HEALTH = 5.0  # seconds between two looks at the server's health during a request
 CONNECTIONS = 256  # requests at a time, as many as vLLM works on by default
 NO_LOGPROB = -9999.0  # vLLM's number for a log-prob that is NaN or -inf
 FINISHED = ("stop", "length")
 LONGEST_REASON = 500  # characters of a server's message that are shown
+T = TypeVar("T")
 
 
 class ServerLost(Exception):
@@ -89,10 +91,11 @@ class Client:
             "trust_env": False,
             # the server closes a connection after an error, and one that was idle for 5 s
             "limits": httpx.Limits(max_keepalive_connections=0),
+            "timeout": httpx.Timeout(timeout, connect=min(CONNECT, timeout)),
+            "verify": httpx.create_ssl_context(),  # made once: it takes longer than a request
         }
         with _errors(self.url, timeout):
-            patience = httpx.Timeout(timeout, connect=min(CONNECT, timeout))
-            self._http = httpx.Client(timeout=patience, **self._settings)
+            self._http = httpx.Client(**self._settings)
 
     def close(self) -> None:
         self._http.close()
@@ -104,8 +107,13 @@ class Client:
 
     def post(self, route: str, body: Any = None, **query: Any) -> Any:
         """Return the JSON of the answer; None where it is empty. Threads may share a client."""
+
+        async def send() -> httpx.Response:
+            async with httpx.AsyncClient(**self._settings) as http:
+                return await http.post(route, json=body, params=query)
+
         with _errors(self.url, self.timeout):
-            return _read(self._http.post(route, json=body, params=query))
+            return _read(asyncio.run(self._while_healthy(send())))
 
     def healthy(self) -> bool:
         """Check whether the server answers, within CONNECT seconds, that its engine runs."""
@@ -113,6 +121,20 @@ class Client:
             return self._http.get("/health", timeout=CONNECT).is_success
         except httpx.RequestError:
             return False
+
+    async def _while_healthy(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of `work`. Raises ServerLost where the server is found unhealthy twice
+        meanwhile: vLLM's server does not end open requests when its engine has died."""
+        task, failed = asyncio.create_task(work), 0
+        try:
+            while not (await asyncio.wait({task}, timeout=HEALTH))[0]:
+                failed = 0 if await asyncio.to_thread(self.healthy) else failed + 1
+                if failed == 2:
+                    raise ServerLost(f"{self.url}: its engine has died; it answers no more")
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     def check(self, needed: Needed) -> None:
         """Raise UserError where this is no server, or not the one, that a run needs; ServerLost
@@ -185,13 +207,13 @@ class Client:
         Raises ServerLost or UserError; answers that came before stay in `answers`.
         """
         missing = {i: request for i, request in enumerate(requests) if i not in answers}
-        asyncio.run(self._generate(missing, answers))
+        asyncio.run(self._while_healthy(self._generate(missing, answers)))
 
     async def _generate(self, missing: dict[int, Request], answers: dict[int, Answer]) -> None:
         # a request waits here, not in httpx's pool, whose work grows with its queue
         free = asyncio.Semaphore(CONNECTIONS)
         patience = httpx.Timeout(None, connect=min(CONNECT, self.timeout))
-        async with httpx.AsyncClient(timeout=patience, **self._settings) as http:
+        async with httpx.AsyncClient(**{**self._settings, "timeout": patience}) as http:
 
             async def send(index: int, request: Request) -> None:
                 body = {"token_ids": list(request.token_ids), "sampling_params": request.sampling}

@@ -8,6 +8,7 @@ serving/plugin/gipo_vllm_worker.py.
 from __future__ import annotations
 
 import datetime
+import fcntl
 import os
 import shutil
 import socket
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ class FileTransfer(Transfer):
     _file: Any = field(init=False, default=None)
 
     def _join(self, client: Client, device: torch.device) -> None:
+        remove_abandoned()
         client.post("/init_weight_transfer_engine", {"init_info": {}})
 
     def _add(self, tensor: Tensor) -> None:
@@ -135,6 +137,7 @@ class FileTransfer(Transfer):
             folder = folder_with_room(max(BUCKET, tensor.nbytes))
             handle, path = tempfile.mkstemp(prefix=PREFIX, dir=folder)
             self._path, self._file = Path(path), os.fdopen(handle, "wb", buffering=0)
+            fcntl.flock(handle, fcntl.LOCK_EX)  # until it is closed, by a kill too
         data: Any = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
         left = memoryview(data)
         with user_errors(self._path):
@@ -152,9 +155,24 @@ class FileTransfer(Transfer):
         self._path = self._file = None
 
 
+def remove_abandoned() -> None:
+    """Remove the buckets of trainers that were killed during a push: no process has their lock.
+    A file of the last minute stays: its trainer may be about to lock it."""
+    for folder in folders():
+        for path in Path(folder).glob(f"{PREFIX}*"):
+            with suppress(OSError), path.open("rb") as file:  # locked, gone, or another user's
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(file.fileno()).st_mtime > 60:
+                    path.unlink()
+
+
+def folders() -> tuple[str, str]:
+    return "/dev/shm", tempfile.gettempdir()
+
+
 def folder_with_room(size: int) -> str:
     """Return /dev/shm where it has `size` bytes free, else the folder for temporary files."""
-    for folder in ("/dev/shm", tempfile.gettempdir()):
+    for folder in folders():
         if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > size:
             return folder
     raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import math
@@ -17,7 +18,7 @@ from gipo_megatron.serving import client as client_module
 from gipo_megatron.serving.client import Answer, Client, Needed, Request, ServerLost, read_answer
 from gipo_megatron.serving.process import free_port
 from tests.serving.exchanges import PROMPT, RECORDED, sampling
-from tests.serving.fake import Options, Server, serving
+from tests.serving.fake import ROUTES, Options, Refused, Server, serving
 
 TEXT, IDS = "a b", [1, 2]
 NEEDED = Needed(
@@ -181,6 +182,27 @@ def test_a_control_request_has_a_limit(options: Options, clients: list[Client]) 
     hangs, words = replace(options, fault="hang:0"), "does not answer: ReadTimeout"
     with serving(hangs) as server, pytest.raises(ServerLost, match=words):
         connect(server, clients, timeout=0.2).post("/inference/v1/generate", body)
+
+
+def test_open_requests_of_a_server_whose_engine_died_are_given_up(
+    options: Options, clients: list[Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's server waits for its open requests then; without a look at its health, so would we."""
+
+    def unhealthy(handler: Any, body: Any, query: Any) -> Any:
+        raise Refused(503, "engine dead")
+
+    monkeypatch.setattr(client_module, "HEALTH", 0.05)
+    body = {"token_ids": PROMPT, "sampling_params": sampling()}
+    with serving(replace(options, fault="hang:0")) as server:
+        client = connect(server, clients, timeout=60)
+        works = client._while_healthy(asyncio.sleep(0.3, "done"))
+        assert asyncio.run(works) == "done"  # healthy all the time
+        monkeypatch.setitem(ROUTES, "/health", ("GET", unhealthy))
+        with pytest.raises(ServerLost, match="its engine has died"):
+            client.generate(REQUESTS, {})
+        with pytest.raises(ServerLost, match="its engine has died"):
+            client.post("/inference/v1/generate", body)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import gc
 import os
 import shutil
@@ -248,3 +249,19 @@ def test_a_full_disk_is_the_users_error_after_the_last_tensor(
     with pytest.raises(UserError, match="cannot write: No space left"):
         TRANSFERS["file"]().push(Server(), watched(model(MIB), end), "v")
     assert end == ["end"]
+
+
+def test_a_killed_trainers_bucket_is_removed_and_a_living_ones_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(transfer, "folders", lambda: (str(tmp_path), str(tmp_path / "none")))
+    names = {name: f"{transfer.PREFIX}{name}" for name in ("abandoned", "locked", "new")}
+    for name in (*names.values(), "other"):
+        (tmp_path / name).write_bytes(b"1")
+        if name != names["new"]:
+            os.utime(tmp_path / name, (0, 0))
+    with (tmp_path / names["locked"]).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        TRANSFERS["file"]().push(Server(), iter(model(MIB)), "v")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {names["locked"], names["new"], "other"}
