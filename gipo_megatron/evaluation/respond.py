@@ -19,7 +19,7 @@ from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.recipe import EvaluationRecipe
 from gipo_megatron.evaluation.types import Response, TaskPrompt
-from gipo_megatron.megatron.build import build_engine
+from gipo_megatron.megatron.build import adapters_at, build_engine
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
@@ -80,7 +80,7 @@ class Responder:
             self._head, self._ranks = group_head(self.weights[key], key)
 
     def _engine(self, role: str, key: str, group: HeadSpec | None = None) -> Engine:
-        recipe = self.recipe
+        recipe, load = self.recipe, str(self.weights[key])
         return build_engine(
             role,
             self.mesh,
@@ -88,8 +88,9 @@ class Responder:
             recipe.precision,
             micro_batch=recipe.batch.micro_batch,
             micro_tokens=recipe.batch.micro_tokens,
-            load=str(self.weights[key]),
+            load=load,
             group=group,
+            adapter=adapters_at(load, role),
         )
 
     def load_scores(self) -> ResponseScores:

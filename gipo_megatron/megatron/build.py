@@ -115,6 +115,17 @@ def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
     return "huggingface"
 
 
+def adapters_at(load: str, role: str) -> AdapterSpec:
+    """Return the adapters that the weights at `load` have for `role`; of rank 0 for whole ones."""
+    path = Path(load)
+    kind = weights_kind(path)
+    if kind == "adapter":
+        return spec_of(path)
+    if kind == "checkpoint" and (spec := source_of(path, base_role(role))[1].adapter):
+        return spec
+    return AdapterSpec()
+
+
 def _load_adapters(engine: Engine, folder: Path, role: str, seen: Seen) -> None:
     """Load PEFT's adapters, what the base lacks of their model, and a head: theirs, else the
     model's. Raises UserError where they are not of this model's shape."""

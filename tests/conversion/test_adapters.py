@@ -23,7 +23,7 @@ from gipo_megatron.conversion.export import export_run
 from gipo_megatron.data.tokenizer import byte_tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
-from gipo_megatron.megatron.build import build_engine
+from gipo_megatron.megatron.build import adapters_at, build_engine
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.hf_adapters import export_adapters
 from gipo_megatron.megatron.mesh import Mesh
@@ -310,6 +310,10 @@ def test_folders_that_are_not_whole(base: Path, mesh: Mesh, tmp_path: Path) -> N
 
 def test_a_recipe_with_other_adapters(base: Path, mesh: Mesh, tmp_path: Path) -> None:
     folder = write_peft(tmp_path / "peft", base, "text")
+    to_megatron(str(folder), tmp_path / "checkpoint", mesh, verify=False, progress=SILENT)
+    for load, role in ((folder, "actor"), (tmp_path / "checkpoint", "reference")):
+        assert adapters_at(str(load), role) == spec_of(folder)  # as an evaluation does
+    assert adapters_at(str(base), "actor") == AdapterSpec()
     for spec in (FEW, AdapterSpec()):
         with pytest.raises(UserError, match="other adapters: there AdapterSpec") as error:
             loaded(mesh, folder, base, spec, "text")
