@@ -83,10 +83,17 @@ def with_peft(folder: Path, base: Path, kind: str) -> Any:
 
 
 def as_in_card(card: str, folder: Path) -> Any:
-    """The model that the code of a model card loads."""
+    """The model that the code of a model card loads; a padded text has its own score."""
     found: dict[str, Any] = {}
     exec(card.split("```python")[1].split("```")[0].replace('"PATH"', repr(str(folder))), found)
-    return found["model"].eval()
+    model = found["model"].eval()
+    if "num_labels" in card:  # the tokenizer pads, and the model finds each text's last token
+        texts = found["tokenizer"](["a text", "text"], padding=True, return_tensors="pt")
+        one = found["tokenizer"](["text"], return_tensors="pt")
+        with torch.no_grad():
+            both, alone = model(**texts).logits, model(**one).logits
+        torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=0)
+    return model
 
 
 @pytest.fixture(scope="module")
