@@ -100,6 +100,12 @@ class AdapterSpec:
     # rslora (Kalajdzievski 2023): the factor falls as the square root of the rank
     scaling: Annotated[str, OneOf("standard", "rslora")] = "standard"
 
+    def __post_init__(self) -> None:
+        """Put the targets in the model's order: equal specs are one shape, however written."""
+        order = {name: i for i, name in enumerate(LINEARS)}
+        ordered = sorted(self.targets, key=lambda name: order.get(name, len(order)))
+        object.__setattr__(self, "targets", tuple(ordered))
+
     @property
     def factor(self) -> float:
         return self.alpha / (self.rank**0.5 if self.scaling == "rslora" else self.rank)

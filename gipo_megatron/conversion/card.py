@@ -38,7 +38,7 @@ def model_card(
         _adapters(about.adapter, base),
         f"{a.num_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size},"
         f" {about.dtype}" + (f"; base model {hub}." if hub else "."),
-        _usage(head, base),
+        _usage(head, base, padding),
         _head(head, padding),
         _groups(about),
         _prompts(meta),
@@ -69,18 +69,20 @@ pipeline_tag: {task}
 ---"""
 
 
-def _usage(head: str | None, base: str) -> str:
+def _usage(head: str | None, base: str, padding: str | None) -> str:
     name = "AutoModelForCausalLM" if head is None else "AutoModelForSequenceClassification"
     imports, first, then = "", "PATH", ""
     if base:
         imports, first = "from peft import PeftModel\n", base
         then = 'model = PeftModel.from_pretrained(model, "PATH")\n'
     labels = ", num_labels=1" if base and head is not None else ""
+    # the base's config.json is a language model's
+    last = "model.config.pad_token_id = tokenizer.pad_token_id\n" if base and padding else ""
     return f"""```python
 {imports}from transformers import {name}, AutoTokenizer
 model = {name}.from_pretrained("{first}", dtype="auto"{labels})
 {then}tokenizer = AutoTokenizer.from_pretrained("PATH")
-```"""
+{last}```"""
 
 
 def _head(head: str | None, padding: str | None) -> str:

@@ -23,7 +23,7 @@ from gipo_megatron.conversion.export import export_run
 from gipo_megatron.data.tokenizer import byte_tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
-from gipo_megatron.megatron.build import build_engine
+from gipo_megatron.megatron.build import build_engine, stored_base
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.hf_adapters import export_adapters
 from gipo_megatron.megatron.mesh import Mesh
@@ -83,10 +83,17 @@ def with_peft(folder: Path, base: Path, kind: str) -> Any:
 
 
 def as_in_card(card: str, folder: Path) -> Any:
-    """The model that the code of a model card loads."""
+    """The model that the code of a model card loads; a padded text has its own score."""
     found: dict[str, Any] = {}
     exec(card.split("```python")[1].split("```")[0].replace('"PATH"', repr(str(folder))), found)
-    return found["model"].eval()
+    model = found["model"].eval()
+    if "num_labels" in card:  # the tokenizer pads, and the model finds each text's last token
+        texts = found["tokenizer"](["a text", "text"], padding=True, return_tensors="pt")
+        one = found["tokenizer"](["text"], return_tensors="pt")
+        with torch.no_grad():
+            both, alone = model(**texts).logits, model(**one).logits
+        torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=0)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +317,10 @@ def test_folders_that_are_not_whole(base: Path, mesh: Mesh, tmp_path: Path) -> N
 
 def test_a_recipe_with_other_adapters(base: Path, mesh: Mesh, tmp_path: Path) -> None:
     folder = write_peft(tmp_path / "peft", base, "text")
+    to_megatron(str(folder), tmp_path / "checkpoint", mesh, verify=False, progress=SILENT)
+    for load, role in ((folder, "actor"), (tmp_path / "checkpoint", "reference")):
+        assert stored_base(str(load), role, 0)[0] == spec_of(folder)  # as an evaluation does
+    assert stored_base(str(base), "actor", 0)[0] == AdapterSpec()
     for spec in (FEW, AdapterSpec()):
         with pytest.raises(UserError, match="other adapters: there AdapterSpec") as error:
             loaded(mesh, folder, base, spec, "text")

@@ -67,6 +67,9 @@ def test_what_peft_writes(tmp_path: Path) -> None:
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_modules": ["q_proj", "lm_head"]}, "target lm_head"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq'"),
+        ({"target_modules": []}, "target_modules"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"a_new_method": {"on": 1}}, "a_new_method"),
     ],
@@ -88,3 +91,7 @@ def test_wrong_values_are_named(tmp_path: Path, changes: dict[str, Any]) -> None
 def test_round_trip(tmp_path: Path, spec: AdapterSpec) -> None:
     (tmp_path / "adapter_config.json").write_text(config_for(spec, "org/base", "score"))
     assert spec_of(tmp_path) == spec
+
+
+def test_the_order_of_targets_makes_no_other_adapters(tmp_path: Path) -> None:
+    assert read(tmp_path) == AdapterSpec(8, 16.0, ("v_proj", "q_proj"))
