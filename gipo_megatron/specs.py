@@ -85,6 +85,32 @@ class Architecture:
     tied_embeddings: bool = False
 
 
+# the linear layers of a decoder layer, by Hugging Face's names
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Low-rank adapters (LoRA, Hu et al. 2021): the weights W are frozen, and each of these layers
+    computes W x + factor · B A x, A [rank, in], B [out, rank]."""
+
+    rank: Annotated[int, Range(0)] = 0  # 0: no adapters, all weights are trained
+    alpha: Positive = 32.0
+    targets: tuple[Annotated[str, OneOf(*LINEARS)], ...] = LINEARS
+    # rslora (Kalajdzievski 2023): the factor falls as the square root of the rank
+    scaling: Annotated[str, OneOf("standard", "rslora")] = "standard"
+
+    def __post_init__(self) -> None:
+        """Put the targets in the model's order: equal specs are one shape, however written."""
+        order = {name: i for i, name in enumerate(LINEARS)}
+        ordered = sorted(self.targets, key=lambda name: order.get(name, len(order)))
+        object.__setattr__(self, "targets", tuple(ordered))
+
+    @property
+    def factor(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.scaling == "rslora" else self.rank)
+
+
 @dataclass(frozen=True)
 class Parallel:
     """Sizes of the model parallel groups; the rest of the world is data parallel."""

@@ -1,5 +1,5 @@
 """Ratios measured in one run, the two sides taking turns: python tools/benchmark.py
-generate|readout|update|padding|convert|peers|growth|push|rollout [options]
+generate|readout|update|padding|convert|peers|growth|push|rollout|adapters [options]
 
 generate   tokens/s of this project over Hugging Face's generate: same model, weights, prompts and
 end tokens; equal lengths, then ragged prompts and responses
@@ -12,6 +12,7 @@ peers      samples/s and peak memory of a training step, against TRL's SFT, rewa
 growth     seconds and peak memory of a training step against vocabulary, length, batch and layers
 push       seconds and memory of a push of weights to a vLLM server, against reading them from disk
 rollout    tokens/s of the own decoder, of a vLLM server over HTTP and of Hugging Face's generate
+adapters   tokens/s of the own decoder with adapters beside the weights, over merged ones
 
 On a GPU: tools/gpu_verify.py.
 """
@@ -46,7 +47,7 @@ from gipo_megatron.recipe.compose import compose
 from gipo_megatron.specs import Parallel
 from gipo_megatron.training.assembly import assemble
 from gipo_megatron.types import Sequences
-from tools import benchmark_growth, benchmark_peers, benchmark_vllm
+from tools import benchmark_adapters, benchmark_growth, benchmark_peers, benchmark_vllm
 from tools.benchmark_common import interleave, ratio, show
 from tools.benchmark_generate import SHAPES, run_generate
 
@@ -186,6 +187,7 @@ RUNS: dict[str, Callable[[argparse.Namespace], None]] = {
     "growth": benchmark_growth.run_growth,
     "push": benchmark_vllm.run_push,
     "rollout": benchmark_vllm.run_rollout,
+    "adapters": benchmark_adapters.run_adapters,
 }
 
 
@@ -217,6 +219,7 @@ def main(arguments: list[str]) -> None:
     benchmark_growth.add_arguments(commands.add_parser("growth"))
     benchmark_vllm.add_push_arguments(commands.add_parser("push"))
     benchmark_vllm.add_rollout_arguments(commands.add_parser("rollout"))
+    benchmark_adapters.add_arguments(commands.add_parser("adapters"))
     inner = commands.add_parser("measure")
     inner.add_argument("side", choices=("naive", "readout"))
     for name in ("rows", "length", "hidden", "vocabulary"):

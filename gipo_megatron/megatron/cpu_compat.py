@@ -37,6 +37,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -168,6 +169,14 @@ def model_mode() -> Iterator[None]:
         with _pop_mode_temporarily():
             yield
     else:
+        yield
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build modules without memory for their parameters: on the meta device."""
+    meta = torch.device("meta")
+    with meta, patch.object(torch.cuda, "current_device", lambda: meta):
         yield
 
 

@@ -41,18 +41,34 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Linear:
+    """W x + b + B A x. Of a weight whose columns are cut, a tensor rank's part of the sum over the
+    ranks."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    a: Tensor | None = None  # of an adapter
+    b: Tensor | None = None  # times its factor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = _linear(x, self.weight, self.bias)
+        if self.a is None or self.b is None:
+            return out
+        return out + _linear(_linear(x, self.a), self.b)
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """A tensor rank's part of one layer: G key-value groups of Q query heads each, head width D."""
 
     attention_norm: Tensor  # [H]
-    qkv: Tensor  # [G (Q + 2) D, H], one block of Q queries, key, value per group
-    qkv_bias: Tensor | None
+    qkv: Linear  # [G (Q + 2) D, H], one block of Q queries, key, value per group
     q_norm: Tensor | None  # [D]
     k_norm: Tensor | None
-    proj: Tensor  # [H, G Q D]
+    proj: Linear  # [H, G Q D]
     mlp_norm: Tensor  # [H]
-    fc1: Tensor  # [2 F, H], gate above up
-    fc2: Tensor  # [H, F]
+    fc1: Linear  # [2 F, H], gate above up
+    fc2: Linear  # [H, F]
 
 
 def layer_weights(layer: nn.Module, architecture: Architecture) -> LayerWeights:
@@ -67,16 +83,22 @@ def layer_weights(layer: nn.Module, architecture: Architecture) -> LayerWeights:
         known = ", ".join(sorted(parameters))
         raise ValueError(f"no parameter {' or '.join(names)} in a layer with {known}")
 
+    def linear(name: str, bias: bool = False) -> Linear:
+        weights = read(f"{name}.weight"), read(f"{name}.bias") if bias else None
+        adapter = getattr(layer.get_submodule(name), "adapter", None)
+        if adapter is None:
+            return Linear(*weights)
+        return Linear(*weights, adapter.a.data, adapter.wide_b.data * adapter.factor)
+
     return LayerWeights(
         attention_norm=read(*_ATTENTION_NORM),
-        qkv=read("self_attention.linear_qkv.weight"),
-        qkv_bias=read("self_attention.linear_qkv.bias") if architecture.qkv_bias else None,
+        qkv=linear("self_attention.linear_qkv", architecture.qkv_bias),
         q_norm=read("self_attention.q_layernorm.weight") if architecture.qk_norm else None,
         k_norm=read("self_attention.k_layernorm.weight") if architecture.qk_norm else None,
-        proj=read("self_attention.linear_proj.weight"),
+        proj=linear("self_attention.linear_proj"),
         mlp_norm=read(*_MLP_NORM),
-        fc1=read("mlp.linear_fc1.weight"),
-        fc2=read("mlp.linear_fc2.weight"),
+        fc1=linear("mlp.linear_fc1"),
+        fc2=linear("mlp.linear_fc2"),
     )
 
 
@@ -113,7 +135,7 @@ class Decoder:
         if mesh.is_last_stage:
             self.final_norm = last.decoder.final_layernorm.weight.data
             self.output = output_weight(last).data
-        self.dtype = self.layers[0][0].qkv.dtype
+        self.dtype = self.layers[0][0].qkv.weight.dtype
         self.num_groups = architecture.num_kv_heads // mesh.tensor_size
         self.rope = _rope_tables(architecture, positions, mesh.device, self.dtype)
         ranks, place = dist.get_process_group_ranks(mesh.pipeline_group), mesh.pipeline_rank
@@ -212,7 +234,7 @@ class Decoder:
         """Run one layer [b, n, H]. With positions `kept` [b], all tokens get keys and values, but
         the output is [b, 1, H] at those positions."""
         width, eps = self.architecture.head_dim, self.architecture.norm_eps
-        qkv = _linear(rms_norm(x, w.attention_norm, eps), w.qkv, w.qkv_bias)
+        qkv = w.qkv(rms_norm(x, w.attention_norm, eps))
         qkv = qkv.view(*x.shape[:2], self.num_groups, -1, width)
         qk, v = qkv[..., :-1, :].contiguous(), qkv[..., -1, :]
         if w.q_norm is not None and w.k_norm is not None:
@@ -227,9 +249,9 @@ class Decoder:
             rows = torch.arange(len(x), device=x.device)
             q, x = q[rows, kept][:, None], x[rows, kept][:, None]
         attention = attend(index, q, qk[..., -1, :], v)
-        x = x + self._sum(_linear(attention, w.proj))
-        gate, up = _linear(rms_norm(x, w.mlp_norm, eps), w.fc1).chunk(2, -1)
-        return x + self._sum(_linear(F.silu(gate).mul_(up), w.fc2))
+        x = x + self._sum(w.proj(attention))
+        gate, up = w.fc1(rms_norm(x, w.mlp_norm, eps)).chunk(2, -1)
+        return x + self._sum(w.fc2(F.silu(gate).mul_(up)))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self.mesh.tensor_size == 1:

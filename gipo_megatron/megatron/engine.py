@@ -21,8 +21,10 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from gipo_megatron.megatron import cpu_compat, schedules
+from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.heads import GroupHead
 from gipo_megatron.megatron.hf import export_weights
+from gipo_megatron.megatron.hf_adapters import export_adapters
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.microbatches import (
     MicroBatch,
@@ -41,12 +43,13 @@ from gipo_megatron.megatron.optimizer import (
     clipped_step,
     gradient_norm,
     mark_shards,
+    whole_gradients,
     wrap,
 )
 from gipo_megatron.megatron.precision import length_multiple
 from gipo_megatron.megatron.scaling import Scaling
 from gipo_megatron.metrics import Metric, Metrics, merge_metrics
-from gipo_megatron.specs import Architecture, HeadSpec, Optimisation, Precision
+from gipo_megatron.specs import AdapterSpec, Architecture, HeadSpec, Optimisation, Precision
 from gipo_megatron.types import BatchLoss, CriticOutput, Output, Rows, TokenStats, Update
 
 Part = tuple[Rows, BatchLoss]
@@ -58,8 +61,9 @@ class Engine:
     """A model and, with an `optimisation`, all it takes to train it.
 
     head: None for a language model, "value" or "score"; group: a group head beside the value head;
-    micro_batch or micro_tokens: rows or tokens of a micro-batch; offload: none | cpu. Every method
-    is collective: all ranks call it, the ranks of a replica with the same rows.
+    adapter: of rank 0, none; base: frozen weights that it shares; micro_batch or micro_tokens: rows
+    or tokens of a micro-batch; offload: none | cpu. Every method is collective: all ranks call it,
+    the ranks of a replica with the same rows.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class Engine:
         seed: int,
         head: str | None = None,
         group: HeadSpec | None = None,
+        adapter: AdapterSpec = AdapterSpec(),
+        base: Base | None = None,
         optimisation: Optimisation | None = None,
         recompute: str = "none",
         offload: str = "none",
@@ -81,7 +87,7 @@ class Engine:
     ) -> None:
         Residency.make_room()
         self.mesh, self.architecture, self.precision = mesh, architecture, precision
-        self.head, self.group = head, group
+        self.head, self.group, self.adapter, self.base = head, group, adapter, base
         self.optimisation, self.count = optimisation, count
         self.micro_batch, self.micro_tokens = micro_batch, micro_tokens  # one of them
         # config.json and the like of the Hugging Face model it came from, word for word
@@ -93,6 +99,8 @@ class Engine:
             precision,
             recompute=recompute,
             head=head,
+            adapter=adapter,
+            base=base,
             seed=seed,
             initialise=initialise,
         )
@@ -300,11 +308,11 @@ class Engine:
     # ------------------------------------------------------------------- weights and where they are
 
     def _weights(self) -> list[Tensor]:
-        """Return the tensors of this rank's weights: flat buffers once wrapped, else the
-        parameters."""
+        """Return the tensors of this rank's weights, but frozen ones: flat buffers once wrapped,
+        else the parameters."""
         if self.optimisation is not None:
             return [b.param_data for w in self._wrapped for b in w.buffers]
-        return [p.data for chunk in self.chunks for p in chunk.parameters()]
+        return [p.data for chunk in self.chunks for p in chunk.parameters() if p.requires_grad]
 
     def _gradients(self) -> list[Tensor]:
         return [b.grad_data for w in self._wrapped for b in w.buffers]
@@ -356,25 +364,15 @@ class Engine:
             yield from export_weights(self.chunks, self.mesh, self.architecture, head=self.head)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (Hugging Face name, whole gradient) after `backward`, in the weights' dtype, the
-        group head's left out."""
-        group = self.mesh.data_parallel
-        gathered = []
-        for wrapped in self._wrapped:
-            for buffer in wrapped.buffers:
-                whole = torch.empty_like(buffer.grad_data)
-                # each rank holds the sum only in its own shard of every bucket
-                for bucket in buffer.buckets:
-                    shards = bucket.grad_data.chunk(group.size)
-                    end = bucket.offset + bucket.grad_data.numel()
-                    dist.all_gather(
-                        list(whole[bucket.offset : end].chunk(group.size)),
-                        shards[group.rank],
-                        group=group.group,
-                    )
-                gathered.append(whole.to(buffer.param_data.dtype))
+        """Yield (Hugging Face name, or PEFT's for adapters, whole gradient) after `backward`, in
+        the weights' dtype, the group head's left out."""
+        gathered = whole_gradients(self._wrapped, self.mesh.data_parallel)
+        place = self.chunks, self.mesh, self.architecture
         with swapped(self._weights(), gathered):
-            yield from export_weights(self.chunks, self.mesh, self.architecture, head=self.head)
+            if self.adapter.rank:
+                yield from export_adapters(*place, self.adapter, head=self.head)
+            else:
+                yield from export_weights(*place, head=self.head)
 
 
 def _answer(readout: Readout, slot: MicroBatch, raw: Tensor) -> Output:

@@ -3,8 +3,9 @@ model chunks, in both directions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.adapters import Adapter, adapters_of
 from gipo_megatron.megatron.heads import GroupHead
 from gipo_megatron.megatron.hf_table import HF_EMBEDDING, HF_OUTPUT, HF_SCORE, Entry, table
 from gipo_megatron.megatron.mesh import Mesh
@@ -36,10 +38,11 @@ def load_hf(
     architecture: Architecture,
     *,
     head: str | None = None,
+    but: Collection[str] = (),
     seen: Seen = ignore,
 ) -> tuple[str, ...]:
-    """Copy a Hugging Face model into this rank's chunks, one tensor in memory at a time; every rank
-    reads the folder itself.
+    """Copy a Hugging Face model into this rank's chunks, one tensor in memory at a time, without
+    the parameters `but`; every rank reads the folder itself.
 
     Returns the names that the source lacks and that keep their initial values: ("score.weight",)
     when a language model starts a reward model or a critic, else (). With an optimizer, call
@@ -50,11 +53,11 @@ def load_hf(
     entries = table(architecture, head)
     fresh = (HF_SCORE,) if head is not None and HF_SCORE not in weights.shapes else ()
     entries = [entry for entry in entries if entry.hf != fresh]
-    _check_names(weights, entries, architecture, head)
+    check_names(weights, entries, architecture, head)
     _check_tied(weights, architecture, head)
-    mine = _held(chunks, architecture)
+    mine = held(chunks, architecture)
     for entry in entries:
-        if entry.name in mine:
+        if entry.name in mine and entry.name not in but:
             place, parameter = mine[entry.name]
             full = entry.fuse([weights.read(name) for name in entry.hf], architecture)
             with torch.no_grad():
@@ -100,9 +103,10 @@ def same_group_head(folder: Path, head: GroupHead) -> bool:
     )
 
 
-def _held(
+def held(
     chunks: Sequence[nn.Module], architecture: Architecture
 ) -> dict[str, tuple[Placement, nn.Parameter]]:
+    """Return this rank's parameters by the names of the whole tensors that they are cut from."""
     return {
         place.name: (place, parameter)
         for chunk in chunks
@@ -110,9 +114,10 @@ def _held(
     }
 
 
-def _check_names(
+def check_names(
     weights: Weights, entries: Sequence[Entry], architecture: Architecture, head: str | None
 ) -> None:
+    """Raise UserError that names missing and unexpected tensors, and those of another shape."""
     pairs = [zip(entry.hf, entry.shapes, strict=True) for entry in entries]
     expected = {name: shape for pair in pairs for name, shape in pair}
     missing = [name for name in expected if name not in weights.shapes]
@@ -170,28 +175,48 @@ def _some(title: str, names: Sequence[str], limit: int = 6) -> str:
 # ------------------------------------------------------------------------------------------ writing
 
 
-@torch.no_grad()
 def export_weights(
     chunks: Sequence[nn.Module], mesh: Mesh, architecture: Architecture, *, head: str | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, whole tensor) in model order, at any TP × PP × VPP, on every rank.
+    """Yield (Hugging Face name, whole tensor) in model order, at any TP × PP × VPP, on every rank;
+    adapters are added to their weights.
 
     Collective: every rank of the replica iterates to the end. Tensors are copies, in the model's
     dtype, on the mesh's device.
     """
-    mine = _held(chunks, architecture)
+    adapters = adapters_of(chunks)
+    for entry, full in whole_tensors(
+        table(architecture, head), chunks, mesh, architecture, adapters
+    ):
+        yield from zip(entry.hf, entry.split(full, architecture), strict=True)
+
+
+@torch.no_grad()
+def whole_tensors(
+    entries: Sequence[Entry],
+    chunks: Sequence[nn.Module],
+    mesh: Mesh,
+    architecture: Architecture,
+    merged: Mapping[str, Adapter] = MappingProxyType({}),
+) -> Iterator[tuple[Entry, Tensor]]:
+    """Yield each entry's whole Megatron tensor on every rank, with the adapter of that name in
+    `merged` added. Collective."""
+    mine: Mapping[str, tuple[Placement, Tensor]] = held(chunks, architecture)
     ranks = dist.get_process_group_ranks(mesh.pipeline_group)
     dtype = next(iter(chunks[0].parameters())).dtype
-    for entry in table(architecture, head):
+    for entry in entries:
         stage = _stage(entry.name, mesh, architecture)
         if stage == mesh.pipeline_rank:
-            full = _gather(*mine[entry.name], mesh).contiguous()
+            place, part = mine[entry.name]
+            if entry.name in merged:
+                part = merged[entry.name].merged(part)
+            full = _gather(place, part, mesh).contiguous()
         else:
             shape = (sum(s[0] for s in entry.shapes), *entry.shapes[0][1:])
             full = torch.empty(shape, dtype=dtype, device=mesh.device)
         if mesh.pipeline_size > 1:
             dist.broadcast(full, src=ranks[stage], group=mesh.pipeline_group)
-        yield from zip(entry.hf, entry.split(full, architecture), strict=True)
+        yield entry, full
 
 
 def _stage(name: str, mesh: Mesh, architecture: Architecture) -> int:

@@ -24,14 +24,14 @@ class Entry:
     name: str  # layout-free Megatron name
     hf: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    kind: str  # copy | gate_up | qkv
+    kind: str  # copy | stack | qkv
 
     def fuse(self, parts: Sequence[Tensor], a: Architecture) -> Tensor:
         """Return the Megatron parameter. qkv: for each key/value group its query heads, its key,
-        its value. gate_up: gate, then up."""
+        its value. stack: one below the other."""
         if self.kind == "copy":
             return parts[0]
-        if self.kind == "gate_up":
+        if self.kind == "stack":
             return torch.cat(list(parts))
         grouped = [part.reshape(a.num_kv_heads, -1, *part.shape[1:]) for part in parts]
         return torch.cat(grouped, 1).flatten(0, 1)
@@ -40,8 +40,8 @@ class Entry:
         """Invert `fuse`; return parts of `full` itself where they are in one piece."""
         if self.kind == "copy":
             return (full,)
-        if self.kind == "gate_up":
-            return full.chunk(2)
+        if self.kind == "stack":
+            return full.chunk(len(self.hf))
         grouped = full.reshape(a.num_kv_heads, -1, *full.shape[1:])
         sizes = [shape[0] // a.num_kv_heads for shape in self.shapes]
         return tuple(part.flatten(0, 1) for part in grouped.split(sizes, 1))
@@ -85,5 +85,5 @@ def _layer(a: Architecture, ours: str, theirs: str) -> Iterator[Entry]:
     norm = f"{theirs}post_attention_layernorm.weight"
     yield _copy(f"{ours}pre_mlp_layernorm.weight", norm, h)
     gate_up = tuple(f"{theirs}mlp.{x}_proj.weight" for x in ("gate", "up"))
-    yield Entry(f"{mlp}linear_fc1.weight", gate_up, ((f, h), (f, h)), "gate_up")
+    yield Entry(f"{mlp}linear_fc1.weight", gate_up, ((f, h), (f, h)), "stack")
     yield _copy(f"{mlp}linear_fc2.weight", f"{theirs}mlp.down_proj.weight", h, f)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Collection
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,10 +30,13 @@ from torch import Tensor, nn
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import cpu_compat, fusions
 from gipo_megatron.megatron import precision as number_formats
+from gipo_megatron.megatron.adapters import adapt
+from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.heads import LanguageHead, ScalarHead
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.param_sharding import EMBEDDING, OUTPUT, SCORE, placements
-from gipo_megatron.specs import Architecture, Parallel, Precision, split_problems
+from gipo_megatron.megatron.param_sharding import ADAPTER, EMBEDDING, OUTPUT, SCORE, placements
+from gipo_megatron.specs import AdapterSpec, Architecture, Parallel, Precision, split_problems
+from gipo_megatron.weights.base import random_base
 
 INIT_STD = 0.02
 VOCAB_MULTIPLE = 64
@@ -54,26 +59,38 @@ def build_chunks(
     *,
     recompute: str = "none",
     head: str | None = None,
+    adapter: AdapterSpec = AdapterSpec(),
+    base: Base | None = None,
     seed: int = 0,
     initialise: bool = True,
 ) -> list[GPTModel]:
     """Build this rank's model chunks, one per virtual pipeline stage. `head` is None (language
     model), "value" or "score".
 
-    Without `initialise` only a head is initialised; a load of the other weights follows. On the
+    Without `initialise` only a head and adapters are; a load of the other weights follows. On the
     last stage a chunk returns hidden states [b, s, H] in the model's dtype, for
     `outputs.token_stats`, or the head's [b, s, 1] in fp32. Raises UserError for an architecture
-    that cannot be split over the mesh or is not supported.
+    that cannot be split over the mesh or is not supported. On a `base` the weights are its
+    parameters, which it keeps frozen.
     """
     assert head is None or head in HEADS, head
     check_split(architecture, mesh.parallel)
     config = transformer_config(architecture, mesh.parallel, precision, recompute)
+    config.init_model_with_meta_device = base is not None  # for Transformer Engine's layers
     with cpu_compat.host_mode():
         chunks = [
-            _chunk(architecture, mesh, config, head, stage)
+            _chunk(architecture, mesh, config, head, adapter, base, stage)
             for stage in range(mesh.parallel.virtual_pipeline)
         ]
-    initialise_weights(chunks, architecture, mesh, seed, only_head=not initialise)
+    names = {
+        place.name for chunk in chunks for place, _ in placements(chunk, architecture.vocab_size)
+    }
+    if not initialise:
+        names = {name for name in names if name == SCORE or ADAPTER in name}
+    filled = base.filled if base is not None else set[str]()
+    initialise_weights(chunks, architecture, mesh, seed, only=names - filled)
+    if base is not None and initialise:
+        base.fill(random_base(seed))
     return chunks
 
 
@@ -142,28 +159,47 @@ def transformer_config(
 
 
 def _chunk(
-    architecture: Architecture, mesh: Mesh, config: TransformerConfig, head: str | None, stage: int
+    architecture: Architecture,
+    mesh: Mesh,
+    config: TransformerConfig,
+    head: str | None,
+    adapter: AdapterSpec,
+    base: Base | None,
+    stage: int,
 ) -> GPTModel:
     virtual = stage if mesh.parallel.virtual_pipeline > 1 else None
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=_block_spec(config, virtual, rope_frequencies(architecture)),
-        vocab_size=padded_vocab(architecture, mesh.tensor_size),
-        max_sequence_length=architecture.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual),
-        parallel_output=True,
-        share_embeddings_and_output_weights=architecture.tied_embeddings and head is None,
-        position_embedding_type="rope" if config.apply_rope_fusion else "none",
-        rotary_base=architecture.rope_base,
-        vp_stage=virtual,
-    )
+    frequencies = rope_frequencies(architecture)
+    tied = architecture.tied_embeddings and head is None
+    with cpu_compat.on_meta() if base is not None else nullcontext():
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, virtual, frequencies),
+            vocab_size=padded_vocab(architecture, mesh.tensor_size),
+            max_sequence_length=architecture.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=virtual
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=virtual
+            ),
+            parallel_output=True,
+            # mcore sums the two copies of a tied weight, which have no memory on the meta device
+            share_embeddings_and_output_weights=tied and (base is None or mesh.pipeline_size == 1),
+            position_embedding_type="rope" if config.apply_rope_fusion else "none",
+            rotary_base=architecture.rope_base,
+            vp_stage=virtual,
+        )
+    model.share_embeddings_and_output_weights = tied
     if config.apply_rope_fusion:
-        model.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(mesh.device)
+        model.rotary_pos_emb.inv_freq = frequencies.to(mesh.device)
     if model.post_process and head is None:
         LanguageHead.replace(model)
     elif model.post_process:
         model.output_layer = ScalarHead(config, mesh.device)
+    if base is not None:
+        base.adopt(model, architecture.vocab_size, mesh)
+    if adapter.rank:
+        adapt(model, adapter, architecture, mesh)
     return model.to(mesh.device)
 
 
@@ -299,10 +335,12 @@ def initialise_weights(
     architecture: Architecture,
     mesh: Mesh,
     seed: int,
-    only_head: bool = False,
+    only: Collection[str] | None = None,
 ) -> None:
     """Draw weights ~ normal(0, 0.02), in layers that write to the residual stream normal(0, 0.02 /
-    sqrt(2 L)); norms are 1, biases 0.
+    sqrt(2 L)); norms are 1, biases 0. Adapters, as PEFT's: A ~ uniform(-1, 1) / sqrt(in), B is 0.
+
+    only: names of whole tensors, where others stay as they are.
 
     Each whole tensor is drawn from a generator keyed by (seed, its name in the whole model) and
     then cut, so every layout starts from the same weights.
@@ -310,16 +348,19 @@ def initialise_weights(
     for chunk in chunks:
         for place, parameter in placements(chunk, architecture.vocab_size):
             name = place.name
-            if only_head and name != SCORE:
+            if only is not None and name not in only:
                 continue
             if name.endswith("layernorm.weight"):
                 parameter.fill_(1.0)
-            elif name.endswith(".bias"):
+            elif name.endswith((".bias", f"{ADAPTER}b")):
                 parameter.zero_()
             else:
                 shape = place.full_shape(parameter, mesh.tensor_size)
-                full = torch.randn(shape, generator=generator_for(seed, name))
-                full = full * _init_std(name, architecture)
+                generator = generator_for(seed, name)
+                if ADAPTER in name:
+                    full = (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
+                else:
+                    full = torch.randn(shape, generator=generator) * _init_std(name, architecture)
                 parameter.copy_(place.take(full, mesh.tensor_rank, parameter, mesh.tensor_size))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from gipo_megatron.megatron import cpu_compat
+from gipo_megatron.megatron.mesh import DataParallelGroup
 from gipo_megatron.megatron.param_sharding import placements
 from gipo_megatron.specs import Optimisation, Precision
 
@@ -100,6 +102,24 @@ def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
 
 def _no_exchange(**options: bool) -> None:
     """Send nothing: there is one replica."""
+
+
+def whole_gradients(
+    wrapped: Iterable[DistributedDataParallel], group: DataParallelGroup
+) -> list[Tensor]:
+    """Return the gradient buffers with the sums of all replicas, in the weights' dtype. Collective
+    over `group`, the replicas."""
+    gathered = []
+    for buffer in (buffer for chunk in wrapped for buffer in chunk.buffers):
+        whole = torch.empty_like(buffer.grad_data)
+        # each rank holds the sum only in its own shard of every bucket
+        for bucket in buffer.buckets:
+            shards = bucket.grad_data.chunk(group.size)
+            end = bucket.offset + bucket.grad_data.numel()
+            parts = list(whole[bucket.offset : end].chunk(group.size))
+            dist.all_gather(parts, shards[group.rank], group=group.group)
+        gathered.append(whole.to(buffer.param_data.dtype))
+    return gathered
 
 
 def mark_shards(chunks: list[GPTModel], vocab_size: int) -> None:

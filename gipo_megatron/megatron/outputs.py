@@ -185,8 +185,9 @@ class _TokenStats(torch.autograd.Function):
         shard: _VocabShard = ctx.shard
         target = torch.zeros_like(log_z) if grad_logprobs is None else grad_logprobs * ctx.scale
         grad_rows = torch.zeros_like(rows, dtype=torch.float32)
-        grad_weight = torch.empty_like(weight)
-        grad_weight[shard.width :] = 0.0
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if grad_weight is not None:
+            grad_weight[shard.width :] = 0.0
         for block in shard.blocks(rows):
             if kept is None:
                 logp = _logits(rows, weight[block], ctx.scale).sub_(log_z[:, None])
@@ -203,7 +204,8 @@ class _TokenStats(torch.autograd.Function):
             g.scatter_add_(1, column[:, None], torch.where(inside, target, 0.0)[:, None])
             g = g.to(rows.dtype)
             del logp
-            torch.mm(g.t(), rows, out=grad_weight[block])
+            if grad_weight is not None:
+                torch.mm(g.t(), rows, out=grad_weight[block])
             _add_product(grad_rows, g, weight[block])
             del g
         grad = rows.new_zeros(ctx.shape)

@@ -40,6 +40,9 @@ _FUSED_NORMS = {
 }
 
 
+ADAPTER = ".adapter."  # between a linear layer's name and a or b (adapters.py)
+
+
 @dataclass(frozen=True)
 class Placement:
     """The cut of one whole tensor over the tensor group."""
@@ -112,7 +115,22 @@ def _placement(model: GPTModel, local_name: str, vocab_size: int) -> Placement:
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", local_name)
     assert match, f"no sharding rule for parameter {local_name}"
     suffix = _FUSED_NORMS.get(match[2], match[2])
-    assert suffix in _SPLIT or suffix in _NORMS, f"no sharding rule for parameter {local_name}"
     layer = model.decoder.layers[int(match[1])].layer_number - 1
     name = f"decoder.layers.{layer}.{suffix}"
+    linear, adapter, matrix = suffix.partition(ADAPTER)
+    if adapter:
+        dim, blocks = _SPLIT[f"{linear}.weight"]
+        # b has the rows of the weight and a its columns; the other one is whole on every rank
+        return Placement(name, dim, blocks) if "ba"[dim] == matrix else Placement(name)
+    assert suffix in _SPLIT or suffix in _NORMS, f"no sharding rule for parameter {local_name}"
     return Placement(name, *_SPLIT[suffix]) if suffix in _SPLIT else Placement(name)
+
+
+def linears(chunk: nn.Module) -> Iterator[tuple[Placement, nn.Module]]:
+    """Yield every linear layer of a chunk's decoder, with the place of its weight."""
+    for layer in unwrap(chunk).decoder.layers:
+        for suffix, cut in _SPLIT.items():
+            path, kind = suffix.rsplit(".", 1)
+            if kind == "weight":
+                name = f"decoder.layers.{layer.layer_number - 1}.{suffix}"
+                yield Placement(name, *cut), layer.get_submodule(path)

@@ -7,16 +7,12 @@ import math
 import re
 from pathlib import Path
 
+from gipo_megatron.recipe.adapters import adapters
 from gipo_megatron.recipe.draft import Check, Draft, Found
 from gipo_megatron.recipe.needs import ROLLOUT_KEYS, is_role
 from gipo_megatron.recipe.problems import Problem, suggest
 from gipo_megatron.recipe.samplers import served, server
-from gipo_megatron.recipe.schema import (
-    ROLES,
-    TRAINING_KEYS,
-    Batch,
-    Recipe,
-)
+from gipo_megatron.recipe.schema import ROLES, TRAINING_KEYS, Batch, Recipe
 from gipo_megatron.recipe.source import Block
 from gipo_megatron.specs import Parallel, divisors, split_problems
 
@@ -225,6 +221,7 @@ PROBLEMS: tuple[Check, ...] = (
     batch,
     responses,
     precision,
+    adapters,
     server,
     unread,
     run,

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gipo_megatron.megatron.decode import Decoder, layer_weights, rms_norm
+from gipo_megatron.megatron.decode import Decoder, Linear, layer_weights, rms_norm
 from gipo_megatron.megatron.heads import all_logits
 from gipo_megatron.megatron.kv_budget import Need
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
-from gipo_megatron.specs import Architecture, Parallel, Precision
+from gipo_megatron.specs import AdapterSpec, Architecture, Parallel, Precision
 from tests.parity import families
 from tests.parity.tiny import ARCHITECTURE
 
@@ -29,8 +29,13 @@ LENGTHS = torch.tensor([5, 8, 1, 8])
 STEPS = 6
 
 
-def model(architecture: Architecture, mesh: Mesh, dtype: str = "fp32") -> list[nn.Module]:
-    chunks = build_chunks(architecture, mesh, Precision(dtype), seed=3)
+def model(
+    architecture: Architecture,
+    mesh: Mesh,
+    dtype: str = "fp32",
+    adapter: AdapterSpec = AdapterSpec(),
+) -> list[nn.Module]:
+    chunks = build_chunks(architecture, mesh, Precision(dtype), adapter=adapter, seed=3)
     g = families.generator(8)
     for p in chunks[0].parameters():  # biases and norms too
         p.data.copy_(torch.randn(p.shape, generator=g) * 0.2 + (1.0 if p.ndim == 1 else 0.0))
@@ -62,10 +67,12 @@ def stepwise(
     return out
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_steps_give_the_training_forwards_logits(mesh: Mesh, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "rank"), [*((name, 0) for name in VARIANTS), ("grouped", 3), ("qkv_bias", 3)]
+)
+def test_steps_give_the_training_forwards_logits(mesh: Mesh, name: str, rank: int) -> None:
     architecture = VARIANTS[name]
-    chunks = model(architecture, mesh)
+    chunks = model(architecture, mesh, adapter=AdapterSpec(rank, alpha=6.0))
     tokens = families.tokens(shape=(4, 8 + STEPS))
     with torch.no_grad():
         expected = all_logits(chunks[0], chunks[0](tokens, None, None))[
@@ -129,9 +136,13 @@ def test_weights_by_transformer_engines_names(mesh: Mesh) -> None:
         local = layer_weights(layer, architecture)
         fused = layer_weights(_Fused(layer), architecture)
         for f in fields(local):
-            assert getattr(local, f.name).data_ptr() == getattr(fused, f.name).data_ptr(), f.name
+            found, same = getattr(local, f.name), getattr(fused, f.name)
+            if isinstance(found, Linear):
+                found, same = found.weight, same.weight
+            assert found.data_ptr() == same.data_ptr(), f.name
             checked += 1
-    assert checked == 4 * 9
+        assert local.qkv.bias is not None and local.qkv.a is local.fc1.bias is None
+    assert checked == 4 * 8
 
 
 def test_missing_weight_is_named(mesh: Mesh) -> None:

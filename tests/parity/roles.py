@@ -14,10 +14,12 @@ from transformers import LlamaForCausalLM
 from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.hf import load_hf
+from gipo_megatron.megatron.hf_adapters import load_adapters
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
 from gipo_megatron.specs import Optimisation, Precision
 from gipo_megatron.types import Loss, Rows
+from tests.parity.adapters import adapter_tensors
 from tests.parity.tiny import (
     ARCHITECTURE,
     GROUP,
@@ -57,12 +59,19 @@ def engine(role: str, mesh: Mesh, **changes: Any) -> Engine:
 
 
 def fill(role: Any, model: LlamaForCausalLM | None = None) -> Any:
-    """The Hugging Face weights (`tiny.hf_model`, unless given) in a role's model."""
+    """The Hugging Face weights (`tiny.hf_model`, unless given) in a role's model, and the tensors
+    of tests/parity/adapters.py in its adapters."""
     weights = {name: p.detach() for name, p in (model or hf_model()).named_parameters()}
     if role.engine.head is not None:
         weights["score.weight"] = score_weight()
-    load_hf(weights, role.engine.chunks, role.engine.mesh, ARCHITECTURE, head=role.engine.head)
-    role.engine.weights_changed()
+    engine = role.engine
+    load_hf(weights, engine.chunks, engine.mesh, ARCHITECTURE, head=engine.head)
+    if engine.adapter.rank:
+        weights |= adapter_tensors(engine.adapter)
+        wanted = {k: v for k, v in weights.items() if "lora_" in k or k == "score.weight"}
+        place = engine.chunks, engine.mesh, ARCHITECTURE, engine.adapter
+        load_adapters(wanted, *place, head=engine.head)
+    engine.weights_changed()
     return role
 
 

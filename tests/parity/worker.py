@@ -20,7 +20,7 @@ from gipo_megatron.megatron import cpu_compat
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.specs import Parallel
 from tests.conversion import families
-from tests.parity import generate_cases, model_cases, planning_cases, train_cases
+from tests.parity import adapter_cases, generate_cases, model_cases, planning_cases, train_cases
 from tests.parity.dpo_cases import dpo_cells
 from tests.parity.launch import write_result
 from tests.parity.matrix import BF16_CHECKPOINTS, GRADIENTS, LAYOUTS, MICRO_BATCHES
@@ -71,6 +71,7 @@ def checkpoints(world: int, out: Path) -> dict[str, Any]:
 def jobs(world: int, out: Path, ends: dict[str, int]) -> dict[str, Callable[[], Any]]:
     every = {
         "training": partial(training, world),
+        "adapters": partial(adapter_cases.run, world, out / "adapters"),
         "checkpoints": partial(checkpoints, world, out),
         "scaling": partial(train_cases.scaling, out / "scaling", LAYOUTS[world]),
         "model": partial(model_cases.run, out),

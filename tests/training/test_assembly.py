@@ -90,6 +90,26 @@ def test_no_held_out_rows_without_evaluations(
         assembled(small(tmp_path, *words[:-1], text=SFT), mesh)
 
 
+def test_roles_share_the_model_of_their_adapters(
+    tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]
+) -> None:
+    """All weights here are the same random ones; a role that is not trained has no adapters."""
+    page = assembled(small(tmp_path, "model.adapter.rank=4"), mesh).algorithm
+    calls = {call["role"]: call for call in built}
+    ranks = {role: call["adapter"].rank for role, call in calls.items()}
+    assert ranks == {"actor": 4, "critic": 4, "reference": 0, "reward": 0}
+    assert page.actor.engine.base is not None
+    assert all(call["base"] is page.actor.engine.base for call in built)
+
+
+def test_whole_models_share_nothing(
+    tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]
+) -> None:
+    assembled(small(tmp_path), mesh)
+    assert len(built) == 4
+    assert all(call["base"] is None and not call["adapter"].rank for call in built)
+
+
 def test_roles_of_ppo(tmp_path: Path, mesh: Mesh, built: list[dict[str, Any]]) -> None:
     words = ["algorithm.rollout.temperature=0.7", "algorithm.epochs=2", "batch.prompts=8"]
     words += ["batch.responses=4", "batch.minibatch=16", "models.actor.schedule=constant"]

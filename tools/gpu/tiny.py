@@ -211,13 +211,16 @@ def hf_critic(
     return CriticOutput(torch.where(rows.mask, values, 0.0), at_prompt @ group[0].T + group[1])
 
 
-def hf_gradients(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The gradient of the whole batch's loss by plain autograd, {HF name: tensor}.
+def hf_gradients(
+    kind: str, dtype: torch.dtype = torch.float32, model: LlamaForCausalLM | None = None
+) -> dict[str, Tensor]:
+    """The gradient of the whole batch's loss by plain autograd, {HF name: tensor}, of `hf_model`,
+    unless another is given.
 
     kind: text (`language_loss`), reward (`pair_loss`), actor (`ppo_loss`) or critic (`critic_loss`,
     with `group_weights`).
     """
-    model, score = hf_model().to(dtype), score_weight().to(dtype).requires_grad_()
+    model, score = (model or hf_model()).to(dtype), score_weight().to(dtype).requires_grad_()
     {"text": _text, "reward": _reward, "actor": _actor, "critic": _critic}[kind](
         model, score
     ).backward()

@@ -9,7 +9,12 @@ DIR/step_12/meta.json     CheckpointMeta: step, origin, roles, sizes of all file
 """
 
 from gipo_megatron.megatron.checkpoint.folders import discard_after, link
-from gipo_megatron.megatron.checkpoint.reading import check_architecture, load_weights, restore
+from gipo_megatron.megatron.checkpoint.reading import (
+    check_architecture,
+    load_weights,
+    restore,
+    source_of,
+)
 from gipo_megatron.megatron.checkpoint.writing import describe, save, write
 
 __all__ = [
@@ -20,5 +25,6 @@ __all__ = [
     "load_weights",
     "restore",
     "save",
+    "source_of",
     "write",
 ]

@@ -10,14 +10,14 @@ import torch
 from megatron.core import dist_checkpointing
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron.checkpoint.sharded import metadata, sharded_chunks
+from gipo_megatron.megatron.checkpoint.sharded import metadata, sharded_chunks, whole_chunks
 from gipo_megatron.megatron.checkpoint.writing import describe
 from gipo_megatron.megatron.cpu_compat import host_mode
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.scaling import EXTRA_STATE, without_extra_states
+from gipo_megatron.megatron.scaling import without_extra_states
 from gipo_megatron.specs import Architecture
-from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta, read_hf_files, read_meta
+from gipo_megatron.weights.checkpoints import RoleMeta, read_hf_files, read_meta
 
 _GROUP_WEIGHTS = ("group_head.weight", "group_head.bias")
 # The saved roles that a role may start from, the best first. A trunk from another kind of model
@@ -54,6 +54,7 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
 
 def _check_role(path: Path, role: str, saved: RoleMeta, mine: RoleMeta) -> None:
     check_architecture(path, saved.architecture, mine.architecture)
+    _check_adapter(path, saved, mine)
     if (mine.head, mine.trained) != (saved.head, saved.trained):
         raise UserError(
             f"{role!r} was saved with another head or without its optimizer",
@@ -84,7 +85,7 @@ def _restore_role(folder: Path, engine: Engine) -> None:
         if engine.group_head is not None:
             wanted["group_head"] = engine.group_head.sharded_state()
         loaded = dist_checkpointing.load(wanted, str(folder))
-        _fill(engine, list(sharded), loaded)
+        _fill(engine, sharded, loaded)
         engine.version += 1
         if engine.optimisation is not None:
             engine.optimizer.load_state_dict(loaded["optimizer"])
@@ -93,16 +94,11 @@ def _restore_role(folder: Path, engine: Engine) -> None:
             engine.group_head.load_sharded_state(loaded["group_head"])
 
 
-def _fill(
-    engine: Engine, names: list[str], loaded: dict[str, Any], without: tuple[str, ...] = ()
-) -> None:
-    """Copy weights and FP8 scaling state; keys that begin with `without` stay as they are."""
-    for name, chunk in zip(names, engine.chunks, strict=True):
-        missing = chunk.load_state_dict(loaded[name], strict=False).missing_keys
-        unexpected = [
-            key for key in missing if not key.endswith(EXTRA_STATE) and not key.startswith(without)
-        ]
-        assert not unexpected, f"not loaded: {unexpected}"
+def _fill(engine: Engine, sharded: dict[str, dict[str, Any]], loaded: dict[str, Any]) -> None:
+    """Copy the weights of `sharded`, and FP8 scaling state; all else stays as it is."""
+    for (name, wanted), chunk in zip(sharded.items(), engine.chunks, strict=True):
+        missing = chunk.load_state_dict(loaded.get(name, {}), strict=False).missing_keys
+        assert not wanted.keys() & set(missing), f"not loaded: {wanted.keys() & set(missing)}"
     engine.scaling.write(loaded.get("scaling", {}))  # version 1 has none
 
 
@@ -110,11 +106,13 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
     """Load weights only, into a model of `role`; return the saved role they came from. Collective.
 
     A reward model's score head becomes a critic's value head; from an actor only the trunk is
-    taken. A saved group head is taken when it has this one's shape. Raises UserError when no saved
-    role fits or the architecture is another one.
+    taken. A saved group head is taken when it has this one's shape. Of a model with adapters only
+    these and a head are saved; `build.load_into` has loaded their base. Raises UserError when no
+    saved role fits, or the architecture or the adapters are others.
     """
-    source, saved = _source(path, role, read_meta(path))
+    source, saved = source_of(path, role)
     check_architecture(path, saved.architecture, engine.architecture)
+    _check_adapter(path, saved, describe(engine))
     same_head = (saved.head is None) == (engine.head is None)
     same_groups = engine.group is not None and saved.num_groups == engine.group.num_groups
     with (
@@ -122,7 +120,7 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
         host_mode(),
         torch.no_grad(),
     ):
-        chunks = sharded_chunks(engine)
+        chunks = whole_chunks(engine) if saved.adapter is None else sharded_chunks(engine)
         sharded = without_extra_states(chunks)
         if not same_head:
             for part in sharded.values():
@@ -135,7 +133,7 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
         loaded = dist_checkpointing.load(
             {**sharded, **group, "scaling": scaling}, str(path / source)
         )
-        _fill(engine, list(sharded), loaded, without=() if same_head else ("output_layer.",))
+        _fill(engine, sharded, loaded)
         if head is not None:
             own = {f"group_head.{key}": value for key, value in head.state_dict().items()}
             head.load_sharded_state(own | {key: loaded[key] for key in group})
@@ -144,7 +142,9 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
     return source
 
 
-def _source(path: Path, role: str, meta: CheckpointMeta) -> tuple[str, RoleMeta]:
+def source_of(path: Path, role: str) -> tuple[str, RoleMeta]:
+    """Return the saved role that `role` starts from. Raises UserError when none fits."""
+    meta = read_meta(path)
     for source in _SOURCES[role]:
         if source in meta.roles:
             return source, meta.roles[source]
@@ -153,6 +153,25 @@ def _source(path: Path, role: str, meta: CheckpointMeta) -> tuple[str, RoleMeta]
         f"no weights for {role!r}: needs {wanted}, the checkpoint has {', '.join(meta.roles)}",
         where=str(path),
     )
+
+
+def _check_adapter(path: Path, saved: RoleMeta, mine: RoleMeta) -> None:
+    """Raise UserError where saved adapters are not those of this model."""
+    if saved.adapter is None:
+        return
+    for what, there, here in (
+        ("other adapters", saved.adapter, mine.adapter),
+        ("adapters on another base", saved.base, mine.base),
+    ):
+        if there != here:
+            raise UserError(
+                f"the checkpoint has {what}: there {there}, here {here}",
+                where=str(path),
+                fix=(
+                    "give the same model.adapter, on the same base model, or load the merged model"
+                    " (gipo convert to-hf merge=true)"
+                ),
+            )
 
 
 def check_architecture(path: Path, saved: Architecture, mine: Architecture) -> None:

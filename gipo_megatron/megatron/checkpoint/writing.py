@@ -140,7 +140,8 @@ def _save_role(folder: Path, engine: Engine) -> None:
 
 def describe(engine: Engine) -> RoleMeta:
     """Return the entry of meta.json for a model."""
-    group = engine.group
+    group, base = engine.group, engine.base
+    adapted = base is not None and engine.adapter.rank > 0
     return RoleMeta(
         architecture=engine.architecture,
         head=engine.head,
@@ -148,4 +149,6 @@ def describe(engine: Engine) -> RoleMeta:
         num_groups=None if group is None else group.num_groups,
         group_input=None if group is None else group.input,
         trained=engine.optimisation is not None,
+        adapter=engine.adapter if adapted else None,
+        base=base.meta if base is not None and adapted else None,
     )
