@@ -159,8 +159,7 @@ def to_hf(
     """Write one role of a checkpoint as a Hugging Face folder, in a world of one, from any layout.
 
     role: "" is the policy, or the only role; merge: write the whole model, not the adapters alone.
-    Raises UserError (then `out` does not exist), Mismatch
-    (then OUT.mismatch does).
+    Raises UserError (then `out` does not exist), Mismatch (then OUT.mismatch does).
     """
     refuse_existing(out)
     meta = read_meta(path)
@@ -214,8 +213,10 @@ def _base_of(about: RoleMeta, path: Path, merge: bool) -> str:
     if merge:
         return ""
     if not (base := base_name(about.base)):
+        source = about.base.source if about.base is not None else ""
         raise UserError(
-            "PEFT cannot load the base of these adapters: it is no Hugging Face model",
+            "PEFT cannot load the base of these adapters: it is"
+            f" {source or 'random'}, no Hugging Face model",
             where=str(path),
             fix="write the whole model: merge=true",
         )
