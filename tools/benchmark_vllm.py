@@ -143,13 +143,18 @@ def pusher(sender: Transfer, client: Client, trainer: Trainer) -> Callable[[], N
 
 
 def reads(file: Path, client: Client) -> dict[str, Callable[[], object]]:
-    """Ways to read the same weights from disk."""
+    """Return ways to read the same weights from disk. What only maps the file is copied, so that
+    every byte is read."""
     folder = str(file.parent.resolve())
 
     def every_byte() -> None:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - it is no mapping
-                tensors.get_tensor(name).clone()  # the tensor is a view of the file
+                tensors.get_tensor(name).clone()
+
+    def model() -> None:
+        for p in LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).parameters():
+            p.data.clone()
 
     def into_server() -> None:
         call = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
@@ -157,9 +162,7 @@ def reads(file: Path, client: Client) -> dict[str, Callable[[], object]]:
 
     return {
         "every byte by safetensors": every_byte,
-        "transformers' from_pretrained": lambda: LlamaForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16
-        ),
+        "transformers' from_pretrained": model,
         "vLLM's reload_weights": into_server,
     }
 

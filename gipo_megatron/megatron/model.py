@@ -76,6 +76,7 @@ def build_chunks(
     assert head is None or head in HEADS, head
     check_split(architecture, mesh.parallel)
     config = transformer_config(architecture, mesh.parallel, precision, recompute)
+    config.init_model_with_meta_device = base is not None  # for Transformer Engine's layers
     with cpu_compat.host_mode():
         chunks = [
             _chunk(architecture, mesh, config, head, adapter, base, stage)

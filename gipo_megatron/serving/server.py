@@ -90,9 +90,8 @@ class Server:
         if self._lost > self.restarts:
             spent = f"its restarts ({self.restarts}) are used up"
             raise self._error(f"the rollout server was lost, and {spent}: {reason}")
-        self.report(
-            f"the rollout server was lost: {reason}; restart {self._lost} of {self.restarts}"
-        )
+        count = f"restart {self._lost} of {self.restarts}"
+        self.report(f"{count}: the rollout server was lost: {reason}")
         self.close()
         self.open()
 

@@ -81,12 +81,12 @@ def test_answers_come_back_in_order_and_are_paid_once(tmp_path: Path) -> None:
     with serving(
         lambda mark, _: Reply(said[int(mark[1:]) % 4], delay=0.02 * (3 - int(mark[1:]) % 4)), log
     ) as server:
-        judge = judge_at(server.url, tmp_path, prompt_price=2.5, completion_price=10.0)
+        judge = judge_at(server.url, tmp_path)
         verdicts = ask(judge, pairs(12))
         assert [v.choice for v in verdicts] == expected * 3
         assert [v.text for v in verdicts] == said * 3 and not any(v.cached for v in verdicts)
         assert {(v.prompt_tokens, v.completion_tokens) for v in verdicts} == {(100, 10)}
-        again = judge_at(server.url, tmp_path, prompt_price=2.5, completion_price=10.0)
+        again = judge_at(server.url, tmp_path)
         repeated = ask(again, pairs(12))
     assert [v.choice for v in repeated] == expected * 3 and all(v.cached for v in repeated)
     assert log.requests == log.answered == Counter({f"Q{i}": 1 for i in range(12)})
@@ -96,7 +96,6 @@ def test_answers_come_back_in_order_and_are_paid_once(tmp_path: Path) -> None:
         12 * 100,
         12 * 10,
     )
-    assert about["cost_usd"] == pytest.approx(12 * (100 * 2.5 + 10 * 10) / 1e6)  # by hand
     assert about["this_run"] == {"answered": 0, "from_cache": 12, "failed": 0, "attempts": 0}
     assert judge.about()["this_run"] == {
         "answered": 12,
@@ -684,5 +683,4 @@ def test_a_recipe_block_builds_it(tmp_path: Path) -> None:
         judge.api_key_env,
     ) == ("openai", 2, "OPENAI_API_KEY")
     assert not any(tmp_path.iterdir())
-    assert "cost_usd" not in judge.about()
     assert TOKENS["prompt_tokens"] == 100

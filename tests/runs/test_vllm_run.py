@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gipo_megatron.commands import train
+from tests import forked
 from tests.forked import ROOT
 from tests.runs import chain
 from tests.runs.chain import Outcome
@@ -218,7 +219,12 @@ def test_every_layout_draws_the_same_responses(base: Path, runs: Runs, url: str)
         gipo(runs.folder / name, base, there, "run.steps=1", *more)
         for name, more in layouts.items()
     ]
+    lost = runs.folder / "lost_tp2"
+    lose_amid_two(lost, base)
+    words = ("parallel.tensor=2", "run.eval_every=0")
+    cases.append(gipo(lost, base, there, *words))
     chain.run_cases(cases, runs.folder, processes=2)
+    assert [row["step"] for row in chain.rows(lost)] == [1, 2]
     alone = chain.rows(runs.folder / "url")
     for name in layouts:
         other = chain.rows(runs.folder / name)
@@ -230,6 +236,18 @@ def test_every_layout_draws_the_same_responses(base: Path, runs: Runs, url: str)
             assert compared
             far = {k: (mine[k], its[k]) for k in compared if not chain.close(mine[k], its[k], 1e-3)}
             assert not far, (name, far)
+
+
+def lose_amid_two(directory: Path, base: Path) -> None:
+    """Both ranks save together when the server is lost in iteration 2, and end by its error."""
+    words = ("parallel.tensor=2", "run.eval_every=0")
+    case = gipo(directory, base, served("--fault", "die:20", restarts=0), *words)
+    file = directory.with_suffix(".json")
+    file.write_text(json.dumps([case]))
+    done = forked.run(ROOT / "tests" / "runs" / "worker.py", str(file), ranks=2, timeout=200)
+    assert done.code == 1 and "its restarts (0) are used up" in done.stderr
+    assert [row["step"] for row in chain.rows(directory)] == [1]
+    assert (directory / "checkpoints" / "step_1" / "meta.json").is_file()
 
 
 def test_ctrl_c_ends_the_server_too(base: Path, runs: Runs) -> None:

@@ -125,7 +125,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("HF_HUB_OFFLINE", "1")):
             patch.setenv(name, value)
-        serve = Serve(args=["--enforce-eager", "--max-num-seqs", "32"], start_timeout=1200)
+        serve = Serve(args=["--max-num-seqs", "32"], start_timeout=1200)  # compiled, as in a run
         log = tmp_path_factory.mktemp("server") / "server.log"
         process = ServerProcess(serve, SMOLLM.resolve(), log, "float32", 1024)
         start = time.monotonic()

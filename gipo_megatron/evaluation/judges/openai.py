@@ -49,14 +49,11 @@ class OpenAIJudge(Judge):
     # seconds before the first retry, doubled each time, with jitter; a Retry-After of up to 120 s
     # takes precedence, a longer one ends the evaluation
     backoff: Annotated[float, Range(0)] = 1.0
-    prompt_price: Annotated[float, Range(0)] = 0.0  # US dollars for a million tokens
-    completion_price: Annotated[float, Range(0)] = 0.0
     directory: Any = from_runtime("directory")
 
     name: ClassVar[str] = "openai"
     transport: ClassVar[tuple[str, ...]] = (
         "base_url", "api_key_env", "concurrency", "max_tokens", "timeout", "retries", "backoff",
-        "prompt_price", "completion_price",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -124,15 +121,13 @@ class OpenAIJudge(Judge):
         return answer
 
     def about(self) -> dict[str, Any]:
-        """Return settings, tokens and cost of all answers of this model in this run folder.
+        """Return settings and tokens of all answers of this model in this run folder.
 
         `this_run`: the counts of this process.
         """
         replies = [reply for reply in self.cache.all if reply.model == self.model]
         answers = [read_answer(reply.body) for reply in replies]
-        prompt = sum(a.prompt_tokens for a in answers)
-        completion = sum(a.completion_tokens for a in answers)
-        about: dict[str, Any] = {
+        return {
             "name": self.name,
             "model": self.model,
             "base_url": self.base_url,
@@ -142,16 +137,12 @@ class OpenAIJudge(Judge):
             "prompts": prompts.fingerprint(self.answer),
             "changes": sorted({change for reply in replies for change in reply.changes}),
             "answers": len(answers),
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
+            "prompt_tokens": sum(a.prompt_tokens for a in answers),
+            "completion_tokens": sum(a.completion_tokens for a in answers),
             "this_run": {
                 name: self.counts[name] for name in ("answered", "from_cache", "failed", "attempts")
             },
         }
-        if self.prompt_price or self.completion_price:
-            cost = prompt * self.prompt_price + completion * self.completion_price
-            about["cost_usd"] = round(cost / 1e6, 6)
-        return about
 
     def _request(self, pair: Pair) -> dict[str, Any]:
         messages = prompts.messages(pair, self.answer)
