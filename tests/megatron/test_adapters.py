@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,30 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from gipo_megatron.algorithms.dpo import DPO
+from gipo_megatron.algorithms.pair_reference import LiveReference
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.adapters import Adapter, _add_adapter
+from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.hf_adapters import export_adapters, load_adapters, save_adapters
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.roles import outputs
+from gipo_megatron.megatron.roles import MegatronReference, outputs
 from gipo_megatron.specs import AdapterSpec, Precision, Sampling
 from gipo_megatron.types import Prompts
 from gipo_megatron.weights.peft_config import config_for, spec_of
 from tests.parity.adapters import SPEC, adapter_tensors, hf_adapted
-from tests.parity.roles import fill, new_actor, new_reward, parts_of
+from tests.parity.ppo_cases import OffPolicy
+from tests.parity.roles import engine, fill, new_actor, new_critic, new_reward, parts_of
 from tests.parity.tiny import (
     ARCHITECTURE,
     VOCAB,
     generator,
+    group_weights,
     hf_gradients,
     hf_model,
+    hf_token_stats,
+    pairs,
     relative_errors,
 )
 
@@ -43,7 +51,7 @@ pytestmark = pytest.mark.global_rng
 FEW = AdapterSpec(rank=4, alpha=6.0, targets=("q_proj", "v_proj"), scaling="rslora")
 
 
-def with_peft(spec: AdapterSpec) -> LlamaForCausalLM:
+def peft_model(spec: AdapterSpec) -> peft.PeftModel:
     """The tiny model with PEFT's adapters, which have the values of `adapter_tensors`."""
     config = peft.LoraConfig(
         r=spec.rank,
@@ -59,7 +67,11 @@ def with_peft(spec: AdapterSpec) -> LlamaForCausalLM:
     values = {f"base_model.model.{k}": v for k, v in adapter_tensors(spec).items()}
     loaded = peft.set_peft_model_state_dict(model, values)
     assert not loaded.unexpected_keys
-    inner = model.base_model.model
+    return model
+
+
+def with_peft(spec: AdapterSpec) -> LlamaForCausalLM:
+    inner = peft_model(spec).base_model.model
     assert isinstance(inner, LlamaForCausalLM)
     return inner
 
@@ -72,14 +84,53 @@ def test_logits_and_gradients_are_pefts(mesh: Mesh, spec: AdapterSpec) -> None:
         torch.testing.assert_close(
             outputs(actor.engine, ids), theirs(ids).logits, atol=1e-5, rtol=1e-5
         )
-    for role, kind in ((actor, "text"), (new_reward(mesh, adapter=spec), "reward")):
-        _, bad = role.engine.backward(parts_of(kind, mesh), role.readout)
+    critic, reward = new_critic(mesh, adapter=spec), new_reward(mesh, adapter=spec)
+    head = critic.engine.group_head
+    assert head is not None
+    head.weight.data, head.bias.data = group_weights()
+    roles = {"text": actor, "actor": actor, "critic": critic, "reward": reward}
+    for kind, role in roles.items():
+        parts = parts_of(kind, mesh)[:1]  # of an actor's, the policy loss
+        _, bad = role.engine.backward(parts, role.readout)
         found = hf_gradients(kind, model=theirs)
         theirs.zero_grad()
-        expected = {name.replace(".default", ""): g for name, g in found.items()}
-        errors = relative_errors(dict(role.engine.gradients()), expected)
-        assert bad == [] and max(errors.values()) <= 1e-5, errors
-        assert len(errors) == 4 * len(spec.targets) * 2 + (kind == "reward")
+        errors = relative_errors(dict(role.engine.gradients()), ours_of(found))
+        assert bad == [] and max(errors.values()) <= 1e-5, (kind, errors)
+        assert len(errors) == 4 * len(spec.targets) * 2 + (kind in ("critic", "reward"))
+
+
+def ours_of(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return PEFT's gradients by the names in its files."""
+    return {name.replace(".default", ""): g for name, g in gradients.items()}
+
+
+def test_the_gradients_of_dpo_are_pefts(mesh: Mesh) -> None:
+    """The reference is the base: PEFT's adapters switched off, our second role on one base."""
+    base, model, rows = Base(), peft_model(SPEC), pairs()
+    actor = new_actor(mesh, adapter=SPEC, base=base)
+    reference = MegatronReference(engine("reference", mesh, base=base, optimisation=None))
+    role = OffPolicy(actor, [])
+    page = DPO(
+        beta=1.0,
+        precompute=False,
+        actor=role,  # type: ignore[arg-type]
+        reference=LiveReference(reference),
+        pairs=lambda step: rows,
+        timer=lambda name: nullcontext(),
+    )
+    assert not page.step(0).skipped
+
+    def log_ratio() -> Tensor:
+        inner = model.base_model.model
+        sums = [hf_token_stats(inner, x).logprobs.sum(1) for x in (rows.chosen, rows.rejected)]
+        return sums[0] - sums[1]
+
+    with torch.no_grad(), model.disable_adapter():
+        start = log_ratio()
+    (-F.logsigmoid(log_ratio() - start).mean()).backward()
+    found = {n: p.grad for n, p in model.base_model.model.named_parameters() if p.grad is not None}
+    errors = relative_errors(role.gradients[0], ours_of(found))
+    assert len(errors) == 4 * 7 * 2 and max(errors.values()) <= 1e-5, errors
 
 
 def test_the_plain_adapters_of_the_parity_tests_are_pefts() -> None:

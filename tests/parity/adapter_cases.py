@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gipo_megatron.conversion.export import export_run
 from gipo_megatron.data.tokenizer import byte_tokenizer
@@ -16,17 +17,25 @@ from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.hf_adapters import export_adapters, load_adapters
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.roles import MegatronActor, MegatronReference
-from gipo_megatron.specs import Sampling
+from gipo_megatron.megatron.roles import (
+    MegatronActor,
+    MegatronCritic,
+    MegatronReference,
+    MegatronRewardModel,
+)
+from gipo_megatron.specs import Precision, Sampling
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.types import Prompts
 from gipo_megatron.weights.checkpoints import CheckpointMeta
 from gipo_megatron.weights.hf_files import open_weights
 from tests.parity.adapters import FACTOR, SPEC, adapter_tensors, hf_adapted
-from tests.parity.matrix import LAYOUTS
+from tests.parity.dpo_cases import dpo_cells
+from tests.parity.matrix import BF16_CHECKPOINTS, LAYOUTS
+from tests.parity.ppo_cases import ppo_cells
 from tests.parity.roles import digest_of, engine, mine, new_actor, new_reward, parts_of
 from tests.parity.tiny import (
     ARCHITECTURE,
+    GROUP,
     VOCAB,
     generator,
     hf_gradients,
@@ -53,6 +62,14 @@ def gradients(mesh: Mesh, variant: str) -> dict[str, float]:
     _, bad = role.engine.backward(parts_of(kind, mesh), role.readout)
     assert bad == []
     return relative_errors(dict(role.engine.gradients()), plain_gradients(kind))
+
+
+def pages(mesh: Mesh) -> dict[str, dict[str, float]]:
+    """Errors of the PPO page's and the DPO page's step against plain adapters, {page: {tensor:
+    error}}; old policy and reference have other adapters on the same base."""
+    cells = ppo_cells(mesh, "", (2,), adapter=SPEC)
+    cells |= dpo_cells(mesh, "", (2,), ("sigmoid",), adapter=SPEC)
+    return {name.split("/")[1]: errors for name, errors in cells.items()}
 
 
 def exported(mesh: Mesh) -> float:
@@ -116,6 +133,38 @@ def shared(mesh: Mesh) -> list[bool]:
     return [torch.equal(a, b) for a, b in zip(*found, strict=True)]
 
 
+def untouched(mesh: Mesh) -> dict[str, list[str]]:
+    """For each of two trained roles, who has another output after its update, of all roles on one
+    base: itself alone. `base`: where a bit of the base has changed."""
+    base, rows = Base(), mine(mesh, weighted())
+    common = {"base": base, "seed": 4}
+    frozen = {**common, "optimisation": None}
+    actor = engine("actor", mesh, adapter=SPEC, **common)
+    roles = {
+        "actor": MegatronActor(actor, eos_id=1, pad_id=0, decode=str),
+        "critic": MegatronCritic(engine("critic", mesh, adapter=SPEC, group=GROUP, **common)),
+        "reward": MegatronRewardModel(engine("reward", mesh, adapter=SPEC, **frozen)),
+        "reference": MegatronReference(engine("reference", mesh, **frozen)),
+    }
+
+    def state() -> dict[str, Tensor]:
+        critic = roles["critic"].evaluate(rows)
+        return {
+            **{name: roles[name].logprobs(rows).logprobs for name in ("actor", "reference")},
+            "critic": torch.cat([critic.values.flatten(), critic.group_logits.flatten()]),
+            "reward": roles["reward"].score(rows.sequences),
+            "base": torch.cat([p.flatten().clone() for p in base.held.values()]),
+        }
+
+    found = {}
+    for trained in ("actor", "critic"):
+        before = state()
+        assert roles[trained].update(*parts_of(trained, mesh)).skipped is None
+        after = state()
+        found[trained] = [name for name in before if not torch.equal(before[name], after[name])]
+    return found
+
+
 def on_a_checkpoint(mesh: Mesh, out: Path) -> bool:
     """Whether a policy has the bits of the whole checkpoint that is its base, after a critic took
     all but the output layer, which one stage lacks then; and adapters saved there find it again."""
@@ -158,6 +207,8 @@ def run(world: int, out: Path) -> dict[str, Any]:
             "whole": whole,
             "resumed": resumed(mesh, out, adapter=SPEC),
             "gradients": {variant: gradients(mesh, variant) for variant in VARIANTS},
+            "pages": pages(mesh),
+            "untouched": untouched(mesh),
             "exported": exported(mesh),
             "written": written(mesh, out / name),
             "decoded": decoded(mesh),
@@ -166,4 +217,9 @@ def run(world: int, out: Path) -> dict[str, Any]:
             "shared": shared(mesh),
             "on_a_checkpoint": on_a_checkpoint(mesh, out / name),
         }
+        if name in BF16_CHECKPOINTS:
+            changes = {"adapter": SPEC, "precision": Precision("bf16")}
+            found[name]["bf16"] = [
+                case(mesh, out / f"bf16_{name}", **changes) for case in (interrupted, resumed)
+            ]
     return found

@@ -3,13 +3,14 @@ Face's models, in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from gipo_megatron.algorithms.dpo import DPO
 from gipo_megatron.algorithms.pair_reference import (
@@ -35,23 +36,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _log_probs(version: str, rows: Sequences) -> Tensor:
+def _log_probs(model: LlamaForCausalLM, rows: Sequences) -> Tensor:
     """[B, T] of the response tokens, zero elsewhere."""
-    return tiny.hf_token_stats(plain_ppo.hf_model(version).double(), rows).logprobs
+    return tiny.hf_token_stats(model, rows).logprobs
 
 
 @cache
-def plain_dpo(variant: str) -> tuple[Tensor, dict[str, Tensor]]:
+def plain_dpo(variant: str, adapted: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients {HF name: tensor} of the whole batch, pair by pair as the papers write
     it."""
     keys, pairs = VARIANTS[variant], tiny.pairs()
     beta, eps = keys.get("beta", 0.1), keys.get("label_smoothing", 0.0)
-    model = plain_ppo.hf_model("live").double()
+    model, old = (plain_ppo.hf_model(v, adapted).double() for v in ("live", "reference"))
     ratios = []
     for half in (pairs.chosen, pairs.rejected):
         with torch.no_grad():
-            reference = _log_probs("reference", half)
-        ratio = (tiny.hf_token_stats(model, half).logprobs - reference).sum(1)
+            reference = _log_probs(old, half)
+        ratio = (_log_probs(model, half) - reference).sum(1)
         ratios.append(ratio / half.mask.sum(1) if keys.get("length_normalise") else ratio)
     h = ratios[0] - ratios[1]
     if keys.get("loss") == "ipo":
@@ -79,17 +80,23 @@ def _pairs_at(rows: Sequence[int], dp_rank: int, dp_size: int) -> tuple[Pairs, T
 
 
 def dpo_cells(
-    mesh: Mesh, layout: str, micro_batches: tuple[int, ...]
+    mesh: Mesh,
+    layout: str,
+    micro_batches: tuple[int, ...],
+    variants: Iterable[str] = VARIANTS,
+    **changes: Any,
 ) -> dict[str, dict[str, float]]:
     """{layout/variant/1: {tensor: relative error, loss: relative error}, …}; the actor's and the
     reference's weights differ."""
-    actor, cells, dp = new_actor(mesh), {}, mesh.data_parallel
+    actor, cells, dp = new_actor(mesh, **changes), {}, mesh.data_parallel
+    adapted = "adapter" in changes
     copies = {
-        version: fill(actor, plain_ppo.hf_model(version)).engine.snapshot()
+        version: fill(actor, plain_ppo.hf_model(version, adapted)).engine.snapshot()
         for version in ("reference", "live")
     }
     role = OffPolicy(actor, copies["reference"])
-    for variant, keys in VARIANTS.items():
+    for variant in variants:
+        keys = VARIANTS[variant]
         for micro_batch in micro_batches:
             actor.engine.micro_batch, role.gradients = micro_batch, []
             reference: PairReference = LiveReference(role)
@@ -105,7 +112,7 @@ def dpo_cells(
             )
             result = page.step(0)
             assert not result.skipped
-            loss, gradients = plain_dpo(variant)
+            loss, gradients = plain_dpo(variant, adapted)
             total, count = dp.sum(result.metrics["dpo/loss"].parts).tolist()
             assert count == len(tiny.pairs())
             error = abs(total / count - float(loss)) / float(loss)

@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 
 from gipo_megatron.types import Rollout, Sequences, TokenStats
 from tests.parity import tiny
+from tests.parity.adapters import hf_adapted
 
 MINIBATCH = 4
 CLIP, VALUE_CLIP, ENTROPY, PTX = 0.2, 0.3, 0.01, 0.3
@@ -62,13 +63,13 @@ def stored_rollout() -> Rollout:
     )
 
 
-def hf_model(version: str) -> LlamaForCausalLM:
+def hf_model(version: str, adapted: bool = False) -> LlamaForCausalLM:
     """live: what is trained; old: what the rollout came from; reference: where KL is measured
-    from."""
-    model = tiny.hf_model()
+    from. They differ in what is trained: all weights, or the adapters alone."""
+    model = hf_adapted() if adapted else tiny.hf_model()
     g = tiny.generator({"live": 0, "old": 31, "reference": 32}[version])
     with torch.no_grad():
-        for p in model.parameters():
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.add_(0.01 * torch.randn(p.shape, generator=g) * (version != "live"))
     return model
 
@@ -86,11 +87,12 @@ class Plain:
 
 
 @cache
-def plain_step(num_groups: int = 2) -> Plain:
+def plain_step(num_groups: int = 2, adapted: bool = False) -> Plain:
     """Everything of one iteration on the stored rollout."""
     rollout = stored_rollout()
     rows, mask = rollout.sequences, rollout.mask
-    live, old_model, reference_model = (hf_model(v).double() for v in ("live", "old", "reference"))
+    versions = ("live", "old", "reference")
+    live, old_model, reference_model = (hf_model(v, adapted).double() for v in versions)
     score, head = tiny.score_weight().double(), tuple(t.double() for t in group_head())
     with torch.no_grad():
         old, reference = (

@@ -106,10 +106,10 @@ def new_roles(mesh: Mesh, **changes: Any) -> tuple[OffPolicy, OffPolicy, OffPoli
     with torch.no_grad():
         for p, value in zip(critic.engine.group_head.parameters(), plain.group_head(), strict=True):
             p.copy_(value)
-    copies = {}
+    copies, adapted = {}, "adapter" in changes
     for version in ("old", "reference", "live"):
         for name, role in (("actor", actor), ("critic", critic)):
-            copies[name, version] = fill(role, plain.hf_model(version)).engine.snapshot()
+            copies[name, version] = fill(role, plain.hf_model(version, adapted)).engine.snapshot()
     return (
         OffPolicy(actor, copies["actor", "old"]),
         OffPolicy(actor, copies["actor", "reference"]),
@@ -171,7 +171,8 @@ def ppo_cells(
 ) -> dict[str, dict[str, float]]:
     """{layout/actor/1: {tensor: relative error over both minibatches}, …/critic/1, …/groups/1:
     {quantity: largest difference}}."""
-    expected, roles, cells = plain.plain_step(), new_roles(mesh, **changes), {}
+    expected = plain.plain_step(adapted="adapter" in changes)
+    roles, cells = new_roles(mesh, **changes), {}
     for micro_batch in micro_batches:
         for role in roles:
             role.role.engine.micro_batch, role.gradients = micro_batch, []

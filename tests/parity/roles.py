@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from gipo_megatron.megatron.build import build_engine
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.hf import load_hf
-from gipo_megatron.megatron.hf_adapters import load_adapters
+from gipo_megatron.megatron.hf_adapters import export_adapters, load_adapters
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
 from gipo_megatron.specs import Optimisation, Precision
@@ -59,15 +59,16 @@ def engine(role: str, mesh: Mesh, **changes: Any) -> Engine:
 
 
 def fill(role: Any, model: LlamaForCausalLM | None = None) -> Any:
-    """The Hugging Face weights (`tiny.hf_model`, unless given) in a role's model, and the tensors
-    of tests/parity/adapters.py in its adapters."""
+    """The Hugging Face weights (`tiny.hf_model`, unless given) in a role's model; in its adapters
+    the given model's, or the tensors of tests/parity/adapters.py."""
     weights = {name: p.detach() for name, p in (model or hf_model()).named_parameters()}
     if role.engine.head is not None:
         weights["score.weight"] = score_weight()
     engine = role.engine
-    load_hf(weights, engine.chunks, engine.mesh, ARCHITECTURE, head=engine.head)
+    whole = {name: tensor for name, tensor in weights.items() if "lora_" not in name}
+    load_hf(whole, engine.chunks, engine.mesh, ARCHITECTURE, head=engine.head)
     if engine.adapter.rank:
-        weights |= adapter_tensors(engine.adapter)
+        weights = adapter_tensors(engine.adapter) | weights
         wanted = {k: v for k, v in weights.items() if "lora_" in k or k == "score.weight"}
         place = engine.chunks, engine.mesh, ARCHITECTURE, engine.adapter
         load_adapters(wanted, *place, head=engine.head)
@@ -111,7 +112,11 @@ def _hashed(tensors: Iterable[tuple[str, Tensor]]) -> Any:
 
 
 def digest(role: Any) -> str:
-    state = _hashed(role.engine.export())
-    if role.engine.group_head is not None and role.engine.mesh.is_last_stage:
-        state.update(role.engine.group_head.weight.detach().numpy().tobytes())
+    engine = role.engine
+    state = _hashed(engine.export())
+    if engine.adapter.rank:  # merged, their last bits would be lost
+        place = engine.chunks, engine.mesh, ARCHITECTURE, engine.adapter
+        state.update(digest_of(export_adapters(*place, head=engine.head)).encode())
+    if engine.group_head is not None and engine.mesh.is_last_stage:
+        state.update(engine.group_head.weight.detach().numpy().tobytes())
     return state.hexdigest()

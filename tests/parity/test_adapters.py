@@ -8,7 +8,7 @@ import pytest
 
 from tests.parity import adapter_cases
 from tests.parity.launch import ranks
-from tests.parity.matrix import LAYOUTS
+from tests.parity.matrix import BF16_CHECKPOINTS, LAYOUTS
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.global_rng]
 
@@ -31,6 +31,29 @@ def test_gradients(cells: dict[tuple[str, int], dict[str, Any]]) -> None:
             assert len(errors) == 4 * 7 * 2 + (variant == "reward")
             worst = max(errors, key=lambda name: errors[name])
             assert errors[worst] <= 1e-5, (place, variant, worst, errors[worst])
+
+
+def test_pages(cells: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """The real PPO and DPO pages: actor, critic with its heads, labels, and pairs."""
+    checked = 0
+    for (layout, rank), cell in cells.items():
+        heads = {"actor": 0, "critic": 1 if layout.startswith("pp2") and rank == 0 else 3}
+        groups = cell["pages"]["groups"]
+        assert len(groups) == 4 and max(groups.values()) <= 1e-6, (layout, rank, groups)
+        for page in ("actor", "critic", "sigmoid"):
+            errors = cell["pages"][page]
+            assert len(errors) == 4 * 7 * 2 + heads.get(page, 1)
+            worst = max(errors, key=lambda name: errors[name])
+            assert errors[worst] <= 1e-5, (layout, rank, page, worst, errors[worst])
+            checked += 1
+    assert checked == 11 * 3
+
+
+def test_an_update_changes_its_own_role_alone(
+    cells: dict[tuple[str, int], dict[str, Any]],
+) -> None:
+    for place, cell in cells.items():
+        assert cell["untouched"] == {"actor": ["actor"], "critic": ["critic"]}, place
 
 
 def test_export_adds_the_adapters(cells: dict[tuple[str, int], dict[str, Any]]) -> None:
@@ -82,3 +105,12 @@ def test_a_checkpoint_is_resumed_at_every_layout(
         assert again["norms"] == pytest.approx(whole["norms"], rel=1e-4), (layout, rank)
         if layout in ("single", "tp2"):
             assert (again["norms"], again["digests"]) == (whole["norms"], whole["digests"])
+
+
+def test_a_bf16_run_is_resumed_bit_for_bit(cells: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """From the optimizer's fp32 masters."""
+    found = [cell["bf16"] for cell in cells.values() if "bf16" in cell]
+    for whole, again in found:
+        assert len(whole["norms"]) == 4
+        assert (again["norms"], again["digests"]) == (whole["norms"], whole["digests"])
+    assert len(found) == 2 * len(BF16_CHECKPOINTS)
