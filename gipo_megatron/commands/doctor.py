@@ -126,8 +126,10 @@ def _server(recipe: Recipe, ready: bool) -> list[str]:
             _check_url(recipe, sampler["url"], ready)
         else:
             _check_program(sampler["serve"])
-    except (ServerLost, UserError) as error:
-        return [" ".join(str(error).split())]
+    except UserError as error:
+        return [f"{error.where}: {error.what}; {error.fix}"]
+    except ServerLost as error:
+        return [f"algorithm.rollout.url: {error}"]
     return []
 
 
