@@ -139,8 +139,7 @@ def _check_url(recipe: Recipe, url: str, ready: bool) -> None:
         if not ready:
             client.get("/v1/models")
             return
-        loads = {f"models.{role}.load": model.load for role, model in recipe.models.items()}
-        tokenizer = find_tokenizer(recipe.model.tokenizer, loads)
+        tokenizer = find_tokenizer(recipe.model.tokenizer, recipe.loads)
         client.check(trained_policy(recipe, tokenizer).needed)
     finally:
         client.close()
