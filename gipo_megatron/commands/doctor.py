@@ -126,8 +126,10 @@ def _server(recipe: Recipe, ready: bool) -> list[str]:
             _check_url(recipe, sampler["url"], ready)
         else:
             _check_program(sampler["serve"])
-    except (ServerLost, UserError) as error:
-        return [" ".join(str(error).split())]
+    except UserError as error:
+        return [f"{error.where}: {error.what}; {error.fix}"]
+    except ServerLost as error:
+        return [f"algorithm.rollout.url: {error}"]
     return []
 
 
@@ -137,8 +139,7 @@ def _check_url(recipe: Recipe, url: str, ready: bool) -> None:
         if not ready:
             client.get("/v1/models")
             return
-        loads = {f"models.{role}.load": model.load for role, model in recipe.models.items()}
-        tokenizer = find_tokenizer(recipe.model.tokenizer, loads)
+        tokenizer = find_tokenizer(recipe.model.tokenizer, recipe.loads)
         client.check(trained_policy(recipe, tokenizer).needed)
     finally:
         client.close()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, final
-from urllib.parse import urlsplit
 
 from gipo_megatron.components.protocols import RolloutServer
 from gipo_megatron.errors import UserError
@@ -15,6 +14,7 @@ from gipo_megatron.roles import Actor
 from gipo_megatron.specs import Positive, Sampling, Serve
 from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Prompts, Rollout
+from gipo_megatron.web import is_address
 
 CAP = 2.0  # the usual one: examples of verl, Open Instruct; TRL began with it, and has 3 now
 
@@ -122,7 +122,7 @@ class VLLMRollout(Rollouts):
 
     def problems(self) -> Iterator[UserError]:
         yield from super().problems()
-        if self.url and not _is_address(self.url):
+        if self.url and not is_address(self.url):
             what = f"{self.url!r} is no http address"
             yield UserError(what, where="url", fix="http://HOST:PORT, or '' to start a server")
         if self.url and self.serve != Serve():
@@ -141,12 +141,3 @@ class VLLMRollout(Rollouts):
 
     def respond(self, actor: Actor, prompts: Prompts, sampling: Sampling) -> Rollout:
         return self._server.respond(actor, prompts, sampling)
-
-
-def _is_address(url: str) -> bool:
-    """Check for http(s)://HOST, with or without a port."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets of no address, or a port that is no number
-        return False

@@ -5,22 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from gipo_megatron.web import at
+
 # types of a message's parts: the text; of the other ones, those that are no thoughts are read in
 # a message without a text
 TEXT_PARTS = (None, "text", "output_text")
 THOUGHTS = ("think", "thought", "reason", "analysis", "summary")
 # finish_reason of an answer that the server gave up: vLLM, SGLang; OpenRouter; DeepSeek; Zhipu
 GIVEN_UP = ("abort", "aborted", "error", "insufficient_system_resource", "network_error")
-
-
-def at(value: Any, *path: str | int) -> Any:
-    """Return the value at a path of keys and indices; None where there is none."""
-    for step in path:
-        try:
-            value = value[step]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
 
 
 def body_of(text: str) -> Any:

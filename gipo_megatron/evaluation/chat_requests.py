@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.evaluation.chat_bodies import GIVEN_UP, at, body_of
+from gipo_megatron.evaluation.chat_bodies import GIVEN_UP, body_of
 from gipo_megatron.evaluation.chat_refusals import (
     CHANGES,
     QUOTA,
@@ -30,6 +30,7 @@ from gipo_megatron.evaluation.chat_refusals import (
     seconds_to_wait,
 )
 from gipo_megatron.evaluation.judges.cache import Reply
+from gipo_megatron.web import at
 
 if TYPE_CHECKING:
     from gipo_megatron.evaluation.judges.openai import OpenAIJudge

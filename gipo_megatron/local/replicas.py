@@ -14,25 +14,26 @@ from gipo_megatron.roles import DataParallel
 R = TypeVar("R")
 
 
-class _Thread:
+class ReplicaThread:
     """One replica's side of a group of threads; sums are in rank order, so they do not depend on
     timing."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list[Any]) -> None:
         self.rank, self.size, self._barrier, self._slots = rank, size, barrier, slots
 
-    def _gather(self, x: Tensor) -> Tensor:
-        self._slots[self.rank] = x
+    def gather(self, value: Any, join: Callable[[list[Any]], Any] = list) -> Any:
+        """Return all threads' values in rank order, joined before any thread goes on."""
+        self._slots[self.rank] = value
         self._barrier.wait()
-        everyone = torch.stack(list(self._slots))
+        everyone = join(self._slots)
         self._barrier.wait()
         return everyone
 
     def sum(self, x: Tensor) -> Tensor:
-        return self._gather(x).sum(0)
+        return self.gather(x, torch.stack).sum(0)
 
     def max(self, x: Tensor) -> Tensor:
-        return self._gather(x).amax(0)
+        return self.gather(x, torch.stack).amax(0)
 
 
 def run_replicas(size: int, work: Callable[[DataParallel], R]) -> list[R]:
@@ -44,7 +45,7 @@ def run_replicas(size: int, work: Callable[[DataParallel], R]) -> list[R]:
 
     def target(rank: int) -> None:
         try:
-            results[rank] = work(_Thread(rank, size, barrier, slots))
+            results[rank] = work(ReplicaThread(rank, size, barrier, slots))
         except BaseException as error:  # the other threads wait at the barrier
             errors.append(error)
             barrier.abort()

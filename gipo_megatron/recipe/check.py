@@ -277,8 +277,7 @@ def may_be_hub(load: str, run_dir: str) -> bool:
 
 def missing_loads(recipe: Recipe) -> list[Problem]:
     """Return the weights without which a launcher must not start."""
-    loads = {f"models.{role}.load": model.load for role, model in recipe.models.items()}
-    return list(absent_weights(loads, recipe.run.dir, recipe.tree))
+    return list(absent_weights(recipe.loads, recipe.run.dir, recipe.tree))
 
 
 def one_group(d: Draft) -> Found:

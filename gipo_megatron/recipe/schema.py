@@ -182,3 +182,8 @@ class Recipe(Composed):
     @property
     def data_parallel(self) -> int:
         return self.world // self.parallel.model
+
+    @property
+    def loads(self) -> dict[str, str]:
+        """{key: where the weights of a model come from}"""
+        return {f"models.{role}.load": model.load for role, model in self.models.items()}

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import httpx
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.web import at
 
 GENERATE = "/inference/v1/generate"
 # vLLM has each group of routes only where an option or a variable turns it on
@@ -140,7 +141,7 @@ class Client:
         """Raise UserError where this is no server, or not the one, that a run needs; ServerLost
         where it does not answer."""
         models = self.get("/v1/models")
-        length = _at(models, "data", 0, "max_model_len")
+        length = at(models, "data", 0, "max_model_len")
         if not isinstance(length, int):
             what = f"no vLLM server: /v1/models has no max_model_len: {str(models)[:200]}"
             raise UserError(what, where=self.url, fix=f"a vLLM server; {TESTED}")
@@ -155,7 +156,7 @@ class Client:
             )
         self._check_model(needed)
         body = {"prompt": needed.text, "add_special_tokens": False}
-        if _at(self.post("/tokenize", body), "tokens") != list(needed.token_ids):
+        if at(self.post("/tokenize", body), "tokens") != list(needed.token_ids):
             raise UserError(
                 "the server has another tokenizer: other token ids for the same text",
                 where=self.url,
@@ -179,8 +180,8 @@ class Client:
             if not self.healthy():
                 raise
             found = None  # a method that vLLM's workers do not have: HTTP 500
-        found = _at(found, "results", 0)
-        if _at(found, "plugin") != PLUGIN:
+        found = at(found, "results", 0)
+        if at(found, "plugin") != PLUGIN:
             raise UserError(
                 f"the server runs without version {PLUGIN} of this project's plugin",
                 where=self.url,
@@ -188,12 +189,12 @@ class Client:
                 " and --worker-extension-cls gipo_vllm_worker.Extension",
             )
         sizes = ("vocab_size", "hidden_size", "num_layers")
-        wrong = [name for name in sizes if _at(found, name) != getattr(needed, name)]
+        wrong = [name for name in sizes if at(found, name) != getattr(needed, name)]
         if wrong:
-            pairs = [f"{name} {_at(found, name)}, not {getattr(needed, name)}" for name in wrong]
+            pairs = [f"{name} {at(found, name)}, not {getattr(needed, name)}" for name in wrong]
             what = f"the server has another model: {'; '.join(pairs)}"
             raise UserError(what, where=self.url, fix="start it with the actor's model")
-        if (mode := _at(found, "logprobs_mode")) != LOGPROBS:
+        if (mode := at(found, "logprobs_mode")) != LOGPROBS:
             raise UserError(
                 f"the server's log-probs are {mode}, not of the distribution that tokens are drawn"
                 " from",
@@ -258,10 +259,10 @@ class Client:
 
 def read_answer(body: Any, url: str) -> Answer:
     """Return the one response in an answer of GENERATE. Raises UserError for a malformed one."""
-    choice = _at(body, "choices", 0)
-    tokens, finish = _at(choice, "token_ids"), _at(choice, "finish_reason")
-    entries = _at(choice, "logprobs", "content")
-    spans = _at(choice, "weight_versions")
+    choice = at(body, "choices", 0)
+    tokens, finish = at(choice, "token_ids"), at(choice, "finish_reason")
+    entries = at(choice, "logprobs", "content")
+    spans = at(choice, "weight_versions")
     if finish not in FINISHED:
         fix = "let no other program pause the server or abort its requests"
         what = f"a response ended with finish_reason {finish!r}, not one of {', '.join(FINISHED)}"
@@ -271,14 +272,14 @@ def read_answer(body: Any, url: str) -> Answer:
     if not isinstance(entries, list) or len(entries) != len(tokens):
         found = len(entries) if isinstance(entries, list) else "no"
         raise _malformed(f"{found} log-probs of {len(tokens)} tokens", url)
-    if [_at(entry, "token_id") for entry in entries] != tokens:
+    if [at(entry, "token_id") for entry in entries] != tokens:
         raise _malformed("the log-probs are of other tokens", url)
-    logprobs = [_at(entry, "logprob") for entry in entries]
+    logprobs = [at(entry, "logprob") for entry in entries]
     for value in logprobs:
         number = isinstance(value, int | float) and math.isfinite(value) and value > NO_LOGPROB
         if not number:
             raise _malformed(f"a log-prob is {value!r}, not finite", url)
-    versions = {_at(span, "version") for span in spans} if isinstance(spans, list) else set()
+    versions = {at(span, "version") for span in spans} if isinstance(spans, list) else set()
     if not versions or not all(isinstance(version, str) for version in versions):
         raise _malformed(f"weight_versions are {str(spans)[:80]}", url)
     return Answer(tuple(tokens), tuple(map(float, logprobs)), finish, "+".join(sorted(versions)))
@@ -313,18 +314,8 @@ def _reason(response: httpx.Response) -> str:
         body = response.json()
     except ValueError:
         body = response.text
-    error = _at(body, "error") or _at(body, "detail") or body
-    return " ".join(str(_at(error, "message") or error).split())[:LONGEST_REASON]
-
-
-def _at(value: Any, *path: str | int) -> Any:
-    """Return the value at a path of keys and indices; None where there is none."""
-    for step in path:
-        try:
-            value = value[step]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
+    error = at(body, "error") or at(body, "detail") or body
+    return " ".join(str(at(error, "message") or error).split())[:LONGEST_REASON]
 
 
 @contextmanager

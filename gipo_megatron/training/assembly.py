@@ -102,8 +102,7 @@ class Providers:
         block, batch = recipe.algorithm, recipe.batch
         page: Any = registry.lookup("algorithm", block["name"])
         self.kind: str = page.data
-        loads = {f"models.{role}.load": model.load for role, model in recipe.models.items()}
-        self.tokenizer = find_tokenizer(recipe.model.tokenizer, loads)
+        self.tokenizer = find_tokenizer(recipe.model.tokenizer, recipe.loads)
         vocabulary = recipe.model.architecture.vocab_size
         check_vocabulary(self.tokenizer, vocabulary, where="model.architecture.vocab_size")
         self.train, self.test = self._data("train", self.kind), self._data("test", self.kind)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gipo_megatron.errors import SamplerLost, UserError
+from gipo_megatron.local.replicas import ReplicaThread, run_replicas
 from gipo_megatron.serving import server as server_module
 from gipo_megatron.serving.client import Answer, Needed, Request, ServerLost
 from gipo_megatron.serving.rollouts import ServerRollouts, request_seed, requests
@@ -149,16 +150,13 @@ class StubActor:
 class Rank:
     """One thread of a world of `replicas` × `each` ranks."""
 
-    def __init__(self, rank: int, each: int, barrier: threading.Barrier, slots: list[Any]) -> None:
-        self.is_main, self.replica = rank == 0, rank // each
-        self.rank, self._each, self._barrier, self._slots = rank, each, barrier, slots
+    def __init__(self, thread: ReplicaThread, each: int) -> None:
+        self.rank, self._thread, self._each = thread.rank, thread, each
+        self.is_main, self.replica = self.rank == 0, self.rank // each
 
     def gather(self, value: Any) -> list[Any]:
-        self._slots[self.rank] = value
-        self._barrier.wait()
-        found = list(self._slots[:: self._each])
-        self._barrier.wait()
-        return found
+        everyone: list[Any] = self._thread.gather(value)
+        return everyone[:: self._each]
 
     def from_main(self, action: Callable[[], Any]) -> Any:
         outcome: Any = None
@@ -205,7 +203,9 @@ def rank_rollouts(fleet: Fleet, world: Any, restarts: int = 2, url: str = "") ->
 
 
 def alone(fleet: Fleet, **settings: Any) -> ServerRollouts:
-    return rank_rollouts(fleet, Rank(0, 1, threading.Barrier(1), [None]), **settings)
+    return rank_rollouts(
+        fleet, Rank(ReplicaThread(0, 1, threading.Barrier(1), [None]), 1), **settings
+    )
 
 
 def expected(fleet: Fleet, rows: Sequence[int]) -> Rollout:
@@ -360,21 +360,4 @@ def test_a_server_that_is_not_there_is_no_loss(fleet: Fleet) -> None:
 
 def on_threads(replicas: int, each: int, work: Callable[[Rank], Any]) -> list[Any]:
     """Results in rank order."""
-    world = replicas * each
-    barrier, slots, results = threading.Barrier(world, timeout=30), [None] * world, [None] * world
-    errors: list[BaseException] = []
-
-    def target(rank: int) -> None:
-        try:
-            results[rank] = work(Rank(rank, each, barrier, slots))
-        except BaseException as error:
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=target, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
-    return results
+    return run_replicas(replicas * each, lambda thread: work(Rank(thread, each)))

@@ -187,18 +187,21 @@ def test_the_program_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     serve = "algorithm.rollout.serve"
     monkeypatch.delenv("VLLM_PYTHON", raising=False)
     (reason,) = server_reasons(tmp_path)
-    assert reason.startswith("no Python with vLLM is given") and "export VLLM_PYTHON=" in reason
+    assert (
+        ".serve.python: no Python with vLLM is given; " in reason
+        and "export VLLM_PYTHON=" in reason
+    )
     monkeypatch.setenv("VLLM_PYTHON", interpreter(tmp_path, "0.32.0"))
     assert server_reasons(tmp_path) == [] and probe().vllm == "0.32.0"
     monkeypatch.setenv("VLLM_PYTHON", str(tmp_path / "nowhere"))
     assert probe().vllm is None
     (reason,) = server_reasons(tmp_path)
-    assert reason.startswith(f"no program '{tmp_path}/nowhere'")
+    assert f": no program '{tmp_path}/nowhere'" in reason
     (reason,) = server_reasons(tmp_path, f"{serve}.python={interpreter(tmp_path, '')}")
-    assert reason.startswith(f"{tmp_path}/python has no vLLM")
+    assert f": {tmp_path}/python has no vLLM" in reason
     assert server_reasons(tmp_path, f"{serve}.command=[sh, serve]") == []
     (reason,) = server_reasons(tmp_path, f"{serve}.command=[no-such-program]")
-    assert reason.startswith("no program 'no-such-program'")
+    assert ": no program 'no-such-program'" in reason
 
 
 def test_the_server_at_a_url(tmp_path: Path) -> None:
@@ -219,7 +222,7 @@ def test_the_server_at_a_url(tmp_path: Path) -> None:
     with fake.serving(replace(options, routes=False)) as server:
         url = f"algorithm.rollout.url=http://127.0.0.1:{server.server_port}"
         (reason,) = server_reasons(tmp_path, url)
-    assert "fix: start it with --enable-scale-out and VLLM_SERVER_DEV_MODE=1" in reason
+    assert "; start it with --enable-scale-out and VLLM_SERVER_DEV_MODE=1" in reason
 
 
 def test_tiny_runs_anywhere(capsys: pytest.CaptureFixture[str]) -> None:

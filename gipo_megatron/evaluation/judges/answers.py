@@ -9,8 +9,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from gipo_megatron.evaluation.chat_bodies import at, text_of
+from gipo_megatron.evaluation.chat_bodies import text_of
 from gipo_megatron.evaluation.judges import verdicts
+from gipo_megatron.web import at
 
 # finish_reason of an answer that ended by itself, and of one that reached its longest length;
 # after any other one a verdict counts at the very end only

@@ -18,6 +18,7 @@ from gipo_megatron.evaluation.judges.answers import Answer, read_answer
 from gipo_megatron.evaluation.judges.cache import ReplyCache, request_key
 from gipo_megatron.evaluation.types import FAILED, Judge, Pair, Verdict
 from gipo_megatron.registry import OneOf, Range, from_runtime, register
+from gipo_megatron.web import is_address
 
 CACHE = "judge_cache.jsonl"
 
@@ -58,14 +59,10 @@ class OpenAIJudge(Judge):
 
     def __post_init__(self) -> None:
         where = "judge.base_url"
-        try:
-            url = urlsplit(self.base_url)
-            known = url.scheme in ("http", "https") and url.hostname and url.port != 0
-        except ValueError:  # of a port or brackets
-            known = False
-        if not known:
+        if not is_address(self.base_url):
             fix = "use an address such as http://localhost:8000/v1"
             raise UserError("is not the address of a server", where=where, fix=fix)
+        url = urlsplit(self.base_url)
         if url.path.rstrip("/").endswith("/chat/completions"):
             fix = f"use {self.base_url.rpartition('/chat/completions')[0]}"
             raise UserError("is the address of one route", where=where, fix=fix)
