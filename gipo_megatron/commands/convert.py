@@ -1,18 +1,20 @@
 """Convert checkpoints and Hugging Face folders, in one process, without a GPU.
 
-gipo convert to-hf checkpoint=DIR out=DIR [role=critic] [verify=false]
+gipo convert to-hf checkpoint=DIR out=DIR [role=critic] [merge=true] [verify=false]
 gipo convert from-hf hf=DIR_OR_HUB_NAME out=DIR [verify=false]
 
 to-hf: for a checkpoint of any layout. Converts the policy unless a role is named;
 reward models and critics become AutoModelForSequenceClassification with one label. Writes
-safetensors, config, generation config, tokenizer and a model card.
+safetensors, config, generation config, tokenizer and a model card. Of a model with adapters (LoRA)
+these alone are written, in PEFT's format; merge=true adds them to the weights: a whole model.
 
-from-hf: Llama 2/3, Mistral, Qwen2, Qwen2.5, Qwen3, and their sequence classifiers with one label.
+from-hf: Llama 2/3, Mistral, Qwen2, Qwen2.5, Qwen3, and their sequence classifiers with one label;
+PEFT's plain LoRA adapters on them, which stay adapters.
 The checkpoint loads at any tensor x pipeline x data layout. Recipes also read Hugging Face folders
 directly (models.<role>.load).
 
 Both verify the result: names, shapes, dtypes, every tensor bit for bit, and the outputs against
-transformers in fp32 (4 bytes of memory a parameter). verify=false leaves out the outputs.
+transformers (or PEFT) in fp32 (4 bytes of memory a parameter). verify=false leaves out the outputs.
 Exit code 0: done; 2: a mistake, or a mismatch; 130: stopped by Ctrl-C. OUT is complete or absent.
 """
 
@@ -60,12 +62,15 @@ def single_process() -> Iterator[dict[str, Any]]:
 
 
 def to_hf(argv: list[str]) -> None:
-    words = arguments(argv, required=("checkpoint", "out"), optional={"role": "", "verify": "true"})
+    optional = {"role": "", "merge": "false", "verify": "true"}
+    words = arguments(argv, required=("checkpoint", "out"), optional=optional)
     with single_process() as process:
         from gipo_megatron.conversion import convert
 
         checkpoint, out, verify = words["checkpoint"], words["out"], words["verify"] == "true"
-        convert.to_hf(Path(checkpoint), Path(out), role=words["role"], verify=verify, **process)
+        role, merge = words["role"], words["merge"] == "true"
+        folders = Path(checkpoint), Path(out)
+        convert.to_hf(*folders, role=role, merge=merge, verify=verify, **process)
         process["progress"].line(f"wrote {out}")
 
 

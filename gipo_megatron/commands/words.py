@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import expand
 
-BOOLEANS = {"verify": ("true", "false")}
+BOOLEANS = dict.fromkeys(("verify", "merge"), ("true", "false"))
 
 
 def arguments(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from gipo_megatron.specs import AdapterSpec
 from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta
 
 KINDS = {None: "language model", "score": "reward model", "value": "critic"}
@@ -16,11 +17,12 @@ def model_card(
     about: RoleMeta,
     meta: CheckpointMeta,
     *,
+    base: str,
     padding: str | None,
     checks: Sequence[str],
 ) -> str:
-    """Return README.md. padding: the token that texts for a model with a head are padded with;
-    checks: one line each."""
+    """Return README.md. base: the model of adapters, empty for a whole one; padding: the token that
+    texts for a model with a head are padded with; checks: one line each."""
     head, hub, a = about.head, meta.hub, about.architecture
     if meta.recipe:
         origin = (
@@ -30,12 +32,13 @@ def model_card(
     else:
         origin = f"converted with gipo_megatron, commit `{meta.commit}`, not trained by it"
     parts = [
-        _front_matter(head, hub),
+        _front_matter(head, base or hub, "peft" if base else "transformers"),
         f"# {meta.recipe or hub or 'A converted model'}: {role}",
         f"A {KINDS[head]}, {origin}.",
+        _adapters(about.adapter, base),
         f"{a.num_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size},"
         f" {about.dtype}" + (f"; base model {hub}." if hub else "."),
-        _usage(head),
+        _usage(head, base),
         _head(head, padding),
         _groups(about),
         _prompts(meta),
@@ -44,11 +47,21 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(head: str | None, hub: str) -> str:
+def _adapters(spec: AdapterSpec | None, base: str) -> str:
+    if spec is None:
+        return ""
+    what = f"LoRA of rank {spec.rank}, alpha {spec.alpha:g} ({spec.scaling} scaling), on"
+    what += f" {', '.join(spec.targets)}"
+    if not base:
+        return f"Trained as {what}; merged into the weights here."
+    return f"These are the adapters alone, in PEFT's format: {what} of `{base}`."
+
+
+def _front_matter(head: str | None, hub: str, library: str) -> str:
     task = "text-generation" if head is None else "text-classification"
     base = f"base_model: {hub}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", hub) else ""
     return f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: {task}
 {base}tags:
 - gipo-megatron
@@ -56,12 +69,17 @@ pipeline_tag: {task}
 ---"""
 
 
-def _usage(head: str | None) -> str:
+def _usage(head: str | None, base: str) -> str:
     name = "AutoModelForCausalLM" if head is None else "AutoModelForSequenceClassification"
+    imports, first, then = "", "PATH", ""
+    if base:
+        imports, first = "from peft import PeftModel\n", base
+        then = 'model = PeftModel.from_pretrained(model, "PATH")\n'
+    labels = ", num_labels=1" if base and head is not None else ""
     return f"""```python
-from transformers import {name}, AutoTokenizer
-model = {name}.from_pretrained("PATH", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+{imports}from transformers import {name}, AutoTokenizer
+model = {name}.from_pretrained("{first}", dtype="auto"{labels})
+{then}tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```"""
 
 

@@ -1,13 +1,17 @@
-"""Checks of a Hugging Face folder against transformers' own model: names, shapes, dtypes, bytes and
-outputs."""
+"""Checks of a Hugging Face folder against transformers' own model, with PEFT's adapters on it where
+the folder has these: names, shapes, dtypes, bytes and outputs."""
 
 from __future__ import annotations
 
 import gc
 import json
 import math
+import warnings
 from contextlib import AbstractContextManager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +27,10 @@ from gipo_megatron.conversion.staging import Mismatch
 from gipo_megatron.errors import library_errors
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.roles import outputs
+from gipo_megatron.weights.checkpoints import weights_kind
 from gipo_megatron.weights.hf_config import is_classifier
 from gipo_megatron.weights.hf_files import BYTES, INDEX, Weights, open_weights
+from gipo_megatron.weights.sources import adapted_model
 
 # of the largest output, in fp32: rounding grows with depth; a wrong weight or rotary base is off by
 # far more than this
@@ -98,27 +104,22 @@ def _refused(folder: Path) -> AbstractContextManager[None]:
 def _empty_model(folder: Path) -> PreTrainedModel:
     with _refused(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder)
-        return _auto_class(config.architectures).from_config(config, dtype=torch.float32)
+        auto = AutoModelForCausalLM
+        if is_classifier({"architectures": config.architectures}):
+            auto = AutoModelForSequenceClassification
+        return auto.from_config(config, dtype=torch.float32)
 
 
-def _auto_class(
-    architectures: list[str] | None,
-) -> type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]:
-    if is_classifier({"architectures": architectures}):
-        return AutoModelForSequenceClassification
-    return AutoModelForCausalLM
-
-
-def stored_dtype(weights: Weights) -> str:
-    """Return the one dtype of a folder's tensors; float32 for a mixture, which loses nothing.
+def stored_dtype(*folders: Weights) -> str:
+    """Return the one dtype of all tensors; float32 for a mixture, which loses nothing.
 
     Raises Mismatch for quantised tensors.
     """
-    found = set(weights.dtypes.values())
+    found = {dtype for weights in folders for dtype in weights.dtypes.values()}
     if unknown := sorted(found - set(BYTES)):
         raise Mismatch(
             f"tensors of dtype {', '.join(unknown)}: quantised weights are not converted",
-            where=weights.where,
+            where=folders[0].where,
         )
     return found.pop() if len(found) == 1 else "float32"
 
@@ -137,20 +138,23 @@ def random_rows(vocab_size: int, forbidden: int | None) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def output_difference(folder: Path, engine: Engine) -> tuple[float, float]:
-    """Return (largest difference, largest output) of `engine`, in fp32, and transformers' model of
-    `folder`, on random tokens.
+    """Return (largest difference, largest output) of `engine`, in fp32, and transformers' or PEFT's
+    model of `folder`, on random tokens.
 
     Compares logits [2, 24, V] of a language model at real tokens; scores [2] of a model with a
     head, padded where config.json has a padding id. Empties `engine`: the two models are never in
     memory together.
     """
-    with _refused(folder):
-        config = AutoConfig.from_pretrained(folder)
+    home = adapted_model(folder) if weights_kind(folder) == "adapter" else folder
+    with _refused(home):
+        config = AutoConfig.from_pretrained(home)
     ids, lengths = random_rows(engine.architecture.vocab_size, config.pad_token_id)
     ours = outputs(engine, ids)
     release(engine)
     with _refused(folder):
-        model = _load(folder, config.architectures)
+        model = _load(home, engine.head)
+        if home != folder:
+            model = _adapted(model, folder)
     real = torch.arange(TOKENS) < lengths[:, None]
     if engine.head is None:
         theirs = model(ids).logits[real]
@@ -163,12 +167,21 @@ def output_difference(folder: Path, engine: Engine) -> tuple[float, float]:
     return float((ours - theirs).abs().max()), float(theirs.abs().max())
 
 
-def _load(folder: Path, architectures: list[str] | None) -> PreTrainedModel:
+def _adapted(model: PreTrainedModel, folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its imports, and of other packages' new names
+        return import_module("peft").PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def _load(folder: Path, head: str | None) -> PreTrainedModel:
     """Load transformers' model in fp32, without its progress bars."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        return _auto_class(architectures).from_pretrained(folder, dtype=torch.float32).eval()
+        auto, labels = AutoModelForCausalLM, {}
+        if head is not None:  # PEFT's adapters bring one, on a model without
+            auto, labels = AutoModelForSequenceClassification, {"num_labels": 1}
+        return auto.from_pretrained(folder, dtype=torch.float32, **labels).eval()
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
@@ -191,16 +204,20 @@ def release(engine: Engine) -> None:
 
 def check_outputs(folder: Path, engine: Engine) -> str:
     """Return one line on the agreement. Raises Mismatch where the two models' outputs differ."""
+    adapters = weights_kind(folder) == "adapter"
+    if adapters and find_spec("peft") is None:
+        return "NOT checked (peft is not installed): outputs against PEFT's model"
     difference, largest = output_difference(folder, engine)
+    theirs = "PEFT's" if adapters else "transformers'"
     what = "scores" if engine.head is not None else "logits"
     if not difference <= TOLERANCE * max(largest, 1.0):
         raise Mismatch(
-            f"{what} differ by {difference:.3g} from transformers' (largest {largest:.3g}), though"
+            f"{what} differ by {difference:.3g} from {theirs} (largest {largest:.3g}), though"
             " all tensors agree",
             where=str(folder),
             fix="config.json does not describe these weights; please report this",
         )
     return (
-        f"{what} on random tokens within {difference:.2g} of transformers' (largest {largest:.3g}),"
+        f"{what} on random tokens within {difference:.2g} of {theirs} (largest {largest:.3g}),"
         " in fp32"
     )

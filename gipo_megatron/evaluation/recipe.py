@@ -25,8 +25,8 @@ from gipo_megatron.recipe.schema import (
     Count,
     Evaluation,
     Hardware,
-    ModelSpec,
     NotNegative,
+    SharedModel,
 )
 from gipo_megatron.recipe.source import Block
 from gipo_megatron.registry import component
@@ -84,7 +84,7 @@ class EvaluationRecipe(Composed):
     # []: all other policies; after composing, never empty
     opponents: list[str] = field(default_factory=list)
     models: dict[str, Weights] = field(default_factory=dict)
-    model: ModelSpec
+    model: SharedModel
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     batch: EvaluationBatch = field(default_factory=EvaluationBatch)

@@ -59,7 +59,7 @@ from gipo_megatron.reports.audit_page import audit_document
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.training import run_folder
 from gipo_megatron.training.run_lock import RunLock
-from gipo_megatron.weights.checkpoints import stored_hf_files
+from gipo_megatron.weights.sources import stored_hf_files
 
 CHUNK = 256  # pairs judged between two writes
 REASON = 200  # characters of a failed verdict's text in an error

@@ -123,7 +123,7 @@ class Judge(ABC):
         """
 
     def about(self) -> dict[str, Any]:
-        """Return what results.json records (settings, prompt fingerprint, tokens), never a secret."""
+        """Return what results.json records: settings, prompt fingerprint, tokens; no secret."""
         return {"name": self.name, **asdict(self)}
 
 

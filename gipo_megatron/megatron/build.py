@@ -12,6 +12,8 @@ from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.checkpoint import check_architecture, load_weights, source_of
 from gipo_megatron.megatron.engine import Count, Engine
 from gipo_megatron.megatron.hf import Seen, ignore, load_group_head, load_hf
+from gipo_megatron.megatron.hf_adapters import load_adapters
+from gipo_megatron.megatron.hf_table import HF_SCORE
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import initialise_weights
 from gipo_megatron.megatron.offload import Snapshot
@@ -27,6 +29,9 @@ from gipo_megatron.specs import (
 from gipo_megatron.weights.base import BaseMeta, base_at
 from gipo_megatron.weights.checkpoints import read_hf_files, weights_kind
 from gipo_megatron.weights.hf_config import architecture_from_hf
+from gipo_megatron.weights.hf_files import open_weights
+from gipo_megatron.weights.peft_config import CONFIG, spec_of
+from gipo_megatron.weights.sources import adapted_model
 
 
 def build_engine(
@@ -77,16 +82,21 @@ def build_engine(
 
 
 def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
-    """Fill a model with the weights of a Hugging Face folder or a checkpoint; "random" keeps what
-    it was built with.
+    """Fill a model with the weights of a Hugging Face folder, PEFT's adapters or a checkpoint;
+    "random" keeps what it was built with.
 
-    Returns their source ("random", "huggingface", or the checkpoint's role). Collective. Raises
+    Returns their source ("random", "huggingface", "adapter", or the checkpoint's role). Collective.
+    Raises
     UserError when nothing fits, or when config.json describes another model than this one.
     """
     if load == "random":
         return load
     path, base = Path(load), engine.base
-    if weights_kind(path) == "checkpoint":
+    kind = weights_kind(path)
+    if kind == "adapter":
+        _load_adapters(engine, path, role, seen)
+        return kind
+    if kind == "checkpoint":
         home, saved = source_of(path, base_role(role))
         if base is not None and saved.base is not None:
             _load_base(engine, base, saved.base, role, path, seen)
@@ -103,6 +113,26 @@ def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
         engine.weights_changed()
     engine.hf_files = read_hf_files(path)
     return "huggingface"
+
+
+def _load_adapters(engine: Engine, folder: Path, role: str, seen: Seen) -> None:
+    """Load PEFT's adapters, what the base lacks of their model, and a head: theirs, else the
+    model's. Raises UserError where they are not of this model's shape."""
+    spec = spec_of(folder)
+    if spec != engine.adapter:
+        raise UserError(
+            f"the folder has other adapters: there {spec}, here {engine.adapter}",
+            where=str(folder / CONFIG),
+            fix="give the same model.adapter",
+        )
+    load_into(engine, str(adapted_model(folder)), role, seen)
+    with engine.residency.use(training=engine.optimisation is not None):
+        place = engine.chunks, engine.mesh, engine.architecture
+        own_head = HF_SCORE in open_weights(folder).shapes
+        load_adapters(folder, *place, spec, head=engine.head if own_head else None)
+        if engine.group_head is not None:
+            load_group_head(folder, engine.group_head)
+        engine.weights_changed()
 
 
 @contextmanager

@@ -8,17 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gipo_megatron.errors import library_errors
 from gipo_megatron.megatron.adapters import layer_of
 from gipo_megatron.megatron.hf import check_names, held, whole_tensors
 from gipo_megatron.megatron.hf_table import Entry, table
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import ADAPTER, SCORE
 from gipo_megatron.specs import AdapterSpec, Architecture
-from gipo_megatron.weights.hf_files import Weights, open_weights
+from gipo_megatron.weights.hf_files import open_weights
 from gipo_megatron.weights.peft_config import CONFIG, PREFIX, TENSORS
 
 
@@ -86,7 +85,7 @@ def load_adapters(
     Raises UserError naming missing and unexpected tensors and wrong shapes, before anything is
     copied.
     """
-    weights = _open(source) if isinstance(source, Path) else open_weights(source)
+    weights = open_weights(source)
     entries = adapter_table(architecture, spec, head)
     check_names(weights, [_in_file(entry, spec) for entry in entries], architecture, head)
     mine = held(chunks, architecture)
@@ -99,13 +98,6 @@ def load_adapters(
             ]
             full = entry.fuse(parts, architecture)
             parameter.copy_(place.take(full, mesh.tensor_rank, parameter, mesh.tensor_size))
-
-
-def _open(folder: Path) -> Weights:
-    with library_errors(f"cannot read {TENSORS}", where=str(folder), fix="export it again"):
-        tensors = load_file(folder / TENSORS)
-    names = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    return replace(open_weights(names), where=str(folder))
 
 
 def save_adapters(

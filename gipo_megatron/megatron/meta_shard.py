@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.cpu_compat import on_meta
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.optimizer import build_optimizer, mark_shards, wrap
 from gipo_megatron.megatron.param_sharding import EMBEDDING, placements
-from gipo_megatron.specs import Architecture, Optimisation, Parallel, Precision
+from gipo_megatron.specs import AdapterSpec, Architecture, Optimisation, Parallel, Precision
 
 META = torch.device("meta")
 
@@ -36,15 +37,19 @@ META = torch.device("meta")
 @dataclass(frozen=True)
 class Shard:
     """One rank's part of one model, in bytes. A storage that several tensors share is counted once,
-    as weights rather than optimizer."""
+    as weights rather than optimizer. A model with adapters holds these and a head; the base that it
+    shares with others is apart."""
 
     rank: int
     stage: int  # pipeline rank
     chunk_layers: tuple[int, ...]  # decoder layers of each model chunk
-    parameters: int  # of this pipeline stage, before the split over tensor; no padding, no copies
+    # of this pipeline stage, before the split over tensor; no padding, no copies, no base
+    parameters: int
     weights: int
     gradients: int  # mcore's fp32 buffer; 0 for a model that is not trained
     optimizer: int  # fp32 masters and Adam's moments of this rank's share
+    base: int = 0  # frozen weights
+    base_parameters: int = 0
 
     @property
     def layers(self) -> int:
@@ -94,7 +99,13 @@ class _PlainTypes(TorchFunctionMode):
 
 
 def build(
-    architecture: Architecture, mesh: Mesh, precision: Precision, *, head: str | None, trained: bool
+    architecture: Architecture,
+    mesh: Mesh,
+    precision: Precision,
+    *,
+    head: str | None,
+    trained: bool,
+    adapter: AdapterSpec = AdapterSpec(),
 ) -> Shard:
     """Build the shard of `mesh`'s rank (of `pretend`). FP8, whose weights are bf16, is built as
     bf16.
@@ -102,11 +113,16 @@ def build(
     Raises UserError when the architecture cannot be split over the mesh.
     """
     precision = replace(precision, fp8="none")
-    chunks = build_chunks(architecture, mesh, precision, head=head, initialise=False)
-    weights: list[Tensor] = [p for chunk in chunks for p in chunk.parameters()]
+    base = Base() if adapter.rank else None
+    chunks = build_chunks(
+        architecture, mesh, precision, head=head, adapter=adapter, base=base, initialise=False
+    )
+    every = [p for chunk in chunks for p in chunk.parameters()]
+    weights: list[Tensor] = [p for p in every if p.requires_grad]
     gradients: list[Tensor] = []
     states: list[Tensor] = []
-    parameters = _count(chunks, architecture, mesh)
+    parameters = _count(chunks, architecture, mesh, frozen=False)
+    base_parameters = _count(chunks, architecture, mesh, frozen=True)
     if trained:
         mark_shards(chunks, architecture.vocab_size)
         wrapped = wrap(chunks)
@@ -125,16 +141,19 @@ def build(
         weights=num_bytes(weights),
         gradients=num_bytes(gradients),
         optimizer=num_bytes(states, but=weights),
+        base=num_bytes(p for p in every if not p.requires_grad),
+        base_parameters=base_parameters,
     )
 
 
-def _count(chunks: list[GPTModel], architecture: Architecture, mesh: Mesh) -> int:
-    """Return the parameters of this stage. The output layer's copy of tied embeddings counts on
-    the first stage only."""
+def _count(chunks: list[GPTModel], architecture: Architecture, mesh: Mesh, frozen: bool) -> int:
+    """Return the parameters of this stage that are frozen, or those that are not. The output
+    layer's copy of tied embeddings counts on the first stage only."""
     sizes = {}
     for chunk in chunks:
         for place, parameter in placements(chunk, architecture.vocab_size):
-            if place.name != EMBEDDING or mesh.is_first_stage:
+            elsewhere = place.name == EMBEDDING and not mesh.is_first_stage
+            if parameter.requires_grad is not frozen and not elsewhere:
                 sizes[place.name] = math.prod(place.full_shape(parameter, mesh.tensor_size))
     return sum(sizes.values())
 

@@ -11,6 +11,9 @@ of the model's dtype, tensor size t, sequence parallel size u (t or 1):
     attention     output Q/t, and log-sum-exp 4 bytes a head
     feed-forward  fused gate and up 2F/t, product F/t
 
+An adapter keeps the input that its frozen layer would have kept for the weight's gradient, A's
+product, and its B as a matrix of the fused layer's rows.
+
 recompute selective drops the feed-forward layer's; full keeps a layer's input only. What is dropped
 is there again for one layer at a time in the backward pass.
 """
@@ -24,7 +27,7 @@ import torch
 from gipo_megatron.megatron.kv_budget import PREFILL_TOKENS, Need
 from gipo_megatron.megatron.model import padded_vocab
 from gipo_megatron.megatron.outputs import block_columns
-from gipo_megatron.specs import Architecture, Parallel, Sampling
+from gipo_megatron.specs import AdapterSpec, Architecture, Parallel, Sampling
 
 FP32 = 4
 # fp32 blocks of logits at work in outputs.token_stats, with an entropy
@@ -41,6 +44,7 @@ class Slot:
     sequences: int
     length: int  # padded
     device: torch.device = torch.device("cuda")  # that the plan is for
+    adapter: AdapterSpec = AdapterSpec()
 
     def __post_init__(self) -> None:
         a, tensor = self.architecture, self.parallel.tensor
@@ -53,6 +57,22 @@ class Slot:
         self.key = wide * a.num_kv_heads * a.head_dim // tensor
         self.feed = wide * a.ffn_hidden_size // tensor  # [s, b, F / t]
         self.logits = FP32 * self.tokens * padded_vocab(a, tensor) // tensor  # of all positions
+        self.low, self.matrices = self._adapters()  # products with A; B's matrices
+
+    def _adapters(self) -> tuple[int, int]:
+        """Return the bytes of the adapters of one layer, for its tokens and for its weights."""
+        a, tensor, spec = self.architecture, self.parallel.tensor, self.adapter
+        attention = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+        width, matrices = 0, 0
+        for rows, layers in (
+            (attention // tensor, {"q_proj", "k_proj", "v_proj"}),
+            (a.hidden_size, {"o_proj"}),
+            (2 * a.ffn_hidden_size // tensor, {"gate_proj", "up_proj"}),
+            (a.hidden_size, {"down_proj"}),
+        ):
+            own = len(layers.intersection(spec.targets)) * spec.rank
+            width, matrices = width + own, matrices + rows * own
+        return self.tokens * self.itemsize * width, self.itemsize * matrices
 
 
 def layer_kept(slot: Slot, recompute: str) -> int:
@@ -70,7 +90,8 @@ def layer_kept(slot: Slot, recompute: str) -> int:
             a.num_heads + a.num_kv_heads
         ) // slot.parallel.tensor
     statistics = rows * a.num_heads // slot.parallel.tensor  # log-sum-exp
-    return norms + attention + statistics + (3 * slot.feed if recompute == "none" else 0)
+    kept = norms + attention + statistics + slot.low + slot.matrices
+    return kept + (3 * slot.feed if recompute == "none" else 0)
 
 
 def in_flight(parallel: Parallel, stage: int, slots: int) -> int:
@@ -116,6 +137,8 @@ def _output(slot: Slot, head: bool, training: bool) -> int:
         return found
     a, tensor = slot.architecture, slot.parallel.tensor
     weight = padded_vocab(a, tensor) // tensor * a.hidden_size * slot.itemsize
+    if slot.adapter.rank:  # the output layer is frozen
+        weight = 0
     kept = block if block == slot.logits else 0
     return found + kept + weight + slot.hidden // slot.itemsize * FP32
 
@@ -141,6 +164,8 @@ def training(
     again = {"none": 0, "selective": 3 * slot.feed, "full": layer_kept(slot, "none")}[recompute]
     # gradient of gate and up, in the model's dtype
     matrix = 2 * a.ffn_hidden_size * a.hidden_size * slot.itemsize // parallel.tensor
+    if slot.adapter.rank:  # no such gradient; those of B's matrices and of the products with A
+        matrix = slot.matrices + slot.low
     layer = again + 3 * slot.feed + 2 * slot.residual + slot.hidden + matrix
     output = _output(slot, head, training=True) if stage == parallel.pipeline - 1 else 0
     return Pass(activations=kept, layer=layer, logits=output, step=moments)
@@ -166,6 +191,7 @@ def generation(slot: Slot, rows: int, max_length: int, sampling: Sampling, stage
     # a tensor of the cache is there twice at most, while rows move
     leaving = cache // (2 * need.layers)
     block = min(rows, PREFILL_TOKENS[slot.device.type] // prompt)
-    layer = max(need.prefill(max(1, block) * prompt), leaving)
+    # the decoder holds every layer's B as a matrix
+    layer = max(need.prefill(max(1, block) * prompt), leaving) + need.layers * slot.matrices
     logits = rows * need.logits(sampling) if stage == slot.parallel.pipeline - 1 else 0
     return Pass(layer=layer, logits=logits, cache=cache, rows=rows)

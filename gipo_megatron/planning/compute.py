@@ -18,6 +18,7 @@ from gipo_megatron.telemetry.performance import PEAK_FLOPS, flops, num_parameter
 # share of the peak in matrix products, forward and backward, tensor parallel traffic included
 ASSUMED_MFU = 0.40
 DECODE_KERNELS = 22  # a layer of decode.Decoder launches about as many
+ADAPTER_KERNELS = 12  # its adapters as many more: two products and a sum for each linear layer
 LAUNCH_SECONDS = 5e-6  # of one kernel
 GRAPH_SECONDS = 1.5e-6  # of one kernel in a CUDA graph, which a replica of one GPU has
 REDUCE_SECONDS = 20e-6  # of one small all-reduce inside a node; a decoded layer has two
@@ -98,6 +99,11 @@ def kernel_seconds(parallel: Parallel) -> float:
     return LAUNCH_SECONDS if parallel.model > 1 else GRAPH_SECONDS
 
 
+def decode_kernels(recipe: Recipe) -> int:
+    """Return the kernels that a layer of the decoder launches."""
+    return DECODE_KERNELS + (ADAPTER_KERNELS if recipe.model.adapter.rank else 0)
+
+
 def peak_rate(recipe: Recipe, gpu: Gpu) -> float:
     """Return the FLOP/s of the layers' matrix products in training and scoring; generation always
     computes in bf16."""
@@ -126,7 +132,8 @@ class Estimates:
         slots, peak = self.iteration.slots_of(call), peak_rate(self.recipe, self.gpu)
         if call.verb == "forward":
             return self._matrix(call.name, tokens, 1, 0.0, slots, peak)
-        work = self._matrix(call.name, tokens, 3, self._computed_again(call.role), slots, peak)
+        passes = 2 if self.recipe.model.adapter.rank else 3  # no gradient of a frozen weight
+        work = self._matrix(call.name, tokens, passes, self._computed_again(call.role), slots, peak)
         return replace(work, seconds=work.seconds + call.count * self._exchange(call.role))
 
     def _matrix(
@@ -167,12 +174,12 @@ class Estimates:
         response, shard = call.sampling.max_response, self.shards[call.role]
         prompts = call.sequences * (longest - response)
         prefill = self._matrix(phase.name, prompts, 1, 0.0, 1, self.gpu.bf16)
-        kernels = DECODE_KERNELS * kernel_seconds(parallel)
+        kernels = decode_kernels(self.recipe) * kernel_seconds(parallel)
         reduces = 2 * REDUCE_SECONDS if parallel.tensor > 1 else 0.0
         launching = shard.layers * (kernels + reduces)
         token = need_of(slot_of(self.iteration)).token
         slices = cut(self.iteration.rows_per_replica, phase.work.rows)
-        step = self._step(slices, shard.weights, token, response, launching)
+        step = self._step(slices, shard.weights + shard.base, token, response, launching)
         decode = flops(self.recipe.model.architecture, call.sequences * response, 1)
         seconds = prefill.seconds + response * parallel.pipeline * step
         return Work(phase.name, prefill.flops + decode, 0.0, seconds)

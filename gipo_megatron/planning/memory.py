@@ -70,6 +70,11 @@ class Footprint:
         return next(iter(self.roles.values()))
 
     @property
+    def base(self) -> int:
+        """Frozen weights that the roles share; the output layer is not in a critic's."""
+        return max(shard.base for shard in self.roles.values())
+
+    @property
     def worst(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.peak)
 
@@ -98,6 +103,7 @@ class Device:
     recipe: Recipe
     shards: Mapping[str, Shard]
     present: dict[str, State] = field(default_factory=dict)
+    base: int = 0  # frozen weights that models with adapters share
 
     def whole(self, role: str) -> State:
         shard = self.shards[role]
@@ -124,7 +130,8 @@ class Device:
 
     @property
     def state(self) -> State:
-        return State(*map(sum, zip(*self.present.values(), strict=True)))
+        own = State(*map(sum, zip(*self.present.values(), strict=True)))
+        return own._replace(weights=own.weights + self.base)
 
     def build(self, role: str) -> Phase:
         """Build a model. mcore then copies the weights of a trained one into one buffer and frees
@@ -134,6 +141,7 @@ class Device:
                 self.present[other] = State()
         whole = self.whole(role)
         self.present[role] = whole
+        self.base = max(self.base, self.shards[role].base)
         first_copy = whole.weights if role in self.recipe.trained else 0
         call = Call(f"set-up: {role}", "build", role)
         phase = Phase(call, self.state, Pass(layer=first_copy))
@@ -268,7 +276,7 @@ class Calls:
             return found
         # Transformer Engine keeps FP8 copies of each layer's weights, by rows and by columns, until
         # backward
-        return replace(found, activations=found.activations + shard.weights)
+        return replace(found, activations=found.activations + shard.weights + shard.base)
 
 
 def slot_of(iteration: Iteration) -> Slot:
@@ -286,4 +294,5 @@ def slot_of(iteration: Iteration) -> Slot:
         max(iteration.rows_per_slot * iteration.sequences_per_row, filled),
         width,
         device,
+        recipe.model.adapter,
     )

@@ -11,9 +11,9 @@ from gipo_megatron.planning.counting import count
 from gipo_megatron.planning.memory import Footprint, budget, footprints
 from gipo_megatron.planning.server import Server, server_of
 from gipo_megatron.recipe.schema import Recipe
-from gipo_megatron.specs import Architecture, Parallel, Precision, head_of
+from gipo_megatron.specs import AdapterSpec, Architecture, Parallel, Precision, head_of
 
-Kind = tuple[str | None, bool]  # scalar head, trained
+Kind = tuple[str | None, bool, AdapterSpec]  # scalar head, trained, adapters
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class Plan:
     iteration: Iteration
     groups: dict[str, list[list[int]]]  # tensor, pipeline, data -> global ranks of every group
     gpus_per_node: int
-    parameters: dict[str, int]  # role -> parameters of the whole model
+    # role -> parameters of the whole model; where roles share a base, without it
+    parameters: dict[str, int]
+    base_parameters: int
     footprints: tuple[Footprint, ...]  # first, second and last pipeline stage
     time: Timing | None  # None: on a CPU
 
@@ -81,11 +83,8 @@ class Planner:
         last, per_node = recipe.parallel.pipeline - 1, recipe.hardware.per_node
         second = min(1, last)
         stages = {stage: self._roles(recipe, stage) for stage in sorted({0, second, last})}
-        parameters = {
-            role: sum(stages[stage][role].parameters for stage in {0, last})
-            + stages[second][role].parameters * max(0, last - 1)
-            for role in recipe.models
-        }
+        between = max(0, last - 1)
+        all_stages = [stages[0], *[stages[last]] * (last > 0), *[stages[second]] * between]
         iteration = count(recipe)
         found = footprints(iteration, list(stages.values()))
         heaviest = max(found, key=lambda footprint: footprint.worst.peak)
@@ -94,14 +93,21 @@ class Planner:
             iteration=iteration,
             groups=groups(recipe.parallel, recipe.world),
             gpus_per_node=per_node,
-            parameters=parameters,
+            parameters={
+                role: sum(shards[role].parameters for shards in all_stages)
+                for role in recipe.models
+            },
+            base_parameters=sum(
+                max(shard.base_parameters for shard in shards.values()) for shards in all_stages
+            ),
             footprints=found,
             time=timing(iteration, heaviest, per_node) if on_gpu else None,
         )
 
     def _roles(self, recipe: Recipe, stage: int) -> dict[str, Shard]:
         """Return the shards of a stage's first rank: its first tensor rank, its first replica."""
-        kinds = {role: (head_of(role), role in recipe.trained) for role in recipe.models}
+        adapter = recipe.model.adapter
+        kinds = {role: (head_of(role), role in recipe.trained, adapter) for role in recipe.models}
         architecture, parallel, world = recipe.model.architecture, recipe.parallel, recipe.world
         key = (repr(architecture), parallel, recipe.precision.dtype, world, stage)
         known = self.shards.setdefault(key, {})
@@ -122,6 +128,8 @@ def build_shards(
     """Return the part of such models that `rank` holds."""
     with pretend(parallel, world, rank) as mesh:
         return {
-            (head, trained): build(architecture, mesh, precision, head=head, trained=trained)
-            for head, trained in kinds
+            kind: build(
+                architecture, mesh, precision, head=kind[0], trained=kind[1], adapter=kind[2]
+            )
+            for kind in kinds
         }

@@ -122,6 +122,9 @@ def _models(plan: Plan) -> list[str]:
         sizes = (shard.weights, shard.gradients, shard.optimizer, shard.state)
         shown = [_size(number, unit) for number in sizes]
         rows.append([role, f"{plan.parameters[role]:,}", *shown, plan.recipe.models[role].offload])
+    if plan.base_parameters:
+        base = _size(found.base, unit)
+        rows.append(["base (shared)", f"{plan.base_parameters:,}", base, "-", "-", base, "none"])
     title = (
         f"models: all parameters; {unit[0]} on the heaviest rank, {found.shard.rank} (pipeline"
         f" stage {found.shard.stage})"
@@ -190,16 +193,20 @@ def _time(plan: Plan, time: Timing, steps: int) -> list[str]:
     total = _peta(time.flops), _peta(again), f"{time.seconds:.1f}"
     rows.append([f"an iteration{partly}", *total])
     peak = compute.peak_rate(recipe, gpu)
+    # a server has the adapters merged
+    kernels = compute.decode_kernels(recipe) if plan.server is None else compute.DECODE_KERNELS
     assumed = (
         f"Estimated, not measured, with every sequence at its longest. Rates: {gpu.name} (by its"
         f" {recipe.hardware.gpu_memory_gib} GiB), {peak / 1e12:.0f} TFLOP/s dense,"
         f" {gpu.bandwidth / 1e12:.2f} TB/s. Assumed: {compute.ASSUMED_MFU:.0%} of the peak in"
-        f" matrix products; a decoded token waits for memory, or for {compute.DECODE_KERNELS}"
+        f" matrix products; a decoded token waits for memory, or for {kernels}"
         f" launches of {compute.kernel_seconds(recipe.parallel) * 1e6:g} µs a layer;"
         f" {compute.HOST_BANDWIDTH / 1e9:.0f} GB/s to the host, {compute.NODE_BANDWIDTH / 1e9:.0f}"
         " GB/s a GPU between nodes. FLOP: 2 · parameters · tokens a pass, without attention's own"
         " products; again: recomputed activations and logits."
     )
+    if recipe.model.adapter.rank:
+        assumed += " An update has no pass for the gradients of the frozen weights."
     if plan.server is not None:
         assumed += (
             f" The server launches as many, {compute.GRAPH_SECONDS * 1e6:g} µs each; the push of"

@@ -18,7 +18,7 @@ from gipo_megatron.recipe.schema import (
     Recipe,
 )
 from gipo_megatron.recipe.source import Block
-from gipo_megatron.specs import Parallel, divisors, split_problems
+from gipo_megatron.specs import LINEARS, Parallel, divisors, split_problems
 
 BYTE_VOCABULARY = 259  # the built-in tokenizer: 256 bytes and three marks
 
@@ -188,6 +188,21 @@ def precision(d: Draft) -> Found:
         yield d.problem(key, what, "with=hardware/h100x8_fp8")
 
 
+def adapters(d: Draft) -> Found:
+    """Some layer has adapters, and all roles stay where the base is."""
+    spec = d.model.adapter
+    if not spec.rank:
+        return
+    if not spec.targets:
+        fix = f"model.adapter.targets=[{', '.join(LINEARS)}]"
+        yield d.problem("model.adapter.targets", "is empty: nothing would be trained", fix)
+    for role, config in d.models.items():
+        if config.offload == "cpu":
+            key = f"models.{role}.offload"
+            what = "cpu, and with model.adapter the roles share their weights, which have to stay"
+            yield d.problem(key, what, f"{key}=none")
+
+
 def unread(d: Draft) -> Found:
     """Keys that only a rollout reads."""
     for key in () if d.needs.rollout else ROLLOUT_KEYS:
@@ -225,6 +240,7 @@ PROBLEMS: tuple[Check, ...] = (
     batch,
     responses,
     precision,
+    adapters,
     server,
     unread,
     run,

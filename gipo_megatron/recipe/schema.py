@@ -9,6 +9,7 @@ from gipo_megatron.data.config import DataConfig
 from gipo_megatron.recipe.source import Block, to_yaml
 from gipo_megatron.registry import component
 from gipo_megatron.specs import (
+    AdapterSpec,
     Architecture,
     OneOf,
     Parallel,
@@ -43,10 +44,17 @@ TRAINING_KEYS = ("lr", "schedule", "warmup_steps", "weight_decay", "clip_grad")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
+class SharedModel:
+    """What all roles are built as."""
+
     hub: PathText = ""  # the model's name on the Hugging Face hub, or its folder
     tokenizer: PathText = ""  # "": beside the weights; bytes: built in; or a folder or hub name
     architecture: Architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec(SharedModel):
+    adapter: AdapterSpec = field(default_factory=AdapterSpec)
 
 
 @dataclass(frozen=True)

@@ -242,8 +242,11 @@ def _key_problems(cls: type, values: dict[str, Any]) -> Iterator[UserError]:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
+    """Return a field's default as YAML has it: a tuple is a list there."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
+    if isinstance(field.default, tuple):
+        return [*field.default]
     return MISSING if field.default is dataclasses.MISSING else field.default
 
 

@@ -19,11 +19,10 @@ from gipo_megatron.serving.server import Server
 from gipo_megatron.serving.transfer import TRANSFERS
 from gipo_megatron.specs import Architecture
 from gipo_megatron.telemetry.loggers import warn
-from gipo_megatron.weights.checkpoints import stored_hf_files
 from gipo_megatron.weights.end_tokens import GENERATION, generation_config
 from gipo_megatron.weights.hf_config import config_text
 from gipo_megatron.weights.hf_files import HF_DTYPES
-from gipo_megatron.weights.sources import locate
+from gipo_megatron.weights.sources import locate, stored_hf_files
 
 if TYPE_CHECKING:  # `gipo doctor` runs where Megatron cannot be imported
     from gipo_megatron.megatron.mesh import Mesh

@@ -6,13 +6,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from gipo_megatron.data.hub import reach_hub
+from gipo_megatron.data.hub import is_hub_name, reach_hub
 from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.checkpoints import parse_meta
 from gipo_megatron.weights.hf_checks import check_shapes
 from gipo_megatron.weights.hf_config import architecture_from_hf
 from gipo_megatron.weights.hf_files import open_weights
+from gipo_megatron.weights.peft_config import CONFIG, base_name
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ def stored_architecture(
     folder = Path(load)
     if not folder.exists():
         return _hub(load, where, network) if may_be_hub else None
+    if (folder / CONFIG).is_file():
+        base = base_name(folder)
+        hub = is_hub_name(base)
+        return stored_architecture(base, role, where, may_be_hub=hub, network=network)
     config = folder / "config.json"
     if (folder / "meta.json").is_file() and (stored := _of_checkpoint(folder, role)) is not None:
         return stored

@@ -12,6 +12,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_json
 from gipo_megatron.specs import AdapterSpec, Architecture, HeadSpec
 from gipo_megatron.weights.base import BaseMeta
+from gipo_megatron.weights.peft_config import CONFIG, TENSORS
 
 FORMAT, VERSION = "gipo_megatron", 2  # 2: FP8 scaling state as tensors; all else as in 1
 HF_FILES = ("config.json", "generation_config.json")
@@ -148,17 +149,9 @@ def read_hf_files(folder: Path) -> dict[str, str]:
     }
 
 
-def stored_hf_files(folder: Path) -> dict[str, str]:
-    """Return `read_hf_files` of weights: of a Hugging Face folder, or of the model that the first
-    role of a checkpoint began from, the policy where it has one."""
-    if weights_kind(folder) == "huggingface":
-        return read_hf_files(folder)
-    homes = sorted((folder / "huggingface").glob("*"))
-    return read_hf_files(homes[0]) if homes else {}
-
-
 def weights_kind(path: Path) -> str:
-    """Return "checkpoint" (of this project) or "huggingface", judged by the folder's content.
+    """Return "checkpoint" (of this project), "huggingface" or "adapter" (PEFT's, on a Hugging Face
+    model), judged by the folder's content.
 
     Raises UserError that lists what was found instead.
     """
@@ -170,6 +163,8 @@ def weights_kind(path: Path) -> str:
     found = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
     if "meta.json" in found and parse_meta(path) is not None:
         return "checkpoint"
+    if CONFIG in found:  # transformers, too, takes such a folder for adapters
+        return _with_tensors(path, found)
     if "config.json" in found and any(name.endswith(".safetensors") for name in found):
         return "huggingface"
     if "config.json" in found and (old := [name for name in found if name.endswith(".bin")]):
@@ -185,6 +180,16 @@ def weights_kind(path: Path) -> str:
         f" found: {shown or 'nothing'}{hint}",
         where=str(path),
         fix="give the folder of one checkpoint, or of one Hugging Face model",
+    )
+
+
+def _with_tensors(path: Path, found: list[str]) -> str:
+    if TENSORS in found:
+        return "adapter"
+    raise UserError(
+        f"{CONFIG} without {TENSORS}",
+        where=str(path),
+        fix="save it again with PEFT: PeftModel.from_pretrained(MODEL, OLD).save_pretrained(NEW)",
     )
 
 

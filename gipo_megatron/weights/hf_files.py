@@ -15,6 +15,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.files import refuse_pointer
 from gipo_megatron.tensors import Tensor
 from gipo_megatron.weights.hf_values import BLOCK, TEXT, check_values, read_object
+from gipo_megatron.weights.peft_config import CONFIG, PREFIX, TENSORS
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
@@ -36,7 +37,8 @@ class Weights:
 
 
 def open_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
-    """Return the tensors of a Hugging Face folder, or of a state dict.
+    """Return the tensors of a Hugging Face folder, of PEFT's adapters (without their prefix), or of
+    a state dict.
 
     Raises UserError for a missing, damaged or truncated file, an unreadable index, tensors that
     only the index lists, and an index beside another model's single file.
@@ -46,12 +48,13 @@ def open_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
         dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in source.items()}
         return Weights("state dict", shapes, dtypes, source.__getitem__)
     folder = Path(source)
-    files: dict[str, Path] = {}
+    files: dict[str, tuple[Path, str]] = {}
     shapes, dtypes = {}, {}
     listed = _index(folder)
     for path in _weight_files(folder, listed):
-        for name, shape, dtype in _header(path):
-            files[name], shapes[name], dtypes[name] = path, shape, dtype
+        for stored, shape, dtype in _header(path):
+            name = stored.removeprefix(PREFIX)
+            files[name], shapes[name], dtypes[name] = (path, stored), shape, dtype
     if lost := [f"{name} ({file})" for name, file in listed.items() if name not in files]:
         shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
         raise UserError(
@@ -61,8 +64,9 @@ def open_weights(source: str | Path | Mapping[str, Tensor]) -> Weights:
         )
 
     def read(name: str) -> Tensor:
-        with safe_open(files[name], framework="pt") as shard:
-            return shard.get_tensor(name)
+        path, stored = files[name]
+        with safe_open(path, framework="pt") as shard:
+            return shard.get_tensor(stored)
 
     return Weights(str(folder), shapes, dtypes, read)
 
@@ -102,6 +106,8 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _weight_files(folder: Path, listed: Mapping[str, str]) -> list[Path]:
+    if (folder / CONFIG).is_file():
+        return [folder / TENSORS]
     files = sorted(set(listed.values()))
     single = (folder / SINGLE).is_file()
     if single and files not in ([], [SINGLE]):

@@ -14,6 +14,7 @@ from gipo_megatron.weights.hf_values import (
     NUMBER,
     SIZE,
     TEXT,
+    Kind,
     check_values,
     read_object,
 )
@@ -30,7 +31,10 @@ _READ = {
     "use_rslora": FLAG,
     "base_model_name_or_path": TEXT.or_null(),
     "modules_to_save": NAMES.or_null(),
+    "init_lora_weights": Kind("true, false or a text", lambda value: isinstance(value, bool | str)),
 }
+# first values of the adapters alone; the others change W, and PEFT changes it again at each load
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _NO_EFFECT = {
     "peft_type",
     "task_type",
@@ -39,7 +43,6 @@ _NO_EFFECT = {
     "revision",
     "inference_mode",
     "lora_dropout",
-    "init_lora_weights",
     "bias",
     "megatron_config",
     "megatron_core",
@@ -81,10 +84,29 @@ def _others(config: dict[str, Any]) -> list[str]:
         found.append(f"peft_type {config.get('peft_type')!r}")
     if config.get("bias", "none") != "none":
         found.append(f"bias {config['bias']!r}")
+    if config.get("init_lora_weights", True) not in _STARTS:
+        found.append(f"init_lora_weights {config['init_lora_weights']!r}")
+    if not config["target_modules"]:
+        found.append("target_modules []")
     if others := sorted(set(config.get("modules_to_save") or ()) - HEADS):
         found.append(f"modules_to_save {others!r}")
     layers = sorted(set(config["target_modules"]) - set(LINEARS))
     return found + [f"target {name}" for name in layers]
+
+
+def base_name(folder: Path) -> str:
+    """Return the folder or hub name of the model that a PEFT folder's adapters belong to."""
+    path, key = folder / CONFIG, "base_model_name_or_path"
+    config = read_object(path)
+    check_values(config, _READ, str(path))
+    name = config.get(key) or ""
+    if not name or (Path(name) / CONFIG).is_file():
+        raise UserError(
+            f"{key}: {name or 'no'} model that adapters could be added to",
+            where=str(path),
+            fix=f"write the Hugging Face folder or the hub name of their model at {key}",
+        )
+    return name
 
 
 def config_for(spec: AdapterSpec, base: str, head: str | None) -> str:

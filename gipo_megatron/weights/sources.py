@@ -8,20 +8,27 @@ from pathlib import Path
 
 from gipo_megatron.data.hub import is_hub_name, reach_hub
 from gipo_megatron.data.templates import choose, parting
-from gipo_megatron.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_facts
+from gipo_megatron.data.tokenizer import (
+    TOKENIZER_FILES,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_facts,
+)
 from gipo_megatron.errors import UserError, library_errors
-from gipo_megatron.weights.checkpoints import read_meta, stored_hf_files, weights_kind
+from gipo_megatron.weights.checkpoints import read_hf_files, read_meta, weights_kind
 from gipo_megatron.weights.end_tokens import end_ids
+from gipo_megatron.weights.peft_config import CONFIG, base_name
+
+_FIX = "train that stage first, or give a Hugging Face folder or a checkpoint"
 
 
-def locate(load: str, where: str) -> Path:
+def locate(load: str, where: str, fix: str = _FIX) -> Path:
     """Return a local folder for `load`: itself, or the hub's snapshot.
 
     Raises UserError when there is neither.
     """
     if Path(load).exists():
         return Path(load)
-    fix = "train that stage first, or give a Hugging Face folder or a checkpoint"
     if not is_hub_name(load) or load.startswith("runs/"):
         raise UserError(f"nothing to load at {load!r}", where=where, fix=fix)
     from huggingface_hub import snapshot_download  # slow to import
@@ -35,6 +42,27 @@ def locate(load: str, where: str) -> Path:
     reach_hub(load, where, fix)
     with library_errors(f"cannot download {load!r}", where=where, fix=fix):
         return Path(snapshot_download(load, allow_patterns=patterns))
+
+
+def adapted_model(folder: Path) -> Path:
+    """Return the Hugging Face folder of the model that a PEFT folder's adapters belong to. Raises
+    UserError where it is none, or is not there."""
+    where = str(folder / CONFIG)
+    fix = "correct base_model_name_or_path, or put the model there"
+    model = locate(base_name(folder), where, fix)
+    if weights_kind(model) != "huggingface":
+        raise UserError(f"the base {model} is no Hugging Face model", where=where, fix=fix)
+    return model
+
+
+def stored_hf_files(folder: Path) -> dict[str, str]:
+    """Return `read_hf_files` of weights: of a Hugging Face folder, or of the model that the first
+    role of a checkpoint began from, the policy where it has one."""
+    kind = weights_kind(folder)
+    if kind != "checkpoint":
+        return read_hf_files(adapted_model(folder) if kind == "adapter" else folder)
+    homes = sorted((folder / "huggingface").glob("*"))
+    return read_hf_files(homes[0]) if homes else {}
 
 
 def find_tokenizer(spec: str, loads: Mapping[str, str]) -> Tokenizer:
@@ -61,9 +89,13 @@ def find_tokenizer(spec: str, loads: Mapping[str, str]) -> Tokenizer:
 
 
 def _tokenizer_folder(folder: Path) -> Path:
-    """A checkpoint has a folder for its tokenizer; a Hugging Face folder holds it itself."""
+    """A checkpoint has a folder for its tokenizer; a Hugging Face folder holds it itself, and that
+    of adapters where theirs holds none."""
     beside = folder / "tokenizer"
-    return beside if beside.is_dir() else folder
+    if beside.is_dir():
+        return beside
+    own = any((folder / file).is_file() for file in TOKENIZER_FILES)
+    return folder if own or not (folder / CONFIG).is_file() else adapted_model(folder)
 
 
 def stored_fingerprint(folder: Path, known: Tokenizer) -> str | None:
@@ -73,15 +105,12 @@ def stored_fingerprint(folder: Path, known: Tokenizer) -> str | None:
     """
     if weights_kind(folder) == "checkpoint":
         return read_meta(folder).tokenizer
-    return tokenizer_facts(folder, known)[0]
+    return tokenizer_facts(_tokenizer_folder(folder), known)[0]
 
 
 def tokenizer_difference(one: Path, other: Path) -> str:
     """Return how the tokenizers of two folders of weights differ, where both can be read."""
-    folders = [
-        folder / "tokenizer" if weights_kind(folder) == "checkpoint" else folder
-        for folder in (one, other)
-    ]
+    folders = [_tokenizer_folder(folder) for folder in (one, other)]
     if not all(folder.is_dir() for folder in folders):
         return ""
     a, b = (load_tokenizer(str(folder), str(folder)) for folder in folders)
@@ -102,8 +131,8 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, template: str, where: st
         fingerprint, chat_template = meta.tokenizer, meta.chat_template
         trained_with = meta.template
     else:
-        home = folder
-        fingerprint, chat_template = tokenizer_facts(folder, tokenizer)
+        home = _tokenizer_folder(folder)
+        fingerprint, chat_template = tokenizer_facts(home, tokenizer)
     fix = f"model.tokenizer={home}"
     if fingerprint not in (None, tokenizer.fingerprint):
         how = ""

@@ -13,9 +13,11 @@ import pytest
 from gipo_megatron.evaluation.recipe import is_evaluation
 from gipo_megatron.recipe.files import recipe_names
 from gipo_megatron.specs import Architecture, Parallel
+from gipo_megatron.weights.hf_config import architecture_from_config
 from tests import forked
 from tests.parity.matrix import LAYOUTS
-from tests.parity.planning_cases import DTYPES, tiny_architecture
+from tests.parity.planning_cases import FORMATS, tiny_architecture
+from tests.smollm import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 TIED = Architecture(
@@ -77,9 +79,10 @@ PLANS = {
     ],
     "server_elsewhere": ["recipe=hh_gipo", "algorithm.rollout={name: vllm, url: http://node7:80}"],
     "server_cpu": ["recipe=tiny/gipo", "algorithm.rollout.name=vllm"],
+    "lora": ["recipe=lora/hh_gipo"],
     "needed": ["recipe=hh_sft", "memory.recompute=full", "hardware.gpu_memory_gib=31"],
 }
-DOCUMENTS = [ROOT / "docs" / name for name in ("scaling.md", "rollout.md")]
+DOCUMENTS = [ROOT / "docs" / name for name in ("scaling.md", "rollout.md", "lora.md")]
 
 
 def shipped() -> list[str]:
@@ -87,7 +90,7 @@ def shipped() -> list[str]:
     return [
         name
         for name in recipe_names(ROOT / "recipes")
-        if name.startswith(("hh_", "tldr_"))
+        if name.startswith(("hh_", "tldr_", "lora/"))
         and not is_evaluation([f"recipe={name}"], ROOT / "recipes")
     ]
 
@@ -99,19 +102,20 @@ def documented() -> dict[str, str]:
 
 
 def layout_cases() -> dict[str, dict[str, Any]]:
-    """world/layout/dtype/rank of everything that tests/parity allocates."""
+    """world/layout/format/rank of everything that tests/parity allocates."""
     architecture = dataclasses.asdict(tiny_architecture())
     return {
-        f"{world}/{name}/{dtype}/{rank}": {
+        f"{world}/{name}/{kind}/{rank}": {
             "architecture": architecture,
             "parallel": dataclasses.asdict(parallel),
             "world": world,
             "dtype": dtype,
             "rank": rank,
+            "rank of adapters": adapters,
         }
         for world, layouts in LAYOUTS.items()
         for name, parallel in layouts.items()
-        for dtype in DTYPES
+        for kind, (dtype, adapters) in FORMATS.items()
         for rank in range(world)
     }
 
@@ -126,8 +130,8 @@ def evaluate(cases: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """world/layout/dtype/rank -> role -> bytes. Apart from `plans`, because tests on another worker
-    of pytest-xdist use them."""
+    """world/layout/format/rank -> role -> bytes. Apart from `plans`, because tests on another
+    worker of pytest-xdist use them."""
     return evaluate(layout_cases(), tmp_path_factory.mktemp("layouts"))
 
 
@@ -139,8 +143,16 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "world": 16,
         "dtype": "bf16",
     }
+    smollm = {
+        "architecture": dataclasses.asdict(architecture_from_config(CONFIG, "config.json")),
+        "parallel": dataclasses.asdict(Parallel()),
+        "world": 1,
+        "dtype": "bf16",
+        "rank": 0,
+    }
     cases: dict[str, Any] = {
         **{f"tied/{stage}": {**tied, "rank": 4 * stage} for stage in range(4)},
+        **{f"smollm/{rank}": {**smollm, "rank of adapters": rank} for rank in (0, 16)},
         **{name: {"plan": argv} for name, argv in PLANS.items()},
         "shipped": {"verdicts": shipped()},
         **{f"document/{words}": {"plan": words.split()} for words in documented()},

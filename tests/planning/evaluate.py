@@ -18,7 +18,7 @@ from gipo_megatron.planning.report import render
 from gipo_megatron.planning.verdict import Verdict, judge
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.recipe.schema import Recipe
-from gipo_megatron.specs import Architecture, Parallel, Precision
+from gipo_megatron.specs import AdapterSpec, Architecture, Parallel, Precision
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PLANNER = Planner()
@@ -39,8 +39,10 @@ def shards(case: dict[str, Any]) -> dict[str, Any]:
         case["world"],
         case["rank"],
     )
-    built = build_shards(*place, set(KINDS.values()))
-    return {role: dataclasses.asdict(built[kind]) for role, kind in KINDS.items()}
+    adapter = AdapterSpec(rank=case.get("rank of adapters", 0))
+    kinds = {role: (*kind, adapter) for role, kind in KINDS.items()}
+    built = build_shards(*place, set(kinds.values()))
+    return {role: dataclasses.asdict(built[kind]) for role, kind in kinds.items()}
 
 
 def judged(argv: list[str]) -> tuple[Plan, Verdict]:

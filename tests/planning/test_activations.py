@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.planning.activations import (
@@ -20,10 +21,11 @@ from gipo_megatron.planning.activations import (
     need_of,
     training,
 )
-from gipo_megatron.specs import Architecture, Parallel, Precision, Sampling
+from gipo_megatron.specs import LINEARS, AdapterSpec, Architecture, Parallel, Precision, Sampling
 
 LENGTH = 64
 BF16, FP32 = 2, 4
+NONE = AdapterSpec()
 
 
 def architecture(layers: int, kv_heads: int, qk_norm: bool = False) -> Architecture:
@@ -45,11 +47,16 @@ def mesh() -> Iterator[Mesh]:
     yield Mesh.create(Parallel())
 
 
-def saved(mesh: Mesh, a: Architecture, sequences: int, recompute: str) -> int:
+def saved(
+    mesh: Mesh, a: Architecture, sequences: int, recompute: str, adapter: AdapterSpec = NONE
+) -> int:
     """Bytes of the storages that the backward pass of one forward pass needs, weights left out."""
-    (chunk,) = build_chunks(a, mesh, Precision("bf16"), recompute=recompute)
+    base = Base() if adapter.rank else None
+    precision = Precision("bf16")
+    (chunk,) = build_chunks(a, mesh, precision, recompute=recompute, adapter=adapter, base=base)
     chunk.train()
-    weights = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+    fixed = (*chunk.parameters(), *chunk.buffers())
+    weights = {p.untyped_storage().data_ptr() for p in fixed}
     kept: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -82,6 +89,50 @@ def test_a_layer_keeps_the_tensors_of_autograd(
         per_layer
         == layer_kept(Slot(a, Parallel(), BF16, sequences, LENGTH), recompute) + norms + swiglu
     )
+
+
+@pytest.mark.global_rng
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("targets", [LINEARS, ("q_proj", "v_proj", "down_proj")])
+def test_adapters_keep_their_inputs_and_products(
+    mesh: Mesh, recompute: str, targets: tuple[str, ...]
+) -> None:
+    """A frozen norm keeps one fp32 tensor on a CPU. A plan is an upper bound where some layers have
+    no adapter, or are computed again."""
+    spec = AdapterSpec(rank=3, targets=targets)
+    two, one = (saved(mesh, architecture(n, 2), 3, recompute, spec) for n in (2, 1))
+    a, tokens = architecture(2, 2), 3 * LENGTH
+    norms = 0 if recompute == "full" else 2 * tokens * a.hidden_size * (FP32 - BF16)
+    swiglu = 2 * tokens * a.ffn_hidden_size * BF16 if recompute == "none" else 0
+    planned = layer_kept(Slot(a, Parallel(), BF16, 3, LENGTH, adapter=spec), recompute)
+    assert two - one <= planned + norms + swiglu
+    if recompute == "full" or (recompute == "none" and targets == LINEARS):
+        assert two - one == planned + norms + swiglu
+
+
+def test_the_adapters_of_one_layer() -> None:
+    """By hand, for two query heads on each key-value head: the fused matrices have 4 + 2 + 2 heads
+    of 32, and 2 × 384 rows; A is cut nowhere, B where its layer's rows are."""
+    a = architecture(1, 2)
+    slot = Slot(a, Parallel(tensor=2), BF16, 1, LENGTH, adapter=AdapterSpec(rank=4))
+    assert slot.low == LENGTH * 7 * 4 * BF16
+    assert slot.matrices == (256 // 2 * 3 + 128 + 768 // 2 * 2 + 128) * 4 * BF16
+    some = AdapterSpec(rank=4, targets=("k_proj", "down_proj"))
+    slot = Slot(a, Parallel(), BF16, 1, LENGTH, adapter=some)
+    assert (slot.low, slot.matrices) == (LENGTH * 2 * 4 * BF16, (256 + 128) * 4 * BF16)
+    without = Slot(a, Parallel(), BF16, 1, LENGTH)
+    assert without.low == without.matrices == 0
+
+
+def test_a_frozen_layer_has_no_gradient() -> None:
+    """Of a vocabulary of 4096 over a width of 32 in fp32, 0.5 MiB."""
+    a = Architecture(2, 32, 64, 4, 4, 8, 4096, 512)
+    slots = [Slot(a, Parallel(), FP32, 1, 512, adapter=AdapterSpec(rank=n)) for n in (0, 2)]
+    full, lora = (training(slot, "full", (2,), 0, 1, head=False, moments=0) for slot in slots)
+    assert full.logits - lora.logits == 512 * 1024
+    matrix, again = 2 * 64 * 32 * FP32, slots[1].low + slots[1].matrices
+    assert lora.layer - full.layer == 2 * again - matrix
+    assert lora.activations == full.activations
 
 
 @pytest.mark.global_rng

@@ -57,6 +57,39 @@ def test_tied_embeddings_and_padding_count_once_over_all_stages(plans: dict[str,
     )
 
 
+def test_adapters_on_one_base_take_a_fraction(plans: dict[str, Any]) -> None:
+    """SmolLM2-135M, rank 16. By hand: A and B of seven matrices of each layer; the base once."""
+    full, lora = plans["smollm/0"], plans["smollm/16"]
+    numbers = ("weights", "gradients", "optimizer")
+    states = [sum(shard[n] for shard in case.values() for n in numbers) for case in (full, lora)]
+    base = max(shard["base"] for shard in lora.values())
+    assert base == full["reference"]["weights"] and all(s["base"] == 0 for s in full.values())
+    width, heads, keys, feed = 576, 576, 192, 1536
+    sizes = [(width, heads), (width, keys), (width, keys), (heads, width), (feed, width)]
+    sizes += [(width, feed), (width, feed)]
+    adapters = 30 * 16 * sum(a + b for a, b in sizes)
+    assert lora["actor"]["parameters"] == adapters
+    assert lora["critic"]["parameters"] == adapters + width
+    assert lora["reference"]["weights"] == 2 * adapters
+    assert base + states[1] < 0.45 * states[0]
+
+
+def test_a_7b_chain_of_adapters_on_one_gpu(plans: dict[str, Any]) -> None:
+    """40.0 million parameters a role, of 18 bytes where it is trained, else 2, and 13.5 GB of base
+    once. An update is two passes, without one for the gradients of frozen weights."""
+    plan, base, adapters = plans["lora"], 6_738_415_616, 39_976_960
+    assert plan["fits"] is True and plan["warnings"] == []
+    assert plan["parameters"]["actor"] == plan["parameters"]["reference"] == adapters
+    state, _, _ = plan["phases"]["actor update"]
+    assert state == pytest.approx(2 * base + (2 * 18 + 2 * 2) * adapters, rel=1e-3)
+    shown = "base (shared) 6,738,415,616 12.55 - - 12.55 none"
+    assert shown in " ".join(plan["text"].split())
+    whole = plans["hh_gipo"]
+    # rollout, reward and anchor, log-probs, values, two updates
+    assert plan["flops"] / plan["tokens"] == pytest.approx(2 * base * (6 + 2 * 2))
+    assert whole["flops"] / whole["tokens"] == pytest.approx(2 * base * (6 + 2 * 3))
+
+
 def test_groups_of_512_ranks(plans: dict[str, Any]) -> None:
     groups = plans["70b"]["groups"]
     assert {kind: (len(g), len(g[0])) for kind, g in groups.items()} == {
@@ -248,7 +281,7 @@ def test_recomputation_without_need_is_a_warning(plans: dict[str, Any]) -> None:
 
 
 def test_shipped_recipes_fit_and_compute_nothing_twice_without_need(plans: dict[str, Any]) -> None:
-    assert plans["shipped"] == {name: [True, []] for name in shipped()} and len(shipped()) == 29
+    assert plans["shipped"] == {name: [True, []] for name in shipped()} and len(shipped()) == 34
 
 
 def test_a_server_on_the_same_gpus_takes_its_share_in_every_phase(plans: dict[str, Any]) -> None:
@@ -336,7 +369,7 @@ def test_the_time_of_a_server(plans: dict[str, Any]) -> None:
 
 def test_the_printed_plan(plans: dict[str, Any]) -> None:
     texts = {name: plans[name]["text"] for name in PLANS}
-    assert len(texts) == 25
+    assert len(texts) == 26
     for name, text in texts.items():
         assert max(map(len, text.splitlines())) <= 100, name
         assert text.count("verdict: ") == 1, name

@@ -11,7 +11,8 @@ from tests.parity.launch import ranks
 from tests.parity.matrix import LAYOUTS
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.global_rng]
-CELLS = {1: 8, 2: 80, 4: 96}  # layouts × number formats × ranks × roles
+# layouts × ranks × (two number formats of 4 roles, and one with adapters, and their base)
+CELLS = {1: 13, 2: 130, 4: 156}
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
@@ -27,6 +28,10 @@ def test_predicted_bytes_are_the_allocated_ones(
     for rank, cells in enumerate(found):
         for cell, roles in cells.items():
             predicted = layouts[f"{world}/{cell}/{rank}"]
+            if "base" in roles:
+                base, _, _ = roles.pop("base")
+                assert base == max(shard["base"] for shard in predicted.values()) > 0
+                checked += 1
             for role, sizes in roles.items():
                 shard = predicted[role]
                 assert [shard["weights"], shard["gradients"], shard["optimizer"]] == sizes, (
