@@ -227,7 +227,9 @@ def growth(action: Callable[[], None]) -> tuple[int, int]:
     """Return the peaks of this process's resident memory and of /dev/shm, above those before."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts at the present RSS
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="ascii"
+    )  # VmHWM starts at the present RSS
     before, shared = resident("VmRSS"), shutil.disk_usage(SHARED_MEMORY).used
     peak, ended = [shared], threading.Event()
 
@@ -247,7 +249,7 @@ def growth(action: Callable[[], None]) -> tuple[int, int]:
 
 def resident(field: str) -> int:
     """Return a size in bytes from /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     (size,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
     return int(size) * 1024
 

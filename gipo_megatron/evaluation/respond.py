@@ -19,7 +19,7 @@ from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.recipe import EvaluationRecipe
 from gipo_megatron.evaluation.types import Response, TaskPrompt
-from gipo_megatron.megatron.build import build_engine
+from gipo_megatron.megatron.build import Bases, build_engine
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
@@ -78,9 +78,13 @@ class Responder:
         self._head: HeadSpec | None = None
         if "critic" in self.recipe.models:
             self._head, self._ranks = group_head(self.weights[key], key)
+        self._bases = Bases()
+        for key, folder in self.weights.items():
+            section, name, _ = key.split(".")
+            self._bases.settings("actor" if section == "policies" else name, str(folder))
 
     def _engine(self, role: str, key: str, group: HeadSpec | None = None) -> Engine:
-        recipe = self.recipe
+        recipe, load = self.recipe, str(self.weights[key])
         return build_engine(
             role,
             self.mesh,
@@ -88,8 +92,9 @@ class Responder:
             recipe.precision,
             micro_batch=recipe.batch.micro_batch,
             micro_tokens=recipe.batch.micro_tokens,
-            load=str(self.weights[key]),
+            load=load,
             group=group,
+            **self._bases.settings(role, load),
         )
 
     def load_scores(self) -> ResponseScores:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.base import Base
@@ -26,7 +28,7 @@ from gipo_megatron.specs import (
     base_role,
     head_of,
 )
-from gipo_megatron.weights.base import BaseMeta, base_at
+from gipo_megatron.weights.base import BaseMeta, base_at, random_base
 from gipo_megatron.weights.checkpoints import read_hf_files, weights_kind
 from gipo_megatron.weights.hf_config import architecture_from_hf
 from gipo_megatron.weights.hf_files import open_weights
@@ -81,13 +83,51 @@ def build_engine(
     return engine
 
 
+@dataclass
+class Bases:
+    """The frozen models of a process: roles whose weights come from the same one share it."""
+
+    seed: int = 0  # of random weights
+    held: dict[str, Base] = field(default_factory=dict)  # by fingerprint
+
+    def settings(self, role: str, load: str, adapter: AdapterSpec | None = None) -> dict[str, Any]:
+        """Return `adapter` and `base` of build_engine. adapter: of a trained role; another has the
+        adapters that are stored at `load`.
+
+        A whole model has the base that earlier calls for adapters made of it, if they did, so roles
+        with adapters come first. Raises UserError for weights that cannot be read.
+        """
+        stored, meta = stored_base(load, role, self.seed)
+        spec = stored if adapter is None else adapter
+        if spec.rank:
+            self.held.setdefault(meta.fingerprint, Base())
+        shared = self.held.get(meta.fingerprint) if spec.rank or adapter is None else None
+        return {"adapter": spec, "base": shared}
+
+
+def stored_base(load: str, role: str, seed: int) -> tuple[AdapterSpec, BaseMeta]:
+    """Return the adapters at `load`, of rank 0 for a whole model, and the identity of the model
+    that they belong to, or of this one."""
+    if load == "random":
+        return AdapterSpec(), random_base(seed)
+    path = Path(load)
+    kind = weights_kind(path)
+    if kind == "adapter":
+        return spec_of(path), base_at(adapted_model(path))
+    if kind == "huggingface":
+        return AdapterSpec(), base_at(path)
+    home, saved = source_of(path, base_role(role))
+    if saved.adapter is not None and saved.base is not None:
+        return saved.adapter, saved.base
+    return AdapterSpec(), base_at(path / home)
+
+
 def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
     """Fill a model with the weights of a Hugging Face folder, PEFT's adapters or a checkpoint;
     "random" keeps what it was built with.
 
     Returns their source ("random", "huggingface", "adapter", or the checkpoint's role). Collective.
-    Raises
-    UserError when nothing fits, or when config.json describes another model than this one.
+    Raises UserError when nothing fits, or when config.json describes another model than this one.
     """
     if load == "random":
         return load

@@ -7,18 +7,14 @@ import math
 import re
 from pathlib import Path
 
+from gipo_megatron.recipe.adapters import adapters
 from gipo_megatron.recipe.draft import Check, Draft, Found
 from gipo_megatron.recipe.needs import ROLLOUT_KEYS, is_role
 from gipo_megatron.recipe.problems import Problem, suggest
 from gipo_megatron.recipe.samplers import served, server
-from gipo_megatron.recipe.schema import (
-    ROLES,
-    TRAINING_KEYS,
-    Batch,
-    Recipe,
-)
+from gipo_megatron.recipe.schema import ROLES, TRAINING_KEYS, Batch, Recipe
 from gipo_megatron.recipe.source import Block
-from gipo_megatron.specs import LINEARS, Parallel, divisors, split_problems
+from gipo_megatron.specs import Parallel, divisors, split_problems
 
 BYTE_VOCABULARY = 259  # the built-in tokenizer: 256 bytes and three marks
 
@@ -186,21 +182,6 @@ def precision(d: Draft) -> Found:
     if not d.hardware.gpus:
         what = "needs GPUs, and this recipe is for a CPU (hardware.gpus 0)"
         yield d.problem(key, what, "with=hardware/h100x8_fp8")
-
-
-def adapters(d: Draft) -> Found:
-    """Some layer has adapters, and all roles stay where the base is."""
-    spec = d.model.adapter
-    if not spec.rank:
-        return
-    if not spec.targets:
-        fix = f"model.adapter.targets=[{', '.join(LINEARS)}]"
-        yield d.problem("model.adapter.targets", "is empty: nothing would be trained", fix)
-    for role, config in d.models.items():
-        if config.offload == "cpu":
-            key = f"models.{role}.offload"
-            what = "cpu, and with model.adapter the roles share their weights, which have to stay"
-            yield d.problem(key, what, f"{key}=none")
 
 
 def unread(d: Draft) -> Found:

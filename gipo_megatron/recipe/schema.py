@@ -45,7 +45,7 @@ TRAINING_KEYS = ("lr", "schedule", "warmup_steps", "weight_decay", "clip_grad")
 
 @dataclass(frozen=True, kw_only=True)
 class SharedModel:
-    """What all roles are built as."""
+    """The model that all roles are built as."""
 
     hub: PathText = ""  # the model's name on the Hugging Face hub, or its folder
     tokenizer: PathText = ""  # "": beside the weights; bytes: built in; or a folder or hub name

@@ -35,7 +35,7 @@ class Server:
     _pushes: int = field(default=0, init=False)
     _run: str = field(default_factory=lambda: secrets.token_hex(4), init=False)
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Start the server where it is not running, and check it. Raises UserError."""
         url = self.process.start() if self.process is not None else self.url
         self._client = Client(url, self.timeout)
@@ -93,7 +93,7 @@ class Server:
         count = f"restart {self._lost} of {self.restarts}"
         self.report(f"{count}: the rollout server was lost: {reason}")
         self.close()
-        self.open()
+        self.start()
 
     def _error(self, what: str) -> UserError:
         if self.process is not None:

@@ -80,7 +80,7 @@ def end(server: int, codes: dict[int, int]) -> None:
 def children() -> list[int]:
     """Return the ids of this process's children; none on a system that does not list them."""
     own = Path("/proc/thread-self/children")
-    return [int(word) for word in own.read_text().split()] if own.is_file() else []
+    return [int(word) for word in own.read_text(encoding="ascii").split()] if own.is_file() else []
 
 
 def send(process: int, number: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from gipo_megatron.components.rollout import VLLMRollout
 from gipo_megatron.data.batching import Dataset, load_data
 from gipo_megatron.data.tokenizer import Tokenizer, check_vocabulary
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron.build import build_engine, snapshot_of
+from gipo_megatron.megatron.build import Bases, build_engine, snapshot_of
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
@@ -149,12 +149,13 @@ class Providers:
     def _settings(self, role: str) -> dict[str, Any]:
         """Return what `build_engine` takes; the weights are located and their tokenizer checked."""
         recipe, model, key = self.recipe, self.recipe.models[role], f"models.{role}.load"
-        load = model.load
+        load = self._located(role)
         if load != "random":
-            folder = locate(load, key)
-            self.notes += check_tokenizer(folder, self.tokenizer, recipe.data.template, key)
-            load = str(folder)
+            template = recipe.data.template
+            self.notes += check_tokenizer(Path(load), self.tokenizer, template, key)
+        adapter = recipe.model.adapter if role in recipe.trained else None
         return {
+            **self._bases.settings(role, load, adapter),
             "role": role,
             "mesh": self.mesh,
             "architecture": recipe.model.architecture,
@@ -168,6 +169,18 @@ class Providers:
             "recompute": recipe.memory.recompute,
             "offload": model.offload,
         }
+
+    def _located(self, role: str) -> str:
+        load = self.recipe.models[role].load
+        return load if load == "random" else str(locate(load, f"models.{role}.load"))
+
+    @cached_property
+    def _bases(self) -> Bases:
+        """Those of the trained roles' adapters, which others may share."""
+        bases = Bases(self.recipe.run.seed)
+        for role in self.recipe.trained:
+            bases.settings(role, self._located(role), self.recipe.model.adapter)
+        return bases
 
     def _optimisation(self, role: str) -> Optimisation:
         model, total = self.recipe.models[role], self.steps * self.updates
@@ -208,9 +221,10 @@ class Providers:
         return self._precomputed() if precompute else LiveReference(self._policy_reference())
 
     def _policy_reference(self) -> MegatronReference:
-        """With `offload: cpu` only a host copy, swapped into the actor's place for each call."""
+        """With `offload: cpu` only a host copy, swapped into the actor's place for each call; on a
+        base, which stays on the device, a model of its own."""
         settings = self._settings("reference")
-        if settings["offload"] != "cpu":
+        if settings["offload"] != "cpu" or settings["base"] is not None:
             return MegatronReference(build_engine(**settings), self._temperature)
         live: Engine = self.runtime["actor"].engine
         copied = snapshot_of(live, settings["load"], "reference", settings["seed"])

@@ -100,7 +100,7 @@ def connect(
         if not sampler.url:
             policy.write(model)
             print(f"vLLM's server starts; its output: {process.log}", flush=True)
-        server.open()
+        server.start()
 
     if mesh.is_main:
         closing.callback(server.close)

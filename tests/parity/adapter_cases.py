@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gipo_megatron.conversion.export import export_run
+from gipo_megatron.data.tokenizer import byte_tokenizer
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.base import Base
-from gipo_megatron.megatron.hf_adapters import export_adapters
+from gipo_megatron.megatron.hf_adapters import export_adapters, load_adapters
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import (
     MegatronActor,
@@ -22,8 +24,10 @@ from gipo_megatron.megatron.roles import (
     MegatronRewardModel,
 )
 from gipo_megatron.specs import Precision, Sampling
+from gipo_megatron.telemetry.console import Display
 from gipo_megatron.types import Prompts
 from gipo_megatron.weights.checkpoints import CheckpointMeta
+from gipo_megatron.weights.hf_files import open_weights
 from tests.parity.adapters import FACTOR, SPEC, adapter_tensors, hf_adapted
 from tests.parity.dpo_cases import dpo_cells
 from tests.parity.matrix import BF16_CHECKPOINTS, LAYOUTS
@@ -175,6 +179,23 @@ def on_a_checkpoint(mesh: Mesh, out: Path) -> bool:
     return torch.equal(a, b)
 
 
+def written(mesh: Mesh, out: Path) -> bool:
+    """Whether a run's export, which all ranks write together, has the adapters bit for bit."""
+    base = out / "base"
+    if mesh.is_main:
+        hf_model().save_pretrained(base)
+    mesh.barrier()
+    adapted = engine("actor", mesh, adapter=SPEC, load=str(base))
+    load_adapters(adapter_tensors(), adapted.chunks, mesh, ARCHITECTURE, SPEC)
+    place, meta = out / "peft", CheckpointMeta(1)
+    tokenizer = byte_tokenizer()
+    export_run(place, "actor", adapted, tokenizer, meta, Display(shown=False))
+    mesh.barrier()
+    saved, expected = open_weights(place), adapter_tensors()
+    same = [torch.equal(saved.read(name), tensor) for name, tensor in expected.items()]
+    return all(same) and saved.shapes.keys() == expected.keys()
+
+
 def run(world: int, out: Path) -> dict[str, Any]:
     """A checkpoint that the first layout writes in OUT is resumed at every one."""
     found: dict[str, Any] = {}
@@ -189,6 +210,7 @@ def run(world: int, out: Path) -> dict[str, Any]:
             "pages": pages(mesh),
             "untouched": untouched(mesh),
             "exported": exported(mesh),
+            "written": written(mesh, out / name),
             "decoded": decoded(mesh),
             "initial": initial(mesh),
             "steps": steps(mesh),

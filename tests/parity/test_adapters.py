@@ -60,6 +60,10 @@ def test_export_adds_the_adapters(cells: dict[tuple[str, int], dict[str, Any]]) 
     assert all(cell["exported"] <= 1e-6 for cell in cells.values())
 
 
+def test_a_run_writes_pefts_folder(cells: dict[tuple[str, int], dict[str, Any]]) -> None:
+    assert all(cell["written"] for cell in cells.values())
+
+
 def test_decoding_uses_the_adapters(cells: dict[tuple[str, int], dict[str, Any]]) -> None:
     expected = cells["single", 0]["decoded"]["tokens"]
     checked = 0

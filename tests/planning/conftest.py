@@ -152,6 +152,10 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     cases: dict[str, Any] = {
         **{f"tied/{stage}": {**tied, "rank": 4 * stage} for stage in range(4)},
+        **{
+            f"tied_lora/{stage}": {**tied, "rank": 4 * stage, "rank of adapters": 2}
+            for stage in range(4)
+        },
         **{f"smollm/{rank}": {**smollm, "rank of adapters": rank} for rank in (0, 16)},
         **{name: {"plan": argv} for name, argv in PLANS.items()},
         "shipped": {"verdicts": shipped()},

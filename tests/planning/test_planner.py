@@ -57,6 +57,18 @@ def test_tied_embeddings_and_padding_count_once_over_all_stages(plans: dict[str,
     )
 
 
+@pytest.mark.global_rng
+def test_a_base_is_the_whole_model(plans: dict[str, Any]) -> None:
+    """On each of four stages, with tied embeddings, which a critic has on the first alone."""
+    full, lora = ([plans[f"{name}/{i}"] for i in range(4)] for name in ("tied", "tied_lora"))
+    weights = [[stage[role]["weights"] for stage in full] for role in ("reference", "reward")]
+    bases = [[stage[role]["base"] for stage in lora] for role in ("reference", "reward")]
+    assert bases[0] == weights[0] and bases[1][:3] == weights[1][:3]
+    assert weights[1][3] - bases[1][3] == 2 * TIED.hidden_size, "the head is the role's own"
+    numbers = sum(stage["actor"]["base_parameters"] for stage in lora)
+    assert numbers == hf_parameters(TIED)
+
+
 def test_adapters_on_one_base_take_a_fraction(plans: dict[str, Any]) -> None:
     """SmolLM2-135M, rank 16. By hand: A and B of seven matrices of each layer; the base once."""
     full, lora = plans["smollm/0"], plans["smollm/16"]
@@ -392,4 +404,4 @@ def test_the_documents_show_the_printed_plan(plans: dict[str, Any]) -> None:
         for section in re.split(r"\n\n+", sections):
             assert section in printed, f"{words}\n{section}"
             checked += 1
-    assert len(documented()) == 7 and checked == 13
+    assert len(documented()) == 12 and checked == 20

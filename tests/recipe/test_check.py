@@ -152,6 +152,21 @@ CASES = [
     ),
     (["run.loggers=[consle]"], 1, "run.loggers", "'consle' is not one of"),
     (["alerts.kl_abov=3"], 1, "alerts.kl_abov", "unknown key"),
+    (["model.adapter.rank=-1"], 1, "model.adapter.rank", "-1 must be at least 0"),
+    (["model.adapter.alpha=0"], 1, "model.adapter.alpha", "0.0 must be above 0"),
+    (["model.adapter.targets=[q_prj]"], 1, "model.adapter.targets", "'q_prj' is not one of q_proj"),
+    (
+        ["model.adapter.rank=4", "model.adapter.targets=[]"],
+        1,
+        "model.adapter.targets",
+        "is empty: nothing would be trained",
+    ),
+    (
+        ["model.adapter.rank=4", "models.actor.offload=cpu"],
+        1,
+        "models.actor.offload",
+        "cpu, and with model.adapter the roles share their weights",
+    ),
 ]
 
 

@@ -200,7 +200,7 @@ def rank_rollouts(fleet: Fleet, world: Any, restarts: int = 2, url: str = "") ->
     transfer: Any = StubTransfer(fleet)
     server = Server(needed, transfer, process, url, 5.0, restarts, fleet.lines.append)
     if world.is_main:
-        server.open()
+        server.start()
     return ServerRollouts(world, server, torch.device("cpu"), PAD, lambda ids: f"{ids}")
 
 
