@@ -108,6 +108,24 @@ def long_gipo(directory: Path, base: Path, *more: str) -> list[str]:
     return ppo("gipo", directory, base, "run.steps=5", "run.save_every=1", "run.keep=2", *more)
 
 
+def adapted(base: Path) -> list[list[str]]:
+    """Return the chain with adapters: BASE/lora_sft, lora_rm, lora_gipo."""
+    rank = "model.adapter.rank=4"
+    return [
+        sft(base / "lora_sft", rank),
+        reward_model(base / "lora_rm", base / "lora_sft", rank),
+        adapted_gipo(base / "lora_gipo", base),
+    ]
+
+
+def adapted_gipo(directory: Path, base: Path, *more: str) -> list[str]:
+    loads = [
+        f"models.actor.load={base}/lora_sft/final",
+        f"models.reward.load={base}/lora_rm/final",
+    ]
+    return ppo("gipo", directory, base, *loads, "model.adapter.rank=4", *more)
+
+
 def close(a: float | None, b: float | None, tolerance: float) -> bool:
     if a is None or b is None:
         return a == b

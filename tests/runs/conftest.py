@@ -10,8 +10,8 @@ from tests.runs import chain
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """BASE/sft, rm, ppo_kl, gipo (3 steps), gipo_long (5 steps, a checkpoint each) and dpo…
-    (test_dpo.py): one process, one start.
+    """BASE/sft, rm, ppo_kl, gipo (3 steps), gipo_long (5 steps, a checkpoint each), dpo…
+    (test_dpo.py) and lora_… (test_adapters.py): one process, one start.
 
     sft, rm and gipo leave hf/; gipo_from_hf is gipo with its weights from sft/hf and rm/hf.
     """
@@ -40,6 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chain.dpo(folder / "dpo_resumed", folder, f"run.resume={folder}/dpo/checkpoints/step_2"),
         chain.dpo(folder / "dpo_longer", folder, "run.steps=2"),
         chain.dpo(folder / "dpo_longer", folder, "run.steps=4"),
+        *chain.adapted(folder),
     ]
     chain.run_cases(cases, folder, processes=1)
     return folder
@@ -72,6 +73,9 @@ def two(base: Path) -> Path:
         chain.ppo("gipo", base / "tp2_then_pp2", base, "run.steps=2", "parallel.tensor=2"),
         chain.ppo("gipo", base / "tp2_then_pp2", base, "run.steps=3", "parallel.pipeline=2"),
         chain.ppo("ppo_kl", base / "ppo_kl_dp2", base),
+        chain.adapted_gipo(base / "lora_pp2_vpp2", base, *layouts["pp2_vpp2"]),
+        chain.adapted_gipo(base / "lora_dp2_then_tp2_sp", base, "run.steps=2"),
+        chain.adapted_gipo(base / "lora_dp2_then_tp2_sp", base, *layouts["tp2_sp"]),
         chain.dpo(base / "dpo_dp2", base),
         chain.dpo(base / "dpo_tp2", base, "parallel.tensor=2", "parallel.sequence=true"),
         chain.dpo(
