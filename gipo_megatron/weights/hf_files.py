@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.files import refuse_pointer
+from gipo_megatron.files import inside, refuse_pointer
 from gipo_megatron.tensors import Tensor
 from gipo_megatron.weights.hf_values import BLOCK, TEXT, check_values, read_object
 from gipo_megatron.weights.peft_config import CONFIG, PREFIX, TENSORS
@@ -118,7 +118,7 @@ def _weight_files(folder: Path, listed: Mapping[str, str]) -> list[Path]:
             fix="remove the older of the two, with its files",
         )
     if files:
-        return [folder / name for name in files]
+        return [inside(folder, name, str(folder / INDEX)) for name in files]
     if single:
         return [folder / SINGLE]
     found = "no such folder"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.checkpoint.sharded import metadata, sharded_chunks, whole_chunks
@@ -16,6 +15,7 @@ from gipo_megatron.megatron.cpu_compat import host_mode
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.scaling import without_extra_states
+from gipo_megatron.megatron.stored import load, read_state
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.checkpoints import RoleMeta, read_hf_files, read_meta
 
@@ -48,8 +48,7 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
         _restore_role(path / role, engine)
         engine.hf_files = read_hf_files(path / "huggingface" / role)
     mesh.barrier()
-    # dicts, numbers, strings, tensors: no code can hide in it
-    return torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    return read_state(path)
 
 
 def _check_role(path: Path, role: str, saved: RoleMeta, mine: RoleMeta) -> None:
@@ -84,7 +83,7 @@ def _restore_role(folder: Path, engine: Engine) -> None:
             )
         if engine.group_head is not None:
             wanted["group_head"] = engine.group_head.sharded_state()
-        loaded = dist_checkpointing.load(wanted, str(folder))
+        loaded = load(wanted, folder)
         _fill(engine, sharded, loaded)
         engine.version += 1
         if engine.optimisation is not None:
@@ -130,9 +129,7 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
         group = {} if head is None else head.sharded_state()
         group = {key: part for key, part in group.items() if key in _GROUP_WEIGHTS}
         scaling = engine.scaling.to_load(list(chunks.values()), path / source)
-        loaded = dist_checkpointing.load(
-            {**sharded, **group, "scaling": scaling}, str(path / source)
-        )
+        loaded = load({**sharded, **group, "scaling": scaling}, path / source)
         _fill(engine, sharded, loaded)
         if head is not None:
             own = {f"group_head.{key}": value for key, value in head.state_dict().items()}
