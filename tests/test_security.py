@@ -5,10 +5,13 @@ Each attack makes a folder, which is the proof that code ran.
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
 import pickle
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -345,3 +348,75 @@ def test_a_recipe_is_plain_values(name: str, mark: Path) -> None:
         parse_yaml(text, "file.yaml")
     with pytest.raises(UserError):
         parse_value(f"{{{text}}}" if "\n" not in text else "[&x 1, *x]", ("a",), "command line")
+
+
+# ----------------------------------------------------------------------------------------- the code
+
+# calls that run what they read, and those that read a checkpoint without the checks of stored.py
+UNSAFE = {
+    *("eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"),
+    *("marshal.load", "marshal.loads", "shelve.open", "joblib.load", "dill.load", "dill.loads"),
+    *("pickle.load", "pickle.loads", "pickle.Unpickler", "np.load", "numpy.load", "torch.load"),
+    *("dist_checkpointing.load", "torch_checkpoint.load", "torch_checkpoint.FileSystemReader"),
+    *("tarfile.open", "shutil.unpack_archive"),
+}
+STORED = {"torch.load", "dist_checkpointing.load"}  # in stored.py alone
+# values that a page shows as markup: a rendered section; a rater page's script and its data
+MARKUP = {"gipo_megatron/reports/audit_page.py": 1, "gipo_megatron/evaluation/judges/human.py": 2}
+
+
+def calls() -> Iterator[tuple[str, str, ast.Call]]:
+    """(file, dotted name of the function, call), of the package and the tools."""
+    for folder in ("gipo_megatron", "tools", "launch", "examples"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call):
+                    yield str(path.relative_to(ROOT)), ast.unparse(node.func), node
+
+
+def options(call: ast.Call) -> dict[str | None, str]:
+    return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+
+
+def test_nothing_that_is_read_is_run() -> None:
+    found = [(file, name) for file, name, _ in calls() if name in UNSAFE]
+    assert sorted(found) == [("gipo_megatron/megatron/stored.py", name) for name in sorted(STORED)]
+    shells = [file for file, _, call in calls() if "shell" in options(call)]
+    assert not shells
+
+
+def test_code_of_a_model_is_never_trusted() -> None:
+    loads = {
+        f"{file}: {name}": options(call)
+        for file, name, call in calls()
+        if name.split(".")[-1] in ("from_pretrained", "from_config")
+        and name.lower().startswith("auto")
+    }
+    assert len(loads) >= 5
+    trusting = [at for at, given in loads.items() if given.get("trust_remote_code") != "False"]
+    assert not trusting
+
+
+def test_no_page_shows_text_as_markup() -> None:
+    found = Counter(file for file, name, _ in calls() if name == "Markup")
+    assert found == MARKUP
+    pages = {path: path.read_text() for path in PACKAGE.rglob("*.j2")}
+    whole = {path.name: text for path, text in pages.items() if "<html" in text}
+    assert whole.keys() == {"base.html.j2", "rater.html.j2"} and len(pages) > 5
+    for text in whole.values():
+        (policy,) = re.findall(r'http-equiv="Content-Security-Policy"\s+content="([^"]*)"', text)
+        rules = dict(rule.split(None, 1) for rule in policy.split(";"))
+        scripts = rules.pop("script-src", "'sha256-{{ digest }}'")
+        assert scripts == "'sha256-{{ digest }}'"
+        assert rules == {
+            "default-src": "'none'",
+            "img-src": "data:",
+            "style-src": "'unsafe-inline'",
+            "base-uri": "'none'",
+            "form-action": "'none'",
+        }
+    fragments = {"audit.html.j2", "macros.html.j2"}  # parts of the pages that extend base
+    for path, text in pages.items():
+        extends = '{% extends "base.html.j2" %}' in text
+        assert path.name in whole or path.name in fragments or extends
+        assert not re.findall(r"""(?<!["'])\|\s*safe|autoescape| on\w+=|javascript:""", text)

@@ -46,7 +46,10 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 class _IndexReader(pickle.Unpickler):
-    """As https://docs.python.org/3/library/pickle.html#restricting-globals describes it."""
+    """Finds the names of _ALLOWED, of data types, and of no other object.
+
+    Source: https://docs.python.org/3/library/pickle.html#restricting-globals
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         found = getattr(torch, name, None) if module == "torch" else None

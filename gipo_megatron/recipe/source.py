@@ -106,7 +106,8 @@ def _composed(text: str) -> tuple[_Loader, yaml.Node | None]:
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
             problem = f"an alias, *{event.anchor}: write ${{other.key}} in its place"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            mark: Any = event.start_mark
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
     loader = _Loader(text)
     return loader, loader.get_single_node()
 
