@@ -18,10 +18,9 @@ from unittest.mock import patch
 
 import torch
 from megatron.core import dist_checkpointing
-from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import CheckpointException, filesystem, metadata
 
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.files import inside
 
 _CLASSES: tuple[Any, ...] = (
@@ -41,6 +40,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     **{(found.__module__, found.__qualname__): found for found in _CLASSES},
     **{(module, "PosixPath"): PosixPath for module in ("pathlib", "pathlib._local")},
 }
+OTHER = "copy the checkpoint again, or use another"
 # in torch's error about a class or function that is no data, and in the one below
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
@@ -76,14 +76,11 @@ def read_index(folder: Path) -> metadata.Metadata:
     folder, or that cannot be read.
     """
     file = folder / ".metadata"
-    try:
+    with _data_alone(file), library_errors("cannot read the file", where=str(file), fix=OTHER):
         with file.open("rb") as content:
             index = _IndexReader(content).load()
-        names = {part.relative_path for part in index.storage_data.values()}
-    except Exception as error:  # a damaged pickle raises many kinds
-        raise _runs_code(file, error) or _damaged(file, error) from None
-    for name in sorted(names):
-        inside(folder, name, str(file))
+        for name in sorted({part.relative_path for part in index.storage_data.values()}):
+            inside(folder, name, str(file))
     return index
 
 
@@ -93,10 +90,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises UserError where it holds more, or cannot be read.
     """
     file = folder / "state.pt"
-    try:
+    with _data_alone(file), library_errors("cannot read the file", where=str(file), fix=OTHER):
         return torch.load(file, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise _runs_code(file, error) or _damaged(file, error) from None
 
 
 def load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -105,42 +100,25 @@ def load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises UserError as `read_index` does, and where another part holds more than data.
     """
     read_index(folder)
-    try:
-        with _weights_only():
-            return dist_checkpointing.load(wanted, str(folder))
-    except (pickle.UnpicklingError, torch_checkpoint.CheckpointException) as error:
-        failures = getattr(error, "failures", {0: (error, None)})
-        for failure, _ in failures.values():
-            if found := _runs_code(folder, failure):
-                raise found from None
-        raise
+    with _data_alone(folder), patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}):
+        # each torch.load reads weights alone, also where its caller or the user sets otherwise
+        os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+        return dist_checkpointing.load(wanted, str(folder))
 
 
 @contextmanager
-def _weights_only() -> Iterator[None]:
-    """Make each torch.load one of weights alone, also where its caller or the user's environment
-    sets otherwise."""
-    with patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}):
-        os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+def _data_alone(where: Path) -> Iterator[None]:
+    """Raise UserError for a pickle with a class or function that is no data; of several ranks'
+    errors, which torch wraps, only the first."""
+    try:
         yield
-
-
-def _runs_code(where: Path, error: BaseException) -> UserError | None:
-    """Return the user's error where a pickle names a class or function that is no data."""
-    found = _GLOBAL.search(str(error))
-    if found is None:
-        return None
-    return UserError(
-        f"a pickle names {found[1][:100]}, which is no data: reading it could run code",
-        where=str(where),
-        fix="do not use this checkpoint: no run of this project writes such a file",
-    )
-
-
-def _damaged(where: Path, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [""])[0][:200]
-    return UserError(
-        f"cannot read the file: {type(error).__name__}: {reason}",
-        where=str(where),
-        fix="copy the checkpoint again, or use another",
-    )
+    except (Exception, CheckpointException) as error:
+        first = next((each for each, _ in getattr(error, "failures", {}).values()), error)
+        named = _GLOBAL.search(f"{first} {first.__cause__}")
+        if named is None:
+            raise first from first.__cause__
+        raise UserError(
+            f"a pickle names {named[1][:100]}, which is no data: reading it could run code",
+            where=str(where),
+            fix="do not use this checkpoint: no run of this project writes such a file",
+        ) from None

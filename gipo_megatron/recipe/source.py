@@ -100,18 +100,6 @@ def dump_value(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _composed(text: str) -> tuple[_Loader, yaml.Node | None]:
-    """Raises yaml.YAMLError, also for an alias: six lines of them can stand for a million keys, and
-    one can contain itself."""
-    for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.AliasEvent):
-            problem = f"an alias, *{event.anchor}: write ${{other.key}} in its place"
-            mark: Any = event.start_mark
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-    loader = _Loader(text)
-    return loader, loader.get_single_node()
-
-
 def parse_yaml(text: str, file: str) -> Block:
     """Return the tree of one file.
 
@@ -119,7 +107,8 @@ def parse_yaml(text: str, file: str) -> Block:
     twice.
     """
     try:
-        loader, node = _composed(text)
+        loader = _Loader(text)
+        node = loader.get_single_node()
         if node is None:
             return Block({}, file)
         if not isinstance(node, yaml.MappingNode):
@@ -141,7 +130,8 @@ def parse_value(text: str, path: KeyPath, origin: str) -> Node:
     if text == "":
         return Leaf("", origin)
     try:
-        loader, node = _composed(text)
+        loader = _Loader(text)
+        node = loader.get_single_node()
         if node is None:
             return Leaf(text, origin)
         plain = isinstance(node, yaml.ScalarNode) and not node.style

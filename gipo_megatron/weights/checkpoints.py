@@ -86,8 +86,6 @@ def parse_meta(path: Path) -> CheckpointMeta | None:
     except (AttributeError, KeyError, TypeError) as error:
         what = f"{file} describes no architecture of this version: {error}"
         raise _unusable(path, what) from None
-    for role in roles:
-        inside(path, role, str(file))
     plain = {key: value for key, value in content.items() if key in known}
     return CheckpointMeta(**{**plain, "roles": roles})
 
@@ -112,6 +110,8 @@ def read_meta(path: Path) -> CheckpointMeta:
         )
     if meta.files is None:
         raise _unusable(path, "meta.json does not list the checkpoint's files")
+    for role in meta.roles:
+        inside(path, role, str(path / "meta.json"))
     for name, size in meta.files.items():
         file = inside(path, name, str(path / "meta.json"))
         found = file.stat().st_size if file.is_file() else None
