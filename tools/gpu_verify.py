@@ -84,6 +84,7 @@ PARTS = (
     Part("machine", "tools.gpu.machine:machine", 5, 20),
     Part("sdpa", "tools.gpu.machine:sdpa", 10, 40, cpu=False),
     Part("parity", "tools.gpu.parity:parity", 15, 60),
+    Part("adapters", "tools.gpu.adapters:adapters", 10, 60),
     Part("chain", "tools.gpu.chain:chain", 45, 120, golden=True),
     Part("memory", "tools.gpu.memory:memory", 25, 80, golden=True),
     Part("mfu", "tools.gpu.training:mfu", 30, 90, golden=True),
