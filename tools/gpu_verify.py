@@ -84,7 +84,6 @@ PARTS = (
     Part("machine", "tools.gpu.machine:machine", 5, 20),
     Part("sdpa", "tools.gpu.machine:sdpa", 10, 40, cpu=False),
     Part("parity", "tools.gpu.parity:parity", 15, 60),
-    Part("adapters", "tools.gpu.adapters:adapters", 10, 60),
     Part("chain", "tools.gpu.chain:chain", 45, 120, golden=True),
     Part("memory", "tools.gpu.memory:memory", 25, 80, golden=True),
     Part("mfu", "tools.gpu.training:mfu", 30, 90, golden=True),
@@ -97,6 +96,7 @@ PARTS = (
     Part("te", "tools.gpu.te:te", 20, 60, te=True, cpu=False),
     Part("fp8", "tools.gpu.fp8:fp8", 60, 140, te=True, cpu=False),
     Part("fp8_rest", "tools.gpu.fp8:fp8_rest", 20, 60, te=True, cpu=False, golden=True),
+    Part("adapters", "tools.gpu.adapters:adapters", 10, 60),
     Part("real_load", "tools.gpu.real:real_load", 20, 60),
     Part("real_gipo", "tools.gpu.real:real_gipo", 110, 150),
 )
