@@ -69,16 +69,22 @@ def _signals(system: System) -> list[Trial]:
 
 
 def _before_a_write(bench: Bench, system: System, layout: str, number: int) -> None:
-    """Signal one rank before one of its writes."""
-    reference = _reference(bench, system, layout)
-    rank = bench.random.randrange(LAYOUTS[layout][0])
-    at = bench.random.randint(1, moments.writes(reference, rank))
-    words, ranks, folder = _place(bench, system, layout)
-    before = partial(moments.begin, folder=folder, at=at, on=rank, number=number)
-    with world.world(world.GIPO, *words, ranks=ranks, folder=folder, before=before) as struck:
-        ended = struck.wait()
-    expect(ended.codes[rank] == -number, f"before write {at} of rank {rank}: {ended.tail()}")
-    _check(bench, system, layout, ended, f"before write {at} of rank {rank}", reference)
+    """Signal one rank before a write of the same or another rank."""
+    reference, random = _reference(bench, system, layout), bench.random
+    ranks = LAYOUTS[layout][0]
+    count = moments.writes(reference, ranks)
+    of = random.choice([rank for rank in range(ranks) if count[rank]])
+    any_rank, at = random.randrange(ranks), random.randint(1, count[of])
+    for on in (any_rank, of):  # another rank may have ended already
+        words, ranks, folder = _place(bench, system, layout)
+        before = partial(moments.begin, folder=folder, at=at, of=of, on=on, number=number)
+        with world.world(world.GIPO, *words, ranks=ranks, folder=folder, before=before) as struck:
+            ended = struck.wait()
+        if any(ended.codes):
+            break
+    when = f"rank {on} before write {at} of rank {of}"
+    expect(ended.codes[on] == -number, f"{when}: {ended.tail()}")
+    _check(bench, system, layout, ended, when, reference)
 
 
 def _at_a_time(bench: Bench, system: System, layout: str, number: int) -> None:
