@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import time
@@ -36,6 +35,7 @@ SMALL = {
 }
 LAST = 10  # writes of a rank: one of them is the third moment of each layout
 SCREEN = 12  # lines
+LATER = 0.5  # seconds
 TRIES = 5  # for a moment by the clock: the run may have ended before
 
 
@@ -93,28 +93,29 @@ def _before_a_write(bench: Bench, system: System, layout: str, last: bool) -> No
 
 
 def _at_a_time(bench: Bench, system: System, layout: str, number: int) -> None:
-    """Signal a rank (kill -9, and every second other signal) or all, at a time between the start
-    and the end of the run."""
-    reference = _reference(bench, system, layout)
-    seconds = json.loads((reference / runs.ENDED).read_text())
-    words, ranks, folder = _place(bench, system, layout)
-    one = number == signal.SIGKILL or bench.random.random() < 0.5
-    rank = bench.random.randrange(ranks) if one else None
-    share = bench.random.random()
-    before = partial(moments.begin, folder=folder)
+    """Signal a rank (kill -9, and every second other signal) or all, some time after one of rank
+    0's writes or the start."""
+    reference, random = _reference(bench, system, layout), bench.random
+    ranks = LAYOUTS[layout][0]
+    one = number == signal.SIGKILL or random.random() < 0.5
+    rank = random.randrange(ranks) if one else None
+    at, seconds = random.randrange(moments.writes(reference, 1)[0]), random.uniform(0, LATER)
     for _ in range(TRIES):
+        words, ranks, folder = _place(bench, system, layout)
+        before = partial(moments.begin, folder=folder)
         with world.world(world.GIPO, *words, ranks=ranks, folder=folder, before=before) as struck:
-            time.sleep(share * seconds)
+            struck.until(lambda: moments.writes(folder, 1)[0] >= at)
+            time.sleep(seconds)
             early = not struck.ended(rank or 0)
             struck.signal(number, rank)
             ended = struck.wait()
         if early and (number != signal.SIGKILL or -number in ended.codes):
             break
-        share *= 0.7
-        words, ranks, folder = _place(bench, system, layout)
+        at, seconds = at // 2, seconds / 2
     else:
         raise Lost(f"the run had always ended before the signal: {ended.tail()}")
-    when = f"{'all ranks' if rank is None else f'rank {rank}'} after {share * seconds:.2f} s"
+    who = "all ranks" if rank is None else f"rank {rank}"
+    when = f"{who} {seconds:.2f} s after write {at} of rank 0"
     _check(bench, system, layout, ended, when, reference, number)
 
 
