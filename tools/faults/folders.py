@@ -1,5 +1,5 @@
-"""Damaged Hugging Face folders, and weights that are not finite: exit code 2, and the file or tensor
-is named."""
+"""Damaged Hugging Face folders, and weights that are not finite: exit code 2, and the file or
+tensor is named."""
 
 from __future__ import annotations
 

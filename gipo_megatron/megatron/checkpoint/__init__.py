@@ -8,12 +8,8 @@ DIR/step_12/meta.json     CheckpointMeta: step, origin, roles, sizes of all file
             huggingface/  per role, config.json and generation_config.json of the model it came from
 """
 
-<<<<<<< HEAD
 from gipo_megatron.megatron.checkpoint.finite import check_finite
-from gipo_megatron.megatron.checkpoint.folders import discard_after, link
-=======
 from gipo_megatron.megatron.checkpoint.folders import discard_after, link, prune
->>>>>>> c-core
 from gipo_megatron.megatron.checkpoint.reading import (
     check_architecture,
     load_weights,
