@@ -113,7 +113,7 @@ def _truncated(file: str, bench: Bench) -> None:
     words = _run(bench)
     damaged = bench.folder / LAST / file
     whole = damaged.read_bytes()
-    for length in (0, bench.random.randrange(1, len(whole) - 1), len(whole) - 1):
+    for length in (0, bench.random.randrange(1, len(whole) - 2), len(whole) - 2):
         os.truncate(damaged, length)
         refused(bench, words, file.rpartition("/")[2], "step_3")
         damaged.write_bytes(whole)

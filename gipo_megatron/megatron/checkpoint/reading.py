@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.megatron.checkpoint.finite import check_finite
@@ -56,10 +58,15 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
         return torch.load(path / "state.pt", weights_only=True, map_location="cpu")
 
 
-def _unreadable(path: Path) -> AbstractContextManager[None]:
-    """Return a context in which any error is one of this checkpoint's files: of the right size, but
-    with other content, or with other tensors than meta.json describes."""
-    return library_errors("cannot read the checkpoint", where=str(path), fix=OTHER)
+@contextmanager
+def _unreadable(path: Path) -> Iterator[None]:
+    """Hold while files are read: of the right size, but perhaps with other content, or without a
+    tensor. Raises UserError for any error."""
+    with library_errors("cannot read the checkpoint", where=str(path), fix=OTHER):
+        try:
+            yield
+        except torch_checkpoint.CheckpointException as error:  # of all ranks
+            raise next(iter(error.failures.values()))[0] from error
 
 
 def _check_role(path: Path, role: str, saved: RoleMeta, mine: RoleMeta) -> None:
