@@ -21,7 +21,7 @@ from gipo_megatron.megatron.hf_table import HF_EMBEDDING, HF_OUTPUT, HF_SCORE, E
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import EMBEDDING, Placement, placements
 from gipo_megatron.specs import Architecture
-from gipo_megatron.weights.hf_files import SHARD_BYTES, Shards, Weights, open_weights
+from gipo_megatron.weights.hf_files import FLOATS, SHARD_BYTES, Shards, Weights, open_weights
 
 GROUP_HEAD = "group_head.safetensors"
 # called with each tensor's name and bytes once it is copied, for progress bars
@@ -124,7 +124,8 @@ def held(
 def check_names(
     weights: Weights, entries: Sequence[Entry], architecture: Architecture, head: str | None
 ) -> None:
-    """Raise UserError that names missing and unexpected tensors, and those of another shape."""
+    """Raise UserError that names missing and unexpected tensors, and those of another shape, or of
+    integers or FP8, whose scales would be lost."""
     pairs = [zip(entry.hf, entry.shapes, strict=True) for entry in entries]
     expected = {name: shape for pair in pairs for name, shape in pair}
     missing = [name for name in expected if name not in weights.shapes]
@@ -139,10 +140,12 @@ def check_names(
         for name, shape in expected.items()
         if name in weights.shapes and weights.shapes[name] != shape
     ]
+    read = [name for name in expected if name in weights.dtypes]
     problems = [
         _some("missing", missing),
         _some("unexpected", unexpected),
         _some("wrong shape", wrong),
+        _some("quantised", [name for name in read if weights.dtypes[name] not in FLOATS]),
     ]
     if any(problems):
         what = "these weights are not of this architecture\n" + "\n".join(

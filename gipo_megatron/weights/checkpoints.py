@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.files import write_json
+from gipo_megatron.files import inside, write_json
 from gipo_megatron.specs import AdapterSpec, Architecture, HeadSpec
 from gipo_megatron.weights.base import BaseMeta
 from gipo_megatron.weights.peft_config import CONFIG, TENSORS
@@ -115,8 +115,10 @@ def read_meta(path: Path) -> CheckpointMeta:
         )
     if meta.files is None:
         raise _unusable(path, "meta.json does not list the checkpoint's files")
+    for role in meta.roles:
+        inside(path, role, str(path / "meta.json"))
     for name, size in meta.files.items():
-        file = path / name
+        file = inside(path, name, str(path / "meta.json"))
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes, {size} were written"

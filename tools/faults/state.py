@@ -33,9 +33,8 @@ LAST = Path("run", "checkpoints", "step_3")
 ADAPTED = "model.adapter.rank=4"
 SCREEN = 24  # lines of a message
 LAYER = "decoder.layers.1.mlp.linear_fc1.weight"
-UNREAD = "tensor data have no checksum: a bit that changed on the disk is not found"
-# files of a checkpoint whose data are unpacked without a check: {file: why damage is not found}
-UNCHECKED = {"actor/__0_0.distcp": UNREAD}
+STACKED = "decoder.layers.mlp.linear_fc1.weight"  # mcore stores the layers of one tensor together
+UNCHECKED = "tensor data have no checksum: a bit that changed on the disk is not found"
 FILES = (
     "meta.json",
     "state.pt",
@@ -104,8 +103,9 @@ def _sized(step: Path) -> None:
 def _files() -> Iterator[Trial]:
     for file in FILES:
         yield Trial(TRUNCATED, file, partial(_truncated, file), small=file == FILES[-1])
-        known = UNCHECKED.get(file, "")
-        yield Trial(OVERWRITTEN, file, partial(_overwritten, file), known=known)
+    for file in ("meta.json", "state.pt", *FILES[4:]):  # those that a resumed run reads
+        yield Trial(OVERWRITTEN, file, partial(_overwritten, file))
+    yield Trial(OVERWRITTEN, "one number of a tensor", _one_number, known=UNCHECKED)
     yield Trial(TRUNCATED, "removed", _removed)
 
 
@@ -131,17 +131,27 @@ def _removed(bench: Bench) -> None:
 
 
 def _overwritten(file: str, bench: Bench) -> None:
-    """Zeros, as a power cut leaves them, and noise: of the whole file, of its end, of a block."""
+    """Zeros, as a power cut leaves them, and noise: of the whole file, and of its end."""
     words = _run(bench)
     damaged = bench.folder / LAST / file
     whole = damaged.read_bytes()
     size = len(whole)
-    start = bench.random.randrange(size // 2)
-    for begin, end in ((0, size), (size // 2, size), (start, start + size // 8)):
-        for filler in (bytes(end - begin), bench.random.randbytes(end - begin)):
-            damaged.write_bytes(whole[:begin] + filler + whole[end:])
+    for begin in (0, size // 2):
+        for filler in (bytes(size - begin), bench.random.randbytes(size - begin)):
+            damaged.write_bytes(whole[:begin] + filler)
             refused(bench, words, "step_3")
     damaged.write_bytes(whole)
+
+
+def _one_number(bench: Bench) -> None:
+    words = _run(bench)
+    damaged = bench.folder / LAST / "actor" / "__0_0.distcp"
+    stored = damaged.read_bytes()
+    index: Any = pickle.loads((damaged.parent / ".metadata").read_bytes())
+    place = next(at for key, at in index.storage_data.items() if key.fqn == STACKED)
+    middle = place.offset + place.length // 2
+    damaged.write_bytes(stored[:middle] + b"\0\0\0\x3f" + stored[middle + 4 :])
+    refused(bench, words, "step_3")
 
 
 # ---------- tensors that are there or are not
@@ -171,9 +181,9 @@ def _drop(step: Path, wanted: str) -> str:
 
 
 def _same(wanted: str, name: str) -> bool:
-    """mcore stacks the layers of one tensor: decoder.layers.mlp.…"""
-    stacked = wanted.replace(".1.", ".")
-    return name in (wanted, stacked) or (wanted == "optimizer" and name.startswith("optimizer."))
+    return name in (wanted, STACKED if wanted == LAYER else "") or (
+        wanted == "optimizer" and name.startswith("optimizer.")
+    )
 
 
 def _without_tensor(wanted: str, bench: Bench) -> None:
@@ -232,7 +242,7 @@ def _resumed_with(named: str, word: str, bench: Bench) -> None:
 def _loaded_deeper(bench: Bench) -> None:
     _run(bench)
     deeper = ("model.architecture.num_layers=2", f"models.actor.load={LAST}")
-    refused(bench, ["train", *runs.sft(Path("new"), *deeper)], "num_layers: there 4, here 2")
+    refused(bench, ["train", *runs.sft(Path("new"), *deeper)], "num_layers 2 ≠ 4")
 
 
 def _edited(key: str, value: object, named: str, bench: Bench) -> None:
@@ -242,7 +252,7 @@ def _edited(key: str, value: object, named: str, bench: Bench) -> None:
     meta.write_text(json.dumps({**json.loads(whole), key: value}))
     refused(bench, words, named, "step_3")
     load = f"models.actor.load={LAST}"
-    refused(bench, ["train", *runs.sft(Path("new"), load)], named, "step_3")
+    refused(bench, ["train", *runs.sft(Path("new"), load)], named)
     refused(bench, ["convert", "to-hf", f"checkpoint={LAST}", "out=out"], named, "step_3")
     meta.write_text(whole)
     _continues(bench, words)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.megatron.checkpoint.finite import check_finite
@@ -20,6 +17,7 @@ from gipo_megatron.megatron.cpu_compat import host_mode
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.scaling import without_extra_states
+from gipo_megatron.megatron.stored import load, read_state
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.checkpoints import OTHER, RoleMeta, read_hf_files, read_meta
 
@@ -53,20 +51,13 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
             _restore_role(path / role, engine)
         engine.hf_files = read_hf_files(path / "huggingface" / role)
     mesh.barrier()
-    # dicts, numbers, strings, tensors: no code can hide in it
-    with _unreadable(path):
-        return torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    return read_state(path)
 
 
-@contextmanager
-def _unreadable(path: Path) -> Iterator[None]:
-    """Hold while files are read: of the right size, but perhaps with other content, or without a
-    tensor. Raises UserError for any error."""
-    with library_errors("cannot read the checkpoint", where=str(path), fix=OTHER):
-        try:
-            yield
-        except torch_checkpoint.CheckpointException as error:  # of all ranks
-            raise next(iter(error.failures.values()))[0] from error
+def _unreadable(path: Path) -> AbstractContextManager[None]:
+    """Return a context in which any error is one of this checkpoint's files: of the right size, but
+    with other content, or without a tensor."""
+    return library_errors("cannot read the checkpoint", where=str(path), fix=OTHER)
 
 
 def _check_role(path: Path, role: str, saved: RoleMeta, mine: RoleMeta) -> None:
@@ -107,7 +98,7 @@ def _restore_role(folder: Path, engine: Engine) -> None:
             )
         if engine.group_head is not None:
             wanted["group_head"] = engine.group_head.sharded_state()
-        loaded = dist_checkpointing.load(wanted, str(folder))
+        loaded = load(wanted, folder)
         _fill(engine, sharded, loaded)
         engine.version += 1
         if engine.optimisation is not None:
@@ -155,9 +146,7 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
         group = {} if head is None else head.sharded_state()
         group = {key: part for key, part in group.items() if key in _GROUP_WEIGHTS}
         scaling = engine.scaling.to_load(list(chunks.values()), path / source)
-        loaded = dist_checkpointing.load(
-            {**sharded, **group, "scaling": scaling}, str(path / source)
-        )
+        loaded = load({**sharded, **group, "scaling": scaling}, path / source)
         _fill(engine, sharded, loaded)
         if head is not None:
             own = {f"group_head.{key}": value for key, value in head.state_dict().items()}
