@@ -15,6 +15,7 @@ from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.param_sharding import placements
 
 SHOWN = 4  # tensors
+STATE = "the optimizer's state"
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def check_finite(engine: Engine, where: Path, fix: str) -> None:
     if engine.group_head is not None and engine.mesh.is_last_stage:
         named += [("group_head", parameter) for parameter in engine.group_head.parameters()]
     if engine.optimisation is not None:
-        named += [("the optimizer's state", x) for x in engine.optimizer_tensors()]
+        named += [(STATE, x) for x in engine.optimizer_tensors()]
     largest = torch._foreach_norm([x.detach() for _, x in named], math.inf)
     finite = torch.stack([x.float() for x in largest]).isfinite().tolist()
     mine = [name for (name, _), good in zip(named, finite, strict=True) if not good]
@@ -39,6 +40,7 @@ def check_finite(engine: Engine, where: Path, fix: str) -> None:
         everyone = [None] * engine.mesh.world
         dist.all_gather_object(everyone, mine)
     if found := list(dict.fromkeys(name for names in everyone for name in names)):
+        found = [name for name in found if name != STATE] or found  # it has copies of the weights
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         what = f"NaN or infinity in {', '.join(found[:SHOWN])}{more}"
         raise UserError(what, where=str(where), fix=fix)
