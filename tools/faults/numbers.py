@@ -53,7 +53,9 @@ def _losses() -> Iterator[Trial]:
         for layout in LAYOUTS:
             message = f"step 2: {role} not updated, non-finite loss or gradient; rows "
             poison = partial(_poisoned_loss, f"{role}_loss")
-            yield Trial(LINE, f"{role}'s loss, {layout}", partial(_skipped, poison, message, layout))
+            yield Trial(
+                LINE, f"{role}'s loss, {layout}", partial(_skipped, poison, message, layout)
+            )
 
 
 def _skipped(poison: Callable[[int], None], message: str, layout: str, bench: Bench) -> None:
