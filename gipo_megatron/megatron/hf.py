@@ -140,18 +140,20 @@ def check_names(
         for name, shape in expected.items()
         if name in weights.shapes and weights.shapes[name] != shape
     ]
-    read = [name for name in expected if name in weights.dtypes]
+    quantised = [n for n in expected if weights.dtypes.get(n, "float32") not in FLOATS]
     problems = [
         _some("missing", missing),
         _some("unexpected", unexpected),
         _some("wrong shape", wrong),
-        _some("quantised", [name for name in read if weights.dtypes[name] not in FLOATS]),
+        _some("quantised", quantised),
     ]
     if any(problems):
         what = "these weights are not of this architecture\n" + "\n".join(
             f"  {p}" for p in problems if p
         )
         fix = "compare the folder's config.json with the recipe's architecture"
+        if quantised:
+            fix = "take the model's weights in bf16, fp16 or fp32"
         if weights.shapes.get(HF_SCORE, (1,))[0] != 1:
             fix = "reward models and critics have one label: num_labels 1"
         raise UserError(what, where=weights.where, fix=fix)
