@@ -87,7 +87,7 @@ def test_an_overflowing_loss_names_its_role(ran: tuple[Path, list[chain.Outcome]
 def test_several_in_a_row_end_the_run(ran: tuple[Path, list[chain.Outcome]]) -> None:
     base, done = ran
     error = done[2].error
-    assert error.startswith("2 steps in a row had a number that is not finite (step 5: no update,")
+    assert error.startswith("2 steps in a row had a number that is not finite (step 4: no update,")
     assert f"{base}/nan_on/checkpoints/step_3" in error
     named = [
         message

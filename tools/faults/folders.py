@@ -150,4 +150,4 @@ def _overflow(rank: int) -> None:
                         parameter.data.view(-1)[0] = torch.inf
         return done
 
-    Engine.update = patched  # type: ignore[method-assign]
+    Engine.update = patched  # type: ignore[method-assign, assignment]
