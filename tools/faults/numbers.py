@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tools.faults import runs, world
+from tools.faults.state import failed
 from tools.faults.systems import LAYOUTS
 from tools.faults.trial import Bench, Trial, expect
 
@@ -35,7 +36,12 @@ GIPO = ("run.eval_every=0", "run.save_every=1", "run.keep=9")
 
 
 def trials() -> list[Trial]:
-    return [*_numbers(), *_losses(), Trial(LINE, "scores of every step", _every_step)]
+    every = Trial(LINE, "scores of every step", _every_step)
+    drawn = [
+        Trial(LINE, f"logits of a response, {layout}", partial(_drawn, layout))
+        for layout in LAYOUTS
+    ]
+    return [*_numbers(), *_losses(), *drawn, every]
 
 
 def _numbers() -> Iterator[Trial]:
@@ -82,6 +88,15 @@ def _every_step(bench: Bench) -> None:
     expect(done.stderr.startswith(said), done.tail())
     again = _run(bench, "1 process", None, "run.steps=5")
     expect(again.code == 0, again.tail())
+
+
+def _drawn(layout: str, bench: Bench) -> None:
+    """No token can be drawn: the run ends at once. Of two replicas one has the fault."""
+    ranks, words = LAYOUTS[layout]
+    command = ["train", *runs.ppo("gipo", Path("run"), runs.trained(bench.base), *GIPO, *words)]
+    only = ranks - 1 if layout == "DP 2" else None
+    text = failed(bench, command, ranks, partial(_poisoned_logits, only))
+    expect(text.startswith("generation: the model's logits are not finite for samples"), text)
 
 
 def _run(
@@ -132,6 +147,21 @@ def _poisoned_loss(name: str, rank: int) -> None:
         return replace(loss, terms=terms)
 
     setattr(PPO, name, patched)
+
+
+def _poisoned_logits(only: int | None, rank: int) -> None:
+    """Let all logits be NaN, on rank `only` or on all ranks, from the third token on."""
+    from gipo_megatron.megatron import decode_loop
+
+    pick: Any = decode_loop.pick
+    calls: list[int] = []
+
+    def patched(logits: torch.Tensor, *arguments: Any) -> Any:
+        calls.append(1)
+        late = len(calls) > 2 and only in (None, rank)
+        return pick(logits * torch.nan if late else logits, *arguments)
+
+    decode_loop.pick = patched  # type: ignore[assignment]
 
 
 def _poisoned_scores(rank: int) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -66,16 +67,26 @@ def _run(bench: Bench, *more: str) -> list[str]:
     return list(words)
 
 
+def failed(
+    bench: Bench, words: list[str], ranks: int, before: Callable[[int], None] | None = None
+) -> str:
+    """Check that a command ends with one message and exit code 2 on every rank; return the
+    message."""
+    folder = bench.folder
+    with world.world(world.GIPO, *words, ranks=ranks, folder=folder, before=before) as running:
+        running.until(lambda: any(running.ended(rank) for rank in range(ranks)))
+        running.signal(signal.SIGTERM)  # as the launcher
+        done = running.wait()
+    lines = done.stderr.splitlines()
+    expect(set(done.codes) == {2}, done.tail())
+    expect("Traceback" not in done.stderr and len(lines) <= SCREEN, done.tail())
+    return done.stderr
+
+
 def refused(bench: Bench, words: list[str], *names: str, ranks: int = 1) -> str:
     """Check that a command is refused with one message that has all `names`; return it."""
     before = runs.tree(bench.folder)
-    with world.world(world.GIPO, *words, ranks=ranks, folder=bench.folder) as running:
-        running.until(lambda: any(running.ended(rank) for rank in range(ranks)))
-        running.signal(15)  # as the launcher
-        done = running.wait()
-    text = done.stderr
-    expect(set(done.codes) == {2}, done.tail())
-    expect("Traceback" not in text and len(text.splitlines()) <= SCREEN, done.tail())
+    text = failed(bench, words, ranks)
     missing = [name for name in names if name not in text]
     expect(not missing, f"{missing} not in: {text}")
     expect(runs.tree(bench.folder) == before, "files were changed")
