@@ -55,6 +55,7 @@ from gipo_megatron.evaluation.types import (
 )
 from gipo_megatron.files import write_json, write_text
 from gipo_megatron.megatron.mesh import Mesh, mesh_session
+from gipo_megatron.megatron.watch import enter
 from gipo_megatron.reports.audit_page import audit_document
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.training import run_folder
@@ -123,6 +124,7 @@ def _draw(
     for name, rest in left.items():
         if not rest:
             continue
+        enter(f"responses of {name}")
         with shown.counting(f"{name}: responses", total, total - len(rest)) as more:
             for responses in responder.responses(name, rest, scores):
                 if responder.mesh.is_main:

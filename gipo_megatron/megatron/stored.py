@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import CheckpointException, filesystem, metada
 
 from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.files import inside
+from gipo_megatron.weights.checkpoints import OTHER
 
 _CLASSES: tuple[Any, ...] = (
     metadata.BytesStorageMetadata,
@@ -40,7 +41,6 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     **{(found.__module__, found.__qualname__): found for found in _CLASSES},
     **{(module, "PosixPath"): PosixPath for module in ("pathlib", "pathlib._local")},
 }
-OTHER = "copy the checkpoint again, or use another"
 # in torch's error about a class or function that is no data, and in the one below
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 

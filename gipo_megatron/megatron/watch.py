@@ -78,7 +78,7 @@ class Watch:
 
     def late(self, error: Exception) -> str:
         """Return the message for an exchange that a rank did not enter in time, with the last phase
-        of each rank; "" for another error. Gloo's has no class of its own."""
+        of each rank; "" for another error. Gloo's is a plain RuntimeError."""
         if self.world == 1 or "timed out" not in str(error).lower():
             return ""
         with suppress(RuntimeError):
@@ -86,7 +86,7 @@ class Watch:
         return ""
 
     def _run(self) -> None:
-        with suppress(RuntimeError):  # the store has gone, and with it the process that had it
+        with suppress(RuntimeError):  # the process that holds the store has ended
             store = connect(self.timeout)
             self._watch(store)
             store.set(str(self.rank), _ENDED)
@@ -128,7 +128,7 @@ class Watch:
 
 
 def connect(timeout: float) -> dist.Store:
-    """Return a connection of its own to the launcher's store: an operation of another thread, which
+    """Return a separate connection to the launcher's store: an operation of another thread, which
     may wait for another rank, would block a shared one."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     patience = timedelta(seconds=timeout)

@@ -16,6 +16,11 @@ from gipo_megatron.weights.peft_config import CONFIG, TENSORS
 
 FORMAT, VERSION = "gipo_megatron", 2  # 2: FP8 scaling state as tensors; all else as in 1
 HF_FILES = ("config.json", "generation_config.json")
+# what to do about a damaged one
+OTHER = (
+    "copy it again, or use another; a run resumes from the checkpoint before it when this folder is"
+    " removed"
+)
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -120,16 +125,13 @@ def read_meta(path: Path) -> CheckpointMeta:
             raise UserError(
                 f"damaged checkpoint: {name} {state}",
                 where=str(path),
-                fix=(
-                    "copy it again, or use another; a run resumes from the checkpoint before it"
-                    " when this folder is removed"
-                ),
+                fix=OTHER,
             )
     return meta
 
 
 def _unusable(path: Path, what: str) -> UserError:
-    return UserError(what, where=str(path), fix="use another checkpoint")
+    return UserError(what, where=str(path), fix=OTHER)
 
 
 def with_contents(meta: CheckpointMeta, folder: Path, roles: dict[str, RoleMeta]) -> CheckpointMeta:

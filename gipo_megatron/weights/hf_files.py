@@ -22,6 +22,7 @@ SHARD_BYTES = 4 << 30
 # safetensors' names; others are quantised or no weights
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOATS = {*BYTES, "F64", "float64"}  # that are loaded
 OUR_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 HF_DTYPES = {ours: theirs for theirs, ours in OUR_DTYPES.items()}
 

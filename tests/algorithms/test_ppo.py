@@ -266,7 +266,8 @@ def test_a_score_that_is_no_number_skips_the_step_everywhere(size: int) -> None:
         same = all(torch.equal(p, q) for p, q in zip(before, ppo.actor.parameters, strict=True))  # type: ignore[attr-defined]
         return result.skipped, reduce_metrics(result.metrics, dp)["reward/non_finite"], same
 
-    assert run_replicas(size, work) == [({"rollout": (5,)}, 1.0, True)] * size
+    skipped = {"no update, scores that are not finite": (5,)}
+    assert run_replicas(size, work) == [(skipped, 1.0, True)] * size
 
 
 @dataclass
@@ -296,7 +297,7 @@ def test_a_group_logit_that_is_no_number_is_not_remembered() -> None:
     ppo.step(0)
     memory = {name: repr(part) for name, part in ppo.state_dict().items() if name != "reward"}
     critic.broken = True
-    assert list(ppo.step(1).skipped) == ["rollout"]
+    assert list(ppo.step(1).skipped) == ["no update, group logits that are not finite"]
     after = {name: repr(part) for name, part in ppo.state_dict().items() if name != "reward"}
     assert after == memory and "nan" not in "".join(memory.values())
 

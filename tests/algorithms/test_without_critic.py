@@ -148,6 +148,19 @@ def test_labels_move_alike_on_every_width(width: int) -> None:
     assert moved == pytest.approx(-1e-3 * 128 * (width + 1) / width, rel=1e-3)
 
 
+def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+    models: Any = {"reward": Features(16)}
+    head = RewardHead(reward_models=models, seed=0, dp=SingleReplica())
+    rows = stored_rollout(make("rloo", "reward_head", SingleReplica()))
+    before = head.logits(rows)
+    for factor in (float("nan"), float("inf")):
+        loss = lambda logits, batch, x=factor: Loss({"group": (x * logits[0, 0], "sequence")})  # noqa: E731
+        assert head.update((rows, loss)).skipped == tuple(rows.row_ids.tolist())
+    assert torch.equal(head.logits(rows), before)
+    sound = head.update((rows, lambda logits, batch: Loss({"group": (logits[0, 0], "sequence")})))
+    assert sound.skipped is None and head.logits(rows).isfinite().all()
+
+
 def test_a_resumed_head_is_the_head() -> None:
     straight = make("rloo", "reward_head", SingleReplica())
     numbers(straight)

@@ -4,6 +4,7 @@ tests/parity/test_training.py."""
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.build import load_into
 from gipo_megatron.megatron.mesh import Mesh
-from gipo_megatron.megatron.roles import MegatronCritic
+from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic
+from gipo_megatron.specs import AdapterSpec
 from gipo_megatron.weights.checkpoints import CheckpointMeta, latest, weights_kind
 from tests.parity.roles import digest, engine, new_actor, new_critic, new_reward
 from tests.parity.tiny import ARCHITECTURE, GROUP, critic_loss, pair_loss, pairs, weighted
@@ -187,3 +189,72 @@ def test_refusals(folder: Path, mesh: Mesh) -> None:
         checkpoint.restore(folder, {"critic": new_critic(mesh).engine}, mesh)
     with pytest.raises(UserError, match="without its optimizer"):
         checkpoint.restore(folder, {"actor": new_actor(mesh).engine}, mesh)
+
+
+# ------------------------------------------------------------------------------------ damaged files
+
+
+def spoil(role: MegatronActor, value: float) -> None:
+    """Put one number into a weight of layer 1, and into the optimizer's copy of it."""
+    weights = dict(role.engine.chunks[0].named_parameters())
+    weights["decoder.layers.1.mlp.linear_fc2.weight"].data[0, 0] = value
+    role.engine.weights_changed()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(
+    value: float, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = new_actor(mesh)
+    sound = checkpoint.save(tmp_path, {"actor": actor.engine}, mesh, CheckpointMeta(1))
+    spoil(actor, value)
+    with pytest.raises(UserError) as error:
+        checkpoint.save(tmp_path, {"actor": actor.engine}, mesh, CheckpointMeta(2))
+    named = "NaN or infinity in decoder.layers.1.mlp.linear_fc2.weight"
+    assert error.value.what == named and "learning rate" in error.value.fix
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+
+    with monkeypatch.context() as unchecked:  # as a program without the check
+        unchecked.setattr(checkpoint.writing, "check_finite", lambda *arguments: None)
+        path = checkpoint.save(tmp_path, {"actor": actor.engine}, mesh, CheckpointMeta(3))
+    again = new_actor(mesh, seed=3)
+    with pytest.raises(UserError, match=named):
+        checkpoint.restore(path, {"actor": again.engine}, mesh)
+    with pytest.raises(UserError, match=named):
+        engine("actor", mesh, load=str(path))
+    checkpoint.restore(sound, {"actor": again.engine}, mesh)
+
+
+def test_moments_that_are_not_finite(mesh: Mesh, tmp_path: Path) -> None:
+    actor = new_actor(mesh)
+    actor.engine.optimizer_tensors()[-1].view(-1)[0] = float("nan")
+    with pytest.raises(UserError, match="NaN or infinity in the optimizer's state"):
+        checkpoint.save(tmp_path, {"actor": actor.engine}, mesh, CheckpointMeta(1))
+
+
+def test_a_tensor_that_is_not_there_is_named(mesh: Mesh, tmp_path: Path) -> None:
+    actor = new_actor(mesh)
+    path = checkpoint.save(tmp_path, {"actor": actor.engine}, mesh, CheckpointMeta(1))
+    key = "decoder.layers.mlp.linear_fc2.weight"
+    index = path / "actor" / ".metadata"
+    stored = pickle.loads(index.read_bytes())
+    del stored.state_dict_metadata[key]
+    index.write_bytes(pickle.dumps(stored))
+    meta = json.loads((path / "meta.json").read_text())
+    meta["files"]["actor/.metadata"] = index.stat().st_size
+    (path / "meta.json").write_text(json.dumps(meta))
+    for read in (
+        lambda: checkpoint.restore(path, {"actor": actor.engine}, mesh),
+        lambda: engine("actor", mesh, load=str(path)),
+    ):
+        with pytest.raises(UserError, match=key) as error:
+            read()
+        assert str(path) in error.value.where and "copy it again" in error.value.fix
+
+
+def test_a_whole_model_is_not_resumed_with_adapters(mesh: Mesh, tmp_path: Path) -> None:
+    actor = new_actor(mesh)
+    path = checkpoint.save(tmp_path, {"actor": actor.engine}, mesh, CheckpointMeta(1))
+    adapted = engine("actor", mesh, load=str(path), adapter=AdapterSpec(rank=4))
+    with pytest.raises(UserError, match="saved as a whole model, and this run trains adapters"):
+        checkpoint.restore(path, {"actor": adapted}, mesh)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron.heads import all_logits
-from gipo_megatron.megatron.hf import export_weights, load_hf, save_hf
+from gipo_megatron.megatron.heads import GroupHead, all_logits
+from gipo_megatron.megatron.hf import (
+    export_weights,
+    load_group_head,
+    load_hf,
+    save_group_head,
+    save_hf,
+    saved_group_head,
+)
 from gipo_megatron.megatron.hf_table import table
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.model import build_chunks
 from gipo_megatron.megatron.outputs import last_token_score
-from gipo_megatron.specs import Architecture, Precision
+from gipo_megatron.specs import Architecture, HeadSpec, Precision
 from gipo_megatron.weights.hf_config import architecture_from_hf, config_for
 from tests.parity import families
 from tests.parity.outputs_reference import ReadoutCase
@@ -148,6 +156,27 @@ def test_names_and_shapes_that_do_not_fit_are_told_at_once(mesh: Mesh) -> None:
     )
     assert "unexpected (1): model.extra" in message
     assert "model.layers.0.self_attn.q_proj.weight is [16, 32], not [32, 32]" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_not_read_as_numbers(dtype: torch.dtype, mesh: Mesh) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    message = problem(mesh, {name: torch.zeros(32, 32).to(dtype)})
+    assert f"quantised (1): {name}" in message and "bf16, fp16 or fp32" in message
+
+
+def test_a_group_head_that_cannot_be_read(mesh: Mesh, tmp_path: Path) -> None:
+    file = tmp_path / "group_head.safetensors"
+    head = GroupHead(HeadSpec(2, "prompt", detach_trunk=True), 32, mesh, 0)
+    save_group_head(tmp_path, head)
+    assert load_group_head(tmp_path, head) and saved_group_head(tmp_path) == (2, "prompt")
+    whole = file.read_bytes()
+    for content in (b"", whole[:40], whole[:-1]):
+        file.write_bytes(content)
+        for read in (partial(load_group_head, tmp_path, head), partial(saved_group_head, tmp_path)):
+            with pytest.raises(UserError, match=r"cannot read group_head\.safetensors") as error:
+                read()
+            assert error.value.where == str(file)
 
 
 def test_another_vocabulary_is_a_wrong_shape(mesh: Mesh) -> None:

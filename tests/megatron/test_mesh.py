@@ -68,6 +68,16 @@ def test_a_broken_connection_is_no_fault_of_this_rank() -> None:
     assert mesh_module.cut_off(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
 
 
+def test_of_several_ranks_errors_the_first_is_the_cause(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr(mesh_module, "_store", lambda: store)
+    assert mesh.reported() == ""
+    assert mesh.report("the disk is full") == "the disk is full"
+    assert mesh.report("connection closed") == mesh.reported() == "the disk is full"
+
+
 def test_the_world_must_fit_before_anything_is_built(mesh: Mesh) -> None:
     with pytest.raises(UserError, match="world 1"):
         Mesh.create(Parallel(tensor=2))

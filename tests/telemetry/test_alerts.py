@@ -16,6 +16,7 @@ QUIET = {
     "rollout/distinct": 0.9,
     "policy/loss": 0.1,
     "groups/high_corr_score": float("nan"),  # undefined for equal scores: no alarm
+    "eval/score/hh": float("nan"),  # a source without rows
 }
 LOUD = [
     ("groups/mass_min", 0.01, "0.05"),
@@ -28,6 +29,8 @@ LOUD = [
     ("policy/loss", float("nan"), "finite"),
     ("value/loss", float("inf"), "finite"),
     ("source/hh/score", float("inf"), "finite"),
+    ("eval/score", float("nan"), "finite"),
+    ("eval/margin", float("nan"), "finite"),
     ("reward/non_finite", 2.0, "finite"),
 ]
 
