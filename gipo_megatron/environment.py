@@ -13,6 +13,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 # freed memory of any size can be used again, because widths differ in every batch
 ALLOCATOR = "expandable_segments:True"
@@ -100,11 +101,22 @@ def set_output() -> None:
             stream.reconfigure(errors="replace")
 
 
-def drop_output() -> None:
-    """Drop what is printed from now on: nothing reads stdout any more."""
+def drop_output(stream: TextIO | None = None) -> None:
+    """Drop what is printed to `stream`, or stdout, from now on: nothing takes it any more."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, (stream or sys.stdout).fileno())
     os.close(nowhere)
+
+
+def complain(message: object = "") -> None:
+    """Print to stderr, and what waits in stdout. Either may be a file on a full disk: it is
+    dropped then, and nothing fails."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n" if message else "")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            drop_output(stream)
 
 
 def commit() -> str:

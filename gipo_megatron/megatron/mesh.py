@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, library_errors, refusal
 from gipo_megatron.megatron import cpu_compat
 from gipo_megatron.roles import T
 from gipo_megatron.specs import Parallel
@@ -151,7 +151,7 @@ class Mesh:
 
     def from_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0; its value is returned, or its UserError raised, on every rank.
-        Collective.
+        Collective. An error of the operating system is raised as a UserError.
 
         The action may take any time: the other ranks wait without a time limit, and end with an
         error as soon as rank 0's process does.
@@ -163,6 +163,8 @@ class Mesh:
                 value = action()
             except UserError as error:
                 refused = error
+            except OSError as error:
+                refused = refusal(error)
         if self.waiting_group is not None:
             outcome = [value, refused]
             dist.broadcast_object_list(outcome, src=0, group=self.waiting_group)
@@ -200,7 +202,8 @@ def mesh_session(parallel: Parallel, seed: int = 0, deterministic: bool = False)
     """Yield a mesh and close it.
 
     A UserError on one rank is raised on all: when a rank stops, its connections break, and the
-    others would show that instead of the reason.
+    others would show that instead of the reason. An error of the operating system, as of a full
+    disk, is raised as a UserError.
     """
     mesh = Mesh.create(parallel, seed, deterministic)
     try:
@@ -208,6 +211,9 @@ def mesh_session(parallel: Parallel, seed: int = 0, deterministic: bool = False)
     except UserError as error:
         mesh.report(str(error))
         raise
+    except OSError as error:
+        mesh.report(str(refusal(error)))
+        raise refusal(error) from error
     except Exception:
         if reason := mesh.reported():
             raise UserError(reason) from None
@@ -268,7 +274,10 @@ def _start(device: torch.device) -> None:
     alone: dict[str, Any] = {}
     if "WORLD_SIZE" not in os.environ:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, device_id=bound, **alone)
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    fix = "start all of them; where the port is taken, set another MASTER_PORT"
+    with library_errors("the run's processes cannot meet", where=place, fix=fix):
+        dist.init_process_group(backend, device_id=bound, **alone)
 
 
 def _store() -> dist.Store:

@@ -53,9 +53,11 @@ class RunLock:
         if self._file is None:
             return
         self._ended.set()
-        self._beating.join()
-        if self._is_current(self._file):
-            self.path.unlink()
+        if self._beating.ident is not None:
+            self._beating.join()
+        with suppress(OSError):  # the folder may be read-only by now
+            if self._is_current(self._file):
+                self.path.unlink()
         os.close(self._file)
         for folder in self._made:
             with suppress(OSError):
