@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from gipo_megatron import environment, launcher
-from gipo_megatron.errors import UserError, refusal
+from gipo_megatron.errors import UserError, system_errors
 from gipo_megatron.recipe.problems import fail, suggest
 
 COMMANDS = {
@@ -39,16 +39,15 @@ def run(main: Callable[[], int | None]) -> int:
     130 for Ctrl-C; 141 where the reader of its output has gone."""
     environment.set_output()
     try:
-        code = main() or 0
-        sys.stdout.flush()
+        with system_errors():
+            code = main() or 0
+            sys.stdout.flush()
         return code
     except UserError as error:
         fail(error)
     except BrokenPipeError:
         environment.drop_output()
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        fail(refusal(error))
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":
             environment.complain(str(stop) or "stopped")

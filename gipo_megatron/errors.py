@@ -37,6 +37,18 @@ def refusal(error: OSError) -> UserError:
     return UserError(f"the system refuses: {error.strerror or error}", where=str(where), fix=fix)
 
 
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise an error of the operating system as a UserError; a reader of the output that has gone
+    is none."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise refusal(error) from error
+
+
 def system_error(error: BaseException | None) -> OSError | None:
     """Return the operating system's error behind a library's; None where there is none."""
     while error is not None and not (isinstance(error, OSError) and error.strerror):

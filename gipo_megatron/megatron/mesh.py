@@ -16,8 +16,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from gipo_megatron.errors import UserError, library_errors, refusal
+from gipo_megatron.errors import UserError, library_errors, system_errors
 from gipo_megatron.megatron import cpu_compat
+from gipo_megatron.megatron.watch import EXCHANGE, Watch
 from gipo_megatron.roles import T
 from gipo_megatron.specs import Parallel
 
@@ -92,7 +93,7 @@ class Mesh:
         world = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
         check_factors(parallel, world)
         if not started:
-            _start(device)
+            _start(device, parallel.timeout)
         _make_groups(parallel)
         _seed(seed)
         data = parallel_state.get_data_parallel_group()
@@ -154,17 +155,16 @@ class Mesh:
         Collective. An error of the operating system is raised as a UserError.
 
         The action may take any time: the other ranks wait without a time limit, and end with an
-        error as soon as rank 0's process does.
+        error as soon as rank 0's process does, or hangs (watch.py).
         """
         value: Any = None
         refused: UserError | None = None
         if self.is_main:
             try:
-                value = action()
+                with system_errors():
+                    value = action()
             except UserError as error:
                 refused = error
-            except OSError as error:
-                refused = refusal(error)
         if self.waiting_group is not None:
             outcome = [value, refused]
             dist.broadcast_object_list(outcome, src=0, group=self.waiting_group)
@@ -181,9 +181,10 @@ class Mesh:
             dist.all_gather_object(gathered, value, group=group.group)
         return gathered
 
-    def report(self, failure: str) -> None:
-        """Publish this rank's error; other ranks read it if their connection breaks."""
-        _store().set(_FAILURE, failure)
+    def report(self, failure: str) -> str:
+        """Publish this rank's error, and return the first of all ranks: other ranks have errors
+        because of it."""
+        return _store().compare_set(_FAILURE, "", failure).decode()
 
     def reported(self) -> str:
         """Return the error of a rank that stopped, or "". Not collective."""
@@ -202,24 +203,24 @@ def mesh_session(parallel: Parallel, seed: int = 0, deterministic: bool = False)
     """Yield a mesh and close it.
 
     A UserError on one rank is raised on all: when a rank stops, its connections break, and the
-    others would show that instead of the reason. An error of the operating system, as of a full
-    disk, is raised as a UserError.
+    others would show that instead of the reason. A rank that hangs ends all of them. An error of
+    the operating system, as of a full disk, is raised as a UserError.
     """
-    mesh = Mesh.create(parallel, seed, deterministic)
-    try:
-        yield mesh
-    except UserError as error:
-        mesh.report(str(error))
-        raise
-    except OSError as error:
-        mesh.report(str(refusal(error)))
-        raise refusal(error) from error
-    except Exception:
-        if reason := mesh.reported():
-            raise UserError(reason) from None
-        raise
-    finally:
-        mesh.close()
+    with Watch(parallel.timeout) as watch:
+        mesh = Mesh.create(parallel, seed, deterministic)
+        try:
+            with system_errors():
+                yield mesh
+        except UserError as error:
+            if (first := mesh.report(str(error))) != str(error):
+                raise UserError(first) from None
+            raise
+        except Exception as error:
+            if reason := mesh.reported() or watch.late(error):
+                raise UserError(reason) from None
+            raise
+        finally:
+            mesh.close()
 
 
 def _make_groups(parallel: Parallel) -> None:
@@ -236,6 +237,7 @@ def _make_groups(parallel: Parallel) -> None:
         virtual_pipeline_model_parallel_size=(
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
+        distributed_timeout_minutes=_exchange(parallel.timeout).total_seconds() / 60,
     )
     _layout = layout
     if dist.get_world_size() > 1:
@@ -266,7 +268,11 @@ def _device() -> torch.device:
     return device
 
 
-def _start(device: torch.device) -> None:
+def _exchange(timeout: float) -> timedelta:
+    return timedelta(seconds=EXCHANGE * timeout)
+
+
+def _start(device: torch.device, timeout: float) -> None:
     """Start torch.distributed. On CUDA it is bound to this rank's device: NCCL then connects here,
     not in the first collective, and a barrier uses the right device."""
     cuda = device.type == "cuda"
@@ -277,7 +283,8 @@ def _start(device: torch.device) -> None:
     place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
     fix = "start all of them; where the port is taken, set another MASTER_PORT"
     with library_errors("the run's processes cannot meet", where=place, fix=fix):
-        dist.init_process_group(backend, device_id=bound, **alone)
+        limit = _exchange(timeout)
+        dist.init_process_group(backend, device_id=bound, timeout=limit, **alone)
 
 
 def _store() -> dist.Store:

@@ -16,6 +16,7 @@ from gipo_megatron.environment import commit
 from gipo_megatron.errors import SamplerLost, UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh, mesh_session
+from gipo_megatron.megatron.watch import Phases
 from gipo_megatron.metrics import Metric, Metrics
 from gipo_megatron.recipe.length import rows_a_step
 from gipo_megatron.recipe.schema import Recipe
@@ -71,7 +72,7 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
             run_folder.announce_complete(recipe, start_from)
         return
     interrupt = Interrupt()
-    sinks: list[Sink] = []
+    sinks: list[Sink] = [Phases()]
 
     def show(phase: str) -> None:
         for sink in sinks:
@@ -126,7 +127,7 @@ class Run:
     recipe: Recipe
     mesh: Mesh
     parts: Assembly
-    sinks: list[Sink]  # rank 0 only; filled when the run begins
+    sinks: list[Sink]  # rank 0's are filled when the run begins
     timer: PhaseTimer
     interrupt: Interrupt
     directory: Path
