@@ -216,11 +216,21 @@ def mesh_session(parallel: Parallel, seed: int = 0, deterministic: bool = False)
                 raise UserError(first) from None
             raise
         except Exception as error:
-            if reason := mesh.reported() or watch.late(error):
+            if reason := mesh.reported() or watch.late(error) or cut_off(error):
                 raise UserError(reason) from None
             raise
         finally:
             mesh.close()
+
+
+def cut_off(error: Exception) -> str:
+    """Return the message for an exchange that broke off because the process of another rank has
+    ended; "" for another error. Gloo's have no class of their own."""
+    if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+        return ""
+    what = "the connection to another rank broke off: its process has ended, or its machine"
+    fix = "look at that rank's own message; the same command continues from the last checkpoint"
+    return str(UserError(what, fix=fix))
 
 
 def _make_groups(parallel: Parallel) -> None:

@@ -282,13 +282,12 @@ class Run:
             self._export()
         if not self.mesh.is_main:
             return
-        if done:
-            checkpoint.link(self.directory / "final", last)
         for sink in self.sinks:
             sink.close()
         self.sinks.clear()
-        if done:
+        if done:  # `final` is the last: a run without it ends once more
             run_folder.close_run(self.directory, self.recipe)
+            checkpoint.link(self.directory / "final", last)
         advice = "" if done else "; the same command continues"
         print(
             f"{self.recipe.name}: {ending} at step {self.progress.step} of {self.parts.steps};"
@@ -315,7 +314,7 @@ class Run:
                 "algorithm": algorithm.state_dict() if isinstance(algorithm, Stateful) else {},
                 "alerts": self.recipe.alerts.state_dict(),
             }
-            path = checkpoint.save(
+            checkpoint.save(
                 folder,
                 self.parts.trained,
                 self.mesh,
@@ -323,9 +322,8 @@ class Run:
                 state,
                 self._extra_files,
                 self.recipe.run.keep,
+                self.directory / "best" if best else None,
             )
-            if best and self.mesh.is_main:
-                checkpoint.link(self.directory / "best", path)
 
     def _meta(self) -> CheckpointMeta:
         """Step and origin of a checkpoint written now."""
@@ -383,6 +381,7 @@ class Run:
             checkpoint.link(directory / "best", best)
         else:
             (directory / "best").unlink(missing_ok=True)
+        checkpoint.prune(directory / "checkpoints", recipe.run.keep)
         self.sinks += make_sinks(
             recipe.run.loggers,
             directory,

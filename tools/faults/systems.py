@@ -21,7 +21,6 @@ RUN = Path("run")  # in the working folder: two runs then have the same recipe.y
 OUT = Path("out")
 LEFTOVERS = ("*.tmp", "*.partial", "*.old", "lock")
 TINY = (
-    "model.architecture.num_layers=2",
     "data.planted.prompts=20",
     "run.eval_prompts=4",
     "run.eval_every=2",
@@ -33,7 +32,8 @@ defaults: [base/evaluate, hardware/cpu]
 model: {{tokenizer: bytes}}
 policies: {{sft: {{load: {base}/sft/final}}, other: {{load: {base}/other/final}}}}
 models: {{reward: {{load: {base}/rm/final}}}}
-tasks: [{{name: short, kind: helpful, data: prompts.jsonl, template: hh, prompts: 9, max_length: 48}}]
+tasks:
+  - {{name: short, kind: helpful, data: prompts.jsonl, template: hh, prompts: 9, max_length: 48}}
 data_root: {base}
 generation: {{max_response: 6, batch: 2}}
 judge: reward_model
@@ -71,7 +71,7 @@ def prepare(base: Path) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 def _sft(base: Path) -> list[str]:
@@ -87,7 +87,7 @@ def _gipo(base: Path) -> list[str]:
 
 
 def _dpo(base: Path) -> list[str]:
-    return ["train", *runs.dpo(RUN, base, *TINY[1:], "run.steps=3")]
+    return ["train", *runs.dpo(RUN, base, *TINY, "run.steps=3")]
 
 
 def _export(base: Path) -> list[str]:
@@ -112,7 +112,7 @@ def training_difference(a: Path, b: Path) -> str:
     return _first(_trees(one, other, parts)) or leftovers(one)
 
 
-# ---------------------------------------------------------------------------- evaluation, conversion
+# ------------------------------------------------------------------------- evaluation, conversion
 
 
 def _evaluation(base: Path) -> list[str]:
@@ -157,12 +157,14 @@ def _trees(a: Path, b: Path, parts: tuple[str, ...]) -> Iterator[str]:
 
 
 def _unequal(one: dict[str, str], other: dict[str, str]) -> Iterator[str]:
+    """Yield a sentence for each file that differs. torch's .metadata has a random number."""
     for name in sorted(one.keys() | other.keys()):
-        if one.get(name) != other.get(name):
-            where = (
-                "is missing" if name not in one else "is new" if name not in other else "differs"
-            )
-            yield f"{name} {where}"
+        if name.endswith("/.metadata") or one.get(name) == other.get(name):
+            continue
+        if name in one and name in other:
+            yield f"{name} differs"
+        else:
+            yield f"{name} {'is new' if name in one else 'is missing'}"
 
 
 def _first(found: Iterator[str]) -> str:
