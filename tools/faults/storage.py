@@ -197,7 +197,7 @@ def _frozen(bench: Bench, system: System, layout: str) -> None:
             expect(held.until(lambda: hardware.stopped(held.pid(0))), f"no write {at}")
             hardware.freeze(disk.place, True)
             held.signal(signal.SIGCONT, 0)
-            ended = held.wait(patience=None)
+            ended = held.wait()
         refused(ended, "Operation not permitted")
         hardware.freeze(disk.place, False)
         if not (disk.place / OUT).exists():
@@ -273,11 +273,10 @@ def reference_of(base: Path, system: System, layout: str) -> Path:
 
 
 def start(bench: Bench, system: System, layout: str, folder: Path) -> world.Finished:
-    """Run the command to its end; when a rank fails, the others are ended, as a launcher does."""
+    """Run the command to its end."""
     before = partial(moments.begin, folder=folder)
     words, ranks = system.command(bench.base, layout), LAYOUTS[layout][0]
-    with world.world(world.GIPO, *words, ranks=ranks, folder=folder, before=before) as started:
-        return started.wait(patience=None)
+    return world.run(world.GIPO, *words, ranks=ranks, folder=folder, before=before)
 
 
 def refused(ended: world.Finished, reason: str) -> None:
