@@ -50,7 +50,7 @@ def run(main: Callable[[], int | None]) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":
-            environment.complain(str(stop) or "stopped")
+            environment.emit(str(stop) or "stopped")
         return 130
 
 

@@ -108,10 +108,11 @@ def drop_output(stream: TextIO | None = None) -> None:
     os.close(nowhere)
 
 
-def complain(message: object = "") -> None:
-    """Print to stderr, and what waits in stdout. Either may be a file on a full disk: it is
-    dropped then, and nothing fails."""
-    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n" if message else "")):
+def emit(message: object, *, error: bool = True) -> None:
+    """Print to stderr, or stdout, and do not fail where that is a file on a full disk, or has no
+    reader: it is dropped then, and so is all that comes later."""
+    texts = ("", f"{message}\n") if error else (f"{message}\n", "")
+    for stream, text in zip((sys.stdout, sys.stderr), texts, strict=True):
         try:
             stream.write(text)
             stream.flush()

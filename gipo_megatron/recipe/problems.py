@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from gipo_megatron.environment import complain
+from gipo_megatron.environment import emit
 from gipo_megatron.errors import UserError
 
 SHOWN = 16  # names in a list, problems in a message: one screen
@@ -69,5 +69,5 @@ def fail(error: UserError, patience: float = 30.0) -> NoReturn:
     if rank:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(patience)
-    complain(f"rank {rank}: {error}" if rank else error)
+    emit(f"rank {rank}: {error}" if rank else error)
     raise SystemExit(2)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gipo_megatron.environment import complain, drop_output
+from gipo_megatron.environment import drop_output, emit
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_text
 from gipo_megatron.telemetry.console import Headline
@@ -98,7 +98,7 @@ class Guarded(Sink):
 
 
 def warn(message: str) -> None:
-    complain(f"warning: {message}")
+    emit(f"warning: {message}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from gipo_megatron import registry
 from gipo_megatron.data.batching import Dataset
-from gipo_megatron.environment import commit, variables
+from gipo_megatron.environment import commit, emit, variables
 from gipo_megatron.environment import line as environment_line
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_json, write_text
@@ -140,4 +140,4 @@ def close_run(directory: Path, recipe: Recipe) -> None:
         [directory], directory / "report.html", title=recipe.name, figures_to=directory / "figures"
     )
     if course := gold_course(load_run(directory)):
-        print(f"{recipe.name}: held-out gold: {course}")
+        emit(f"{recipe.name}: held-out gold: {course}", error=False)

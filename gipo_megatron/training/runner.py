@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gipo_megatron.environment import commit
+from gipo_megatron.environment import commit, emit
 from gipo_megatron.errors import SamplerLost, UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh, mesh_session
@@ -289,10 +289,10 @@ class Run:
             run_folder.close_run(self.directory, self.recipe)
             checkpoint.link(self.directory / "final", last)
         advice = "" if done else "; the same command continues"
-        print(
+        emit(
             f"{self.recipe.name}: {ending} at step {self.progress.step} of {self.parts.steps};"
             f" {last}{advice}",
-            flush=True,
+            error=False,
         )
 
     def _export(self) -> None:
