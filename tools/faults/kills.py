@@ -27,13 +27,14 @@ SURVIVED = {
     **{f"kill -9: {system.name}": SAME for system in SYSTEMS},
     **{f"signals: {system.name}": ORDERLY for system in SYSTEMS},
 }
+# system, layout, turn
 SMALL = {
-    ("GIPO", "1 process"),
-    ("SFT", "TP 2"),
-    ("evaluation", "1 process"),
-    ("to-hf", "1 process"),
+    ("SFT", "TP 2", 0),
+    ("SFT", "1 process", 4),
+    ("evaluation", "1 process", 2),
+    ("to-hf", "1 process", 0),
 }
-STOPPED = "stopped"  # how the lines begin that Ctrl-C leaves on stderr
+LAST = 10  # writes of a rank: one of them is the third moment of each layout
 TRIES = 5  # for a moment by the clock: the run may have ended before
 
 
@@ -47,10 +48,12 @@ def _kills(system: System) -> list[Trial]:
     for number in range(KILLS):
         layout = system.layouts[number % len(system.layouts)]
         turn = number // len(system.layouts)
-        how = _before_a_write if turn % 2 == 0 else _at_a_time
-        run = partial(how, system=system, layout=layout, number=signal.SIGKILL)
-        case = f"{layout}, {how.__name__.strip('_').replace('_', ' ')} {turn}"
-        small = turn == 0 and (system.name, layout) in SMALL
+        if turn % 2:
+            how, case = partial(_at_a_time, number=signal.SIGKILL), f"{layout}, at a time {turn}"
+        else:
+            how, case = partial(_before_a_write, last=turn == 4), f"{layout}, at a write {turn}"
+        run = partial(how, system=system, layout=layout)
+        small = (system.name, layout, turn) in SMALL
         found.append(Trial(f"kill -9: {system.name}", case, run, small))
     return found
 
@@ -68,17 +71,24 @@ def _signals(system: System) -> list[Trial]:
     ]
 
 
-def _before_a_write(bench: Bench, system: System, layout: str, number: int) -> None:
-    """Signal one rank before one of its writes."""
-    reference = _reference(bench, system, layout)
-    rank = bench.random.randrange(LAYOUTS[layout][0])
-    at = bench.random.randint(1, moments.writes(reference, rank))
-    words, ranks, folder = _place(bench, system, layout)
-    before = partial(moments.begin, folder=folder, at=at, on=rank, number=number)
-    with world.world(world.GIPO, *words, ranks=ranks, folder=folder, before=before) as struck:
-        ended = struck.wait()
-    expect(ended.codes[rank] == -number, f"before write {at} of rank {rank}: {ended.tail()}")
-    _check(bench, system, layout, ended, f"before write {at} of rank {rank}", reference)
+def _before_a_write(bench: Bench, system: System, layout: str, last: bool) -> None:
+    """Kill one rank before a write of the same or another rank; last: one of its last LAST."""
+    reference, random = _reference(bench, system, layout), bench.random
+    ranks = LAYOUTS[layout][0]
+    count = moments.writes(reference, ranks)
+    of = random.choice([rank for rank in range(ranks) if count[rank]])
+    at = random.randint(max(1, count[of] - LAST) if last else 1, count[of])
+    any_rank = random.randrange(ranks)
+    for on in (any_rank, of):  # another rank may have ended already
+        words, ranks, folder = _place(bench, system, layout)
+        before = partial(moments.begin, folder=folder, at=at, of=of, on=on, number=signal.SIGKILL)
+        with world.world(world.GIPO, *words, ranks=ranks, folder=folder, before=before) as struck:
+            ended = struck.wait()
+        if any(ended.codes):
+            break
+    when = f"rank {on} before write {at} of rank {of}"
+    expect(ended.codes[on] == -signal.SIGKILL, f"{when}: {ended.tail()}")
+    _check(bench, system, layout, ended, when, reference)
 
 
 def _at_a_time(bench: Bench, system: System, layout: str, number: int) -> None:

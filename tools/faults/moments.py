@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.t
 WRITABLE = os.O_WRONLY | os.O_RDWR
 
 
-def begin(rank: int, folder: Path, at: int = 0, on: int = 0, number: int = 0) -> None:
+def begin(rank: int, folder: Path, at: int = 0, of: int = 0, on: int = 0, number: int = 0) -> None:
     """Count this process's writes below FOLDER, its working folder; before the write `at` of rank
-    `on` send it the signal `number`. COUNT_N beside FOLDER has rank N's count.
+    `of` send rank `on` the signal `number`.
 
     Figures are not drawn, which would be three quarters of a tiny run's time; their files are
     written.
     """
     Figure.savefig = _no_drawing  # type: ignore[method-assign]
+    os.environ["GIT_DIR"] = os.devnull  # no commit is recorded: a checkout may change meanwhile
     place = f"{folder}{os.sep}"
-    counter = os.open(count_file(folder, rank), os.O_WRONLY | os.O_CREAT)
+    _file(folder, "process", rank).write_text(str(os.getpid()))
+    counter = os.open(_file(folder, "writes", rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     found = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -32,19 +35,21 @@ def begin(rank: int, folder: Path, at: int = 0, on: int = 0, number: int = 0) ->
             return
         found += 1
         os.pwrite(counter, b"%d" % found, 0)
-        if found == at and rank == on:
-            os.kill(os.getpid(), number)
+        if found == at and rank == of:
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(int(_file(folder, "process", on).read_text()), number)
 
     sys.addaudithook(hook)
 
 
-def count_file(folder: Path, rank: int) -> Path:
-    return folder.with_name(f"{folder.name}_count_{rank}")
+def _file(folder: Path, what: str, rank: int) -> Path:
+    """Return the name of a small file beside FOLDER."""
+    return folder.with_name(f"{folder.name}_{what}_{rank}")
 
 
-def writes(folder: Path, rank: int) -> int:
-    """Return how many writes rank `rank` made in its last run there."""
-    return int(count_file(folder, rank).read_text() or "0")
+def writes(folder: Path, ranks: int) -> list[int]:
+    """Return how many writes each rank made in the last run there."""
+    return [int(_file(folder, "writes", rank).read_text() or "0") for rank in range(ranks)]
 
 
 def _changes(event: str, arguments: tuple[Any, ...], place: str) -> bool:
