@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def _full(bench: Bench, system: System, layout: str, what: str) -> None:
             expect(not left, f"{left} at {what} {limit}: {ended.tail()}")
             times += 1
         expect(times >= 3, f"the disk was full {times} times")
-        _same(system, disk.place, reference)
+        same(system, disk.place, reference)
 
 
 def _limits(bench: Bench, disk: Disk, reference: Path, what: str, *, every: bool) -> Iterator[int]:
@@ -162,7 +163,7 @@ def _largest_file(bench: Bench, system: System) -> None:
     if ended.code:
         ended = start(bench, system, "1 process", folder)
         expect(not ended.code, ended.tail())
-    _same(system, folder, reference)
+    same(system, folder, reference)
 
 
 def _begin_limited(rank: int, folder: Path, size: int) -> None:
@@ -186,19 +187,16 @@ def _read_only(bench: Bench, system: System, layout: str) -> None:
         disk.read_only(False)
         ended = start(bench, system, layout, disk.place)
         expect(not ended.code, ended.tail())
-        _same(system, disk.place, reference)
+        same(system, disk.place, reference)
 
 
 def _frozen(bench: Bench, system: System, layout: str) -> None:
     """Forbid every change before one of rank 0's writes."""
     reference = reference_of(bench.base, system, layout)
     at = bench.random.randint(1, moments.writes(reference, 0))
-    words, ranks = system.command(bench.base, layout), LAYOUTS[layout][0]
     with hardware.disk(bench.base) as disk:
         system.start(bench.base, disk.place, layout)
-        before = partial(moments.begin, folder=disk.place, at=at, number=signal.SIGSTOP)
-        with world.world(world.GIPO, *words, ranks=ranks, folder=disk.place, before=before) as held:
-            expect(held.until(lambda: hardware.stopped(held.pid(0))), f"no write {at}")
+        with held_at(bench, system, layout, disk.place, at) as held:
             hardware.freeze(disk.place, True)
             held.signal(signal.SIGCONT, 0)
             ended = held.wait()
@@ -207,7 +205,7 @@ def _frozen(bench: Bench, system: System, layout: str) -> None:
         if not (system.name in CONVERSIONS and (disk.place / OUT).exists()):  # it was done
             ended = start(bench, system, layout, disk.place)
             expect(not ended.code, f"after write {at}: {ended.tail()}")
-        _same(system, disk.place, reference)
+        same(system, disk.place, reference)
 
 
 # ------------------------------------------------------------------------------------------- output
@@ -253,7 +251,7 @@ def _output_in_a_run(bench: Bench) -> None:
         expect(not (folder / RUN / "checkpoints").exists(), f"ended in the run: {ended.tail()}")
         ended = start(bench, OBSERVED, "1 process", folder)
         expect(not ended.code, ended.tail())
-    _same(OBSERVED, folder, reference)
+    same(OBSERVED, folder, reference)
 
 
 def _begin_with_output(rank: int, folder: Path, file: Path, room: int) -> None:
@@ -278,6 +276,18 @@ def reference_of(base: Path, system: System, layout: str) -> Path:
     return folder
 
 
+@contextmanager
+def held_at(
+    bench: Bench, system: System, layout: str, folder: Path, at: int
+) -> Iterator[world.World]:
+    """Start the command, and stop rank 0 before its write `at`."""
+    before = partial(moments.begin, folder=folder, at=at, number=signal.SIGSTOP)
+    words, ranks = system.command(bench.base, layout), LAYOUTS[layout][0]
+    with world.world(world.GIPO, *words, ranks=ranks, folder=folder, before=before) as held:
+        expect(held.until(lambda: hardware.stopped(held.pid(0))), f"no write {at}")
+        yield held
+
+
 def start(bench: Bench, system: System, layout: str, folder: Path) -> world.Finished:
     """Run the command to its end."""
     before = partial(moments.begin, folder=folder)
@@ -293,6 +303,6 @@ def refused(ended: world.Finished, reason: str) -> None:
     expect(good, f"more than a screen: {ended.tail()}")
 
 
-def _same(system: System, folder: Path, reference: Path) -> None:
+def same(system: System, folder: Path, reference: Path) -> None:
     different = system.difference(folder, reference)
     expect(not different, different)
