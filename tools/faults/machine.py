@@ -78,7 +78,7 @@ def _begin_without_clock(rank: int, folder: Path, seed: int) -> None:
     hardware.moving_clock(rank, seed + rank)
 
 
-# --------------------------------------------------------------------------------------- two at once
+# -------------------------------------------------------------------------------------- two at once
 
 PAIRS = (
     ("SFT", "SFT", ONE),
@@ -104,7 +104,7 @@ def _two(first: System, second: System, layout: str, bench: Bench) -> None:
     reference = reference_of(bench.base, first, layout)
     reference_of(bench.base, second, layout)
     folder = _folder(bench, first, layout)
-    at = bench.random.randint(3, moments.writes(reference, 0))
+    at = bench.random.randint(3, moments.writes(reference, 1)[0])
     with held_at(bench, first, layout, folder, at) as held:
         other = _another(bench, second, layout, folder)
         refused(other, f"process {held.pid(0)} on ")
@@ -168,12 +168,11 @@ def _launcher(bench: Bench) -> None:
 # --------------------------------------------------------------------------------------------- data
 
 
-def _rows(folder: Path) -> Path:
+def _rows(base: Path, folder: Path, layout: str) -> None:
     """Write rows that an SFT run reads."""
     file = folder / "rows.jsonl"
     rows = [{"prompt": f"Say {i}.", "response": f"It is {i}."} for i in range(20)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
 
 
 def _changed(file: Path) -> None:
@@ -211,14 +210,14 @@ ON_ROWS = System(
     "SFT on rows",
     lambda base: ["train", *runs.sft(RUN, *systems.TINY, *DATA_WORDS, "run.steps=6")],
     systems.training_difference,
-    start=lambda base, folder, layout: str(_rows(folder)),
+    start=_rows,
 )
 
 
 def _between(change: Callable[[Path], None], bench: Bench) -> None:
     reference = reference_of(bench.base, ON_ROWS, ONE)
     folder = _folder(bench, ON_ROWS, ONE)
-    with held_at(bench, ON_ROWS, ONE, folder, moments.writes(reference, 0) // 2) as held:
+    with held_at(bench, ON_ROWS, ONE, folder, moments.writes(reference, 1)[0] // 2) as held:
         held.kill()
         held.wait()
     expect(any((folder / RUN / "checkpoints").glob("step_*")), "no checkpoint before the change")
@@ -234,7 +233,7 @@ def _between(change: Callable[[Path], None], bench: Bench) -> None:
 def _during(change: Callable[[Path], None], bench: Bench) -> None:
     reference = reference_of(bench.base, ON_ROWS, ONE)
     folder = _folder(bench, ON_ROWS, ONE)
-    with held_at(bench, ON_ROWS, ONE, folder, moments.writes(reference, 0) // 3) as held:
+    with held_at(bench, ON_ROWS, ONE, folder, moments.writes(reference, 1)[0] // 3) as held:
         change(folder / "rows.jsonl")
         held.signal(signal.SIGCONT, 0)
         ended = held.wait()

@@ -193,7 +193,7 @@ def _read_only(bench: Bench, system: System, layout: str) -> None:
 def _frozen(bench: Bench, system: System, layout: str) -> None:
     """Forbid every change before one of rank 0's writes."""
     reference = reference_of(bench.base, system, layout)
-    at = bench.random.randint(1, moments.writes(reference, 0))
+    at = bench.random.randint(1, moments.writes(reference, 1)[0])
     with hardware.disk(bench.base) as disk:
         system.start(bench.base, disk.place, layout)
         with held_at(bench, system, layout, disk.place, at) as held:
