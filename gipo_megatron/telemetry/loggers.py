@@ -88,9 +88,10 @@ class Guarded(Sink):
         # other libraries raise what they like; rich ends the program where its reader has gone
         except (Exception, SystemExit) as error:
             failed, self._sink = self._sink, Sink()
-            gone = isinstance(error, BrokenPipeError | SystemExit)
+            console = self._label == "console"
+            gone = console and isinstance(error, BrokenPipeError | SystemExit)
             why = "nothing reads it any more" if gone else _first_line(error)
-            if self._label == "console" and (gone or isinstance(error, OSError)):
+            if console and isinstance(error, OSError | SystemExit):
                 drop_output()
             warn(f"logger {self._label} is switched off: {why}")
             with suppress(Exception):

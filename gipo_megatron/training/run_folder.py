@@ -41,8 +41,9 @@ def plain_recipe(recipe: Recipe) -> dict[str, Any]:
     return tree
 
 
-def check_writable(directory: Path) -> None:
-    """Raise UserError where a run could not write, before anything is built. Writes nothing."""
+def check_writable(directory: Path, key: str) -> None:
+    """Raise UserError, which names `key`, where a run could not write, before anything is built.
+    Writes nothing."""
     place = directory.absolute()
     while not os.path.lexists(place):
         place = place.parent
@@ -50,7 +51,7 @@ def check_writable(directory: Path) -> None:
         why = "no write permission" if place.is_dir() else "not a folder"
         raise UserError(
             f"cannot write to {directory}: {place}: {why}",
-            where="run.dir",
+            where=key,
             fix="choose a folder you may write to",
         )
 

@@ -147,7 +147,7 @@ def _serve_port(bench: Bench) -> None:
 
 
 def _launcher(bench: Bench) -> None:
-    """`--nproc` takes a free port, whatever MASTER_PORT says."""
+    """`--nproc` takes a free port, also where MASTER_PORT is taken."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         variables = {**os.environ, "MASTER_PORT": port, "PYTHONPATH": str(world.ROOT)}
@@ -204,7 +204,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     "more rows": _longer,
     "removed": _removed,
 }
-# several epochs: the rows are dealt anew during the run
+# several epochs: the rows are dealt again during the run
 DATA_WORDS = ("data.format=sft", "data.path=rows.jsonl", "data.held_out=0.2", "data.max_length=64")
 ON_ROWS = System(
     "SFT on rows",
