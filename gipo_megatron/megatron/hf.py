@@ -20,7 +20,17 @@ from gipo_megatron.megatron.hf_table import HF_EMBEDDING, HF_OUTPUT, HF_SCORE, E
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import EMBEDDING, Placement, placements
 from gipo_megatron.specs import Architecture
+<<<<<<< HEAD
 from gipo_megatron.weights.hf_files import SHARD_BYTES, Shards, Weights, open_weights, save_tensors
+=======
+from gipo_megatron.weights.hf_files import (
+    SHARD_BYTES,
+    Shards,
+    Weights,
+    open_weights,
+    save_tensors,
+)
+>>>>>>> main
 
 GROUP_HEAD = "group_head.safetensors"
 # called with each tensor's name and bytes once it is copied, for progress bars
