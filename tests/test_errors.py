@@ -75,7 +75,7 @@ def test_libraries_without_the_system_s_error(
     write: Callable[[Path], None], tmp_path: Path
 ) -> None:
     """tokenizers and safetensors are written in Rust, and raise errors of their own."""
-    with pytest.raises(UserError, match="cannot write") as raised, small_files(1000):
+    said = r"cannot write (the tokenizer|model\.safetensors): .*File too large"
+    with pytest.raises(UserError, match=said), small_files(1000), system_errors():
         write(tmp_path)
-    assert str(tmp_path) in raised.value.where and raised.value.fix == "free some space"
     write(tmp_path)

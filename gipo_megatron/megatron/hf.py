@@ -20,9 +20,6 @@ from gipo_megatron.megatron.hf_table import HF_EMBEDDING, HF_OUTPUT, HF_SCORE, E
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import EMBEDDING, Placement, placements
 from gipo_megatron.specs import Architecture
-<<<<<<< HEAD
-from gipo_megatron.weights.hf_files import SHARD_BYTES, Shards, Weights, open_weights, save_tensors
-=======
 from gipo_megatron.weights.hf_files import (
     SHARD_BYTES,
     Shards,
@@ -30,7 +27,6 @@ from gipo_megatron.weights.hf_files import (
     open_weights,
     save_tensors,
 )
->>>>>>> main
 
 GROUP_HEAD = "group_head.safetensors"
 # called with each tensor's name and bytes once it is copied, for progress bars
@@ -261,7 +257,7 @@ def save_hf(
     seen: Seen = ignore,
 ) -> None:
     """Write exported weights as safetensors shards, one of them in memory. Collective; rank 0
-    writes. Raises OSError or UserError (a full disk)."""
+    writes. Raises OSError (a full disk)."""
     if not mesh.is_main:
         for _ in weights:
             pass

@@ -103,7 +103,7 @@ def save_adapters(
     folder: Path, weights: Iterator[tuple[str, Tensor]], mesh: Mesh, config: str
 ) -> None:
     """Write exported adapters and `config`, the text of adapter_config.json, as PEFT and vLLM read
-    them. Collective; rank 0 writes. Raises OSError or UserError (a full disk)."""
+    them. Collective; rank 0 writes. Raises OSError (a full disk)."""
     tensors = {PREFIX + name: tensor.cpu().contiguous() for name, tensor in weights}
     if mesh.is_main:
         save_tensors(folder / TENSORS, tensors)

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from gipo_megatron.errors import UserError, library_errors
+from gipo_megatron.errors import UserError
 from gipo_megatron.files import refuse_pointer
 from gipo_megatron.tensors import Tensor
 from gipo_megatron.weights.hf_values import BLOCK, TEXT, check_values, read_object
@@ -24,14 +24,6 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 OUR_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 HF_DTYPES = {ours: theirs for theirs, ours in OUR_DTYPES.items()}
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], **about: str) -> None:
-    """Write one file of tensors, with `about` in its header. Raises UserError for a full disk."""
-    from safetensors.torch import save_file  # imports torch
-
-    with library_errors(f"cannot write {path.name}", where=str(path), fix="free some space"):
-        save_file(tensors, path, metadata={"format": "pt", **about})
 
 
 @dataclass(frozen=True)
