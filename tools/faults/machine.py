@@ -25,7 +25,7 @@ SECOND = "exit code 2, and the first one's process is named; the first one ends 
 PORT = "exit code 2, and the address is named; a launcher of several processes finds another port"
 DATA = (
     "between two starts: exit code 2, `data` is named, and with the old rows the run continues to"
-    " the same bits; during a run: nothing changes"
+    " the same bits; held-out rows: a warning names them; during a run: nothing changes"
 )
 SURVIVED = {
     "clock jumps": CLOCK,
@@ -48,7 +48,7 @@ def trials() -> list[Trial]:
         for first, second, layout in PAIRS
     ]
     found += [
-        Trial("port taken", "MASTER_PORT", _master_port, small=True),
+        Trial("port taken", "MASTER_PORT", _master_port),
         Trial("port taken", "serve.port", _serve_port),
         Trial("port taken", "--nproc 2", _launcher),
     ]
@@ -57,6 +57,7 @@ def trials() -> list[Trial]:
             Trial("data change", f"{name}, between two starts", partial(_between, change)),
             Trial("data change", f"{name}, during a run", partial(_during, change)),
         ]
+    found.append(Trial("data change", "held-out rows", _held_out))
     return found
 
 
@@ -228,6 +229,22 @@ def _between(change: Callable[[Path], None], bench: Bench) -> None:
     ended = start(bench, ON_ROWS, ONE, folder)
     expect(not ended.code, ended.tail())
     same(ON_ROWS, folder, reference)
+
+
+def _held_out(bench: Bench) -> None:
+    """Held-out rows in a file of their own: the run goes on, and a warning names them."""
+    folder = _folder(bench, ON_ROWS, ONE)
+    rows = folder / "rows"
+    rows.mkdir()
+    (folder / "rows.jsonl").rename(rows / "train.jsonl")
+    shutil.copy(rows / "train.jsonl", rows / "test.jsonl")
+    words = [*ON_ROWS.command(bench.base, ONE), "data.path=rows"]
+    first = world.run(world.GIPO, *words, folder=folder)
+    expect(not first.code and "held-out rows" not in first.stdout, first.tail())
+    _changed(rows / "test.jsonl")
+    again = world.run(world.GIPO, *words, "run.steps=8", folder=folder)
+    warned = "warning: other held-out rows than at " in again.stdout
+    expect(not again.code and warned, again.tail())
 
 
 def _during(change: Callable[[Path], None], bench: Bench) -> None:

@@ -92,7 +92,7 @@ def trials() -> list[Trial]:
 
 def _limited(system: System) -> Trial:
     run = partial(_largest_file, system=system)
-    return Trial("largest file", system.name, run, small=system.name in ("SFT", "to-hf"))
+    return Trial("largest file", system.name, run, small=system.name == "to-hf")
 
 
 def _disks(system: System, layout: str) -> list[Trial]:
