@@ -46,7 +46,7 @@ class Progress:
     stale: int = 0  # evaluations since then
     skipped: int = 0  # consecutive steps with a non-finite loss or gradient
     data: str = ""  # fingerprint of the training rows
-    held_out: str = ""  # that of the held-out rows
+    held_out_data: str = ""  # that of the held-out rows
     # of the last step, until its evaluation is done: values, samples, skipped
     unlogged: dict[str, Any] = field(default_factory=dict)
 
@@ -358,10 +358,10 @@ class Run:
                 what = f"the training data differ from those of {path}"
                 fix = "the same data; or a new run.dir, and models.<role>.load: that checkpoint"
                 raise UserError(what, where="data", fix=fix)
-            if self.progress.held_out != held_out:
+            if self.progress.held_out_data != held_out:
                 self.progress.best = None
                 self.parts.notes.append(f"other held-out rows than at {path}: `best` begins again")
-        self.progress.data, self.progress.held_out = rows, held_out
+        self.progress.data, self.progress.held_out_data = rows, held_out
 
     def _begin(self, origin: str) -> None:
         """Begin to write: all is built and loaded, and only now the run folder changes. Rank 0

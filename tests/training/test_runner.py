@@ -36,13 +36,13 @@ def resumed(monkeypatch: pytest.MonkeyPatch, **saved: Any) -> Run:
 
 
 def test_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = resumed(monkeypatch, data="a", held_out="b")
+    run = resumed(monkeypatch, data="a", held_out_data="b")
     assert (run.progress.best, run.progress.best_step, run.parts.notes) == (0.5, 2, [])
 
 
 def test_other_training_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="the training data differ from those of step_3") as error:
-        resumed(monkeypatch, data="other", held_out="b")
+        resumed(monkeypatch, data="other", held_out_data="b")
     assert error.value.where == "data"
 
 
@@ -50,6 +50,6 @@ def test_other_held_out_rows_are_named_and_best_begins_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Their figures cannot be compared with those of the rows before."""
-    run = resumed(monkeypatch, data="a", held_out="other")
-    assert (run.progress.best, run.progress.held_out) == (None, "b")
+    run = resumed(monkeypatch, data="a", held_out_data="other")
+    assert (run.progress.best, run.progress.held_out_data) == (None, "b")
     assert run.parts.notes == ["other held-out rows than at step_3: `best` begins again"]
