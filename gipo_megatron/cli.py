@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from gipo_megatron import environment, launcher
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, system_errors
 from gipo_megatron.recipe.problems import fail, suggest
 
 COMMANDS = {
@@ -35,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(main: Callable[[], int | None]) -> int:
     """Run a command or a tool on any terminal and return its exit code: its own, 0 for None; 2 for
-    a mistake of the user, printed without a traceback; 130 for Ctrl-C; 141 where the reader of its
-    output has gone."""
+    a mistake of the user and for what the operating system refuses, printed without a traceback;
+    130 for Ctrl-C; 141 where the reader of its output has gone."""
     environment.set_output()
     try:
-        code = main() or 0
-        sys.stdout.flush()
+        with system_errors():
+            code = main() or 0
+            sys.stdout.flush()
         return code
     except UserError as error:
         fail(error)
@@ -49,7 +50,7 @@ def run(main: Callable[[], int | None]) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(str(stop) or "stopped", file=sys.stderr)
+            environment.emit(str(stop) or "stopped")
         return 130
 
 

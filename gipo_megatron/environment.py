@@ -13,6 +13,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 # freed memory of any size can be used again, because widths differ in every batch
 ALLOCATOR = "expandable_segments:True"
@@ -100,11 +101,23 @@ def set_output() -> None:
             stream.reconfigure(errors="replace")
 
 
-def drop_output() -> None:
-    """Drop what is printed from now on: nothing reads stdout any more."""
+def drop_output(stream: TextIO | None = None) -> None:
+    """Drop what is printed to `stream`, or stdout, from now on: nothing takes it any more."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, (stream or sys.stdout).fileno())
     os.close(nowhere)
+
+
+def emit(message: object, *, error: bool = True) -> None:
+    """Print to stderr, or stdout, and do not fail where that is a file on a full disk, or has no
+    reader: it is dropped then, and so is all that comes later."""
+    texts = ("", f"{message}\n") if error else (f"{message}\n", "")
+    for stream, text in zip((sys.stdout, sys.stderr), texts, strict=True):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            drop_output(stream)
 
 
 def commit() -> str:

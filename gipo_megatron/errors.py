@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
@@ -25,6 +28,32 @@ class UserError(ValueError):
 class SamplerLost(UserError):
     """The end of a server that draws responses. It comes before anything has changed: a run can
     save, and continue from there."""
+
+
+def refusal(error: OSError) -> UserError:
+    """Return what the operating system refused, as on a full disk, as an error of the user."""
+    fix = "free some space" if error.errno in FULL else "give the rights for it, or another place"
+    where = error.filename2 or error.filename or ""
+    return UserError(f"the system refuses: {error.strerror or error}", where=str(where), fix=fix)
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise an error of the operating system as a UserError; a reader of the output that has gone
+    is none."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise refusal(error) from error
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """Return the operating system's error behind a library's; None where there is none."""
+    while error is not None and not (isinstance(error, OSError) and error.strerror):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextmanager

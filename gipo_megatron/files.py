@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
 
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, refusal
 
 Rows = Iterable[Mapping[str, Any]]
 _POINTER = b"version https://git-lfs"
@@ -69,8 +69,13 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     partial = target.with_name(f"{target.name}.partial")
     with user_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, target)
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, target)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink()
+            raise
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -148,5 +153,5 @@ def user_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fix = "free some space, or choose a folder you may write to"
+        fix = refusal(error).fix
         raise UserError(f"cannot write: {error.strerror}", where=str(path), fix=fix) from error

@@ -8,12 +8,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from types import FrameType
 
+from gipo_megatron.environment import emit
 from gipo_megatron.errors import UserError
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -136,7 +136,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], received: list[int]) -> int:
 def _ended_by(number: signal.Signals, rank: int) -> int:
     if number not in FORWARDED:
         why = "; the machine may have run out of memory" if number == signal.SIGKILL else ""
-        print(f"rank {rank} was ended by {number.name}{why}", file=sys.stderr, flush=True)
+        emit(f"rank {rank} was ended by {number.name}{why}")
     return 128 + number
 
 

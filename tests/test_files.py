@@ -67,6 +67,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
         files.write_text(file, "new")
     assert raised.value.where == str(file) and "free some space" in raised.value.fix
     assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["old.txt"]
 
 
 def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:

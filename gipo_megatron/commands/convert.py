@@ -48,23 +48,27 @@ def main(argv: Sequence[str]) -> int:
 
 
 @contextmanager
-def single_process() -> Iterator[dict[str, Any]]:
-    """Yield the mesh of one process and a progress line, as keyword arguments."""
+def single_process(out: str) -> Iterator[dict[str, Any]]:
+    """Yield the mesh of one process and a progress line, as keyword arguments. Raises UserError
+    where another process writes `out`."""
     from gipo_megatron.megatron.mesh import Mesh
     from gipo_megatron.specs import Parallel
     from gipo_megatron.telemetry.console import Display
+    from gipo_megatron.training.run_lock import RunLock
 
-    mesh = Mesh.create(Parallel())
-    try:
-        yield {"mesh": mesh, "progress": Display()}
-    finally:
-        mesh.close()
+    with RunLock(Path(out), Path(f"{out}.lock"), "out") as lock:
+        lock.take()
+        mesh = Mesh.create(Parallel())
+        try:
+            yield {"mesh": mesh, "progress": Display()}
+        finally:
+            mesh.close()
 
 
 def to_hf(argv: list[str]) -> None:
     optional = {"role": "", "merge": "false", "verify": "true"}
     words = arguments(argv, required=("checkpoint", "out"), optional=optional)
-    with single_process() as process:
+    with single_process(words["out"]) as process:
         from gipo_megatron.conversion import convert
 
         checkpoint, out, verify = words["checkpoint"], words["out"], words["verify"] == "true"
@@ -76,7 +80,7 @@ def to_hf(argv: list[str]) -> None:
 
 def from_hf(argv: list[str]) -> None:
     words = arguments(argv, required=("hf", "out"), optional={"verify": "true"})
-    with single_process() as process:
+    with single_process(words["out"]) as process:
         from gipo_megatron.conversion import convert
 
         out, verify = words["out"], words["verify"] == "true"

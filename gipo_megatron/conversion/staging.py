@@ -45,6 +45,7 @@ def staged(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
+        shutil.rmtree(old, ignore_errors=True)  # of a kill at this place
         if out.exists():
             out.rename(old)
         work.rename(out)

@@ -66,10 +66,10 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the rows, by which a resumed run notices changed data."""
+        """sha256 of the rows, with the columns beside them: a resumed run notices other data."""
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(repr((row.style, row.prompt, row.responses, row.source)).encode())
+            digest.update(repr(row).encode())
         return digest.hexdigest()
 
     # ------------------------------------------------------------------------------------- training

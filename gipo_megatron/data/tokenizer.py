@@ -194,7 +194,8 @@ class Tokenizer:
         not: version 4's put bos in front, version 5's write other rules. The class needs its
         inputs: by default version 4's adds token_type_ids, which these models refuse.
         """
-        self.inner.save_pretrained(str(folder))
+        with library_errors("cannot write the tokenizer", where=str(folder), fix="free some space"):
+            self.inner.save_pretrained(str(folder))
         file = Path(folder) / "tokenizer_config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         if self.inner.is_fast:

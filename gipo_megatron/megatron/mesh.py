@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, library_errors, system_errors
 from gipo_megatron.megatron import cpu_compat
 from gipo_megatron.megatron.watch import EXCHANGE, Watch
 from gipo_megatron.roles import T
@@ -152,7 +152,7 @@ class Mesh:
 
     def from_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0; its value is returned, or its UserError raised, on every rank.
-        Collective.
+        Collective. An error of the operating system is raised as a UserError.
 
         The action may take any time: the other ranks wait without a time limit, and end with an
         error as soon as rank 0's process does, or hangs (watch.py).
@@ -161,7 +161,8 @@ class Mesh:
         refused: UserError | None = None
         if self.is_main:
             try:
-                value = action()
+                with system_errors():
+                    value = action()
             except UserError as error:
                 refused = error
         if self.waiting_group is not None:
@@ -202,12 +203,14 @@ def mesh_session(parallel: Parallel, seed: int = 0, deterministic: bool = False)
     """Yield a mesh and close it.
 
     A UserError on one rank is raised on all: when a rank stops, its connections break, and the
-    others would show that instead of the reason. A rank that hangs ends all of them.
+    others would show that instead of the reason. A rank that hangs ends all of them. An error of
+    the operating system, as of a full disk, is raised as a UserError.
     """
     with Watch(parallel.timeout) as watch:
         mesh = Mesh.create(parallel, seed, deterministic)
         try:
-            yield mesh
+            with system_errors():
+                yield mesh
         except UserError as error:
             if (first := mesh.report(str(error))) != str(error):
                 raise UserError(first) from None
@@ -287,7 +290,11 @@ def _start(device: torch.device, timeout: float) -> None:
     alone: dict[str, Any] = {}
     if "WORLD_SIZE" not in os.environ:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, device_id=bound, timeout=_exchange(timeout), **alone)
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    fix = "start all of them; where the port is taken, set another MASTER_PORT"
+    with library_errors("the run's processes cannot meet", where=place, fix=fix):
+        limit = _exchange(timeout)
+        dist.init_process_group(backend, device_id=bound, timeout=limit, **alone)
 
 
 def _store() -> dist.Store:

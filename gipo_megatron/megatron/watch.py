@@ -74,7 +74,7 @@ class Watch:
         self._ended = True
         _changed.set()
         if self.world > 1:
-            self._thread.join(self.timeout)
+            self._thread.join(LONGEST)  # it may wait for a store that is not there
 
     def late(self, error: Exception) -> str:
         """Return the message for an exchange that a rank did not enter in time, with the last phase

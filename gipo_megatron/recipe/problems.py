@@ -6,12 +6,12 @@ from __future__ import annotations
 import difflib
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from gipo_megatron.environment import emit
 from gipo_megatron.errors import UserError
 
 SHOWN = 16  # names in a list, problems in a message: one screen
@@ -69,5 +69,5 @@ def fail(error: UserError, patience: float = 30.0) -> NoReturn:
     if rank:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(patience)
-    print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
+    emit(f"rank {rank}: {error}" if rank else error)
     raise SystemExit(2)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gipo_megatron.environment import drop_output
+from gipo_megatron.environment import drop_output, emit
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_text
 from gipo_megatron.telemetry.console import Headline
@@ -89,17 +88,18 @@ class Guarded(Sink):
         # other libraries raise what they like; rich ends the program where its reader has gone
         except (Exception, SystemExit) as error:
             failed, self._sink = self._sink, Sink()
-            gone = isinstance(error, BrokenPipeError | SystemExit)
+            console = self._label == "console"
+            gone = console and isinstance(error, BrokenPipeError | SystemExit)
             why = "nothing reads it any more" if gone else _first_line(error)
-            warn(f"logger {self._label} is switched off: {why}")
-            if gone:
+            if console and isinstance(error, OSError | SystemExit):
                 drop_output()
+            warn(f"logger {self._label} is switched off: {why}")
             with suppress(Exception):
                 failed.close()
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    emit(f"warning: {message}")
 
 
 def _first_line(error: BaseException) -> str:

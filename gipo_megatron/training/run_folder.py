@@ -13,7 +13,7 @@ from typing import Any
 
 from gipo_megatron import registry
 from gipo_megatron.data.batching import Dataset
-from gipo_megatron.environment import commit, variables
+from gipo_megatron.environment import commit, emit, variables
 from gipo_megatron.environment import line as environment_line
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_json, write_text
@@ -41,8 +41,9 @@ def plain_recipe(recipe: Recipe) -> dict[str, Any]:
     return tree
 
 
-def check_writable(directory: Path) -> None:
-    """Raise UserError where a run could not write, before anything is built. Writes nothing."""
+def check_writable(directory: Path, key: str) -> None:
+    """Raise UserError, which names `key`, where a run could not write, before anything is built.
+    Writes nothing."""
     place = directory.absolute()
     while not os.path.lexists(place):
         place = place.parent
@@ -50,7 +51,7 @@ def check_writable(directory: Path) -> None:
         why = "no write permission" if place.is_dir() else "not a folder"
         raise UserError(
             f"cannot write to {directory}: {place}: {why}",
-            where="run.dir",
+            where=key,
             fix="choose a folder you may write to",
         )
 
@@ -140,4 +141,4 @@ def close_run(directory: Path, recipe: Recipe) -> None:
         [directory], directory / "report.html", title=recipe.name, figures_to=directory / "figures"
     )
     if course := gold_course(load_run(directory)):
-        print(f"{recipe.name}: held-out gold: {course}")
+        emit(f"{recipe.name}: held-out gold: {course}", error=False)

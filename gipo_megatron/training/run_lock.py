@@ -36,10 +36,13 @@ class Owner:
 
 
 class RunLock:
-    """The lock of a run folder: with RunLock(folder) as lock: lock.take()"""
+    """The lock of a run folder: with RunLock(folder) as lock: lock.take()
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / "lock"
+    path: its file, where `folder`, of the recipe key or option `key`, appears only at the end.
+    """
+
+    def __init__(self, folder: Path, path: Path | None = None, key: str = "run.dir") -> None:
+        self.folder, self.path, self._key = folder, path or folder / "lock", key
         self._file: int | None = None
         self._made: list[Path] = []  # folders made for the lock
         self._ended = threading.Event()
@@ -53,9 +56,11 @@ class RunLock:
         if self._file is None:
             return
         self._ended.set()
-        self._beating.join()
-        if self._is_current(self._file):
-            self.path.unlink()
+        if self._beating.ident is not None:
+            self._beating.join()
+        with suppress(OSError):  # the folder may be read-only by now
+            if self._is_current(self._file):
+                self.path.unlink()
         os.close(self._file)
         for folder in self._made:
             with suppress(OSError):
@@ -64,12 +69,12 @@ class RunLock:
     def take(self) -> None:
         """Make the folder and become its owner. Raises UserError where another run owns it, or
         where it cannot be written."""
-        check_writable(self.folder)
+        check_writable(self.folder, self._key)
         here = Owner(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
-        places = (self.folder, *self.folder.parents)
+        places = self.path.parents
         self._made = [place for place in places if not os.path.lexists(place)]
         with user_errors(self.path):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._locked(here.host)
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, json.dumps(asdict(here)).encode() + b"\n", 0)
@@ -119,8 +124,8 @@ class RunLock:
     def _refusal(self, owner: Owner | None) -> UserError:
         return UserError(
             f"{self.folder} is in use by another run: {owner or 'it has just started'}",
-            where="run.dir",
-            fix=f"wait for it or stop it, or choose another run.dir; if that process is gone,"
+            where=self._key,
+            fix=f"wait for it or stop it, or choose another {self._key}; if that process is gone,"
             f" remove {self.path}",
         )
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gipo_megatron.environment import commit
+from gipo_megatron.environment import commit, emit
 from gipo_megatron.errors import SamplerLost, UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh, mesh_session
@@ -46,6 +46,7 @@ class Progress:
     stale: int = 0  # evaluations since then
     skipped: int = 0  # consecutive steps with a non-finite loss or gradient
     data: str = ""  # fingerprint of the training rows
+    held_out_data: str = ""  # that of the held-out rows
     # of the last step, until its evaluation is done: values, samples, skipped
     unlogged: dict[str, Any] = field(default_factory=dict)
 
@@ -285,10 +286,10 @@ class Run:
             run_folder.close_run(self.directory, self.recipe)
             checkpoint.link(self.directory / "final", last)
         advice = "" if done else "; the same command continues"
-        print(
+        emit(
             f"{self.recipe.name}: {ending} at step {self.progress.step} of {self.parts.steps};"
             f" {last}{advice}",
-            flush=True,
+            error=False,
         )
 
     def _export(self) -> None:
@@ -343,7 +344,7 @@ class Run:
         (folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
 
     def _resume(self, path: Path | None) -> None:
-        fingerprint = self.parts.train.fingerprint
+        rows, held_out = self.parts.train.fingerprint, self.parts.held_out.fingerprint
         if path is not None:
             self.parts.notes += check_tokenizer(
                 path, self.parts.tokenizer, self.recipe.data.template, where="model.tokenizer"
@@ -353,16 +354,14 @@ class Run:
             if isinstance(self.parts.algorithm, Stateful):
                 self.parts.algorithm.load_state_dict(state["algorithm"])
             self.recipe.alerts.load_state_dict(state["alerts"])
-            if self.progress.data != fingerprint:
-                raise UserError(
-                    f"the training data differ from those of {path}",
-                    where="data",
-                    fix=(
-                        "resume with the same data, or start a new run.dir with models.<role>.load"
-                        " pointing to that checkpoint"
-                    ),
-                )
-        self.progress.data = fingerprint
+            if self.progress.data != rows:
+                what = f"the training data differ from those of {path}"
+                fix = "the same data; or a new run.dir, and models.<role>.load: that checkpoint"
+                raise UserError(what, where="data", fix=fix)
+            if self.progress.held_out_data != held_out:
+                self.progress.best = None
+                self.parts.notes.append(f"other held-out rows than at {path}: `best` begins again")
+        self.progress.data, self.progress.held_out_data = rows, held_out
 
     def _begin(self, origin: str) -> None:
         """Begin to write: all is built and loaded, and only now the run folder changes. Rank 0

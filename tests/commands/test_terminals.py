@@ -84,6 +84,27 @@ def test_a_reader_that_leaves_ends_a_command_quietly() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize(
+    ("name", "action"),
+    [("stdout", lambda: print(SHOWN)), ("stderr", lambda: fail(UserError(SHOWN)))],
+)
+def test_output_on_a_full_disk_is_exit_code_2(
+    name: str, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream is dropped: no error follows at the end of the program."""
+    with open("/dev/full", "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, name, stream)
+        with pytest.raises(SystemExit, match="2"):
+            cli.run(action)
+        print(SHOWN, file=stream, flush=True)
+
+
+def test_what_a_run_prints_at_its_end_may_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        environment.emit(SHOWN, error=False)
+
+
 def test_ctrl_c_says_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(lambda: fail(KeyboardInterrupt("kept"))) == 130
     assert cli.run(lambda: fail(KeyboardInterrupt())) == 130

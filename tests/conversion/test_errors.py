@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gipo_megatron import cli
 from gipo_megatron.commands.words import arguments
 from gipo_megatron.conversion.convert import to_hf, to_megatron
 from gipo_megatron.conversion.staging import Mismatch, staged
@@ -23,6 +24,7 @@ from gipo_megatron.conversion.verify import check_structure
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.telemetry.console import Display
+from gipo_megatron.training.run_lock import RunLock
 from tests.conversion import families
 from tests.forked import ROOT
 
@@ -222,6 +224,28 @@ def test_outputs_tell_what_shapes_cannot(
         not (tmp_path / "out").exists()
         and (tmp_path / "out.mismatch" / "model.safetensors").is_file()
     )
+
+
+def test_what_a_kill_left_beside_the_folder_is_replaced(tmp_path: Path) -> None:
+    """OUT.partial, and OUT.old of a kill between two renames."""
+    for name in ("out", "out.old", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    with staged(tmp_path / "out") as work:
+        (work / "new").touch()
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["out", "out/new"]
+
+
+@pytest.mark.parametrize("direction", ["from-hf hf", "to-hf checkpoint"])
+def test_two_conversions_to_one_folder(
+    direction: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLock(tmp_path / "out", tmp_path / "out.lock", "out") as lock:
+        lock.take()
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["convert", *f"{direction}=in out={tmp_path}/out".split()])
+    error = capsys.readouterr().err
+    assert f"out is in use by another run: process {os.getpid()} on " in error
 
 
 # ----------------------------------------------------------------------------- as started by a user

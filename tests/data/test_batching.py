@@ -270,6 +270,18 @@ def test_the_fingerprint_is_of_the_rows(tmp_path: Path) -> None:
     assert a == b != c
 
 
+def test_the_fingerprint_is_of_the_columns_beside_the_rows_too(tmp_path: Path) -> None:
+    """A gold reward or a group that is changed is other data."""
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    found = []
+    for gold in (1, 2):
+        write_rows(tmp_path / "s" / "train.jsonl", [{**row, "gold_chosen": gold}])
+        config = DataConfig(path=str(tmp_path))
+        found.append(load_data(config, TOKENIZER, "all", 0, "preference"))
+    assert [data.rows[0].extras for data in found] == [{"gold_chosen": 1}, {"gold_chosen": 2}]
+    assert found[0].fingerprint != found[1].fingerprint
+
+
 # ---------------------------------------------------------------------------------------- real data
 
 

@@ -20,6 +20,7 @@ from gipo_megatron.specs import AdapterSpec
 from gipo_megatron.weights.checkpoints import CheckpointMeta, latest, weights_kind
 from tests.parity.roles import digest, engine, new_actor, new_critic, new_reward
 from tests.parity.tiny import ARCHITECTURE, GROUP, critic_loss, pair_loss, pairs, weighted
+from tests.test_errors import small_files
 
 pytestmark = pytest.mark.global_rng
 
@@ -124,6 +125,26 @@ def test_keep_and_links(mesh: Mesh, tmp_path: Path) -> None:
     # the same step once more
     checkpoint.save(directory, {}, mesh, CheckpointMeta(4), {"again": 1}, keep=2)
     assert checkpoint.restore(tmp_path / "best", {}, mesh) == {"again": 1}
+
+
+# mcore's common.pt, which torch writes in C++; then the tensors
+@pytest.mark.parametrize("size", [1000, 10_000])
+def test_a_full_disk_is_named_and_leaves_nothing(size: int, mesh: Mesh, tmp_path: Path) -> None:
+    roles = {"actor": new_actor(mesh).engine}
+    said = "cannot write the checkpoint: File too large"
+    with pytest.raises(UserError, match=said) as raised, small_files(size):
+        checkpoint.save(tmp_path, roles, mesh, CheckpointMeta(1))
+    assert (raised.value.where, raised.value.fix) == (str(tmp_path / "step_1"), "free some space")
+    assert not list(tmp_path.iterdir())
+    assert (checkpoint.save(tmp_path, roles, mesh, CheckpointMeta(1)) / "meta.json").exists()
+
+
+def test_another_error_is_no_full_disk(mesh: Mesh, tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        checkpoint.save(tmp_path, {}, mesh, CheckpointMeta(1), extra_files=fail)
 
 
 def test_kind(folder: Path, tmp_path: Path) -> None:

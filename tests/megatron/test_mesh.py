@@ -45,9 +45,30 @@ def test_one_plain_process(mesh: Mesh) -> None:
     with pytest.raises(UserError, match="why"):
         mesh.from_main(refuse)
 
+    with pytest.raises(UserError, match="the system refuses: No space"):
+        mesh.from_main(fill)
+
 
 def refuse() -> None:
     raise UserError("why")
+
+
+def fill() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_processes_that_cannot_meet_name_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another program has the port."""
+
+    def taken(*_: object, **__: object) -> None:
+        raise dist.DistNetworkError("The server socket has failed to listen: EADDRINUSE\nmore")
+
+    monkeypatch.setattr(mesh_module.dist, "init_process_group", taken)
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"cannot meet: DistNetworkError: .* EADDRINUSE") as raised:
+        mesh_module._start(torch.device("cpu"), 1.0)
+    assert raised.value.where == "node1:7" and "MASTER_PORT" in raised.value.fix
 
 
 def test_an_error_of_any_kind_can_be_sent_to_other_ranks() -> None:

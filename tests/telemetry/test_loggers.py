@@ -82,6 +82,17 @@ def test_a_reader_that_leaves_ends_the_console_and_not_the_run(
     assert capsys.readouterr().err == said
 
 
+def test_only_the_console_is_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe of another logger may break, and its file be on a full disk."""
+    dropped: list[int] = []
+    monkeypatch.setattr(loggers, "drop_output", lambda: dropped.append(1))
+    for error in (BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")):
+        Guarded("wandb", Broken("log", error)).log(1, {})
+        assert dropped == []
+    Guarded("console", Broken("log", OSError(28, "No space left on device"))).log(1, {})
+    assert dropped == [1]
+
+
 def test_richs_console_without_a_reader(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -175,6 +175,41 @@ def test_the_owner_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             pass
 
 
+def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_lock.os, "pwrite", full)
+    with RunLock(tmp_path / "run") as lock, pytest.raises(UserError, match="No space left"):
+        lock.take()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_has_become_read_only_keeps_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with RunLock(tmp_path / "run") as lock:
+        lock.take()
+        monkeypatch.setattr(Path, "unlink", read_only)
+    assert (tmp_path / "run" / "lock").exists()
+
+
+def test_a_lock_beside_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    out = tmp_path / "models" / "out"
+    words = (out, tmp_path / "models" / "out.lock", "out")
+    with RunLock(*words) as lock:
+        lock.take()
+        assert not out.exists()
+        with RunLock(*words) as second, pytest.raises(UserError) as error:
+            second.take()
+        assert error.value.where == "out" and "choose another out;" in error.value.fix
+        assert error.value.what.startswith(f"{out} is in use by another run: process {os.getpid()}")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_copied_folder_is_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLock(tmp_path / "run") as lock:
         lock.take()

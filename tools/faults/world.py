@@ -64,6 +64,11 @@ class World:
     def ended(self, rank: int = 0) -> bool:
         return self.processes[rank].exitcode is not None
 
+    def pid(self, rank: int) -> int:
+        number = self.processes[rank].pid
+        assert number is not None
+        return number
+
     def signal(self, number: int, rank: int | None = None) -> None:
         """Send a signal to one rank, or to all."""
         for process in self.processes if rank is None else [self.processes[rank]]:

@@ -16,9 +16,21 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch.distributed import checkpoint as torch_checkpoint
 
+from gipo_megatron.errors import system_error
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.param_sharding import ADAPTER, placements
 from gipo_megatron.megatron.scaling import EXTRA_STATE
+
+
+class _Writer(torch_checkpoint.FileSystemWriter):
+    """Raises the operating system's own error. torch hides it behind another, and drops it where
+    it sends that to other ranks."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise system_error(error) or error from None
 
 
 class InlineSave(TorchDistSaveShardedStrategy):
@@ -31,7 +43,7 @@ class InlineSave(TorchDistSaveShardedStrategy):
         )
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(grouped, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            storage_writer=_Writer(checkpoint_dir),
             planner=MCoreSavePlanner(
                 dedup_replicated_tensors=False,
                 flatten_state_dict=False,

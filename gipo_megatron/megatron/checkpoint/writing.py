@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed import checkpoint as torch_checkpoint
 
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, refusal, system_error
 from gipo_megatron.megatron.checkpoint.finite import check_finite
 from gipo_megatron.megatron.checkpoint.folders import link, prune
 from gipo_megatron.megatron.checkpoint.sharded import InlineSave, metadata, sharded_chunks
@@ -61,7 +62,8 @@ def write(
     """Write one checkpoint as the folder `final`, which appears whole, by one rename.
 
     Collective; `meta`, `state` and `extra_files(folder)` are rank 0's. Raises UserError for a full
-    disk, and for weights that are not finite: no run could continue from them.
+    disk, and then leaves nothing; and for weights that are not finite: no run could continue from
+    them.
     """
     work, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
     try:
@@ -75,7 +77,8 @@ def write(
         for role, engine in roles.items():
             _save_role(work / role, engine)
         if mesh.is_main:
-            torch.save(state or {}, work / "state.pt")
+            with (work / "state.pt").open("wb") as file:
+                torch.save(state or {}, file)
             if extra_files is not None:
                 extra_files(work)
             described = {role: describe(engine) for role, engine in roles.items()}
@@ -88,15 +91,13 @@ def write(
         shutil.rmtree(work, ignore_errors=True)
         raise
     except (OSError, RuntimeError, torch_checkpoint.CheckpointException) as error:
-        reason = _full_disk(error)
-        if reason is None:
+        failed = _failed_write(error) or (_refused(work) if mesh.is_main else None)
+        if failed is None:
             raise
         shutil.rmtree(work, ignore_errors=True)
-        raise UserError(
-            f"cannot write the checkpoint: {reason}",
-            where=str(final),
-            fix="free some space, then start again",
-        ) from None
+        about = refusal(failed)
+        what = f"cannot write the checkpoint: {failed.strerror}"
+        raise UserError(what, where=str(final), fix=about.fix) from error
 
 
 def _write_hf_files(folder: Path, files: dict[str, str]) -> None:
@@ -105,18 +106,22 @@ def _write_hf_files(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _full_disk(error: BaseException) -> str | None:
-    """Return the system's reason when a write failed, else None. torch wraps the errors of its
-    writer, on any rank, in exceptions of its own."""
-    found = [error, *(e for e in (error.__cause__, error.__context__) if e is not None)]
+def _failed_write(error: BaseException) -> OSError | None:
+    """Return the system's error of a write, on any rank, that failed; None for another failure."""
+    found = [error]
     if isinstance(error, torch_checkpoint.CheckpointException):
-        found += [wrapped[0] for wrapped in error.failures.values()]
-    for one in found:
-        if isinstance(one, OSError) and one.strerror:
-            return one.strerror
-        # torch.save onto a full disk
-        if "PytorchStreamWriter failed" in str(one) or "unexpected pos" in str(one):
-            return "no space left, or a file size limit"
+        found = [wrapped[0] for wrapped in error.failures.values()]
+    return next(filter(None, map(system_error, found)), None)
+
+
+def _refused(folder: Path) -> OSError | None:
+    """Return the system's error where it takes no file of 1 MiB; None where it does. torch writes
+    mcore's common.pt in C++, whose errors lack the system's."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+    except OSError as error:
+        return error
     return None
 
 
