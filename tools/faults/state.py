@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gipo_megatron import launcher
 from tools.faults import runs, world
 from tools.faults.trial import Bench, Trial, expect
 
@@ -70,12 +72,13 @@ def _run(bench: Bench, *more: str) -> list[str]:
 def failed(
     bench: Bench, words: list[str], ranks: int, before: Callable[[int], None] | None = None
 ) -> str:
-    """Check that a command ends with one message and exit code 2 on every rank; return the
-    message."""
+    """Check that a command ends with one message and exit code 2 on every rank, of which the first
+    that fails ends the others, as the launcher does; return the message."""
     folder = bench.folder
     with world.world(world.GIPO, *words, ranks=ranks, folder=folder, before=before) as running:
         running.until(lambda: any(running.ended(rank) for rank in range(ranks)))
-        running.signal(signal.SIGTERM)  # as the launcher
+        time.sleep(launcher.PATIENCE[0])
+        running.signal(signal.SIGTERM)
         done = running.wait()
     lines = done.stderr.splitlines()
     expect(set(done.codes) == {2}, done.tail())
