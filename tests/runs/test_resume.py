@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import signal
@@ -11,17 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import chain
-
-
-def tree(directory: Path) -> dict[str, str]:
-    """Every file and link with its content, but a killed run's lock, which is taken."""
-    found = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_symlink():
-            found[str(path.relative_to(directory))] = os.readlink(path)
-        elif path.is_file() and path.name != "lock":
-            found[str(path.relative_to(directory))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+from tools.faults.runs import tree
 
 
 def kill_after_step_2(directory: Path, base: Path) -> None:
