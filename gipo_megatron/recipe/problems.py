@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.screen import shown
 
 SHOWN = 16  # names in a list, problems in a message: one screen
 
@@ -69,5 +70,6 @@ def fail(error: UserError, patience: float = 30.0) -> NoReturn:
     if rank:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(patience)
-    print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
+    text = shown(f"rank {rank}: {error}" if rank else str(error))
+    print(text, file=sys.stderr, flush=True)
     raise SystemExit(2)
