@@ -23,6 +23,6 @@ def run(
     """
     try:
         with world(script, *arguments, ranks=ranks, folder=folder) as started:
-            return started.wait(timeout, patience=None)
+            return started.wait(timeout, patient=False)
     except Lost as late:
         raise AssertionError(str(late)) from None

@@ -16,6 +16,7 @@ from gipo_megatron.environment import commit
 from gipo_megatron.errors import SamplerLost, UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh, mesh_session
+from gipo_megatron.megatron.watch import Phases
 from gipo_megatron.metrics import Metric, Metrics
 from gipo_megatron.recipe.length import rows_a_step
 from gipo_megatron.recipe.schema import Recipe
@@ -71,7 +72,7 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
             run_folder.announce_complete(recipe, start_from)
         return
     interrupt = Interrupt()
-    sinks: list[Sink] = []
+    sinks: list[Sink] = [Phases()]
 
     def show(phase: str) -> None:
         for sink in sinks:
@@ -126,7 +127,7 @@ class Run:
     recipe: Recipe
     mesh: Mesh
     parts: Assembly
-    sinks: list[Sink]  # rank 0 only; filled when the run begins
+    sinks: list[Sink]  # rank 0's are filled when the run begins
     timer: PhaseTimer
     interrupt: Interrupt
     directory: Path
@@ -281,13 +282,12 @@ class Run:
             self._export()
         if not self.mesh.is_main:
             return
-        if done:
-            checkpoint.link(self.directory / "final", last)
         for sink in self.sinks:
             sink.close()
         self.sinks.clear()
-        if done:
+        if done:  # `final` is the last: a run without it ends once more
             run_folder.close_run(self.directory, self.recipe)
+            checkpoint.link(self.directory / "final", last)
         advice = "" if done else "; the same command continues"
         print(
             f"{self.recipe.name}: {ending} at step {self.progress.step} of {self.parts.steps};"
@@ -314,7 +314,7 @@ class Run:
                 "algorithm": algorithm.state_dict() if isinstance(algorithm, Stateful) else {},
                 "alerts": self.recipe.alerts.state_dict(),
             }
-            path = checkpoint.save(
+            checkpoint.save(
                 folder,
                 self.parts.trained,
                 self.mesh,
@@ -322,9 +322,8 @@ class Run:
                 state,
                 self._extra_files,
                 self.recipe.run.keep,
+                self.directory / "best" if best else None,
             )
-            if best and self.mesh.is_main:
-                checkpoint.link(self.directory / "best", path)
 
     def _meta(self) -> CheckpointMeta:
         """Step and origin of a checkpoint written now."""
@@ -382,6 +381,7 @@ class Run:
             checkpoint.link(directory / "best", best)
         else:
             (directory / "best").unlink(missing_ok=True)
+        checkpoint.prune(directory / "checkpoints", recipe.run.keep)
         self.sinks += make_sinks(
             recipe.run.loggers,
             directory,

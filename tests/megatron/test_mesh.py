@@ -76,10 +76,11 @@ def test_the_process_group_is_bound_to_the_gpu(
     else:
         monkeypatch.delenv("WORLD_SIZE", raising=False)
     device = torch.device(name)
-    mesh_module._start(device)
+    mesh_module._start(device, timeout=4.0)
     ((backend,), named) = calls.pop()
     expected = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     assert (backend, named.pop("device_id")) == expected and not calls
+    assert named.pop("timeout").total_seconds() == 6.0
     assert named.keys() == (set() if launched else {"store", "rank", "world_size"})
 
 

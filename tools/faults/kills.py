@@ -1,31 +1,155 @@
-"""kill -9 of a rank at any moment: the same command continues, to the same bits."""
+"""kill -9 and signals at any moment: the same command continues, to the same bits."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import signal
+import time
+from functools import partial
 from pathlib import Path
 
-from tools.faults import runs, world
+from tools.faults import moments, runs, systems, world
+from tools.faults.systems import LAYOUTS, SYSTEMS, System
 from tools.faults.trial import Bench, Trial, expect
 
+KILLS = 20  # of each system, over its layouts
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME = (
+    "the other ranks end by themselves, without a traceback; the same command continues, and"
+    " leaves what a run without the fault does, bit for bit; nothing is half-written"
+)
+ORDERLY = (
+    "exit code 0 after a checkpoint, 130 after Ctrl-C before the first step, or ended by the"
+    " signal; no traceback; the same command continues, bit for bit"
+)
 SURVIVED = {
-    "kill -9: SFT": "the same command continues; metrics, samples and checkpoints as never killed",
+    **{f"kill -9: {system.name}": SAME for system in SYSTEMS},
+    **{f"signals: {system.name}": ORDERLY for system in SYSTEMS},
 }
-SFT = ("run.steps=4", "run.save_every=1", "run.keep=2", "run.eval_every=2")
+SMALL = {
+    ("GIPO", "1 process"),
+    ("SFT", "TP 2"),
+    ("evaluation", "1 process"),
+    ("to-hf", "1 process"),
+}
+STOPPED = "stopped"  # how the lines begin that Ctrl-C leaves on stderr
+TRIES = 5  # for a moment by the clock: the run may have ended before
 
 
 def trials() -> list[Trial]:
-    return [Trial("kill -9: SFT", "after step 2", _after_step_2, small=True)]
+    return [trial for system in SYSTEMS for trial in (*_kills(system), *_signals(system))]
 
 
-def _after_step_2(bench: Bench) -> None:
-    words = ("train", *runs.sft(Path("run"), *SFT))
-    reference = runs.finished(bench.base / "sft_killed", *words)
-    directory = bench.folder / "run"
-    with world.world(world.GIPO, *words, folder=bench.folder) as killed:
-        expect(killed.until(lambda: runs.logged(directory, 2)), "step 2 never came")
-        killed.kill()
-        expect(killed.wait().code == -9, "it had ended before")
-    done = world.run(world.GIPO, *words, folder=bench.folder)
-    expect(done.codes == (0,) and not done.stderr, done.tail())
-    different = runs.difference(directory, reference / "run")
-    expect(not different, different)
+def _kills(system: System) -> list[Trial]:
+    """Return trials that kill, by turns, before a write and at a time."""
+    found = []
+    for number in range(KILLS):
+        layout = system.layouts[number % len(system.layouts)]
+        turn = number // len(system.layouts)
+        how = _before_a_write if turn % 2 == 0 else _at_a_time
+        run = partial(how, system=system, layout=layout, number=signal.SIGKILL)
+        case = f"{layout}, {how.__name__.strip('_').replace('_', ' ')} {turn}"
+        small = turn == 0 and (system.name, layout) in SMALL
+        found.append(Trial(f"kill -9: {system.name}", case, run, small))
+    return found
+
+
+def _signals(system: System) -> list[Trial]:
+    return [
+        Trial(
+            f"signals: {system.name}",
+            f"{layout}, {number.name}",
+            partial(_at_a_time, system=system, layout=layout, number=number),
+            small=number == signal.SIGTERM and (system.name, layout) == ("DPO", "1 process"),
+        )
+        for layout in system.layouts
+        for number in SIGNALS
+    ]
+
+
+def _before_a_write(bench: Bench, system: System, layout: str, number: int) -> None:
+    """Signal one rank before a write of the same or another rank."""
+    reference, random = _reference(bench, system, layout), bench.random
+    ranks = LAYOUTS[layout][0]
+    count = moments.writes(reference, ranks)
+    of = random.choice([rank for rank in range(ranks) if count[rank]])
+    any_rank, at = random.randrange(ranks), random.randint(1, count[of])
+    for on in (any_rank, of):  # another rank may have ended already
+        words, ranks, folder = _place(bench, system, layout)
+        before = partial(moments.begin, folder=folder, at=at, of=of, on=on, number=number)
+        with world.world(world.GIPO, *words, ranks=ranks, folder=folder, before=before) as struck:
+            ended = struck.wait()
+        if any(ended.codes):
+            break
+    when = f"rank {on} before write {at} of rank {of}"
+    expect(ended.codes[on] == -number, f"{when}: {ended.tail()}")
+    _check(bench, system, layout, ended, when, reference)
+
+
+def _at_a_time(bench: Bench, system: System, layout: str, number: int) -> None:
+    """Signal a rank (kill -9, and every second other signal) or all, at a time between the start
+    and the end of the run."""
+    reference = _reference(bench, system, layout)
+    seconds = json.loads((reference / runs.ENDED).read_text())
+    words, ranks, folder = _place(bench, system, layout)
+    one = number == signal.SIGKILL or bench.random.random() < 0.5
+    rank = bench.random.randrange(ranks) if one else None
+    share = bench.random.random()
+    before = partial(moments.begin, folder=folder)
+    for _ in range(TRIES):
+        with world.world(world.GIPO, *words, ranks=ranks, folder=folder, before=before) as struck:
+            time.sleep(share * seconds)
+            early = not struck.ended(rank or 0)
+            struck.signal(number, rank)
+            ended = struck.wait()
+        if early:
+            break
+        share *= 0.7
+        words, ranks, folder = _place(bench, system, layout)
+    who = "all ranks" if rank is None else f"rank {rank}"
+    when = f"{who} after {share * seconds:.2f} s"
+    expect(early, f"{when}: the run had always ended: {ended.tail()}")
+    _check(bench, system, layout, ended, when, reference)
+
+
+def _place(bench: Bench, system: System, layout: str) -> tuple[list[str], int, Path]:
+    """Return the command, its number of ranks, and its working folder, made anew."""
+    folder = bench.folder / "work"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    system.start(bench.base, folder, layout)
+    return system.command(bench.base, layout), LAYOUTS[layout][0], folder
+
+
+def _reference(bench: Bench, system: System, layout: str) -> Path:
+    """Return the working folder of a run without a fault, made at the first call."""
+    systems.prepare(bench.base)
+    folder = bench.base / f"{system.name}_{layout}".replace(" ", "_")
+    if not (folder / runs.ENDED).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        system.start(bench.base, folder, layout)
+        before = partial(moments.begin, folder=folder)
+        words = system.command(bench.base, layout)
+        runs.finished(folder, *words, ranks=LAYOUTS[layout][0], before=before)
+    return folder
+
+
+def _check(
+    bench: Bench, system: System, layout: str, ended: world.Finished, when: str, reference: Path
+) -> None:
+    """Check how a struck run ended, start it again, and compare."""
+    expect("Traceback" not in ended.stderr, f"{when}: a traceback: {ended.tail()}")
+    words, ranks, folder = (
+        system.command(bench.base, layout),
+        LAYOUTS[layout][0],
+        bench.folder / "work",
+    )
+    if not (folder / systems.OUT).exists():  # a conversion that was complete is refused, rightly
+        before = partial(moments.begin, folder=folder)
+        again = world.run(world.GIPO, *words, ranks=ranks, folder=folder, before=before)
+        well = not again.code and not again.stderr
+        expect(well, f"{when}: the second start: {again.tail()}\nthe first: {ended.tail()}")
+    different = system.difference(folder, reference)
+    expect(not different, f"{when}: {different}; the first start: {ended.tail()}")

@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tools.faults import world
 from tools.faults.trial import expect
 
+ENDED = "ended_well"  # a file: seconds of a run without a fault
 VOLATILE = ("time/", "perf/", "memory/", "rollout/tokens_per_second")
 SMALL = [
     "model.architecture.num_layers=4",  # two pipeline stages with two chunks each
@@ -131,18 +133,22 @@ def logged(directory: Path, step: int) -> bool:
     return file.exists() and f'{{"step": {step}, ' in file.read_text()
 
 
-def finished(folder: Path, *words: str, ranks: int = 1) -> Path:
+def finished(
+    folder: Path, *words: str, ranks: int = 1, before: Callable[[int], None] | None = None
+) -> Path:
     """Run the command `words` in `folder`, unless it has ended well there before; return `folder`.
 
-    Words that name run.dir=run leave FOLDER/run. Raises Lost when the command fails.
+    Words that name run.dir=run leave FOLDER/run; FOLDER/ENDED has the seconds. Raises Lost when the
+    command fails.
     """
-    done = folder / "ended_well"
-    if not done.exists():
+    if not (folder / ENDED).exists():
         folder.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        ended = world.run(world.GIPO, *words, ranks=ranks, folder=folder, timeout=300)
+        ended = world.run(
+            world.GIPO, *words, ranks=ranks, folder=folder, before=before, timeout=300
+        )
         expect(not ended.code and not ended.stderr, f"a run without a fault: {ended.tail()}")
-        done.write_text(f"{time.monotonic() - start:.2f}")
+        (folder / ENDED).write_text(f"{time.monotonic() - start:.2f}")
     return folder
 
 

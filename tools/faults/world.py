@@ -8,6 +8,7 @@ with world(script, "recipe=tiny/sft", ranks=2) as ranks:
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import runpy
@@ -25,7 +26,7 @@ from typing import NoReturn
 
 from torch.distributed import TCPStore
 
-from gipo_megatron.launcher import world_variables
+from gipo_megatron.launcher import PATIENCE, world_variables
 from tools.faults.trial import Lost
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,25 +84,31 @@ class World:
             time.sleep(TICK)
         return True
 
-    def wait(self, timeout: float = 120, patience: float | None = 30) -> Finished:
-        """Wait for the end of all ranks, and end what is left.
+    def wait(self, timeout: float = 120, *, patient: bool = True) -> Finished:
+        """Wait for the end of all ranks.
 
-        patience: seconds that the others have after a rank failed; None: they are ended at once.
-        Raises Lost, with their output, when a rank is left after `timeout` or `patience`, or when a
-        process that a rank started outlives it.
+        When one fails, the others are ended as launcher.py does it: by SIGTERM after a second; by
+        kill -9 at once unless `patient`. Raises Lost, with their output, when a rank is left after
+        `timeout` seconds, or 30 seconds after SIGTERM, or when a process outlives the rank that
+        started it.
         """
-        end, failed = time.monotonic() + timeout, False
+        end, failed, asked = time.monotonic() + timeout, False, math.inf
         running = {process.sentinel: process for process in self.processes}
-        while running and time.monotonic() < end and not (failed and patience is None):
-            for sentinel in wait(list(running), timeout=max(0.0, end - time.monotonic())):
+        while running and time.monotonic() < end and (patient or not failed):
+            now = time.monotonic()
+            if now >= asked:
+                self.signal(signal.SIGTERM)
+                asked = math.inf
+            for sentinel in wait(list(running), timeout=max(0.0, min(end, asked) - now)):
                 if running.pop(int(sentinel)).exitcode and not failed:
-                    failed, end = True, min(end, time.monotonic() + (patience or 0.0))
+                    failed, asked = True, time.monotonic() + PATIENCE[0]
+                    end = min(end, asked + PATIENCE[1])
         late = [self.processes.index(process) for process in running.values()]
         orphans = [] if late else self._orphans()
         self.end()
         finished = self.finished()
-        if late and not (failed and patience is None):
-            since = f"{patience:g} s after another failed" if failed else f"after {timeout:g} s"
+        if late and (patient or not failed):
+            since = f"{PATIENCE[1]:g} s after SIGTERM" if failed else f"after {timeout:g} s"
             raise Lost(f"{self.name}: rank {late[0]} still runs {since}\n{finished.tail()}")
         if orphans:
             raise Lost(f"{self.name}: rank {orphans[0]} left a process\n{finished.tail()}")

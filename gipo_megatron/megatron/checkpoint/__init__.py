@@ -8,7 +8,7 @@ DIR/step_12/meta.json     CheckpointMeta: step, origin, roles, sizes of all file
             huggingface/  per role, config.json and generation_config.json of the model it came from
 """
 
-from gipo_megatron.megatron.checkpoint.folders import discard_after, link
+from gipo_megatron.megatron.checkpoint.folders import discard_after, link, prune
 from gipo_megatron.megatron.checkpoint.reading import (
     check_architecture,
     load_weights,
@@ -23,6 +23,7 @@ __all__ = [
     "discard_after",
     "link",
     "load_weights",
+    "prune",
     "restore",
     "save",
     "source_of",

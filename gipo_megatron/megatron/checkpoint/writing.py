@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron.checkpoint.folders import prune
+from gipo_megatron.megatron.checkpoint.folders import link, prune
 from gipo_megatron.megatron.checkpoint.sharded import InlineSave, metadata, sharded_chunks
 from gipo_megatron.megatron.cpu_compat import host_mode
 from gipo_megatron.megatron.engine import Engine
@@ -31,14 +31,17 @@ def save(
     state: dict[str, Any] | None = None,
     extra_files: ExtraFiles | None = None,
     keep: int | None = None,
+    best: Path | None = None,
 ) -> Path:
     """Write DIR/step_N, N the step of `meta`, and return it. Collective; see `write`.
 
-    keep: only that many of the newest step folders stay, and those that a link in DIR or beside it
-    points to.
+    best: a link to this folder from now on. keep: only that many of the newest step folders stay,
+    and those that a link in DIR or beside it points to.
     """
     final = directory / f"step_{meta.step}"
     write(final, roles, mesh, meta, state, extra_files)
+    if mesh.is_main and best is not None:
+        link(best, final)
     if mesh.is_main and keep is not None:
         prune(directory, keep)
     mesh.barrier()
