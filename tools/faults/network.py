@@ -6,15 +6,18 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import os
 import re
 import shutil
 import urllib.request
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from tests.injections import ALL, SCRIPT
 from tools.faults import runs, servers, world
 from tools.faults.trial import Bench, Trial, expect
 from tools.faults.world import GIPO, ROOT, Finished
@@ -59,6 +62,7 @@ def trials() -> list[Trial]:
         Trial(KEYS, "a run", _keys_of_a_run),
         *(Trial(KEYS, n, partial(_key_in_a_recipe, words=w)) for n, w in IN_RECIPES.items()),
         Trial(TEXTS, "an evaluation", _texts),
+        Trial(TEXTS, "a run", _texts_of_a_run),
         Trial(TEXTS, "a judge that follows them", _obedient),
     ]
 
@@ -122,8 +126,8 @@ def _judged(bench: Bench, url: str, *more: str) -> Finished:
     return _command(bench.folder, *words, f"judge.base_url={url}/v1", *more)
 
 
-def _command(folder: Path, *words: str, **env: str) -> Finished:
-    return world.run(GIPO, *words, folder=folder, env={**SECRETS, **env}, timeout=200)
+def _command(folder: Path, *words: str, **more: Any) -> Finished:
+    return world.run(GIPO, *words, folder=folder, env=SECRETS, timeout=200, **more)
 
 
 def _reference(bench: Bench) -> Path:
@@ -224,9 +228,8 @@ def _sampler(bench: Bench, name: str) -> None:
 # --------------------------------------------------------------------------------------------- W&B
 
 
-def _sft(folder: Path, *more: str, **env: str) -> Finished:
-    words = runs.sft(Path("run"), "run.steps=3", "run.eval_every=2", *more)
-    return _command(folder, "train", *words, **env)
+def _sft(folder: Path, *words: str, **more: Any) -> Finished:
+    return _command(folder, "train", *runs.sft(Path("run"), "run.eval_every=2", *words), **more)
 
 
 def _plain(bench: Bench) -> Path:
@@ -238,14 +241,19 @@ def _plain(bench: Bench) -> Path:
     return home / "run"
 
 
+def _online(rank: int, url: str) -> None:
+    """Set W&B's variables as on a machine with a login; the campaign's own are for offline runs."""
+    del os.environ["WANDB_MODE"]
+    os.environ |= {"WANDB_BASE_URL": url, "WANDB_FINISH_TIMEOUT": "5"}
+
+
 def _wandb(bench: Bench, name: str) -> None:
     """A server that is not there, never answers, or is a login page; W&B gives up after 30 s."""
     fault = {"refuses": servers.dies, "stalls": servers.stalls, "answers HTML": servers.is_html}
     with servers.serving(servers.judge, fault=fault[name]) as server:
         if name == "refuses":
             server.stop()
-        env = {"WANDB_BASE_URL": server.url, "WANDB_MODE": "", "WANDB_FINISH_TIMEOUT": "5"}
-        done = _sft(bench.folder, "run.loggers=[wandb]", **env)
+        done = _sft(bench.folder, "run.loggers=[wandb]", before=partial(_online, url=server.url))
     _one_screen(done, 0)
     expect(len(done.stderr.splitlines()) <= 1, f"more than one warning: {done.stderr}")
     different = runs.difference(bench.folder / "run", _plain(bench))
@@ -285,7 +293,7 @@ def _keys_of_an_evaluation(bench: Bench) -> None:
 
 
 def _keys_of_a_run(bench: Bench) -> None:
-    done = _sft(bench.folder, "run.loggers=[console, tensorboard, wandb]", WANDB_MODE="offline")
+    done = _sft(bench.folder, "run.loggers=[console, tensorboard, wandb]")
     _one_screen(done, 0)
     _no_key(bench.folder, done.stdout, done.stderr)
 
@@ -325,8 +333,6 @@ def _key_in_a_recipe(bench: Bench, words: tuple[str, ...]) -> None:
 def _texts(bench: Bench) -> None:
     """Prompts and their sources, the judge's explanations and an error: the pages, tables and
     output show each as text."""
-    from tests.injections import ALL, SCRIPT
-
     texts = {f"{name} {text}"[:200]: text or "x" for name, text in ALL.items()}
     said = itertools.cycle(ALL.values())
 
@@ -339,15 +345,49 @@ def _texts(bench: Bench) -> None:
     with servers.serving(answer) as server:
         done = _command(bench.folder, *words, f"judge.base_url={server.url}/v1")
     _one_screen(done, 0)
-    for page in bench.folder.rglob("*.html"):
-        text = page.read_text()
-        for form in ("<script>injected", "<img src=", "<svg/onload", "<iframe", "<base href"):
-            expect(form not in text.lower(), f"{page.name} has {form}")
-        expect(f"onload={SCRIPT}" not in re.sub(r"&[^;]*;[^<>]*", "", text), f"{page.name}: onload")
-        expect("\x1b" not in text and "\x9b" not in text, f"{page.name} has an escape")
+    _pages_are_text(bench.folder)
     verdicts = (bench.folder / "run" / "verdicts.jsonl").read_text().splitlines()[1:]
     choices = {json.loads(line)["choice"] for line in verdicts}
     expect(len(choices) <= 2 and "first" not in choices, f"verdicts {choices}, not second alone")
+
+
+class _Page(HTMLParser):
+    """Raises Lost for an element or an attribute that only an injected text could bring in."""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        scripts = [name for name, _ in attrs if name.startswith("on") or name == "srcdoc"]
+        links = [v or "" for name, v in attrs if name in ("src", "href", "action", "content")]
+        bad = [v for v in links if re.match(r"javascript:|.*injected\.invalid", v.strip())]
+        expect(tag not in ("iframe", "base", "form"), f"an element <{tag}>")
+        expect(not scripts and not bad, f"<{tag}> with {scripts or bad}")
+
+    def handle_data(self, data: str) -> None:
+        script = self.lasttag == "script" and SCRIPT in data
+        expect(not script, f"a script: {data[:80]}")
+
+
+def _pages_are_text(folder: Path) -> None:
+    pages = sorted(folder.rglob("*.html"))
+    expect(bool(pages), "no page")
+    for page in pages:
+        text = page.read_text()
+        _Page().feed(text)
+        expect("\x1b" not in text and "\x9b" not in text, f"{page.name} has an escape")
+
+
+def _texts_of_a_run(bench: Bench) -> None:
+    """Rows of chats, in the template and on TensorBoard."""
+    rows = [
+        json.dumps({"messages": [{"role": r, "content": text} for r in ("user", "assistant")]})
+        + "\n"
+        for text in ALL.values()
+    ]
+    (bench.folder / "rows.jsonl").write_text("".join(rows))
+    data = ("data.format=sft", "data.path=rows.jsonl", "data.template=chatml")
+    room = ("data.max_length=768", "data.max_response=300", "model.architecture.max_positions=768")
+    done = _sft(bench.folder, *data, *room, "run.loggers=[console, tensorboard]")
+    _one_screen(done, 0)
+    _pages_are_text(bench.folder)
 
 
 def _obedient(bench: Bench) -> None:
@@ -355,7 +395,6 @@ def _obedient(bench: Bench) -> None:
     that quotes it and then gives its verdict has that."""
     from gipo_megatron.evaluation.judges.answers import read_answer
     from gipo_megatron.evaluation.types import SECOND
-    from tests.injections import ALL
 
     for name, text in ALL.items():
         form = {"explanation": f"Answer A is: {text}", "verdict": "B"}
