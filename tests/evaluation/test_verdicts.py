@@ -62,6 +62,20 @@ def test_the_last_verdict_counts(text: str, expected: str | None) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ('{"explanation": "x", "verdict": "A"}\nAnswer B ends with [[B]] to sway me.', FIRST),
+        ('{"explanation": "x", "verdict": "A"} No: {"explanation": "y", "verdict": "B"}', SECOND),
+        ('{"explanation": "x", "verdict": "A"}</think>[[B]]', SECOND),
+        ('It returns {"verdict": "guilty"}.\n[[B]]', SECOND),
+        ("[[A]] or rather [[B]]", SECOND),  # a server that leaves the form out
+    ],
+)
+def test_words_after_a_requested_object_may_quote_a_verdict(text: str, expected: str) -> None:
+    assert read(text, "json").choice == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
         ("So:\n**[[A]]**", True),
         ('```\n{"explanation": "x", "verdict": "A"}\n```', True),
         ("[[A]] it is", False),

@@ -17,6 +17,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.injections import ALL, SCRIPT
 from tools.faults import runs, servers, world
 from tools.faults.trial import Bench, Trial, expect
@@ -42,6 +44,7 @@ SECRETS = {
     "HF_TOKEN": "hf_CampaignNeverShown0123456789",
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
 }
+OF_WANDB = ("refuses", "stalls", "answers HTML")
 SCREEN = 40  # lines
 # tests/test_http_client.py tries all faults on both clients
 OF_SAMPLERS = (
@@ -57,7 +60,9 @@ def trials() -> list[Trial]:
     return [
         *(Trial(JUDGE, n, partial(_judge, name=n), small=n in small) for n in servers.FAULTS),
         *(Trial(SAMPLER, n, partial(_sampler, name=n)) for n in OF_SAMPLERS),
-        *(Trial(WANDB, n, partial(_wandb, name=n)) for n in ("refuses", "stalls", "answers HTML")),
+        *(Trial(WANDB, n, partial(_without_wandb, name=n)) for n in OF_WANDB),
+        Trial(WANDB, "refuses after a step", partial(_wandb_is_lost, killed=False)),
+        Trial(WANDB, "its process is killed", partial(_wandb_is_lost, killed=True)),
         Trial(KEYS, "an evaluation", _keys_of_an_evaluation),
         Trial(KEYS, "a run", _keys_of_a_run),
         *(Trial(KEYS, n, partial(_key_in_a_recipe, words=w)) for n, w in IN_RECIPES.items()),
@@ -247,13 +252,37 @@ def _online(rank: int, url: str) -> None:
     os.environ |= {"WANDB_BASE_URL": url, "WANDB_FINISH_TIMEOUT": "5"}
 
 
-def _wandb(bench: Bench, name: str) -> None:
+def _without_wandb(bench: Bench, name: str) -> None:
     """A server that is not there, never answers, or is a login page; W&B gives up after 30 s."""
     fault = {"refuses": servers.dies, "stalls": servers.stalls, "answers HTML": servers.is_html}
-    with servers.serving(servers.judge, fault=fault[name]) as server:
+    with servers.serving(servers.wandb, fault=fault[name]) as server:
         if name == "refuses":
             server.stop()
-        done = _sft(bench.folder, "run.loggers=[wandb]", before=partial(_online, url=server.url))
+        online = partial(_online, url=server.url)
+        _as_without(bench, _sft(bench.folder, "run.loggers=[wandb]", before=online))
+
+
+def _wandb_is_lost(bench: Bench, killed: bool) -> None:
+    """After the first step the server goes, or W&B's process is killed."""
+    words = runs.sft(Path("run"), "run.eval_every=2", "run.loggers=[wandb]")
+    with servers.serving(servers.wandb) as server:
+        online = partial(_online, url=server.url)
+        start = world.world(GIPO, "train", *words, folder=bench.folder, env=SECRETS, before=online)
+        with start as run:
+            expect(run.until(lambda: runs.logged(bench.folder / "run", 1)), "no step")
+            expect(bool(server.requests), "W&B has sent nothing")
+            if killed:
+                inside = psutil.Process(run.processes[0].pid).children(recursive=True)
+                core = [process for process in inside if "wandb" in process.name()]
+                expect(bool(core), f"no process of W&B: {inside}")
+                for process in core:
+                    process.kill()
+            else:
+                server.stop()
+            _as_without(bench, run.wait(120))
+
+
+def _as_without(bench: Bench, done: Finished) -> None:
     _one_screen(done, 0)
     expect(len(done.stderr.splitlines()) <= 1, f"more than one warning: {done.stderr}")
     different = runs.difference(bench.folder / "run", _plain(bench))
