@@ -226,7 +226,7 @@ def cut_off(error: Exception) -> str:
     if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
         return ""
     what = "the connection to another rank broke off: its process has ended, or its machine"
-    fix = "look at that rank's own message; the same command continues from the last checkpoint"
+    fix = "look at that rank's own message; then start again: the same command continues"
     return str(UserError(what, fix=fix))
 
 

@@ -57,6 +57,17 @@ def test_an_error_of_any_kind_can_be_sent_to_other_ranks() -> None:
         assert (type(sent), str(sent)) == (type(error), str(error)) and sent.args == error.args
 
 
+def test_a_broken_connection_is_no_fault_of_this_rank() -> None:
+    """Gloo's text is one that a killed neighbour left."""
+    gloo = (
+        "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error"
+        " [127.0.0.1]:24261: Connection reset by peer."
+    )
+    for error in (RuntimeError(gloo), dist.DistNetworkError("recvValue failed")):
+        assert mesh_module.cut_off(error).startswith("the connection to another rank broke off")
+    assert mesh_module.cut_off(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
+
+
 def test_the_world_must_fit_before_anything_is_built(mesh: Mesh) -> None:
     with pytest.raises(UserError, match="world 1"):
         Mesh.create(Parallel(tensor=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def begin(rank: int, folder: Path, at: int = 0, of: int = 0, on: int = 0, number
     written.
     """
     Figure.savefig = _no_drawing  # type: ignore[method-assign]
+    os.environ["GIT_DIR"] = os.devnull  # no commit is recorded: a checkout may change meanwhile
     place = f"{folder}{os.sep}"
     _file(folder, "process", rank).write_text(str(os.getpid()))
     counter = os.open(_file(folder, "writes", rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -34,7 +36,8 @@ def begin(rank: int, folder: Path, at: int = 0, of: int = 0, on: int = 0, number
         found += 1
         os.pwrite(counter, b"%d" % found, 0)
         if found == at and rank == of:
-            os.kill(int(_file(folder, "process", on).read_text()), number)
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(int(_file(folder, "process", on).read_text()), number)
 
     sys.addaudithook(hook)
 
@@ -46,7 +49,8 @@ def _file(folder: Path, what: str, rank: int) -> Path:
 
 def writes(folder: Path, ranks: int) -> list[int]:
     """Return how many writes each rank made in the last run there."""
-    return [int(_file(folder, "writes", rank).read_text() or "0") for rank in range(ranks)]
+    files = [_file(folder, "writes", rank) for rank in range(ranks)]
+    return [int(file.read_text() or "0") if file.exists() else 0 for file in files]
 
 
 def _changes(event: str, arguments: tuple[Any, ...], place: str) -> bool:

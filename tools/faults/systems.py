@@ -82,7 +82,15 @@ def _gipo(base: Path) -> list[str]:
     # the weights have four layers
     return [
         "train",
-        *runs.ppo("gipo", RUN, base, *TINY[1:], "batch.prompts=4", "batch.minibatch=4"),
+        *runs.ppo(
+            "gipo",
+            RUN,
+            base,
+            *TINY[1:],
+            "batch.prompts=4",
+            "batch.minibatch=4",
+            "batch.micro_batch=2",
+        ),
     ]
 
 
