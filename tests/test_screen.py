@@ -167,7 +167,7 @@ def test_a_recipe_holds_no_key(word: str, capsys: pytest.CaptureFixture[str]) ->
     "rollout",
     [
         '{"name": "vllm", "url": "http://host:8000"}',
-        '{"name": "vllm", "serve": {"args": ["--tokenizer", "x", "--max-num-batched-tokens", "9"]}}',
+        '{"name": "vllm", "serve": {"args": ["--tokenizer", "x", "--max-batched-tokens=9"]}}',
         '{"name": "vllm", "serve": {"command": ["bash", "-c", "VLLM_API_KEY=$MINE vllm"]}}',
     ],
 )

@@ -18,6 +18,7 @@ OPENED = re.compile(rf"\s*[<\[]{_NAME}[>\]]", re.IGNORECASE)
 # a verdict, what may be an object, the end of thoughts
 _MARK = re.compile(rf"\[\[(?P<token>[ABC])\]\]|(?P<object>\{{)|[<\[]/(?i:{_NAME})[>\]]")
 _OURS = re.compile(r'\{\s*"(explanation|verdict)"')
+READ = 50_000  # last characters of a text that are read; a search for objects takes their square
 _DECODER = json.JSONDecoder(strict=False)  # a string may contain line breaks
 
 
@@ -37,14 +38,15 @@ def read(text: str, form: str = "") -> Reading:
     one only within another object: its explanation may quote [[A]]. Where JSON was requested, so
     may words after an object with a verdict.
     """
-    found, at, quoted = Reading(), 0, False
+    found, at, quoted = Reading(), max(0, len(text) - READ), False
     while mark := _MARK.search(text, at):
         at = mark.end()
         if mark["object"]:
             value, end = _object(text, mark.start())
             if "verdict" in value:
                 choice, at = VERDICTS.get(str(value["verdict"]).strip("[]")), end
-                found, quoted = Reading(choice, found.start, at), form == "json" and bool(choice)
+                found = Reading(choice, found.start, at)
+                quoted |= form == "json" and choice is not None
             elif _OURS.match(text, mark.start()):
                 found, quoted = Reading(None, found.start, at), True
         elif not mark["token"]:
