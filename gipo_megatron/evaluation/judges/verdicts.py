@@ -38,13 +38,20 @@ def read(text: str, form: str = "") -> Reading:
     one only within another object: its explanation may quote [[A]]. Where JSON was requested, so
     may words after an object with a verdict.
     """
-    found, at, quoted = Reading(), max(0, len(text) - READ), False
+    cut = max(0, len(text) - READ)
+    found = _read(text[cut:], form)
+    return Reading(found.choice, found.start and found.start + cut, found.end + cut)
+
+
+def _read(text: str, form: str) -> Reading:
+    found, at, quoted = Reading(), 0, False
     while mark := _MARK.search(text, at):
         at = mark.end()
         if mark["object"]:
             value, end = _object(text, mark.start())
             if "verdict" in value:
-                choice, at = VERDICTS.get(str(value["verdict"]).strip("[]")), end
+                letter, at = value["verdict"], end
+                choice = VERDICTS.get(letter.strip("[]")) if isinstance(letter, str) else None
                 found = Reading(choice, found.start, at)
                 quoted |= form == "json" and choice is not None
             elif _OURS.match(text, mark.start()):
