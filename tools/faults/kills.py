@@ -104,7 +104,7 @@ def _at_a_time(bench: Bench, system: System, layout: str, number: int) -> None:
         words, ranks, folder = _place(bench, system, layout)
         before = partial(moments.begin, folder=folder)
         with world.world(world.GIPO, *words, ranks=ranks, folder=folder, before=before) as struck:
-            struck.until(lambda: moments.writes(folder, 1)[0] >= at)
+            struck.until(partial(_reached, folder, at))
             time.sleep(seconds)
             early = not struck.ended(rank or 0)
             struck.signal(number, rank)
@@ -117,6 +117,10 @@ def _at_a_time(bench: Bench, system: System, layout: str, number: int) -> None:
     who = "all ranks" if rank is None else f"rank {rank}"
     when = f"{who} {seconds:.2f} s after write {at} of rank 0"
     _check(bench, system, layout, ended, when, reference, number)
+
+
+def _reached(folder: Path, at: int) -> bool:
+    return moments.writes(folder, 1)[0] >= at
 
 
 def _place(bench: Bench, system: System, layout: str) -> tuple[list[str], int, Path]:

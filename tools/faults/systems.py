@@ -21,7 +21,6 @@ RUN = Path("run")  # in the working folder: two runs then have the same recipe.y
 OUT = Path("out")
 LEFTOVERS = ("*.tmp", "*.partial", "*.old", "lock")
 TINY = (
-    "data.planted.prompts=20",
     "run.eval_prompts=4",
     "run.eval_every=2",
     "run.save_every=1",
@@ -79,19 +78,8 @@ def _sft(base: Path) -> list[str]:
 
 
 def _gipo(base: Path) -> list[str]:
-    # the weights have four layers
-    return [
-        "train",
-        *runs.ppo(
-            "gipo",
-            RUN,
-            base,
-            *TINY[1:],
-            "batch.prompts=4",
-            "batch.minibatch=4",
-            "batch.micro_batch=2",
-        ),
-    ]
+    small = "batch.prompts=4", "batch.minibatch=4", "batch.micro_batch=2"
+    return ["train", *runs.ppo("gipo", RUN, base, *TINY, *small)]
 
 
 def _dpo(base: Path) -> list[str]:
