@@ -52,8 +52,8 @@ def test_a_judge_with_a_fault(name: str, tmp_path: Path) -> None:
     with serving(judge) as other:
         once = {"fault": FAULTS[name], "after": 1, "times": 1, "other": other.url}
         with serving(judge, **once) as server, suppress(UserError):
-            assert ask(server.url, tmp_path / "once", 4, timeout=5, retries=2) == [FIRST] * 4
-            assert len(server.requests) == (4 if name.endswith("host") else 5)
+            assert ask(server.url, tmp_path / "once", 4, timeout=3, retries=2) == [FIRST] * 4
+            assert len(server.requests) >= 5
         kept = (tmp_path / "once" / CACHE).read_text()
         assert kept.count("verdict") == (1 if name in REFUSED else 4) and KEY not in kept
         always = serving(judge, fault=FAULTS[name], other=other.url)
