@@ -19,7 +19,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 ALONE = ("1 process",)
 RUN = Path("run")  # in the working folder: two runs then have the same recipe.yaml
 OUT = Path("out")
-LEFTOVERS = ("*.tmp", "*.partial", "*.old", "lock")
+LEFTOVERS = ("*.tmp", "*.partial", "*.old")
 TINY = (
     "run.eval_prompts=4",
     "run.eval_every=2",
@@ -140,7 +140,7 @@ def _conversion_difference(a: Path, b: Path) -> str:
 
 
 def leftovers(folder: Path) -> str:
-    """Return the name of an unfinished file or a lock in `folder`; "" for none."""
+    """Return the name of an unfinished file in `folder`; "" for none."""
     found = (path for pattern in LEFTOVERS for path in folder.rglob(pattern))
     return next((f"{path.relative_to(folder)} is left" for path in found), "")
 
