@@ -20,7 +20,7 @@ Answer = Callable[[str, str, bytes, Mapping[str, str]], tuple[int, bytes]]
 Fault = Callable[[socket.socket, bytes, "Server"], None]
 PATIENCE = 60.0  # seconds that a fault lasts at most
 BLOCK = b" " * 65536
-BOMB = 2**28  # bytes that a small answer unpacks to
+BOMB = 2**27  # bytes that a small answer unpacks to
 
 
 def head(*lines: str, status: str = "200 OK") -> bytes:

@@ -34,6 +34,9 @@ def trials() -> list[Trial]:
             Trial(KEYS, n, partial(_key_in_a_recipe, words=w), small=n in SMALL)
             for n, w in IN_RECIPES.items()
         ),
+            Trial(KEYS, n, partial(_key_in_a_recipe, words=w), small=n in SMALL)
+            for n, w in IN_RECIPES.items()
+        ),
         Trial(TEXTS, "an evaluation", _texts),
         Trial(TEXTS, "a run", _texts_of_a_run),
         Trial(TEXTS, "a judge that follows them", _obedient, small=True),
