@@ -27,16 +27,14 @@ SURVIVED = {
 
 
 def trials() -> list[Trial]:
+    recipes = [
+        Trial(KEYS, name, partial(_key_in_a_recipe, words=words), small=name in SMALL)
+        for name, words in IN_RECIPES.items()
+    ]
     return [
         Trial(KEYS, "an evaluation", _keys_of_an_evaluation),
         Trial(KEYS, "a run", _keys_of_a_run),
-        *(
-            Trial(KEYS, n, partial(_key_in_a_recipe, words=w), small=n in SMALL)
-            for n, w in IN_RECIPES.items()
-        ),
-            Trial(KEYS, n, partial(_key_in_a_recipe, words=w), small=n in SMALL)
-            for n, w in IN_RECIPES.items()
-        ),
+        *recipes,
         Trial(TEXTS, "an evaluation", _texts),
         Trial(TEXTS, "a run", _texts_of_a_run),
         Trial(TEXTS, "a judge that follows them", _obedient, small=True),
