@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, library_errors, short
 
 Rows = Iterable[Mapping[str, Any]]
 _POINTER = b"version https://git-lfs"
+_NAME, _PATH = 250, 4000  # bytes of a file's name, with its ending, and of a path
 
 
 def expand(path: str) -> str:
@@ -35,6 +36,8 @@ def expand(path: str) -> str:
         raise UserError(what, fix="export PYTHONUTF8=1") from None
     if b"\0" in encoded:
         raise UserError(f"{path!r} has a character that no file name can have")
+    if len(encoded) > _PATH or max(map(len, encoded.split(b"/"))) > _NAME:
+        raise UserError(f"{short(path)} is longer than a file's name can be")
     return full
 
 
@@ -89,7 +92,7 @@ def read_jsonl(path: str | Path, fix: str = "remove it") -> Iterator[tuple[int, 
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # of JSON, or of UTF-8
+            except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
                 raise bad_line(file, number, f"not JSON: {error}", fix) from error
             if not isinstance(row, dict):
                 raise bad_line(file, number, f"a JSON {type(row).__name__}, not an object", fix)
@@ -106,6 +109,19 @@ def refuse_pointer(path: Path) -> None:
             where=str(path),
             fix="run `git lfs pull` in its folder, or download the file again",
         )
+
+
+def read_object(path: str | Path, fix: str) -> dict[str, Any]:
+    """Return a file's JSON object. Raises UserError, with the advice `fix`, for anything else, a
+    Git LFS pointer too."""
+    file = Path(path)
+    with library_errors(f"cannot read {file.name}", where=str(file), fix=fix):
+        refuse_pointer(file)
+        content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        what = f"cannot read {file.name}: a JSON {type(content).__name__}, not an object"
+        raise UserError(what, where=str(file), fix=fix)
+    return content
 
 
 def bad_line(path: Path, number: int, why: str, fix: str) -> UserError:

@@ -251,7 +251,9 @@ def _from_pretrained(spec: str, where: str, local: bool) -> Tokenizer:
     with library_errors(f"cannot load a tokenizer from {spec!r}", where=where, fix=fix):
         # code of a model's repository is never run, and transformers would stop to ask
         inner = AutoTokenizer.from_pretrained(spec, local_files_only=local, trust_remote_code=False)
-        return Tokenizer(inner, where)
+        tokenizer = Tokenizer(inner, where)
+        tokenizer.decode(tokenizer.encode("a"))  # some wrong values show only in its use
+        return tokenizer
 
 
 def _default_template(found: Any, where: str) -> str | None:

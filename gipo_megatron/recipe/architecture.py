@@ -136,7 +136,8 @@ def _read_all(
             load = expand(s.load)  # not typed yet
             stored = stored_architecture(load, s.role, s.key, may_be_hub=hub, network=network)
         except UserError as error:
-            problems.append(Problem(s.key, error.what, s.origin, error.fix))
+            file = f"{error.where}: " if error.where not in ("", s.key) else ""
+            problems.append(Problem(s.key, f"{file}{error.what}", s.origin, error.fix))
             continue
         if stored is not None:
             found.append(Found(s, stored.path, asdict(stored.architecture)))

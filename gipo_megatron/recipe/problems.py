@@ -14,7 +14,8 @@ from typing import NoReturn
 
 from gipo_megatron.errors import UserError
 
-SHOWN = 16  # names in a list, problems in a message: one screen
+# names in a list, problems in a message, characters of them: one screen
+SHOWN, CHARACTERS = 16, 4000
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ class RecipeErrors(UserError):
         super().__init__(f"{recipe}: {count}")
 
     def __str__(self) -> str:
-        more = [f"and {len(self.problems) - SHOWN} more"] if len(self.problems) > SHOWN else []
-        return "\n".join([self.what, *map(str, self.problems[:SHOWN]), *more])
+        shown = [str(problem) for problem in self.problems[:SHOWN]]
+        while len(shown) > 1 and sum(map(len, shown)) > CHARACTERS:
+            shown.pop()
+        more = len(self.problems) - len(shown)
+        return "\n".join([self.what, *shown, *([f"and {more} more"] if more else [])])
 
 
 def suggest(word: str, options: Iterable[str]) -> str:

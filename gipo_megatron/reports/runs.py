@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.files import bad_line, read_jsonl
 
 Points = tuple[list[int], list[float]]  # steps, values
@@ -105,12 +105,11 @@ def load_run(path: str | Path) -> RunFolder:
 
 def _read_yaml(file: Path) -> tuple[Any, str]:
     """Return content and text of a YAML or JSON file; None and "" without the file."""
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    try:
+    if not file.is_file():
+        return None, ""
+    with library_errors(f"cannot read {file.name}", where=str(file), fix="remove it to go without"):
+        text = file.read_text(encoding="utf-8")
         return yaml.safe_load(text), text
-    except yaml.YAMLError as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{file.name} is not YAML", where=str(file), fix=why) from None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ OPENED = re.compile(rf"\s*[<\[]{_NAME}[>\]]", re.IGNORECASE)
 _MARK = re.compile(rf"\[\[(?P<token>[ABC])\]\]|(?P<object>\{{)|[<\[]/(?i:{_NAME})[>\]]")
 _OURS = re.compile(r'\{\s*"(explanation|verdict)"')
 _DECODER = json.JSONDecoder(strict=False)  # a string may contain line breaks
+_TOO_DEEP = 8  # objects deeper than Python reads, after which a text is read without objects
 
 
 class Reading(NamedTuple):
@@ -36,11 +37,12 @@ def read(text: str) -> Reading:
     What an object contains is no verdict, and what follows an object that is cut or no JSON is
     one only within another object: its explanation may quote [[A]].
     """
-    found, at, quoted = Reading(), 0, False
+    found, at, quoted, deep = Reading(), 0, False, 0
     while mark := _MARK.search(text, at):
         at = mark.end()
         if mark["object"]:
-            value, end = _object(text, mark.start())
+            value, end = _object(text, mark.start()) if deep < _TOO_DEEP else ({}, 0)
+            deep += end < 0
             if "verdict" in value:
                 choice, at = VERDICTS.get(str(value["verdict"]).strip("[]")), end
                 found = Reading(choice, found.start, at)
@@ -54,12 +56,15 @@ def read(text: str) -> Reading:
 
 
 def _object(text: str, start: int) -> tuple[dict[str, Any], int]:
-    """Return the JSON object that begins there, and its end; {} if it is none."""
+    """Return the JSON object that begins there, and its end; {} if it is none, with the end -1
+    where it is too deep to be read."""
     try:
         value: dict[str, Any]
         value, end = _DECODER.raw_decode(text, start)
-    except (ValueError, RecursionError):
+    except ValueError:
         return {}, start
+    except RecursionError:
+        return {}, -1
     return value, end
 
 
