@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from reprlib import Repr
 
 LONGEST = 600  # characters of a line: a value of any length may stand in it
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # characters that a terminal obeys
 _repr = Repr()
 _repr.maxlevel, _repr.maxstring, _repr.maxother, _repr.maxlong = 4, 100, 100, 100
 
@@ -26,16 +24,12 @@ class UserError(ValueError):
             lines.append(f"  where: {self.where}")
         if self.fix:
             lines.append(f"  fix:   {self.fix}")
-        return "\n".join(map(_cut, _escaped("\n".join(lines)).split("\n")))
+        return "\n".join(_cut(line) for part in lines for line in part.split("\n"))
 
 
 def short(value: object) -> str:
     """Return repr(value), shortened where it is long or deep."""
     return _repr.repr(value)
-
-
-def _escaped(text: str) -> str:
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def _cut(line: str) -> str:
