@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
@@ -31,6 +30,7 @@ from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.hf_config import config_for
+from gipo_megatron.weights.hf_files import save_tensors
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -168,7 +168,7 @@ def convert(model: Path, folder: Path) -> None:
         f"{name}_token_id": number for name, number in special_ids(reader).items() if name != "unk"
     }
     config = config_for(architecture(reader), "bfloat16", tokens=ids)
-    save_file(weights(reader), folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", weights(reader))
     for name, content in (("config.json", config), ("generation_config.json", ids)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tokenizer(reader).save(folder)

@@ -96,6 +96,7 @@ PARTS = (
     Part("te", "tools.gpu.te:te", 20, 60, te=True, cpu=False),
     Part("fp8", "tools.gpu.fp8:fp8", 60, 140, te=True, cpu=False),
     Part("fp8_rest", "tools.gpu.fp8:fp8_rest", 20, 60, te=True, cpu=False, golden=True),
+    Part("adapters", "tools.gpu.adapters:adapters", 10, 60),
     Part("real_load", "tools.gpu.real:real_load", 20, 60),
     Part("real_gipo", "tools.gpu.real:real_gipo", 110, 150),
 )

@@ -149,11 +149,11 @@ class Tokenizer:
         template = self.chat_template or ""
         if number in (self.bos_id, self.eos_id) or any(x in template for x in (token, *names)):
             return False
-        if token == self.inner.unk_token and not self._knows_every_byte():
+        if token == self.inner.unk_token and not self._has_every_byte():
             return False
         return number not in self.encode(token)
 
-    def _knows_every_byte(self) -> bool:
+    def _has_every_byte(self) -> bool:
         """Check for a token for each of the 256 bytes, by byte fallback (`<0x00>` … `<0xFF>`) or
         byte-level BPE: then no text is unknown."""
         if not self.inner.is_fast:
@@ -272,8 +272,7 @@ def _default_template(found: Any, where: str) -> str | None:
 
 
 def tokenizer_facts(folder: Path, known: Tokenizer) -> tuple[str | None, str | None]:
-    """Return fingerprint and chat template of a Hugging Face folder's tokenizer; None where it
-    holds none."""
+    """Return fingerprint and chat template of a folder's tokenizer; None where it holds none."""
     name = known.inner.name_or_path
     if name and Path(name).is_dir() and Path(name).samefile(folder):
         return known.fingerprint, known.chat_template
@@ -293,8 +292,7 @@ def _read_facts(folder: Path, written: tuple[tuple[int, int], ...]) -> tuple[str
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str = "") -> None:
-    """Raises UserError when an id of the tokenizer has no row in an embedding of `vocab_size`
-    rows."""
+    """Raises UserError when an id of the tokenizer has no row in an embedding of that size."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocabulary holds"

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gipo_megatron.errors import UserError
@@ -20,7 +20,13 @@ from gipo_megatron.megatron.hf_table import HF_EMBEDDING, HF_OUTPUT, HF_SCORE, E
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import EMBEDDING, Placement, placements
 from gipo_megatron.specs import Architecture
-from gipo_megatron.weights.hf_files import SHARD_BYTES, Shards, Weights, open_weights
+from gipo_megatron.weights.hf_files import (
+    SHARD_BYTES,
+    Shards,
+    Weights,
+    open_weights,
+    save_tensors,
+)
 
 GROUP_HEAD = "group_head.safetensors"
 # called with each tensor's name and bytes once it is copied, for progress bars
@@ -85,7 +91,7 @@ def save_group_head(folder: Path, head: GroupHead) -> None:
         name: p.detach().cpu().contiguous()
         for name, p in (("weight", head.weight), ("bias", head.bias))
     }
-    save_file(tensors, folder / GROUP_HEAD, metadata={"format": "pt", "input": head.spec.input})
+    save_tensors(folder / GROUP_HEAD, tensors, input=head.spec.input)
 
 
 def saved_group_head(folder: Path) -> tuple[int, str]:

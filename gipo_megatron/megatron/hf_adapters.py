@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gipo_megatron.megatron.adapters import layer_of
@@ -17,7 +16,7 @@ from gipo_megatron.megatron.hf_table import Entry, table
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import ADAPTER, SCORE
 from gipo_megatron.specs import AdapterSpec, Architecture
-from gipo_megatron.weights.hf_files import open_weights
+from gipo_megatron.weights.hf_files import open_weights, save_tensors
 from gipo_megatron.weights.peft_config import CONFIG, PREFIX, TENSORS
 
 
@@ -107,5 +106,5 @@ def save_adapters(
     them. Collective; rank 0 writes. Raises OSError (a full disk)."""
     tensors = {PREFIX + name: tensor.cpu().contiguous() for name, tensor in weights}
     if mesh.is_main:
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        save_tensors(folder / TENSORS, tensors)
         (folder / CONFIG).write_text(config, encoding="utf-8")

@@ -134,6 +134,18 @@ def _weight_files(folder: Path, listed: Mapping[str, str]) -> list[Path]:
     )
 
 
+def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    """Write a file of safetensors, readable by all who may read its folder: the library makes one
+    for its owner alone. Raises OSError (a full disk)."""
+    from safetensors.torch import save_file  # imports torch
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:  # a full disk comes as this, without its errno
+        raise OSError(f"cannot write {path.name}: {error}") from error
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 class Shards:
     """A model's files: a file is written before more than `limit` bytes are in memory; `close`
     gives the files transformers' names."""
@@ -152,13 +164,8 @@ class Shards:
             self._write()
 
     def _write(self) -> None:
-        from safetensors.torch import save_file  # imports torch
-
         path = self.folder / f"model-{len(self.written) + 1:05d}.safetensors.part"
-        try:
-            save_file(self.waiting, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk comes as this, without its errno
-            raise OSError(f"cannot write {path.name}: {error}") from error
+        save_tensors(path, self.waiting)
         self.written.append((path, list(self.waiting), self.bytes))
         self.waiting, self.bytes = {}, 0
 

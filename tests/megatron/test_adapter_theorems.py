@@ -16,9 +16,9 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronRewardModel, outputs
 from gipo_megatron.specs import AdapterSpec
 from gipo_megatron.weights.checkpoints import CheckpointMeta, read_meta
-from tests.parity.adapters import SPEC, adapter_tensors
 from tests.parity.roles import digest, engine, fill, new_actor, new_critic, new_reward, parts_of
 from tests.parity.tiny import ARCHITECTURE, VOCAB, generator, hf_model, relative_errors
+from tools.gpu.tiny_adapters import SPEC, adapter_tensors
 
 pytestmark = pytest.mark.global_rng
 NEW = {"text": new_actor, "actor": new_actor, "critic": new_critic, "reward": new_reward}

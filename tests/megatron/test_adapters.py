@@ -27,7 +27,6 @@ from gipo_megatron.megatron.roles import MegatronReference, outputs
 from gipo_megatron.specs import AdapterSpec, Precision, Sampling
 from gipo_megatron.types import Prompts
 from gipo_megatron.weights.peft_config import config_for, spec_of
-from tests.parity.adapters import SPEC, adapter_tensors, hf_adapted
 from tests.parity.ppo_cases import OffPolicy
 from tests.parity.roles import engine, fill, new_actor, new_critic, new_reward, parts_of
 from tests.parity.tiny import (
@@ -41,6 +40,7 @@ from tests.parity.tiny import (
     pairs,
     relative_errors,
 )
+from tools.gpu.tiny_adapters import SPEC, adapter_tensors, hf_adapted
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what other packages' imports print

@@ -20,9 +20,9 @@ from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, outputs
 from gipo_megatron.specs import AdapterSpec, Precision
 from gipo_megatron.weights.base import BaseMeta
 from gipo_megatron.weights.checkpoints import CheckpointMeta, read_meta
-from tests.parity.adapters import SPEC
 from tests.parity.roles import ADAM, parts_of
 from tests.parity.tiny import ARCHITECTURE, VOCAB, generator, hf_model
+from tools.gpu.tiny_adapters import SPEC
 
 pytestmark = pytest.mark.global_rng
 ROLES = {"actor": ADAM, "critic": ADAM, "reward": None, "reference": None}

@@ -28,7 +28,6 @@ from gipo_megatron.telemetry.console import Display
 from gipo_megatron.types import Prompts
 from gipo_megatron.weights.checkpoints import CheckpointMeta
 from gipo_megatron.weights.hf_files import open_weights
-from tests.parity.adapters import FACTOR, SPEC, adapter_tensors, hf_adapted
 from tests.parity.dpo_cases import dpo_cells
 from tests.parity.matrix import BF16_CHECKPOINTS, LAYOUTS
 from tests.parity.ppo_cases import ppo_cells
@@ -44,6 +43,7 @@ from tests.parity.tiny import (
     weighted,
 )
 from tests.parity.train_cases import interrupted, resumed
+from tools.gpu.tiny_adapters import FACTOR, SPEC, adapter_tensors, hf_adapted
 
 # variant -> (loss, recompute)
 VARIANTS = {"text": ("text", "none"), "full": ("text", "full"), "reward": ("reward", "selective")}

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from gipo_megatron.types import Rollout, Sequences, TokenStats
 from tests.parity import tiny
-from tests.parity.adapters import hf_adapted
+from tools.gpu.tiny_adapters import hf_adapted
 
 MINIBATCH = 4
 CLIP, VALUE_CLIP, ENTROPY, PTX = 0.2, 0.3, 0.01, 0.3

@@ -19,7 +19,6 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.roles import MegatronActor, MegatronCritic, MegatronRewardModel
 from gipo_megatron.specs import Optimisation, Precision
 from gipo_megatron.types import Loss, Rows
-from tests.parity.adapters import adapter_tensors
 from tests.parity.tiny import (
     ARCHITECTURE,
     GROUP,
@@ -33,6 +32,7 @@ from tests.parity.tiny import (
     score_weight,
     weighted,
 )
+from tools.gpu.tiny_adapters import adapter_tensors
 
 ADAM = Optimisation(lr=1e-3, warmup_steps=2)
 

@@ -13,10 +13,12 @@ from xml.etree import ElementTree
 import pytest
 
 from gipo_megatron.errors import UserError
+from tools import benchmark_adapters as adapters
 from tools import benchmark_growth as growth
 from tools import benchmark_peers as peers
 from tools.benchmark_peers_ours import Ours
 from tools.benchmark_peers_rows import FIRST_ID, MODELS, Cell, batch_of, cells
+from tools.gpu.tiny import hf_model
 
 TINY = MODELS["tiny"]
 
@@ -119,3 +121,17 @@ def test_a_cell_against_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.3 < found.losses["trl"][0] < 3 and found.difference < 1e-5
     assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in found.seconds.values())
     assert all(size > 0 for size in found.peaks.values())
+
+
+def test_adapters_beside_the_weights_and_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row for each rank and number of rows; the ratio is that of the two speeds."""
+    hf_model().save_pretrained(tmp_path)
+    shape = {"ranks": [1, 4], "rows": [2], "prompt": 4, "response": 5, "repeats": 1}
+    adapters.run_adapters(Namespace(smollm=str(tmp_path), dtype="fp32", **shape))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    table = [line for line in lines if line and line[0] in "14"]
+    assert [row[:2] for row in table] == [["1", "2"], ["4", "2"]]
+    for _, _, merged, unmerged, ratio, *_ in table:
+        assert float(ratio) == pytest.approx(float(unmerged) / float(merged), abs=1e-2)

@@ -20,7 +20,7 @@ from gipo_megatron.weights.architecture import folder_architecture, stored_archi
 from gipo_megatron.weights.checkpoints import weights_kind
 from gipo_megatron.weights.hf_checks import KINDS
 from gipo_megatron.weights.hf_config import architecture_from_config
-from gipo_megatron.weights.hf_files import open_weights
+from gipo_megatron.weights.hf_files import open_weights, save_tensors
 from tests.parity.families import COMMON
 
 LLAMA: dict[str, Any] = {"model_type": "llama", **COMMON}
@@ -251,3 +251,19 @@ def test_a_file_that_is_no_configuration(content: bytes, said: str, folder: Path
     (folder / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=said):
         folder_architecture(folder)
+
+
+@pytest.mark.parametrize(("folder_mode", "mode"), [(0o755, 0o644), (0o750, 0o640), (0o700, 0o600)])
+def test_who_may_read_the_folder_may_read_its_weights(
+    folder_mode: int, mode: int, tmp_path: Path
+) -> None:
+    """A server often runs as another user."""
+    tmp_path.chmod(folder_mode)
+    file = tmp_path / "model.safetensors"
+    save_tensors(file, {"a": torch.ones(2)})
+    assert file.stat().st_mode & 0o777 == mode
+
+
+def test_weights_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"cannot write model\.safetensors"):
+        save_tensors(tmp_path / "none" / "model.safetensors", {"a": torch.ones(2)})

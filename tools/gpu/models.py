@@ -4,7 +4,7 @@ parts measure."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -147,11 +147,13 @@ def _fill(
     architecture: Architecture,
     mesh: Mesh,
     seed: int,
-    only_head: bool = False,
+    only: Collection[str] | None = None,
 ) -> None:
     count = itertools.count(1000 * seed)
     for chunk in chunks:
         for place, parameter in placements(chunk, architecture.vocab_size):
+            if only is not None and place.name not in only:
+                continue
             if place.name.endswith("layernorm.weight"):
                 parameter.fill_(1.0)
             elif place.name.endswith(".bias"):

@@ -145,7 +145,7 @@ def relative(
 # ------------------------------------------------------------------------------------------- tokens
 
 
-def _prompts() -> Prompts:
+def prompts() -> Prompts:
     width, ids = max(LENGTHS), torch.arange(len(LENGTHS))
     tokens = torch.randint(2, tiny.VOCAB, (len(LENGTHS), width), generator=tiny.generator(0))
     tokens = torch.where(torch.arange(width) < torch.tensor(LENGTHS)[:, None], tokens, 0)
@@ -157,17 +157,17 @@ def _prompts() -> Prompts:
 def _tokens(bench: Bench, model: LlamaForCausalLM) -> Iterator[Figure]:
     """Ragged prompts in fp32: each row is what Hugging Face's model gives it alone, on the CPU,
     with the same noise."""
-    policy, prompts = actor(bench, "fp32"), _prompts()
+    policy, given = actor(bench, "fp32"), prompts()
     for name, sampling in (
         ("greedy", Sampling(RESPONSE, temperature=0.0)),
         ("sampled", Sampling(RESPONSE, seed=5, step=3)),
     ):
-        rollout = policy.generate(prompts, sampling)
+        rollout = policy.generate(given, sampling)
         same = 0
         for row, length in enumerate(LENGTHS):
             count = int(rollout.response_lengths[row])
             same += rollout.tokens[row, length : length + count].tolist() == _alone(
-                model, prompts, row, sampling
+                model, given, row, sampling
             )
         yield equal(f"fp32 {name} responses that are Hugging Face's", same, len(LENGTHS))
     assert rollout.generation_logprobs is not None
@@ -179,7 +179,7 @@ def _tokens(bench: Bench, model: LlamaForCausalLM) -> Iterator[Figure]:
         float(gap.max()),
         FP32,
     )
-    again = policy.generate(prompts, sampling)
+    again = policy.generate(given, sampling)
     yield true("sampled twice, the same tokens", torch.equal(again.tokens, rollout.tokens))
 
 

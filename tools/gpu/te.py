@@ -16,6 +16,7 @@ from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron import precision as number_formats
 from gipo_megatron.megatron.roles import MegatronActor, outputs
 from gipo_megatron.weights.checkpoints import CheckpointMeta
+from tools.gpu import adapters
 from tools.gpu.bench import Bench, Figure, below, equal, figure, true
 from tools.gpu.learning import learn, loss, new_actor, text
 from tools.gpu.tiny import relative_errors
@@ -46,6 +47,7 @@ def te(bench: Bench) -> Iterator[Figure]:
     )
     yield from compared(theirs, ours)
     yield from moved(bench, theirs, ours)
+    yield from adapters.with_transformer_engine(bench)
 
 
 def imported(bench: Bench) -> Iterator[Figure]:

@@ -1,4 +1,4 @@
-"""Adapters on the tiny model of tests/parity/tiny.py in plain torch: y + factor · B A x by a hook
+"""Adapters on the tiny model of tools/gpu/tiny.py in plain torch: y + factor · B A x by a hook
 on each layer, with PEFT's names."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from gipo_megatron.specs import AdapterSpec
-from tests.parity.tiny import generator, hf_model
+from tools.gpu.tiny import generator, hf_model
 
 SPEC = AdapterSpec(rank=3, alpha=6.0)
 FACTOR = 2.0  # 6 / 3
