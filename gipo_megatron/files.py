@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from gipo_megatron.errors import UserError, library_errors, short
@@ -39,6 +39,31 @@ def expand(path: str) -> str:
     if len(encoded) > _PATH or max(map(len, encoded.split(b"/"))) > _NAME:
         raise UserError(f"{short(path)} is longer than a file's name can be")
     return full
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """Return the file `name` of `folder`, a name that comes from the file `where`.
+
+    Links of the folder are followed: the hub's cache is made of them. Raises UserError for a name
+    that leads out of the folder, or that no file can have.
+    """
+    try:
+        longest = max(len(os.fsencode(part)) for part in PurePath(name).parts)
+    except ValueError:  # characters that no file name has, or no part at all
+        longest = 0
+    if leads_out(name) or "\0" in name or not 0 < longest <= 255:
+        raise UserError(
+            f"{name[:100]!r} is no file of this folder",
+            where=where,
+            fix="names count from the folder and stay in it; get the files from their source again",
+        )
+    return folder / name
+
+
+def leads_out(name: str) -> bool:
+    """Check for a name that may lead out of the folder that it counts from."""
+    path = PurePath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

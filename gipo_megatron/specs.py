@@ -118,12 +118,14 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Sizes of the model parallel groups; the rest of the world is data parallel."""
+    """Sizes of the model parallel groups; the rest of the world is data parallel. Also the time
+    after which a rank without a sign of life ends the others."""
 
     tensor: Size = 1
     pipeline: Size = 1
     virtual_pipeline: Size = 1  # model chunks per pipeline stage
     sequence: bool = False  # shard norms and residuals over the tensor group
+    timeout: Positive = 1800.0  # seconds; exchanges between ranks may last half as long again
 
     @property
     def model(self) -> int:

@@ -1,22 +1,6 @@
-"""Modules that the server of tests/forked.py imports once: ours, and the packages that functions of
-ours import when they need them."""
+"""Modules that the fork server imports once for tests."""
 
 from __future__ import annotations
 
-import gc
-
-import datasets  # noqa: F401
-import pyarrow.parquet  # noqa: F401
-import safetensors.torch  # noqa: F401
-import sklearn.linear_model
-import sklearn.metrics  # noqa: F401
-import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
-
-import gipo_megatron.evaluation.run
-import gipo_megatron.planning.planner
-import gipo_megatron.training.runner  # noqa: F401
 import tests.parity.worker  # noqa: F401
-
-torch.set_num_threads(1)
-gc.freeze()  # a full collection, which Megatron-Core does at every save, then passes over them
+import tools.faults.preloaded  # noqa: F401

@@ -106,11 +106,11 @@ def _refused(folder: Path) -> AbstractContextManager[None]:
 
 def _empty_model(folder: Path) -> PreTrainedModel:
     with _refused(folder), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         auto = AutoModelForCausalLM
         if is_classifier({"architectures": config.architectures}):
             auto = AutoModelForSequenceClassification
-        return auto.from_config(config, dtype=torch.float32)
+        return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def stored_dtype(*folders: Weights) -> str:
@@ -150,7 +150,7 @@ def output_difference(folder: Path, engine: Engine) -> tuple[float, float]:
     """
     home = adapted_model(folder) if weights_kind(folder) == "adapter" else folder
     with _refused(home):
-        config = AutoConfig.from_pretrained(home)
+        config = AutoConfig.from_pretrained(home, trust_remote_code=False)
     ids, lengths = random_rows(engine.architecture.vocab_size, config.pad_token_id)
     ours = outputs(engine, ids)
     release(engine)
@@ -184,7 +184,8 @@ def _load(folder: Path, head: str | None) -> PreTrainedModel:
         auto, labels = AutoModelForCausalLM, {}
         if head is not None:  # PEFT's adapters bring one, on a model without
             auto, labels = AutoModelForSequenceClassification, {"num_labels": 1}
-        return auto.from_pretrained(folder, dtype=torch.float32, **labels).eval()
+        model = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **labels)
+        return model.eval()
     finally:
         if shown:
             transformers_logging.enable_progress_bar()

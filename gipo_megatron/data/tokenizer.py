@@ -203,7 +203,8 @@ class Tokenizer:
         # version 5 reads the list under both names, version 4 under the older one
         if isinstance(config.get("extra_special_tokens"), list):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        for load_option in ("backend", "is_local", "local_files_only"):
+        # auto_map names code of another folder
+        for load_option in ("backend", "is_local", "local_files_only", "auto_map"):
             config.pop(load_option, None)
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         file.write_text(text, encoding="utf-8")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import cpu_compat
+from gipo_megatron.megatron.watch import EXCHANGE, Watch
 from gipo_megatron.roles import T
 from gipo_megatron.specs import Parallel
 
@@ -92,7 +93,7 @@ class Mesh:
         world = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
         check_factors(parallel, world)
         if not started:
-            _start(device)
+            _start(device, parallel.timeout)
         _make_groups(parallel)
         _seed(seed)
         data = parallel_state.get_data_parallel_group()
@@ -154,7 +155,7 @@ class Mesh:
         Collective.
 
         The action may take any time: the other ranks wait without a time limit, and end with an
-        error as soon as rank 0's process does.
+        error as soon as rank 0's process does, or hangs (watch.py).
         """
         value: Any = None
         refused: UserError | None = None
@@ -179,9 +180,10 @@ class Mesh:
             dist.all_gather_object(gathered, value, group=group.group)
         return gathered
 
-    def report(self, failure: str) -> None:
-        """Publish this rank's error; other ranks read it if their connection breaks."""
-        _store().set(_FAILURE, failure)
+    def report(self, failure: str) -> str:
+        """Publish this rank's error, and return the first of all ranks: other ranks have errors
+        because of it."""
+        return _store().compare_set(_FAILURE, "", failure).decode()
 
     def reported(self) -> str:
         """Return the error of a rank that stopped, or "". Not collective."""
@@ -200,20 +202,32 @@ def mesh_session(parallel: Parallel, seed: int = 0, deterministic: bool = False)
     """Yield a mesh and close it.
 
     A UserError on one rank is raised on all: when a rank stops, its connections break, and the
-    others would show that instead of the reason.
+    others would show that instead of the reason. A rank that hangs ends all of them.
     """
-    mesh = Mesh.create(parallel, seed, deterministic)
-    try:
-        yield mesh
-    except UserError as error:
-        mesh.report(str(error))
-        raise
-    except Exception:
-        if reason := mesh.reported():
-            raise UserError(reason) from None
-        raise
-    finally:
-        mesh.close()
+    with Watch(parallel.timeout) as watch:
+        mesh = Mesh.create(parallel, seed, deterministic)
+        try:
+            yield mesh
+        except UserError as error:
+            if (first := mesh.report(str(error))) != str(error):
+                raise UserError(first) from None
+            raise
+        except Exception as error:
+            if reason := mesh.reported() or watch.late(error) or cut_off(error):
+                raise UserError(reason) from None
+            raise
+        finally:
+            mesh.close()
+
+
+def cut_off(error: Exception) -> str:
+    """Return the message for an exchange that broke off because the process of another rank has
+    ended; "" for another error. Gloo's have no class of their own."""
+    if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+        return ""
+    what = "the connection to another rank broke off: its process has ended, or its machine"
+    fix = "look at that rank's own message; then start again: the same command continues"
+    return str(UserError(what, fix=fix))
 
 
 def _make_groups(parallel: Parallel) -> None:
@@ -230,6 +244,7 @@ def _make_groups(parallel: Parallel) -> None:
         virtual_pipeline_model_parallel_size=(
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
+        distributed_timeout_minutes=_exchange(parallel.timeout).total_seconds() / 60,
     )
     _layout = layout
     if dist.get_world_size() > 1:
@@ -260,7 +275,11 @@ def _device() -> torch.device:
     return device
 
 
-def _start(device: torch.device) -> None:
+def _exchange(timeout: float) -> timedelta:
+    return timedelta(seconds=EXCHANGE * timeout)
+
+
+def _start(device: torch.device, timeout: float) -> None:
     """Start torch.distributed. On CUDA it is bound to this rank's device: NCCL then connects here,
     not in the first collective, and a barrier uses the right device."""
     cuda = device.type == "cuda"
@@ -268,7 +287,7 @@ def _start(device: torch.device) -> None:
     alone: dict[str, Any] = {}
     if "WORLD_SIZE" not in os.environ:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, device_id=bound, **alone)
+    dist.init_process_group(backend, device_id=bound, timeout=_exchange(timeout), **alone)
 
 
 def _store() -> dist.Store:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ from gipo_megatron.environment import commit
 from gipo_megatron.errors import SamplerLost, UserError
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.mesh import Mesh, mesh_session
+from gipo_megatron.megatron.watch import Phases
 from gipo_megatron.metrics import Metric, Metrics
 from gipo_megatron.recipe.length import rows_a_step
 from gipo_megatron.recipe.schema import Recipe
@@ -71,7 +72,7 @@ def train_on(mesh: Mesh, recipe: Recipe) -> None:
             run_folder.announce_complete(recipe, start_from)
         return
     interrupt = Interrupt()
-    sinks: list[Sink] = []
+    sinks: list[Sink] = [Phases()]
 
     def show(phase: str) -> None:
         for sink in sinks:
@@ -126,7 +127,7 @@ class Run:
     recipe: Recipe
     mesh: Mesh
     parts: Assembly
-    sinks: list[Sink]  # rank 0 only; filled when the run begins
+    sinks: list[Sink]  # rank 0's are filled when the run begins
     timer: PhaseTimer
     interrupt: Interrupt
     directory: Path
@@ -177,7 +178,7 @@ class Run:
             row["values"] |= evaluated
         progress.unlogged = {}
         self._watch(row["values"], row["skipped"])
-        ending = self._ending(row["values"])
+        ending = self._ending(row["values"], row["skipped"])
         self._log(progress.step, row["values"], samples=row["samples"], held_out=held_out)
         if ending or improved or (run.save_every and progress.step % run.save_every == 0):
             self._save(best=improved)
@@ -223,14 +224,10 @@ class Run:
         progress = self.progress
         messages = self.recipe.alerts.check(values, progress.step)
         progress.skipped = progress.skipped + 1 if skipped else 0
-        for role, rows in skipped.items():
-            shown = ", ".join(map(str, rows[:8])) + (
-                f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-            )
-            messages.append(
-                f"step {progress.step}: {role} not updated, non-finite score, loss or gradient;"
-                f" rows {shown}"
-            )
+        for what, rows in skipped.items():
+            more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+            shown = ", ".join(map(str, rows[:8]))
+            messages.append(f"step {progress.step}: {what}; rows {shown}{more}")
         for sink in self.sinks:
             for message in messages:
                 sink.alert(progress.step, message)
@@ -245,13 +242,13 @@ class Run:
 
     # ---------------------------------------------------------------------------------- how it ends
 
-    def _ending(self, values: Mapping[str, float]) -> str:
+    def _ending(self, values: Mapping[str, float], skipped: Iterable[str]) -> str:
         """Return why the run ends after this step; empty: it goes on. The same on every rank."""
         run, progress = self.recipe.run, self.progress
         if progress.skipped >= run.max_skipped:
             raise UserError(
-                f"{progress.skipped} steps in a row had a non-finite score, loss or gradient (step"
-                f" {progress.step}; rows in alerts.jsonl)",
+                f"{progress.skipped} steps in a row had a number that is not finite (step"
+                f" {progress.step}: {'; '.join(skipped)}; rows in alerts.jsonl)",
                 where=(
                     "the last good checkpoint is"
                     f" {latest(self.directory / 'checkpoints') or 'none yet'}"
@@ -281,13 +278,12 @@ class Run:
             self._export()
         if not self.mesh.is_main:
             return
-        if done:
-            checkpoint.link(self.directory / "final", last)
         for sink in self.sinks:
             sink.close()
         self.sinks.clear()
-        if done:
+        if done:  # `final` is the last: a run without it ends once more
             run_folder.close_run(self.directory, self.recipe)
+            checkpoint.link(self.directory / "final", last)
         advice = "" if done else "; the same command continues"
         print(
             f"{self.recipe.name}: {ending} at step {self.progress.step} of {self.parts.steps};"
@@ -314,7 +310,7 @@ class Run:
                 "algorithm": algorithm.state_dict() if isinstance(algorithm, Stateful) else {},
                 "alerts": self.recipe.alerts.state_dict(),
             }
-            path = checkpoint.save(
+            checkpoint.save(
                 folder,
                 self.parts.trained,
                 self.mesh,
@@ -322,9 +318,8 @@ class Run:
                 state,
                 self._extra_files,
                 self.recipe.run.keep,
+                self.directory / "best" if best else None,
             )
-            if best and self.mesh.is_main:
-                checkpoint.link(self.directory / "best", path)
 
     def _meta(self) -> CheckpointMeta:
         """Step and origin of a checkpoint written now."""
@@ -382,6 +377,7 @@ class Run:
             checkpoint.link(directory / "best", best)
         else:
             (directory / "best").unlink(missing_ok=True)
+        checkpoint.prune(directory / "checkpoints", recipe.run.keep)
         self.sinks += make_sinks(
             recipe.run.loggers,
             directory,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.files import read_object, write_json
+from gipo_megatron.files import inside, read_object, write_json
 from gipo_megatron.specs import AdapterSpec, Architecture, HeadSpec, OneOf, Size
 from gipo_megatron.typed import Mismatch, built
 from gipo_megatron.weights.base import BaseMeta
@@ -17,8 +17,12 @@ from gipo_megatron.weights.peft_config import CONFIG, TENSORS
 
 FORMAT, VERSION = "gipo_megatron", 2  # 2: FP8 scaling state as tensors; all else as in 1
 HF_FILES = ("config.json", "generation_config.json")
+# what to do about a damaged one
+OTHER = (
+    "copy it again, or use another; a run resumes from the checkpoint before it when this folder is"
+    " removed"
+)
 _STEP = re.compile(r"step_(\d+)")
-_FIX = "use another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def parse_meta(path: Path) -> CheckpointMeta | None:
     Raises UserError for a file that cannot be read, and for a newer version.
     """
     file = path / "meta.json"
-    content = read_object(file, _FIX)
+    content = read_object(file, OTHER)
     if content.get("format") != FORMAT:
         return None
     version = content.get("version", 1)
@@ -101,24 +105,23 @@ def read_meta(path: Path) -> CheckpointMeta:
         )
     if meta.files is None:
         raise _unusable(path, "meta.json does not list the checkpoint's files")
+    for role in meta.roles:
+        inside(path, role, str(path / "meta.json"))
     for name, size in meta.files.items():
-        file = path / name
+        file = inside(path, name, str(path / "meta.json"))
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes, {size} were written"
             raise UserError(
                 f"damaged checkpoint: {name} {state}",
                 where=str(path),
-                fix=(
-                    "copy it again, or use another; a run resumes from the checkpoint before it"
-                    " when this folder is removed"
-                ),
+                fix=OTHER,
             )
     return meta
 
 
 def _unusable(path: Path, what: str) -> UserError:
-    return UserError(what, where=str(path), fix=_FIX)
+    return UserError(what, where=str(path), fix=OTHER)
 
 
 def with_contents(meta: CheckpointMeta, folder: Path, roles: dict[str, RoleMeta]) -> CheckpointMeta:

@@ -206,12 +206,13 @@ def config_like(
     source: str, dtype: str, *, head: str | None = None, pad_token_id: int | None = None
 ) -> str:
     """Return `source`, the config.json that a model came with, with the written model's dtype,
-    class, one label and its padding; the same text where none of them differ. transformers 4 reads
-    no `rope_parameters`, so its keys are written beside them.
+    class, one label and its padding, without the names of code; the same text where none of them
+    differ. transformers 4 reads no `rope_parameters`, so its keys are written beside them.
 
     pad_token_id: the id that a classifier's texts may be padded with; None: no id is safe.
     """
     config: dict[str, Any] = json.loads(source)
+    code = config.pop("auto_map", None)  # runs where a reader trusts the written folder
     changes: dict[str, Any] = {
         key: dtype for key in ("dtype", "torch_dtype") if config.get(key, dtype) != dtype
     }
@@ -227,7 +228,7 @@ def config_like(
         changes |= ONE_LABEL
     if head is not None and config.get("pad_token_id") != pad_token_id:
         changes["pad_token_id"] = pad_token_id
-    return source if not changes else json.dumps(config | changes, indent=2) + "\n"
+    return source if not changes and code is None else json.dumps(config | changes, indent=2) + "\n"
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.files import read_object, refuse_pointer
+from gipo_megatron.files import inside, read_object, refuse_pointer
 from gipo_megatron.tensors import Tensor
 from gipo_megatron.weights.hf_values import BLOCK, FIX, TEXT, check_values
 from gipo_megatron.weights.peft_config import CONFIG, PREFIX, TENSORS
@@ -22,6 +22,7 @@ SHARD_BYTES = 4 << 30
 # safetensors' names; others are quantised or no weights
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOATS = {*BYTES, "F64", "float64"}  # that are loaded
 OUR_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 HF_DTYPES = {ours: theirs for theirs, ours in OUR_DTYPES.items()}
 
@@ -118,7 +119,7 @@ def _weight_files(folder: Path, listed: Mapping[str, str]) -> list[Path]:
             fix="remove the older of the two, with its files",
         )
     if files:
-        return [folder / name for name in files]
+        return [inside(folder, name, str(folder / INDEX)) for name in files]
     if single:
         return [folder / SINGLE]
     found = "no such folder"

@@ -116,6 +116,9 @@ def test_keep_and_links(mesh: Mesh, tmp_path: Path) -> None:
     assert sorted(p.name for p in directory.iterdir()) == ["step_1", "step_3", "step_4"]
     checkpoint.link(tmp_path / "best", directory / "step_4")
     assert (tmp_path / "best").readlink() == Path("checkpoints/step_4")
+    checkpoint.prune(directory, 2)  # what `best` was is no longer linked
+    assert sorted(p.name for p in directory.iterdir()) == ["step_3", "step_4"]
+    checkpoint.prune(tmp_path / "none", 2)
     # the same step once more
     checkpoint.save(directory, {}, mesh, CheckpointMeta(4), {"again": 1}, keep=2)
     assert checkpoint.restore(tmp_path / "best", {}, mesh) == {"again": 1}

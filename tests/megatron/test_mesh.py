@@ -57,6 +57,17 @@ def test_an_error_of_any_kind_can_be_sent_to_other_ranks() -> None:
         assert (type(sent), str(sent)) == (type(error), str(error)) and sent.args == error.args
 
 
+def test_a_broken_connection_is_no_fault_of_this_rank() -> None:
+    """Gloo's text is one that a killed neighbour left."""
+    gloo = (
+        "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error"
+        " [127.0.0.1]:24261: Connection reset by peer."
+    )
+    for error in (RuntimeError(gloo), dist.DistNetworkError("recvValue failed")):
+        assert mesh_module.cut_off(error).startswith("the connection to another rank broke off")
+    assert mesh_module.cut_off(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
+
+
 def test_the_world_must_fit_before_anything_is_built(mesh: Mesh) -> None:
     with pytest.raises(UserError, match="world 1"):
         Mesh.create(Parallel(tensor=2))
@@ -76,10 +87,11 @@ def test_the_process_group_is_bound_to_the_gpu(
     else:
         monkeypatch.delenv("WORLD_SIZE", raising=False)
     device = torch.device(name)
-    mesh_module._start(device)
+    mesh_module._start(device, timeout=4.0)
     ((backend,), named) = calls.pop()
     expected = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     assert (backend, named.pop("device_id")) == expected and not calls
+    assert named.pop("timeout").total_seconds() == 6.0
     assert named.keys() == (set() if launched else {"store", "rank", "world_size"})
 
 

@@ -16,91 +16,15 @@ from pathlib import Path
 
 from tests import forked
 from tests.forked import ROOT
-
-VOLATILE = ("time/", "perf/", "memory/", "rollout/tokens_per_second")
-SMALL = [
-    "model.architecture.num_layers=4",  # two pipeline stages with two chunks each
-    "model.architecture.hidden_size=32",
-    "model.architecture.ffn_hidden_size=64",
-    "model.architecture.head_dim=8",
-    "data.planted.prompts=40",
-    "data.planted.held_out=0.2",
-    "data.planted.pairs_per_prompt=6",
-    "run.eval_prompts=8",
-    "run.loggers=[]",
-    "run.save_every=0",
-]
-
-
-def sft(directory: Path, *more: str) -> list[str]:
-    return [
-        "recipe=tiny/sft",
-        *SMALL,
-        "batch.minibatch=8",
-        "batch.micro_batch=4",
-        f"run.dir={directory}",
-        "run.steps=3",
-        "models.actor.warmup_steps=1",
-        *more,
-    ]
-
-
-def reward_model(directory: Path, sft_dir: Path, *more: str) -> list[str]:
-    batch = ["batch.minibatch=8", "batch.micro_batch=4", "models.reward.warmup_steps=1"]
-    return [
-        "recipe=tiny/rm",
-        *SMALL,
-        *batch,
-        f"models.reward.load={sft_dir}/final",
-        f"run.dir={directory}",
-        "run.steps=3",
-        *more,
-    ]
-
-
-def dpo(directory: Path, base: Path, *more: str, data: str = "with=data/planted") -> list[str]:
-    batch = [
-        "batch.minibatch=8",
-        "batch.micro_batch=4",
-        "models.actor.warmup_steps=1",
-        "models.actor.schedule=constant",
-    ]
-    run = [
-        f"models.actor.load={base}/sft/final",
-        f"run.dir={directory}",
-        "run.steps=4",
-        "run.eval_every=2",
-    ]
-    return ["recipe=tiny/dpo", data, *SMALL, *batch, *run, *more]
-
-
-def ppo(name: str, directory: Path, base: Path, *more: str) -> list[str]:
-    batch = [
-        "batch.prompts=8",
-        "batch.responses=2",
-        "batch.minibatch=8",
-        "batch.micro_batch=4",
-        "algorithm.critic_warmup=1",
-    ]
-    loads = [f"models.actor.load={base}/sft/final", f"models.reward.load={base}/rm/final"]
-    return [
-        f"recipe=tiny/{name}",
-        *SMALL,
-        *batch,
-        *loads,
-        f"run.dir={directory}",
-        "run.steps=3",
-        "run.eval_every=2",
-        *more,
-    ]
-
-
-def rows(directory: Path) -> list[dict[str, float | None]]:
-    """metrics.jsonl without what no two runs share."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(VOLATILE)} for line in lines
-    ]
+from tools.faults.runs import (  # noqa: F401  (tests call them by this module)
+    difference,
+    dpo,
+    logged,
+    ppo,
+    reward_model,
+    rows,
+    sft,
+)
 
 
 def long_gipo(directory: Path, base: Path, *more: str) -> list[str]:
@@ -230,18 +154,6 @@ def wait_for(
         time.sleep(0.002)
 
 
-def logged(directory: Path, step: int) -> bool:
-    """Whether metrics.jsonl has that step's row."""
-    file = directory / "metrics.jsonl"
-    return file.exists() and f'{{"step": {step}, ' in file.read_text()
-
-
 def same_story(a: Path, b: Path) -> None:
-    """metrics.jsonl (but for time, perf, memory) and samples.jsonl of two runs are equal, bit for
-    bit."""
-    one, other = rows(a), rows(b)
-    assert [r["step"] for r in one] == [r["step"] for r in other]
-    for mine, its in zip(one, other, strict=True):
-        assert mine.keys() == its.keys()
-        assert {k: (mine[k], its[k]) for k in mine if mine[k] != its[k]} == {}
-    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+    """Assert that two runs are equal, bit for bit."""
+    assert difference(a, b) == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import signal
@@ -11,17 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import chain
-
-
-def tree(directory: Path) -> dict[str, str]:
-    """Every file and link with its content, but a killed run's lock, which is taken."""
-    found = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_symlink():
-            found[str(path.relative_to(directory))] = os.readlink(path)
-        elif path.is_file() and path.name != "lock":
-            found[str(path.relative_to(directory))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+from tools.faults.runs import tree
 
 
 def kill_after_step_2(directory: Path, base: Path) -> None:
@@ -51,6 +40,13 @@ def kill_while_writing(directory: Path, base: Path) -> None:
     assert writing() and not (directory / "final").exists()
 
 
+def killed_at_the_end(directory: Path, base: Path) -> None:
+    """What a kill leaves after the last checkpoint, before an older one goes and `final` comes."""
+    shutil.copytree(base / "gipo_long", directory, symlinks=True)
+    (directory / "final").unlink()
+    shutil.copytree(directory / "checkpoints" / "step_4", directory / "checkpoints" / "step_3")
+
+
 @pytest.fixture(scope="module")
 def resumed(base: Path) -> tuple[Path, list[chain.Outcome]]:
     """Two killed runs, then in one start: both again, and what else a second start may meet."""
@@ -60,6 +56,7 @@ def resumed(base: Path) -> tuple[Path, list[chain.Outcome]]:
     shutil.copytree(base / "killed", base / "never", symlinks=True)
     shutil.copytree(base / "killed", base / "branch", symlinks=True)
     shutil.copytree(base / "gipo", base / "longer", symlinks=True)
+    killed_at_the_end(base / "unfinished", base)
     step_1 = base / "killed" / "checkpoints" / "step_1"
     before = {name: tree(base / name) for name in ("gipo_long", "other_data", "never")}
     shutil.copytree(step_1, base / "kept_step_1")
@@ -71,6 +68,7 @@ def resumed(base: Path) -> tuple[Path, list[chain.Outcome]]:
         chain.long_gipo(base / "never", base, "run.resume=never"),
         chain.long_gipo(base / "branch", base, f"run.resume={base}/kept_step_1"),
         chain.ppo("gipo", base / "longer", base, "run.steps=5"),
+        chain.long_gipo(base / "unfinished", base),
     ]
     done = chain.outcomes(cases, base)
     # the complete run and the refused ones: nothing changed
@@ -90,6 +88,15 @@ def test_killed_at_any_moment(
     assert os.readlink(base / name / "best") == os.readlink(base / "gipo_long" / "best")
     names = [p.name for p in (base / name / "checkpoints").iterdir()]
     assert sorted(names) == sorted(p.name for p in (base / "gipo_long" / "checkpoints").iterdir())
+
+
+@pytest.mark.multiprocess
+def test_killed_after_the_last_checkpoint(resumed: tuple[Path, list[chain.Outcome]]) -> None:
+    base, done = resumed
+    assert done[7].error == "" and "complete at step 5 of 5" in done[7].printed
+    one, other = (base / name / "checkpoints" for name in ("unfinished", "gipo_long"))
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in other.iterdir())
+    assert os.readlink(base / "unfinished" / "final") == "checkpoints/step_5"
 
 
 @pytest.mark.multiprocess

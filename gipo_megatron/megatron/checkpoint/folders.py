@@ -18,6 +18,7 @@ def prune(directory: Path, keep: int) -> None:
     linked = {
         path.resolve()
         for folder in (directory, directory.parent)
+        if folder.is_dir()
         for path in folder.iterdir()
         if path.is_symlink()
     }

@@ -12,7 +12,8 @@ from megatron.core import dist_checkpointing
 from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.megatron.checkpoint.folders import prune
+from gipo_megatron.megatron.checkpoint.finite import check_finite
+from gipo_megatron.megatron.checkpoint.folders import link, prune
 from gipo_megatron.megatron.checkpoint.sharded import InlineSave, metadata, sharded_chunks
 from gipo_megatron.megatron.cpu_compat import host_mode
 from gipo_megatron.megatron.engine import Engine
@@ -21,6 +22,7 @@ from gipo_megatron.megatron.scaling import without_extra_states
 from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta, with_contents
 
 ExtraFiles = Callable[[Path], Any]
+_NOT_SAVED = "lower the learning rate; the same command continues from the checkpoint before"
 
 
 def save(
@@ -31,14 +33,17 @@ def save(
     state: dict[str, Any] | None = None,
     extra_files: ExtraFiles | None = None,
     keep: int | None = None,
+    best: Path | None = None,
 ) -> Path:
     """Write DIR/step_N, N the step of `meta`, and return it. Collective; see `write`.
 
-    keep: only that many of the newest step folders stay, and those that a link in DIR or beside it
-    points to.
+    best: a link to this folder from now on. keep: only that many of the newest step folders stay,
+    and those that a link in DIR or beside it points to.
     """
     final = directory / f"step_{meta.step}"
     write(final, roles, mesh, meta, state, extra_files)
+    if mesh.is_main and best is not None:
+        link(best, final)
     if mesh.is_main and keep is not None:
         prune(directory, keep)
     mesh.barrier()
@@ -56,7 +61,7 @@ def write(
     """Write one checkpoint as the folder `final`, which appears whole, by one rename.
 
     Collective; `meta`, `state` and `extra_files(folder)` are rank 0's. Raises UserError for a full
-    disk.
+    disk, and for weights that are not finite: no run could continue from them.
     """
     work, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
     try:
@@ -79,6 +84,9 @@ def write(
                 final.rename(old)
             work.rename(final)
             shutil.rmtree(old, ignore_errors=True)
+    except UserError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     except (OSError, RuntimeError, torch_checkpoint.CheckpointException) as error:
         reason = _full_disk(error)
         if reason is None:
@@ -118,6 +126,7 @@ def _save_role(folder: Path, engine: Engine) -> None:
         host_mode(),
         torch.no_grad(),
     ):
+        check_finite(engine, folder, _NOT_SAVED)
         torch.cuda.empty_cache()  # NCCL and gloo allocate past torch's cache
         chunks = sharded_chunks(engine)
         sharded = without_extra_states(chunks)
