@@ -78,7 +78,9 @@ def convert(value: Any, hint: Any) -> Any:
         return _convert_union(value, hint)
     if hint is Any or (hint is dict and isinstance(value, dict)):
         return value
-    if origin in (list, tuple) and isinstance(value, list | tuple):
+    counted = origin is tuple and arguments[-1] is not ...
+    right = not counted or (isinstance(value, list | tuple) and len(value) == len(arguments))
+    if origin in (list, tuple) and isinstance(value, list | tuple) and right:
         return origin(convert(item, arguments[0]) for item in value)
     if origin is dict and isinstance(value, dict):
         return {convert(k, arguments[0]): _at(k, v, arguments[1]) for k, v in value.items()}

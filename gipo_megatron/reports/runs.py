@@ -16,6 +16,7 @@ import yaml
 
 from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.files import bad_line, read_jsonl
+from gipo_megatron.typed import Mismatch, built
 
 Points = tuple[list[int], list[float]]  # steps, values
 
@@ -59,6 +60,14 @@ class RunFolder:
         return math.fsum(self.series("time/step_seconds")[1])
 
 
+@dataclass(frozen=True)
+class About:
+    """What an algorithm records in environment.json for reports."""
+
+    stage: str = "–"
+    headline: list[tuple[str, str]] = field(default_factory=list)
+
+
 def finite(value: Any) -> bool:
     """Check for a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -87,7 +96,7 @@ def load_run(path: str | Path) -> RunFolder:
             where=str(folder / "recipe.yaml"),
             fix="a run writes its expanded recipe there; remove the file to go without",
         )
-    about = environment if isinstance(environment, dict) else {}
+    about = _about(folder / "environment.json", environment)
     return RunFolder(
         path=folder,
         name=folder.name if folder.name not in ("", "..") else folder.resolve().name,
@@ -98,9 +107,17 @@ def load_run(path: str | Path) -> RunFolder:
         recipe=recipe,
         recipe_text=recipe_text,
         environment_text=environment_text,
-        stage=about.get("stage", "–"),
-        headline=[(metric, words) for metric, words in about.get("headline", [])],
+        stage=about.stage,
+        headline=about.headline,
     )
+
+
+def _about(file: Path, environment: Any) -> About:
+    found = environment if isinstance(environment, dict) else {}
+    try:
+        return built(About, {key: found[key] for key in ("stage", "headline") if key in found})
+    except Mismatch as mismatch:
+        raise UserError(str(mismatch), where=str(file), fix="remove it to go without") from None
 
 
 def _read_yaml(file: Path) -> tuple[Any, str]:

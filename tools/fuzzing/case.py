@@ -71,8 +71,7 @@ def limited() -> Iterator[list[bool]]:
 
     timers = {signal.ITIMER_PROF: (signal.SIGPROF, CPU), signal.ITIMER_REAL: (signal.SIGALRM, WALL)}
     before = {number: signal.signal(number, stop) for number, _ in timers.values()}
-    for timer, (_, seconds) in timers.items():
-        signal.setitimer(timer, seconds)
+    running = {timer: signal.setitimer(timer, s) for timer, (_, s) in timers.items()}
     faulthandler.dump_traceback_later(2 * WALL, exit=True, file=sys.__stderr__)
     try:
         yield fired
@@ -81,6 +80,8 @@ def limited() -> Iterator[list[bool]]:
             signal.setitimer(timer, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+        for timer, (seconds, _) in running.items():  # pytest-timeout's
+            signal.setitimer(timer, seconds)
         faulthandler.cancel_dump_traceback_later()
 
 
@@ -92,6 +93,7 @@ def global_state() -> Iterator[None]:
         os.environ.pop(name, None)
     os.environ["HF_HUB_OFFLINE"] = "1"
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             yield
         finally:
@@ -132,16 +134,21 @@ def observed(action: Callable[[], int], folder: Path) -> Screen:
     """Return what a user sees of a command in `folder`. Raises Fault for a traceback or a hang."""
     out, err = io.StringIO(), io.StringIO()
     broken = ""
-    with global_state(), contextlib.chdir(folder), limited() as late:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = action()
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else 1
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:
-                code, broken = 1, where(error)
+    with (
+        global_state(),
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        limited() as late,
+    ):
+        try:
+            code = action()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            code, broken = 1, where(error)
     if late:
         raise Fault(f"hang: {broken or 'caught as an error'}")
     if broken:
@@ -150,7 +157,7 @@ def observed(action: Callable[[], int], folder: Path) -> Screen:
 
 
 def check(screen: Screen, names: Sequence[str]) -> None:
-    """Raise Fault for another exit code, more than a screen, and an error without any of `names`."""
+    """Raise Fault for another exit code, more than a screen, or an error without any of `names`."""
     if screen.code not in (0, 2):
         raise Fault(f"exit code {screen.code}: {screen.err[-300:]}")
     if "Traceback" in screen.err:

@@ -249,6 +249,3 @@ def _stored(name: str, value: Any) -> bytes:
     if name.endswith("jsonl"):
         return b"".join(as_json(row) + b"\n" for row in value)
     return as_json(value)
-
-
-CASES = st.one_of(models(), models(), checkpoints())

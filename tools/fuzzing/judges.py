@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -152,8 +153,8 @@ def run(answer: Answer, folder: Path) -> Screen:
 # ------------------------------------------------------------------------------------ what is drawn
 
 VERDICTS = st.sampled_from(
-    ["[[A]]", "x [[B]]", '{"explanation": "e", "verdict": "A"}', '{"verdict": ["A"]}', "<think>[[A]]",
-     "<think>a</think>[[B]]", "[[A]] [[B]]", "{" * 3000, '{"a":' * 3000, "[[", "", "[[D]]", "no",
+    ["[[A]]", "x [[B]]", '{"explanation": "e", "verdict": "A"}', '{"verdict": ["A"]}',
+     "<think>[[A]]", "<think>a</think>[[B]]", "[[A]] [[B]]", "{" * 3000, '{"a":' * 3000, "[[", "", "[[D]]", "no",
      '{"verdict": "A"', "\ud800[[A]]", "[[A]]" * 999, '{"explanation": "[[A]]', "\x1b[2J[[A]]"]
 )  # fmt: skip
 
@@ -245,8 +246,6 @@ def kept(draw: st.DrawFn) -> Answer:
 
 def study() -> dict[str, bytes]:
     """Return the key of a rater's page and the rater's export, as files."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         judge = HumanJudge(raters=["ann"], pairs=2, directory=folder)
         judge.write_pages(PAIRS)
@@ -275,6 +274,3 @@ def ratings(draw: st.DrawFn, files: dict[str, bytes]) -> Answer:
 
 def cases() -> st.SearchStrategy[Answer]:
     return st.one_of(answers(), answers(), answers(), kept(), ratings(study()))
-
-
-CASES = cases()

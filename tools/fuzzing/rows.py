@@ -219,4 +219,3 @@ def cases(draw: st.DrawFn, reader: str) -> Case:
 
 
 READERS = ("jsonl", "json", "csv", "parquet", "arrow")
-CASES = st.one_of(*map(cases, READERS))
