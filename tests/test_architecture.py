@@ -16,7 +16,7 @@ CODE = sorted([*MODULES, *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglo
 # The rooms (folders and single files of the package), floor by floor: a room imports rooms of lower
 # floors only.
 FLOORS = [
-    {"errors", "environment", "statistics", "tensors", "web"},
+    {"environment", "errors", "http_client", "screen", "statistics", "tensors", "web"},
     {"capabilities", "files", "launcher", "metrics", "ops", "specs"},
     {"registry", "types"},
     {"data", "roles", "rollouts", "typed"},

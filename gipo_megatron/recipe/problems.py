@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.screen import shown
 
 # names in a list, problems in a message, characters of them: one screen
 SHOWN, CHARACTERS = 16, 4000
@@ -45,11 +46,11 @@ class RecipeErrors(UserError):
         super().__init__(f"{recipe}: {count}")
 
     def __str__(self) -> str:
-        shown = [str(problem) for problem in self.problems[:SHOWN]]
-        while len(shown) > 1 and sum(map(len, shown)) > CHARACTERS:
-            shown.pop()
-        more = len(self.problems) - len(shown)
-        return "\n".join([self.what, *shown, *([f"and {more} more"] if more else [])])
+        texts = [str(problem) for problem in self.problems[:SHOWN]]
+        while len(texts) > 1 and sum(map(len, texts)) > CHARACTERS:
+            texts.pop()
+        more = len(self.problems) - len(texts)
+        return "\n".join([self.what, *texts, *([f"and {more} more"] if more else [])])
 
 
 def suggest(word: str, options: Iterable[str]) -> str:
@@ -73,5 +74,6 @@ def fail(error: UserError, patience: float = 30.0) -> NoReturn:
     if rank:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(patience)
-    print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
+    text = shown(f"rank {rank}: {error}" if rank else str(error))
+    print(text, file=sys.stderr, flush=True)
     raise SystemExit(2)

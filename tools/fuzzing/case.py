@@ -22,9 +22,8 @@ from gipo_megatron import cli
 
 CPU, WALL = 10.0, 200.0  # seconds of a case that takes 0.1 s alone
 LINES, CHARACTERS = 50, 6000  # of one screen
-CONTROL = re.compile(
-    r"[\x00-\x09\x0b-\x1f\x7f-\x9f]"
-)  # what a terminal obeys; a line break is none
+# what a terminal obeys, but for line breaks and tabs
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Fault(AssertionError):

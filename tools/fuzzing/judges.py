@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import httpx
-import openai
+import httpx2
 from hypothesis import strategies as st
 
 from gipo_megatron import cli
+from gipo_megatron.evaluation import chat_requests
 from gipo_megatron.evaluation.judges.human import HumanJudge
 from gipo_megatron.evaluation.judges.openai import CACHE, OpenAIJudge
 from gipo_megatron.evaluation.store import ResponseStore, VerdictStore
 from gipo_megatron.evaluation.types import FAILED, FIRST, SECOND, TIE, Pair, PairOrder, Verdict
+from gipo_megatron.http_client import HttpClient
 from tools.fuzzing.case import Fault, Screen, check, fill, observed
 from tools.fuzzing.values import as_json, damaged, hostile, mutated
 
@@ -62,16 +63,16 @@ def judge_of(answer: Answer) -> OpenAIJudge:
 def ask(answer: Answer) -> int:
     """Ask for two verdicts, then read all that was kept of them again."""
 
-    def handle(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(answer.status, headers=answer.headers, content=answer.body)
+    def handle(_: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(answer.status, headers=answer.headers, content=answer.body)
 
-    def unasked(_: httpx.Request) -> httpx.Response:
+    def unasked(_: httpx2.Request) -> httpx2.Response:
         raise Fault("a kept answer is requested again")
 
     found = []
     for handler in (handle, unasked):
-        client = partial(openai.AsyncOpenAI, http_client=_client(handler))
-        with patch.object(openai, "AsyncOpenAI", client):
+        client = partial(HttpClient, transport=httpx2.MockTransport(handler))
+        with patch.object(chat_requests, "HttpClient", client):
             judge = judge_of(answer)
             verdicts = judge.judge(PAIRS, lambda count: None)
         json.dumps(judge.about(), allow_nan=False)
@@ -88,10 +89,6 @@ def ask(answer: Answer) -> int:
     if {key: v.choice for key, v in store.read().items()} != {k: v.choice for k, v in kept.items()}:
         raise Fault("verdicts are read otherwise than written")
     return 0
-
-
-def _client(handler: Callable[[httpx.Request], httpx.Response]) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.MockTransport(handler))
 
 
 def read_cache(answer: Answer) -> int:
@@ -154,7 +151,8 @@ def run(answer: Answer, folder: Path) -> Screen:
 
 VERDICTS = st.sampled_from(
     ["[[A]]", "x [[B]]", '{"explanation": "e", "verdict": "A"}', '{"verdict": ["A"]}',
-     "<think>[[A]]", "<think>a</think>[[B]]", "[[A]] [[B]]", "{" * 3000, '{"a":' * 3000, "[[", "", "[[D]]", "no",
+     "<think>[[A]]", "<think>a</think>[[B]]", "[[A]] [[B]]", "{" * 3000, '{"a":' * 3000,
+     "[[", "", "[[D]]", "no",
      '{"verdict": "A"', "\ud800[[A]]", "[[A]]" * 999, '{"explanation": "[[A]]', "\x1b[2J[[A]]"]
 )  # fmt: skip
 
