@@ -105,7 +105,7 @@ META: dict[str, tuple[Callable[[Any], Any], str]] = {
     "another dtype": (with_role(dtype="int4"), "roles.actor.dtype: 'int4' is not one of"),
     "groups": (with_role(num_groups=0), "roles.actor.num_groups: 0 must be at least 1"),
     "a key": (with_role(colour=1), "roles.actor.colour: unknown key"),
-    "vocabulary": (with_role(architecture={"vocab_size": 900}), "checkpoint"),
+    "another width": (with_role(architecture={"hidden_size": 16}), "checkpoint"),
 }
 
 
@@ -215,7 +215,9 @@ def test_kept_answers(action: str, key: str, value: Any, said: str, tmp_path: Pa
     assert screen.code == 2 and said in screen.err and f"{name}:2" in screen.err
 
 
-@pytest.mark.parametrize("text", ['{"a":' * 60_000, '{"a": [' * 30_000 + "[[A]]", "{" * 90_000])
+@pytest.mark.parametrize(
+    "text", ['{"a":' * 60_000, '{"a": [' * 30_000 + "[[A]]", "{" * 90_000, '{"' * 90_000]
+)
 def test_an_answer_of_many_objects_is_read_in_time(text: str, tmp_path: Path) -> None:
     """Each object was read until Python's limit: minutes for one answer."""
     answer = judges.Answer(200, {}, as_json(judges.completion(text)))

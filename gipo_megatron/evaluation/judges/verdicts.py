@@ -16,10 +16,11 @@ VERDICTS = {"A": FIRST, "B": SECOND, "C": TIE}
 _NAME = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning)"
 OPENED = re.compile(rf"\s*[<\[]{_NAME}[>\]]", re.IGNORECASE)
 # a verdict, what may be an object, the end of thoughts
-_MARK = re.compile(rf"\[\[(?P<token>[ABC])\]\]|(?P<object>\{{)|[<\[]/(?i:{_NAME})[>\]]")
+_MARK = re.compile(rf"\[\[(?P<token>[ABC])\]\]|(?P<object>\{{(?=\s*\x22))|[<\[]/(?i:{_NAME})[>\]]")
 _OURS = re.compile(r'\{\s*"(explanation|verdict)"')
 _DECODER = json.JSONDecoder(strict=False)  # a string may contain line breaks
-_TOO_DEEP = 8  # objects deeper than Python reads, after which a text is read without objects
+# objects that are no JSON, after which objects are passed over: each takes as long as the text
+_UNREADABLE = 100
 
 
 class Reading(NamedTuple):
@@ -37,12 +38,12 @@ def read(text: str) -> Reading:
     What an object contains is no verdict, and what follows an object that is cut or no JSON is
     one only within another object: its explanation may quote [[A]].
     """
-    found, at, quoted, deep = Reading(), 0, False, 0
+    found, at, quoted, failed = Reading(), 0, False, 0
     while mark := _MARK.search(text, at):
         at = mark.end()
         if mark["object"]:
-            value, end = _object(text, mark.start()) if deep < _TOO_DEEP else ({}, 0)
-            deep += end < 0
+            value, end = _object(text, mark.start()) if failed < _UNREADABLE else ({}, 0)
+            failed += not value
             if "verdict" in value:
                 choice, at = VERDICTS.get(str(value["verdict"]).strip("[]")), end
                 found = Reading(choice, found.start, at)
@@ -56,15 +57,12 @@ def read(text: str) -> Reading:
 
 
 def _object(text: str, start: int) -> tuple[dict[str, Any], int]:
-    """Return the JSON object that begins there, and its end; {} if it is none, with the end -1
-    where it is too deep to be read."""
+    """Return the JSON object that begins there, and its end; {} if it is none."""
     try:
         value: dict[str, Any]
         value, end = _DECODER.raw_decode(text, start)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}, start
-    except RecursionError:
-        return {}, -1
     return value, end
 
 
