@@ -49,7 +49,8 @@ def _file(folder: Path, what: str, rank: int) -> Path:
 
 def writes(folder: Path, ranks: int) -> list[int]:
     """Return how many writes each rank made in the last run there."""
-    return [int(_file(folder, "writes", rank).read_text() or "0") for rank in range(ranks)]
+    files = [_file(folder, "writes", rank) for rank in range(ranks)]
+    return [int(file.read_text() or "0") if file.exists() else 0 for file in files]
 
 
 def _changes(event: str, arguments: tuple[Any, ...], place: str) -> bool:

@@ -19,9 +19,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 ALONE = ("1 process",)
 RUN = Path("run")  # in the working folder: two runs then have the same recipe.yaml
 OUT = Path("out")
-LEFTOVERS = ("*.tmp", "*.partial", "*.old", "lock")
+LEFTOVERS = ("*.tmp", "*.partial", "*.old")
 TINY = (
-    "data.planted.prompts=20",
     "run.eval_prompts=4",
     "run.eval_every=2",
     "run.save_every=1",
@@ -79,11 +78,8 @@ def _sft(base: Path) -> list[str]:
 
 
 def _gipo(base: Path) -> list[str]:
-    # the weights have four layers
-    return [
-        "train",
-        *runs.ppo("gipo", RUN, base, *TINY[1:], "batch.prompts=4", "batch.minibatch=4"),
-    ]
+    small = "batch.prompts=4", "batch.minibatch=4", "batch.micro_batch=2"
+    return ["train", *runs.ppo("gipo", RUN, base, *TINY, *small)]
 
 
 def _dpo(base: Path) -> list[str]:
@@ -144,7 +140,7 @@ def _conversion_difference(a: Path, b: Path) -> str:
 
 
 def leftovers(folder: Path) -> str:
-    """Return the name of an unfinished file or a lock in `folder`; "" for none."""
+    """Return the name of an unfinished file in `folder`; "" for none."""
     found = (path for pattern in LEFTOVERS for path in folder.rglob(pattern))
     return next((f"{path.relative_to(folder)} is left" for path in found), "")
 
