@@ -19,25 +19,25 @@ _POINTER = b"version https://git-lfs"
 _NAME, _PATH = 250, 4000  # bytes of a file's name, with its ending, and of a path
 
 
-def expand(path: str) -> str:
-    """Return a path of the user's with `~` and `~name` replaced by home folders.
+def expand(path: str, where: str = "command line") -> str:
+    """Return a path of the user's, from `where`, with `~` and `~name` replaced by home folders.
 
     `./~name` is a file of that name. Raises UserError for a home folder that cannot be found, and
-    for characters that file names cannot have here.
+    for characters and lengths that file names cannot have here.
     """
     full = os.path.expanduser(path)
     if full.startswith("~"):
         fix = "write the whole path, or ./~… for a file of that name"
-        raise UserError(f"{path!r}: there is no such home folder", fix=fix)
+        raise UserError(f"{path!r}: there is no such home folder", where=where, fix=fix)
     try:
         encoded = os.fsencode(full)
     except UnicodeEncodeError:
         what = f"{path!r} has characters that this system's encoding lacks"
-        raise UserError(what, fix="export PYTHONUTF8=1") from None
+        raise UserError(what, where=where, fix="export PYTHONUTF8=1") from None
     if b"\0" in encoded:
-        raise UserError(f"{path!r} has a character that no file name can have")
+        raise UserError(f"{path!r} has a character that no file name can have", where=where)
     if len(encoded) > _PATH or max(map(len, encoded.split(b"/"))) > _NAME:
-        raise UserError(f"{short(path)} is longer than a file's name can be")
+        raise UserError(f"{short(path)} is longer than a file's name can be", where=where)
     return full
 
 

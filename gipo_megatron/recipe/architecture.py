@@ -133,7 +133,7 @@ def _read_all(
             continue
         hub = may_be_hub(s.load, run_dir)
         try:
-            load = expand(s.load)  # not typed yet
+            load = expand(s.load, s.key)  # not typed yet
             stored = stored_architecture(load, s.role, s.key, may_be_hub=hub, network=network)
         except UserError as error:
             file = f"{error.where}: " if error.where not in ("", s.key) else ""

@@ -108,7 +108,7 @@ def find_recipe(
 ) -> Path:
     """Return the file of a recipe or a fragment: below `root`, else a path (./ and ../ count from
     `beside`, the folder of the file that names it). Raises UserError."""
-    place = expand(name)
+    place = expand(name, where)
     local = (beside or Path()) / name if name.startswith(".") else Path(place)
     for candidate in (root / f"{name}.yaml", local, Path(f"{local}.yaml")):
         if candidate.suffix == ".yaml" and candidate.is_file():

@@ -25,7 +25,8 @@ def recipe(text: str, *words: str, command: tuple[str, ...] = CHECK) -> Case:
 
 
 def includes(name: str) -> Case:
-    return Case(CHECK, {recipes.FILE: f"defaults: [{json.dumps(name)}]\n".encode()})
+    text = f"defaults: [{json.dumps(name)}]\n"
+    return Case(CHECK, {recipes.FILE: text.encode()}, ("fuzz.yaml:1",))
 
 
 LARGE = "9" * 5000

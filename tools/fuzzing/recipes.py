@@ -155,7 +155,7 @@ def words(draw: st.DrawFn) -> Case:
         more.append(f"{drawn[0]}={value}")
         keys += drawn[0].split(".")
     more = [word for word in more if "\0" not in word]  # no word of a command line has it
-    return Case((*command(draw, name), *more), {}, names_of(keys, *more, name))
+    return Case((*command(draw, name), *more), {}, names_of(keys, *more, name, "recipes/"))
 
 
 def _keys(name: str) -> st.SearchStrategy[str]:

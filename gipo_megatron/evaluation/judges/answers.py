@@ -68,4 +68,4 @@ def read_answer(body: dict[str, Any]) -> Answer:
 
 
 def _count(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+    return value if type(value) is int and 0 <= value < 2**31 else 0
