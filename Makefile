@@ -1,6 +1,6 @@
 # make demo [DATA=path]   set-up + SFT -> reward model -> PPO with KL -> GIPO at tiny size on the CPU, and a report
 # make test               set-up + the test suite
-# make check              set-up + format, lint, types, documentation
+# make check              set-up + format, lint, types, documentation, known vulnerabilities
 # make docs               set-up + the documentation in site/
 PYTHON ?= python3
 VENV := .venv
@@ -31,6 +31,7 @@ check: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	$(VENV)/bin/python -m tools.vulnerabilities
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict

@@ -290,8 +290,12 @@ class Update:
 
 
 def skipped_rows(**updates: Update) -> dict[str, tuple[int, ...]]:
-    """Return role -> row ids of the updates that were skipped."""
-    return {role: step.skipped for role, step in updates.items() if step.skipped is not None}
+    """Return {what was skipped, and why: row ids} of the roles' updates."""
+    return {
+        f"{role} not updated, non-finite loss or gradient": step.skipped
+        for role, step in updates.items()
+        if step.skipped is not None
+    }
 
 
 @dataclass(frozen=True)
@@ -300,7 +304,8 @@ class StepResult:
 
     metrics: Metrics
     samples: list[dict[str, Any]] = field(default_factory=list)  # rows for samples.jsonl
-    skipped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # role -> row ids
+    # what was skipped, and why -> row ids
+    skipped: dict[str, tuple[int, ...]] = field(default_factory=dict)
     tokens: int = 0  # prompt + response tokens of this replica's rows
     # the step's work in forward passes over those tokens; a training pass is three
     forward_equivalents: int = 0

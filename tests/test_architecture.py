@@ -19,7 +19,7 @@ FLOORS = [
     {"environment", "errors", "http_client", "screen", "statistics", "tensors", "web"},
     {"capabilities", "files", "launcher", "metrics", "ops", "specs"},
     {"registry", "types"},
-    {"data", "roles", "rollouts"},
+    {"data", "roles", "rollouts", "typed"},
     {"components", "local", "serving", "telemetry", "weights"},
     {"algorithms", "megatron", "reports"},
     {"conversion", "recipe"},

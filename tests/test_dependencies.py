@@ -23,6 +23,7 @@ INDIRECT = {
 }
 TOOLS = {
     *("ruff", "mypy", "types-pyyaml", "pre-commit", "pytest-timeout", "pytest-xdist"),
+    "pip-audit",
     *("mkdocs-material", "mkdocstrings", "gipo-megatron"),
 }
 # Packages whose distribution has another name, where they may be missing on this machine.

@@ -63,7 +63,9 @@ class Theirs:
             more = {"beta": BETA, "precompute_ref_log_probs": True}
         args = config(f"{folder}/trl", per_device_train_batch_size=cell.samples, **SETTINGS, **more)
         model = auto.from_pretrained(
-            f"{folder}/{'reward' if cell.task == 'rm' else 'policy'}", dtype=torch.float32
+            f"{folder}/{'reward' if cell.task == 'rm' else 'policy'}",
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
         row = {name: TEXT[name] for name in COLUMNS[cell.task]}
         self.trainer = trainer(

@@ -122,7 +122,15 @@ class PPO:
             reference = self.reference.logprobs(rollout).logprobs
             values, logits = self._criticise(rollout)
         drawn = self.rollout.token_weights(old, rollout)
-        if skipped := self._skipped(rollout, scores.raw, old, reference, values, logits, drawn):
+        if skipped := self._skipped(
+            rollout,
+            scores=scores.raw,
+            log_probs=old,
+            reference_log_probs=reference,
+            values=values,
+            group_logits=logits,
+            correction_weights=drawn,
+        ):
             return skipped
 
         mask = rollout.mask
@@ -167,7 +175,7 @@ class PPO:
         return StepResult(
             metrics,
             ppo_metrics.sample_rows(rollout, scores, groups, weights, response_kl),
-            skipped_rows(critic=critic_update, actor=actor_update),
+            skipped_rows(critic=critic_update, group_head=head_update, actor=actor_update),
             tokens=int(rollout.lengths.sum()),
             forward_equivalents=self._forward_equivalents() + ("anchor" in scores.parts),
         )
@@ -364,15 +372,19 @@ class PPO:
                 metrics |= part.observe(groups, float(kl[0] / kl[1]))
         return metrics
 
-    def _skipped(self, rollout: Rollout, *found: Tensor | None) -> StepResult | None:
-        """Return the result of an iteration without updates, where a row of any replica holds a NaN
-        or an infinity; else None."""
-        tensors = [x for x in found if x is not None]
-        bad = torch.stack([~torch.isfinite(x.reshape(len(x), -1)).all(1) for x in tensors]).any(0)
-        everywhere, ids = gather_rows(bad, self.dp), gather_rows(rollout.sample_id, self.dp)
-        rows = tuple(int(i) for i in ids[everywhere > 0].tolist())
-        metrics = {"reward/non_finite": Metric.mean(float(len(rows)))}
-        return StepResult(metrics, skipped={"rollout": rows}) if rows else None
+    def _skipped(self, rollout: Rollout, **numbers: Tensor | None) -> StepResult | None:
+        """Return the result of an iteration without updates, where a row [B, …] of `numbers`, on
+        any replica, holds a NaN or an infinity; else None."""
+        ids = gather_rows(rollout.sample_id, self.dp)
+        skipped: dict[str, tuple[int, ...]] = {}
+        for name, x in numbers.items():
+            if x is not None:
+                bad = gather_rows(~torch.isfinite(x.reshape(len(x), -1)).all(1), self.dp)
+                if rows := tuple(int(i) for i in ids[bad > 0].tolist()):
+                    skipped[f"no update, {name.replace('_', ' ')} that are not finite"] = rows
+        count = len({row for rows in skipped.values() for row in rows})
+        metrics = {"reward/non_finite": Metric.mean(float(count))}
+        return StepResult(metrics, skipped=skipped) if skipped else None
 
     def _memory(self) -> dict[str, Stateful]:
         parts = {f.name: getattr(self, f.name) for f in component_fields(type(self))}

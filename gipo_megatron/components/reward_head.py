@@ -61,8 +61,8 @@ class RewardHead:
             return self._read(rows)
 
     def update(self, *parts: tuple[Rows, BatchLoss]) -> Update:
-        """Make one Adam step on the sum of all parts' terms, each divided by its global unit
-        count."""
+        """Make one Adam step on the sum of all parts' terms, each divided by its global unit count;
+        none after a gradient that is not finite."""
         metrics: Metrics = {}
         for rows, loss in parts:
             outcome = loss(self._read(rows), rows)
@@ -75,8 +75,11 @@ class RewardHead:
         for p in parameters:
             p.grad = self.dp.sum(p.grad if p.grad is not None else torch.zeros_like(p))
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.largest_norm)
-        self._optimizer.step()
+        if finite := bool(norm.isfinite()):
+            self._optimizer.step()
         self._optimizer.zero_grad()
+        if not finite:
+            return Update({}, tuple(i for rows, _ in parts for i in rows.row_ids.tolist()))
         return Update({**metrics, "grad_norm": Metric.mean(norm)})
 
     def _read(self, rows: Rows) -> Tensor:

@@ -4,7 +4,6 @@ the folder has these: names, shapes, dtypes, bytes and outputs."""
 from __future__ import annotations
 
 import gc
-import json
 import math
 import warnings
 from contextlib import AbstractContextManager
@@ -25,11 +24,14 @@ from transformers.utils import logging as transformers_logging
 
 from gipo_megatron.conversion.staging import Mismatch
 from gipo_megatron.errors import library_errors
+from gipo_megatron.files import read_object
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.roles import outputs
+from gipo_megatron.web import at
 from gipo_megatron.weights.checkpoints import weights_kind
 from gipo_megatron.weights.hf_config import is_classifier
 from gipo_megatron.weights.hf_files import BYTES, INDEX, Weights, open_weights
+from gipo_megatron.weights.hf_values import FIX
 from gipo_megatron.weights.sources import adapted_model
 
 # of the largest output, in fp32: rounding grows with depth; a wrong weight or rotary base is off by
@@ -88,7 +90,8 @@ def _stated_size(folder: Path, otherwise: int) -> int:
     index = folder / INDEX
     if not index.is_file():
         return otherwise
-    return int(json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"])
+    size = at(read_object(index, FIX), "metadata", "total_size")
+    return size if isinstance(size, int) else otherwise
 
 
 def _refused(folder: Path) -> AbstractContextManager[None]:
@@ -103,11 +106,11 @@ def _refused(folder: Path) -> AbstractContextManager[None]:
 
 def _empty_model(folder: Path) -> PreTrainedModel:
     with _refused(folder), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         auto = AutoModelForCausalLM
         if is_classifier({"architectures": config.architectures}):
             auto = AutoModelForSequenceClassification
-        return auto.from_config(config, dtype=torch.float32)
+        return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def stored_dtype(*folders: Weights) -> str:
@@ -147,7 +150,7 @@ def output_difference(folder: Path, engine: Engine) -> tuple[float, float]:
     """
     home = adapted_model(folder) if weights_kind(folder) == "adapter" else folder
     with _refused(home):
-        config = AutoConfig.from_pretrained(home)
+        config = AutoConfig.from_pretrained(home, trust_remote_code=False)
     ids, lengths = random_rows(engine.architecture.vocab_size, config.pad_token_id)
     ours = outputs(engine, ids)
     release(engine)
@@ -181,7 +184,8 @@ def _load(folder: Path, head: str | None) -> PreTrainedModel:
         auto, labels = AutoModelForCausalLM, {}
         if head is not None:  # PEFT's adapters bring one, on a model without
             auto, labels = AutoModelForSequenceClassification, {"num_labels": 1}
-        return auto.from_pretrained(folder, dtype=torch.float32, **labels).eval()
+        model = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **labels)
+        return model.eval()
     finally:
         if shown:
             transformers_logging.enable_progress_bar()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from gipo_megatron.data.readers import (
     ARCHIVES,
@@ -17,10 +17,12 @@ from gipo_megatron.data.readers import (
     Columns,
     is_one_object,
     read_file,
+    rows_of,
     suffix_of,
 )
 from gipo_megatron.data.splits import is_hidden, label_of, split_of
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import inside, leads_out
 
 READABLE = f"{' '.join(SUFFIXES)} (also {' '.join(COMPRESSED)})"
 Row = tuple[str, Columns]  # its place (file and line), its columns
@@ -130,7 +132,10 @@ def _saved_parts(folder: Path, root: Path) -> list[Part]:
     import datasets
 
     try:
+        _check_saved(folder)
         loaded = datasets.load_from_disk(str(folder))
+    except UserError:
+        raise
     except Exception as error:  # pyarrow and datasets raise many kinds for damaged files
         raise UserError(
             f"cannot read what save_to_disk wrote: {error}", where=str(folder), fix="save it again"
@@ -148,6 +153,18 @@ def _saved_parts(folder: Path, root: Path) -> list[Part]:
     ]
 
 
+def _check_saved(folder: Path) -> None:
+    """Raise UserError for a file that a folder of `save_to_disk` names outside of it."""
+    index = folder / "dataset_dict.json"
+    splits = json.loads(index.read_text(encoding="utf-8"))["splits"] if index.is_file() else ["."]
+    for split in splits:
+        state = folder / split / "state.json"
+        if split != ".":
+            inside(folder, split, str(index))
+        for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
+            inside(state.parent, part["filename"], str(state))
+
+
 def _declared(root: Path) -> dict[Path, str]:
     """Return the marks that the header of README.md gives files: the hub's `configs`."""
     if not (root / "README.md").is_file():
@@ -162,6 +179,8 @@ def _declared(root: Path) -> dict[Path, str]:
         for name, config in configs.items():
             for split, patterns in sanitize_patterns(config.get("data_files") or {}).items():
                 for pattern in patterns:
+                    if leads_out(pattern) or ":" in pattern:
+                        continue  # other places, and addresses: no files of this folder
                     with suppress(FileNotFoundError):  # not downloaded
                         for file in resolve_pattern(pattern, str(root)):
                             path = Path(file).resolve()
@@ -173,7 +192,3 @@ def _declared(root: Path) -> dict[Path, str]:
             fix="correct the header, or remove the file",
         ) from error
     return marks
-
-
-def rows_of(rows: Iterable[Any]) -> Iterator[tuple[int, Columns]]:
-    return enumerate(map(dict, rows), 1)

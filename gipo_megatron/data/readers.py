@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -15,6 +15,7 @@ from gipo_megatron.errors import UserError
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 Columns = dict[str, Any]
+_MEDIA = "struct<bytes: binary, path: string>"  # the storage of all media of datasets
 
 
 def suffix_of(file: Path) -> str:
@@ -128,10 +129,27 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Columns]]:
     yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
-def _read_arrow(file: Path) -> Iterable[tuple[int, Columns]]:
+def _read_arrow(file: Path) -> Iterator[tuple[int, Columns]]:
     import datasets  # slow to import
 
-    return enumerate(map(dict, datasets.Dataset.from_file(str(file))), 1)
+    return rows_of(datasets.Dataset.from_file(str(file)))
+
+
+def rows_of(rows: Any) -> Iterator[tuple[int, Columns]]:
+    """Yield the rows of a `datasets.Dataset`, without its pictures, sounds and other media.
+
+    A row of media can name any file or address, which datasets would open.
+    """
+    media = [name for name, feature in rows.features.items() if _is_media(feature)]
+    return enumerate(map(dict, rows.remove_columns(media)), 1)
+
+
+def _is_media(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return any(map(_is_media, feature.values()))
+    if (inner := getattr(feature, "feature", None)) is not None:  # of a list
+        return _is_media(inner)
+    return str(getattr(feature, "pa_type", "")) == _MEDIA
 
 
 _READERS: dict[str, Any] = {

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.data import tldr
-from gipo_megatron.data.folders import Part, Row, file_parts, folder_parts, rows_of
+from gipo_megatron.data.folders import Part, Row, file_parts, folder_parts
 from gipo_megatron.data.hub import is_hub_name, offline, reach_hub
-from gipo_megatron.data.readers import SUFFIXES, suffix_of
+from gipo_megatron.data.readers import SUFFIXES, rows_of, suffix_of
 from gipo_megatron.data.splits import HELD_OUT, split_of
 from gipo_megatron.errors import UserError
 

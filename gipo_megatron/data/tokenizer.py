@@ -223,7 +223,8 @@ class Tokenizer:
         # version 5 reads the list under both names, version 4 under the older one
         if isinstance(config.get("extra_special_tokens"), list):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        for load_option in ("backend", "is_local", "local_files_only"):
+        # auto_map names code of another folder
+        for load_option in ("backend", "is_local", "local_files_only", "auto_map"):
             config.pop(load_option, None)
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         file.write_text(text, encoding="utf-8")
@@ -275,7 +276,9 @@ def _from_pretrained(spec: str, where: str, local: bool) -> Tokenizer:
     with library_errors(f"cannot load a tokenizer from {spec!r}", where=where, fix=fix):
         # code of a model's repository is never run, and transformers would stop to ask
         inner = AutoTokenizer.from_pretrained(spec, local_files_only=local, trust_remote_code=False)
-        return Tokenizer(inner, where)
+        tokenizer = Tokenizer(inner, where)
+        tokenizer.decode(tokenizer.encode("a"))  # some wrong values show only in its use
+        return tokenizer
 
 
 def _default_template(found: Any, where: str) -> str | None:

@@ -28,6 +28,7 @@ from gipo_megatron.megatron.roles import (
     MegatronReference,
     MegatronRewardModel,
 )
+from gipo_megatron.megatron.stored import read_state
 from gipo_megatron.specs import HeadSpec, Sampling
 from gipo_megatron.types import Prompts, Rollout
 from gipo_megatron.weights.checkpoints import read_meta, weights_kind
@@ -199,8 +200,7 @@ def group_head(path: Path, where: str) -> tuple[HeadSpec, tuple[float, ...]]:
     role = read_meta(path).roles.get("critic")
     if role is None or role.group is None:
         raise UserError(f"{path} has no critic with a group head", where=where, fix=fix)
-    state = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-    saved = state.get("algorithm", {})
+    saved = read_state(path).get("algorithm", {})
     if "groups" not in saved:
         raise UserError(f"{path}: {unknown}", where=where, fix=fix)
     tracker = GroupTracker(role.group.num_groups)

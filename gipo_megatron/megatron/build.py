@@ -11,7 +11,12 @@ from typing import Any
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.base import Base
-from gipo_megatron.megatron.checkpoint import check_architecture, load_weights, source_of
+from gipo_megatron.megatron.checkpoint import (
+    check_architecture,
+    check_finite,
+    load_weights,
+    source_of,
+)
 from gipo_megatron.megatron.engine import Count, Engine
 from gipo_megatron.megatron.hf import Seen, ignore, load_group_head, load_hf
 from gipo_megatron.megatron.hf_adapters import load_adapters
@@ -34,6 +39,8 @@ from gipo_megatron.weights.hf_config import architecture_from_hf
 from gipo_megatron.weights.hf_files import open_weights
 from gipo_megatron.weights.peft_config import CONFIG, spec_of
 from gipo_megatron.weights.sources import adapted_model
+
+_AGAIN = "download or export the model again"
 
 
 def build_engine(
@@ -151,6 +158,7 @@ def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
         if engine.group_head is not None:
             load_group_head(path, engine.group_head)
         engine.weights_changed()
+        check_finite(engine, path, _AGAIN)
     engine.hf_files = read_hf_files(path)
     return "huggingface"
 
@@ -173,6 +181,7 @@ def _load_adapters(engine: Engine, folder: Path, role: str, seen: Seen) -> None:
         if engine.group_head is not None:
             load_group_head(folder, engine.group_head)
         engine.weights_changed()
+        check_finite(engine, folder, _AGAIN)
 
 
 @contextmanager

@@ -27,8 +27,8 @@ and 0.19.2 (-: not there yet):
 
 All are still needed. 0.19 renamed one method (optimizer._counted). From 0.18 on Megatron-Core also
 imports triton, which must then be installed (0.18.2 transformer/moe/paged_stash.py:8, 0.19.2
-transformer/moe/ops/paged_stash.py:4). 0.19 stores its own settings in a checkpoint
-(common_state) as a pickle, and torch unpickles it without a check: load only your own checkpoints.
+transformer/moe/ops/paged_stash.py:4). 0.19 stores its own settings as a pickle in the index of
+tensors (common_state) in place of common.pt: megatron/stored.py reads both as data alone.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class Engine:
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.scaling = Scaling(self.chunks, precision)
         shelves = (
-            (Shelf(self._gradients, keep=False), Shelf(self._optimizer_tensors))
+            (Shelf(self._gradients, keep=False), Shelf(self.optimizer_tensors))
             if optimisation is not None
             else ()
         )
@@ -317,7 +317,8 @@ class Engine:
     def _gradients(self) -> list[Tensor]:
         return [b.grad_data for w in self._wrapped for b in w.buffers]
 
-    def _optimizer_tensors(self) -> list[Tensor]:
+    def optimizer_tensors(self) -> list[Tensor]:
+        """Return this rank's masters and moments."""
         masters = [p for group in self.optimizer.param_groups for p in group["params"]]
         states = [
             state

@@ -4,6 +4,7 @@ model chunks, in both directions."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.megatron.adapters import Adapter, adapters_of
 from gipo_megatron.megatron.heads import GroupHead
 from gipo_megatron.megatron.hf_table import HF_EMBEDDING, HF_OUTPUT, HF_SCORE, Entry, table
@@ -21,6 +22,7 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.param_sharding import EMBEDDING, Placement, placements
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.hf_files import (
+    FLOATS,
     SHARD_BYTES,
     Shards,
     Weights,
@@ -78,11 +80,16 @@ def load_group_head(folder: Path, head: GroupHead) -> bool:
     path = folder / GROUP_HEAD
     if not path.is_file():
         return False
-    saved = load_file(path)
-    if saved["weight"].shape != head.weight.shape:
-        return False
-    head.load_state_dict(head.state_dict() | saved)
+    with _readable(path):
+        saved = load_file(path)
+        if saved["weight"].shape != head.weight.shape:
+            return False
+        head.load_state_dict(head.state_dict() | saved)
     return True
+
+
+def _readable(path: Path) -> AbstractContextManager[None]:
+    return library_errors(f"cannot read {path.name}", where=str(path), fix="export it again")
 
 
 def save_group_head(folder: Path, head: GroupHead) -> None:
@@ -96,7 +103,8 @@ def save_group_head(folder: Path, head: GroupHead) -> None:
 
 def saved_group_head(folder: Path) -> tuple[int, str]:
     """Return the number of groups and the token that a saved group head reads."""
-    with safe_open(folder / GROUP_HEAD, framework="pt") as saved:
+    path = folder / GROUP_HEAD
+    with _readable(path), safe_open(path, framework="pt") as saved:
         return saved.get_slice("weight").get_shape()[0], saved.metadata()["input"]
 
 
@@ -123,7 +131,8 @@ def held(
 def check_names(
     weights: Weights, entries: Sequence[Entry], architecture: Architecture, head: str | None
 ) -> None:
-    """Raise UserError that names missing and unexpected tensors, and those of another shape."""
+    """Raise UserError that names missing and unexpected tensors, and those of another shape, or of
+    integers or FP8, whose scales would be lost."""
     pairs = [zip(entry.hf, entry.shapes, strict=True) for entry in entries]
     expected = {name: shape for pair in pairs for name, shape in pair}
     missing = [name for name in expected if name not in weights.shapes]
@@ -138,10 +147,12 @@ def check_names(
         for name, shape in expected.items()
         if name in weights.shapes and weights.shapes[name] != shape
     ]
+    read = [name for name in expected if name in weights.dtypes]
     problems = [
         _some("missing", missing),
         _some("unexpected", unexpected),
         _some("wrong shape", wrong),
+        _some("quantised", [name for name in read if weights.dtypes[name] not in FLOATS]),
     ]
     if any(problems):
         what = "these weights are not of this architecture\n" + "\n".join(

@@ -31,10 +31,10 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.fp8_utils import get_fp8_recipe
 from torch import Tensor, nn
-from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron.param_sharding import unwrap
+from gipo_megatron.megatron.stored import read_index
 from gipo_megatron.specs import Precision
 
 EXTRA_STATE = "_extra_state"  # the name of a module's extra state in mcore's state dicts
@@ -160,7 +160,7 @@ class Scaling:
         """
         if not self.active:
             return {}
-        stored = torch_checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+        stored = read_index(folder).state_dict_metadata
         if any(EXTRA_STATE in key for key in stored):
             raise UserError(
                 "the checkpoint has FP8 scaling state as pickles of Transformer Engine, which can"

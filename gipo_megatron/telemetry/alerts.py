@@ -35,7 +35,8 @@ class Alerts:
     # 0.03 (Qwen3 4B, Megatron and vLLM: 0.011, vime issue 64); 0.05 is a quarter of the default
     # clip range, before any update
     logprob_gap: float = 0.05
-    non_finite: bool = True  # any infinity, or NaN in a loss, gradient norm, score or KL
+    # any infinity, or NaN in a loss, gradient norm, score, KL or held-out figure
+    non_finite: bool = True
 
     raised: dict[str, int] = field(
         default_factory=dict, init=False, repr=False, metadata={"state": True}
@@ -149,4 +150,6 @@ def _is_bad(name: str, value: float) -> bool:
         return math.isinf(value)
     if name.startswith(("groups/", "source/")):
         return False
+    if name.startswith("eval/"):
+        return name.count("/") == 1  # a source may have no row
     return name == "kl/mean" or name.rsplit("/", 1)[-1] in ALWAYS_FINITE

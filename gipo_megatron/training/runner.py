@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -178,7 +178,7 @@ class Run:
             row["values"] |= evaluated
         progress.unlogged = {}
         self._watch(row["values"], row["skipped"])
-        ending = self._ending(row["values"])
+        ending = self._ending(row["values"], row["skipped"])
         self._log(progress.step, row["values"], samples=row["samples"], held_out=held_out)
         if ending or improved or (run.save_every and progress.step % run.save_every == 0):
             self._save(best=improved)
@@ -224,14 +224,10 @@ class Run:
         progress = self.progress
         messages = self.recipe.alerts.check(values, progress.step)
         progress.skipped = progress.skipped + 1 if skipped else 0
-        for role, rows in skipped.items():
-            shown = ", ".join(map(str, rows[:8])) + (
-                f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-            )
-            messages.append(
-                f"step {progress.step}: {role} not updated, non-finite score, loss or gradient;"
-                f" rows {shown}"
-            )
+        for what, rows in skipped.items():
+            more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+            shown = ", ".join(map(str, rows[:8]))
+            messages.append(f"step {progress.step}: {what}; rows {shown}{more}")
         for sink in self.sinks:
             for message in messages:
                 sink.alert(progress.step, message)
@@ -246,13 +242,13 @@ class Run:
 
     # ---------------------------------------------------------------------------------- how it ends
 
-    def _ending(self, values: Mapping[str, float]) -> str:
+    def _ending(self, values: Mapping[str, float], skipped: Iterable[str]) -> str:
         """Return why the run ends after this step; empty: it goes on. The same on every rank."""
         run, progress = self.recipe.run, self.progress
         if progress.skipped >= run.max_skipped:
             raise UserError(
-                f"{progress.skipped} steps in a row had a non-finite score, loss or gradient (step"
-                f" {progress.step}; rows in alerts.jsonl)",
+                f"{progress.skipped} steps in a row had a number that is not finite (step"
+                f" {progress.step}: {'; '.join(skipped)}; rows in alerts.jsonl)",
                 where=(
                     "the last good checkpoint is"
                     f" {latest(self.directory / 'checkpoints') or 'none yet'}"

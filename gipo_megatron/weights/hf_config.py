@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import read_object
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.hf_checks import (
     KINDS,
@@ -19,7 +20,7 @@ from gipo_megatron.weights.hf_checks import (
     rope_type,
     uneven,
 )
-from gipo_megatron.weights.hf_values import FIX, TOKENS, check_ids, check_values, read_object
+from gipo_megatron.weights.hf_values import FIX, TOKENS, check_ids, check_values
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 # families that are often tried, and what Megatron-Core 0.16 or this project lacks for them
@@ -45,9 +46,9 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
     """Return the architecture of a folder's config.json (transformers 4 and 5). Raises UserError
     for what is not built, and for token ids in either configuration that are none."""
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
-    architecture = architecture_from_config(read_object(path), str(path))
+    architecture = architecture_from_config(read_object(path, FIX), str(path))
     if generation.is_file():
-        content = read_object(generation)
+        content = read_object(generation, FIX)
         check_values(content, TOKENS, str(generation))
         check_ids(content, architecture.vocab_size, str(generation))
     return architecture
@@ -205,12 +206,13 @@ def config_like(
     source: str, dtype: str, *, head: str | None = None, pad_token_id: int | None = None
 ) -> str:
     """Return `source`, the config.json that a model came with, with the written model's dtype,
-    class, one label and its padding; the same text where none of them differ. transformers 4 reads
-    no `rope_parameters`, so its keys are written beside them.
+    class, one label and its padding, without the names of code; the same text where none of them
+    differ. transformers 4 reads no `rope_parameters`, so its keys are written beside them.
 
     pad_token_id: the id that a classifier's texts may be padded with; None: no id is safe.
     """
     config: dict[str, Any] = json.loads(source)
+    code = config.pop("auto_map", None)  # runs where a reader trusts the written folder
     changes: dict[str, Any] = {
         key: dtype for key in ("dtype", "torch_dtype") if config.get(key, dtype) != dtype
     }
@@ -226,7 +228,7 @@ def config_like(
         changes |= ONE_LABEL
     if head is not None and config.get("pad_token_id") != pad_token_id:
         changes["pad_token_id"] = pad_token_id
-    return source if not changes else json.dumps(config | changes, indent=2) + "\n"
+    return source if not changes and code is None else json.dumps(config | changes, indent=2) + "\n"
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:

@@ -12,9 +12,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.files import refuse_pointer
+from gipo_megatron.files import inside, read_object, refuse_pointer
 from gipo_megatron.tensors import Tensor
-from gipo_megatron.weights.hf_values import BLOCK, TEXT, check_values, read_object
+from gipo_megatron.weights.hf_values import BLOCK, FIX, TEXT, check_values
 from gipo_megatron.weights.peft_config import CONFIG, PREFIX, TENSORS
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -22,6 +22,7 @@ SHARD_BYTES = 4 << 30
 # safetensors' names; others are quantised or no weights
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOATS = {*BYTES, "F64", "float64"}  # that are loaded
 OUR_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 HF_DTYPES = {ours: theirs for theirs, ours in OUR_DTYPES.items()}
 
@@ -98,7 +99,7 @@ def _index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
         return {}
-    content = read_object(path)
+    content = read_object(path, FIX)
     check_values({"weight_map": None} | content, {"weight_map": BLOCK}, str(path))
     weight_map: dict[str, str] = content["weight_map"]
     check_values(weight_map, dict.fromkeys(weight_map, TEXT), str(path), block="weight_map.")
@@ -118,7 +119,7 @@ def _weight_files(folder: Path, listed: Mapping[str, str]) -> list[Path]:
             fix="remove the older of the two, with its files",
         )
     if files:
-        return [folder / name for name in files]
+        return [inside(folder, name, str(folder / INDEX)) for name in files]
     if single:
         return [folder / SINGLE]
     found = "no such folder"

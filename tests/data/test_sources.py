@@ -204,15 +204,19 @@ def test_hub_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert texts(from_hub(monkeypatch, hub, "test"))["set"] == ["held-out train"]
 
 
+def a_row(prompt: str) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"prompt": [prompt]})
+
+
 def test_a_hub_source_is_a_configuration_or_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub made by hand: `one` is a configuration, `two` a folder, `gone` neither."""
 
     def load(
         name: str, configuration: str | None = None, data_dir: str | None = None
-    ) -> dict[str, list[dict[str, Any]]]:
+    ) -> dict[str, datasets.Dataset]:
         if data_dir == "gone":
             raise FileNotFoundError("no such folder")
-        return {"train": [{"prompt": f"{name} {configuration} {data_dir}"}]}
+        return {"train": a_row(f"{name} {configuration} {data_dir}")}
 
     # the local cache: nobody is asked whether the hub is there
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -262,7 +266,7 @@ def test_openai_configurations_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["axis", "comparisons"])
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, configuration: {"train": [{"prompt": configuration}]}
+        datasets, "load_dataset", lambda name, configuration: {"train": a_row(configuration)}
     )
     sources = open_sources("openai/summarize_from_feedback", [], "train", "preference")
     assert [(source.name, [row["prompt"] for _, row in source.rows]) for source in sources] == [

@@ -70,7 +70,8 @@ def test_nothing_is_fetched_and_nothing_runs(report) -> None:
     assert (
         "meta",
         "content",
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none';"
+        " form-action 'none'",
     ) in page.attributes
     assert "url(" not in text and "@import" not in text
 

@@ -215,7 +215,7 @@ def parked_bytes(role: Any) -> int:
     tensors = [
         *role.engine._weights(),
         *role.engine._gradients(),
-        *role.engine._optimizer_tensors(),
+        *role.engine.optimizer_tensors(),
     ]
     return sum(t.untyped_storage().size() for t in tensors)
 

@@ -72,7 +72,8 @@ def test_nothing_is_fetched(report) -> None:
     assert (
         "meta",
         "content",
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none';"
+        " form-action 'none'",
     ) in page.attributes
 
 

@@ -62,7 +62,7 @@ def test_a_step_with_nan_scores_is_skipped_and_named(ran: tuple[Path, list[chain
     assert done[0].error == ""
     rows = chain.rows(base / "nan_once")
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
-    message = "step 2: rollout not updated, non-finite score, loss or gradient; rows 16, 19"
+    message = "step 2: no update, scores that are not finite; rows 16, 19"
     assert (2, message) in alerts(base / "nan_once")
     assert f"ALERT {message}" in done[0].printed
     assert rows[1]["reward/non_finite"] == 2 and "policy/loss" not in rows[1]
@@ -87,14 +87,12 @@ def test_an_overflowing_loss_names_its_role(ran: tuple[Path, list[chain.Outcome]
 def test_several_in_a_row_end_the_run(ran: tuple[Path, list[chain.Outcome]]) -> None:
     base, done = ran
     error = done[2].error
-    assert (
-        error.startswith("2 steps in a row had a non-finite")
-        and f"{base}/nan_on/checkpoints/step_3" in error
-    )
+    assert error.startswith("2 steps in a row had a number that is not finite (step 5: no update,")
+    assert f"{base}/nan_on/checkpoints/step_3" in error
     named = [
         message
         for step, message in alerts(base / "nan_on")
-        if step == 3 and "rollout not updated" in message
+        if step == 3 and "no update, scores" in message
     ]
     assert len(named) == 1  # step 4's went with its row when the run was started again
 
@@ -117,7 +115,7 @@ def test_the_last_checkpoint_is_good(ran: tuple[Path, list[chain.Outcome]]) -> N
 def test_weights_that_overflow_end_the_run(ran: tuple[Path, list[chain.Outcome]]) -> None:
     """The first step at an absurd learning rate is sound, all later losses are not."""
     base, done = ran
-    assert done[4].error.startswith("3 steps in a row had a non-finite")
+    assert done[4].error.startswith("3 steps in a row had a number that is not finite")
     named = [
         message for step, message in alerts(base / "exploded") if "actor not updated" in message
     ]

@@ -117,7 +117,8 @@ def pair(bench: Bench, folder: Path, tokenizer: Tokenizer, dtype: str) -> tuple[
     )
     actor = MegatronActor(engine, tokenizer.eos_id, tokenizer.pad_id, tokenizer.decode)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    return actor, AutoModelForCausalLM.from_pretrained(folder, dtype=kind).to(bench.device).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, trust_remote_code=False)
+    return actor, theirs.to(bench.device).eval()
 
 
 @torch.no_grad()

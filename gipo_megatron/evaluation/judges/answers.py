@@ -72,4 +72,4 @@ def read_answer(body: dict[str, Any], form: str = "") -> Answer:
 
 
 def _count(value: Any) -> int:
-    return value if isinstance(value, int) and 0 <= value < 2**53 else 0
+    return value if type(value) is int and 0 <= value < 2**31 else 0

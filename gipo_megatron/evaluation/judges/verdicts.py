@@ -16,10 +16,11 @@ VERDICTS = {"A": FIRST, "B": SECOND, "C": TIE}
 _NAME = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning)"
 OPENED = re.compile(rf"\s*[<\[]{_NAME}[>\]]", re.IGNORECASE)
 # a verdict, what may be an object, the end of thoughts
-_MARK = re.compile(rf"\[\[(?P<token>[ABC])\]\]|(?P<object>\{{)|[<\[]/(?i:{_NAME})[>\]]")
+_MARK = re.compile(rf"\[\[(?P<token>[ABC])\]\]|(?P<object>\{{(?=\s*\x22))|[<\[]/(?i:{_NAME})[>\]]")
 _OURS = re.compile(r'\{\s*"(explanation|verdict)"')
-READ = 50_000  # last characters of a text that are read; a search for objects takes their square
 _DECODER = json.JSONDecoder(strict=False)  # a string may contain line breaks
+# objects that are no JSON, after which objects are passed over: each takes as long as the text
+_UNREADABLE = 100
 
 
 class Reading(NamedTuple):
@@ -38,17 +39,12 @@ def read(text: str, form: str = "") -> Reading:
     one only within another object: its explanation may quote [[A]]. Where JSON was requested, so
     may words after an object with a verdict.
     """
-    cut = max(0, len(text) - READ)
-    found = _read(text[cut:], form)
-    return Reading(found.choice, found.start and found.start + cut, found.end + cut)
-
-
-def _read(text: str, form: str) -> Reading:
-    found, at, quoted = Reading(), 0, False
+    found, at, quoted, failed = Reading(), 0, False, 0
     while mark := _MARK.search(text, at):
         at = mark.end()
         if mark["object"]:
-            value, end = _object(text, mark.start())
+            value, end = _object(text, mark.start()) if failed < _UNREADABLE else ({}, 0)
+            failed += not value
             if "verdict" in value:
                 letter, at = value["verdict"], end
                 choice = VERDICTS.get(letter.strip("[]")) if isinstance(letter, str) else None

@@ -8,6 +8,7 @@ DIR/step_12/meta.json     CheckpointMeta: step, origin, roles, sizes of all file
             huggingface/  per role, config.json and generation_config.json of the model it came from
 """
 
+from gipo_megatron.megatron.checkpoint.finite import check_finite
 from gipo_megatron.megatron.checkpoint.folders import discard_after, link, prune
 from gipo_megatron.megatron.checkpoint.reading import (
     check_architecture,
@@ -19,6 +20,7 @@ from gipo_megatron.megatron.checkpoint.writing import describe, save, write
 
 __all__ = [
     "check_architecture",
+    "check_finite",
     "describe",
     "discard_after",
     "link",

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, library_errors
+from gipo_megatron.megatron.checkpoint.finite import check_finite
 from gipo_megatron.megatron.checkpoint.sharded import metadata, sharded_chunks, whole_chunks
 from gipo_megatron.megatron.checkpoint.writing import describe
 from gipo_megatron.megatron.cpu_compat import host_mode
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.scaling import without_extra_states
+from gipo_megatron.megatron.stored import load, read_state
 from gipo_megatron.specs import Architecture
-from gipo_megatron.weights.checkpoints import RoleMeta, read_hf_files, read_meta
+from gipo_megatron.weights.checkpoints import OTHER, RoleMeta, read_hf_files, read_meta
 
 _GROUP_WEIGHTS = ("group_head.weight", "group_head.bias")
 # The saved roles that a role may start from, the best first. A trunk from another kind of model
@@ -35,7 +37,7 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
     """Load all that `save` wrote back into `roles`, at any parallel split; return the caller's
     state. Collective.
 
-    Raises UserError when a role is missing or its model is another one.
+    Raises UserError when a role is missing, its model is another one, or a file cannot be read.
     """
     meta = read_meta(path)
     for role, engine in roles.items():
@@ -45,16 +47,28 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
             )
         _check_role(path, role, meta.roles[role], describe(engine))
     for role, engine in roles.items():
-        _restore_role(path / role, engine)
+        with _unreadable(path):
+            _restore_role(path / role, engine)
         engine.hf_files = read_hf_files(path / "huggingface" / role)
     mesh.barrier()
-    # dicts, numbers, strings, tensors: no code can hide in it
-    return torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    return read_state(path)
+
+
+def _unreadable(path: Path) -> AbstractContextManager[None]:
+    """Return a context in which any error is one of this checkpoint's files: of the right size, but
+    with other content, or without a tensor."""
+    return library_errors("cannot read the checkpoint", where=str(path), fix=OTHER)
 
 
 def _check_role(path: Path, role: str, saved: RoleMeta, mine: RoleMeta) -> None:
     check_architecture(path, saved.architecture, mine.architecture)
     _check_adapter(path, saved, mine)
+    if saved.adapter is None and mine.adapter is not None:
+        raise UserError(
+            f"{role!r} was saved as a whole model, and this run trains adapters",
+            where=str(path),
+            fix=f"start a new run.dir with models.{role}.load={path}",
+        )
     if (mine.head, mine.trained) != (saved.head, saved.trained):
         raise UserError(
             f"{role!r} was saved with another head or without its optimizer",
@@ -84,7 +98,7 @@ def _restore_role(folder: Path, engine: Engine) -> None:
             )
         if engine.group_head is not None:
             wanted["group_head"] = engine.group_head.sharded_state()
-        loaded = dist_checkpointing.load(wanted, str(folder))
+        loaded = load(wanted, folder)
         _fill(engine, sharded, loaded)
         engine.version += 1
         if engine.optimisation is not None:
@@ -92,6 +106,7 @@ def _restore_role(folder: Path, engine: Engine) -> None:
             engine.learning_rate.load_state_dict(loaded["learning_rate"])
         if engine.group_head is not None and engine.mesh.is_last_stage:
             engine.group_head.load_sharded_state(loaded["group_head"])
+        check_finite(engine, folder, OTHER)
 
 
 def _fill(engine: Engine, sharded: dict[str, dict[str, Any]], loaded: dict[str, Any]) -> None:
@@ -116,6 +131,7 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
     same_head = (saved.head is None) == (engine.head is None)
     same_groups = engine.group is not None and saved.num_groups == engine.group.num_groups
     with (
+        _unreadable(path),
         engine.residency.use(training=engine.optimisation is not None),
         host_mode(),
         torch.no_grad(),
@@ -130,14 +146,13 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
         group = {} if head is None else head.sharded_state()
         group = {key: part for key, part in group.items() if key in _GROUP_WEIGHTS}
         scaling = engine.scaling.to_load(list(chunks.values()), path / source)
-        loaded = dist_checkpointing.load(
-            {**sharded, **group, "scaling": scaling}, str(path / source)
-        )
+        loaded = load({**sharded, **group, "scaling": scaling}, path / source)
         _fill(engine, sharded, loaded)
         if head is not None:
             own = {f"group_head.{key}": value for key, value in head.state_dict().items()}
             head.load_sharded_state(own | {key: loaded[key] for key in group})
         engine.weights_changed()
+        check_finite(engine, path, OTHER)
     engine.hf_files = read_hf_files(path / "huggingface" / source)
     return source
 

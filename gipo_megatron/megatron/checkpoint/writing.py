@@ -12,6 +12,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.megatron.checkpoint.finite import check_finite
 from gipo_megatron.megatron.checkpoint.folders import link, prune
 from gipo_megatron.megatron.checkpoint.sharded import InlineSave, metadata, sharded_chunks
 from gipo_megatron.megatron.cpu_compat import host_mode
@@ -21,6 +22,7 @@ from gipo_megatron.megatron.scaling import without_extra_states
 from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta, with_contents
 
 ExtraFiles = Callable[[Path], Any]
+_NOT_SAVED = "lower the learning rate; the same command continues from the checkpoint before"
 
 
 def save(
@@ -59,7 +61,7 @@ def write(
     """Write one checkpoint as the folder `final`, which appears whole, by one rename.
 
     Collective; `meta`, `state` and `extra_files(folder)` are rank 0's. Raises UserError for a full
-    disk.
+    disk, and for weights that are not finite: no run could continue from them.
     """
     work, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
     try:
@@ -82,6 +84,9 @@ def write(
                 final.rename(old)
             work.rename(final)
             shutil.rmtree(old, ignore_errors=True)
+    except UserError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     except (OSError, RuntimeError, torch_checkpoint.CheckpointException) as error:
         reason = _full_disk(error)
         if reason is None:
@@ -121,6 +126,7 @@ def _save_role(folder: Path, engine: Engine) -> None:
         host_mode(),
         torch.no_grad(),
     ):
+        check_finite(engine, folder, _NOT_SAVED)
         torch.cuda.empty_cache()  # NCCL and gloo allocate past torch's cache
         chunks = sharded_chunks(engine)
         sharded = without_extra_states(chunks)
