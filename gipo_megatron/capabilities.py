@@ -232,7 +232,7 @@ def transformer_engine_failure() -> Failure | None:
     if importlib.util.find_spec("transformer_engine") is None:
         return None
     done = subprocess.run(
-        [sys.executable, "-c", _TE_TRIAL],
+        [sys.executable, "-P", "-c", _TE_TRIAL],
         capture_output=True,
         encoding="utf-8",
         timeout=300,

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import os
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, TypeVar
 
 from gipo_megatron.specs import OneOf, Range
 
-__all__ = ["OneOf", "Range", "build", "component", "from_runtime", "lookup", "register"]
+__all__ = [
+    "OneOf",
+    "Range",
+    "build",
+    "component",
+    "from_runtime",
+    "lookup",
+    "register",
+    "user_module",
+]
 
 C = TypeVar("C")
 SLOTS = (
@@ -150,3 +163,11 @@ def build(
         nested = block.get(f.name) or {"name": f.metadata["default"]}
         arguments[f.name] = build(f.metadata["slot"], nested, runtime)
     return cls(**arguments)
+
+
+def user_module(name: str) -> ModuleType:
+    """Import a module that a recipe names: on the path or, as the last place, in the current
+    folder, of which nothing is imported otherwise."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    return importlib.import_module(name)

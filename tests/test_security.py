@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +37,8 @@ from gipo_megatron.megatron.checkpoint.sharded import InlineSave
 from gipo_megatron.megatron.cpu_compat import host_mode
 from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.stored import load, read_index
-from gipo_megatron.recipe.source import parse_value, parse_yaml
+from gipo_megatron.recipe.compose import load_components
+from gipo_megatron.recipe.source import Block, Leaf, parse_value, parse_yaml
 from gipo_megatron.weights.checkpoints import CheckpointMeta
 from gipo_megatron.weights.hf_config import config_like
 from gipo_megatron.weights.hf_files import open_weights
@@ -348,6 +350,20 @@ def test_a_recipe_is_plain_values(name: str, mark: Path) -> None:
         parse_value(f"{{{text}}}", ("a",), "command line")
 
 
+def test_the_current_folder_is_searched_for_a_recipes_modules_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an apex.py beside a model that was downloaded would be the package apex."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_security_plugin.py").write_text("")
+    load_components(Block({}, "test"))
+    assert str(tmp_path) not in sys.path
+    plugins = Leaf(["my_security_plugin"], "test")
+    assert load_components(Block({"plugins": plugins}, "test")) == []
+    assert sys.path[-1] == str(tmp_path)
+
+
 # ----------------------------------------------------------------------------------------- the code
 
 # calls that run what they read, and those that read a checkpoint without the checks of stored.py
@@ -381,6 +397,14 @@ def test_nothing_that_is_read_is_run() -> None:
     assert sorted(found) == [("gipo_megatron/megatron/stored.py", name) for name in sorted(STORED)]
     shells = [file for file, _, call in calls() if "shell" in options(call)]
     assert not shells
+    # an interpreter that is started in a folder imports from it first, but with -P or -I
+    starts = [
+        [ast.unparse(word) for word in node.elts[:3]]
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.List) and {"'-c'", "'-m'"} & {*map(ast.unparse, node.elts)}
+    ]
+    assert len(starts) >= 3 and all({"'-P'", "'-I'"} & {*words} for words in starts)
 
 
 def test_code_of_a_model_is_never_trusted() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Annotated, Any, ClassVar, final
 from gipo_megatron import ops
 from gipo_megatron.components.moments import Moments, batch_moments
 from gipo_megatron.errors import UserError
-from gipo_megatron.registry import OneOf, Range, from_runtime, register
+from gipo_megatron.registry import OneOf, Range, from_runtime, register, user_module
 from gipo_megatron.roles import DataParallel, RewardModel, gather_rows
 from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Rollout, Rows, Scores, Sequences
@@ -209,7 +208,7 @@ def _import_function(path: str) -> Callable[[str, str, dict[str, Any]], float]:
     if not (module and separator and name):
         raise UserError(f"{path!r} names no function", where=where, fix=fix)
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = getattr(user_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"cannot import {path!r}: {error}", where=where, fix=fix) from error
     if not callable(function):

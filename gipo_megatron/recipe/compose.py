@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +19,7 @@ from gipo_megatron.recipe.problems import Problem, RecipeErrors
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import Block, Leaf, leaves
 from gipo_megatron.recipe.validate import WRONG, Validation
+from gipo_megatron.registry import user_module
 from gipo_megatron.screen import found_in
 
 
@@ -99,15 +98,13 @@ def load_components(
     for package in packages:
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # plugins and reward functions
     node = tree.children.get("plugins")
     if not isinstance(node, Leaf) or not isinstance(node.value, list):
         return []  # not set, or of a wrong type, which validation reports
     problems = []
     for name in node.value:
         try:
-            importlib.import_module(str(name))
+            user_module(str(name))
         except Exception as error:  # a plugin is other people's code and may raise anything
             path = "plugins are modules on PYTHONPATH or in the current folder"
             fix = path if isinstance(error, ModuleNotFoundError) else ""
