@@ -5,6 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from reprlib import Repr
+
+LONGEST = 600  # characters of a line: a value of any length may stand in it
+_repr = Repr()
+_repr.maxlevel, _repr.maxstring, _repr.maxother, _repr.maxlong = 4, 100, 100, 100
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -22,7 +27,17 @@ class UserError(ValueError):
             lines.append(f"  where: {self.where}")
         if self.fix:
             lines.append(f"  fix:   {self.fix}")
-        return "\n".join(lines)
+        return "\n".join(_cut(line) for part in lines for line in part.split("\n"))
+
+
+def short(value: object) -> str:
+    """Return repr(value), shortened where it is long or deep."""
+    return _repr.repr(value)
+
+
+def _cut(line: str) -> str:
+    half = LONGEST // 2
+    return line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}"
 
 
 class SamplerLost(UserError):

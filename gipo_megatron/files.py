@@ -12,29 +12,32 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
 
-from gipo_megatron.errors import UserError, refusal
+from gipo_megatron.errors import UserError, library_errors, refusal, short
 
 Rows = Iterable[Mapping[str, Any]]
 _POINTER = b"version https://git-lfs"
+_NAME, _PATH = 250, 4000  # bytes of a file's name, with its ending, and of a path
 
 
-def expand(path: str) -> str:
-    """Return a path of the user's with `~` and `~name` replaced by home folders.
+def expand(path: str, where: str = "command line") -> str:
+    """Return a path of the user's, from `where`, with `~` and `~name` replaced by home folders.
 
     `./~name` is a file of that name. Raises UserError for a home folder that cannot be found, and
-    for characters that file names cannot have here.
+    for characters and lengths that file names cannot have here.
     """
     full = os.path.expanduser(path)
     if full.startswith("~"):
         fix = "write the whole path, or ./~… for a file of that name"
-        raise UserError(f"{path!r}: there is no such home folder", fix=fix)
+        raise UserError(f"{path!r}: there is no such home folder", where=where, fix=fix)
     try:
         encoded = os.fsencode(full)
     except UnicodeEncodeError:
         what = f"{path!r} has characters that this system's encoding lacks"
-        raise UserError(what, fix="export PYTHONUTF8=1") from None
+        raise UserError(what, where=where, fix="export PYTHONUTF8=1") from None
     if b"\0" in encoded:
-        raise UserError(f"{path!r} has a character that no file name can have")
+        raise UserError(f"{path!r} has a character that no file name can have", where=where)
+    if len(encoded) > _PATH or max(map(len, encoded.split(b"/"))) > _NAME:
+        raise UserError(f"{short(path)} is longer than a file's name can be", where=where)
     return full
 
 
@@ -119,7 +122,7 @@ def read_jsonl(path: str | Path, fix: str = "remove it") -> Iterator[tuple[int, 
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # of JSON, or of UTF-8
+            except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
                 raise bad_line(file, number, f"not JSON: {error}", fix) from error
             if not isinstance(row, dict):
                 raise bad_line(file, number, f"a JSON {type(row).__name__}, not an object", fix)
@@ -136,6 +139,19 @@ def refuse_pointer(path: Path) -> None:
             where=str(path),
             fix="run `git lfs pull` in its folder, or download the file again",
         )
+
+
+def read_object(path: str | Path, fix: str) -> dict[str, Any]:
+    """Return a file's JSON object. Raises UserError, with the advice `fix`, for anything else, a
+    Git LFS pointer too."""
+    file = Path(path)
+    with library_errors(f"cannot read {file.name}", where=str(file), fix=fix):
+        refuse_pointer(file)
+        content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        what = f"cannot read {file.name}: a JSON {type(content).__name__}, not an object"
+        raise UserError(what, where=str(file), fix=fix)
+    return content
 
 
 def bad_line(path: Path, number: int, why: str, fix: str) -> UserError:

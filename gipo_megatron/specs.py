@@ -65,18 +65,23 @@ Size = Annotated[int, Range(1)]
 Positive = Annotated[float, Range(0, open=True)]
 
 
+# far above all models, and the product of three is a size that torch can count
+Count = Annotated[int, Range(1, 5000)]
+Width = Annotated[int, Range(1, 20_000_000)]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A dense Llama-like decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
 
-    num_layers: Size
-    hidden_size: Size
-    ffn_hidden_size: Size
-    num_heads: Size
-    num_kv_heads: Size
-    head_dim: Size
-    vocab_size: Size
-    max_positions: Size
+    num_layers: Count
+    hidden_size: Width
+    ffn_hidden_size: Width
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    vocab_size: Width
+    max_positions: Width
     rope_base: Positive = 10000.0
     rope_scaling: dict[str, Any] | None = None  # Hugging Face's `rope_scaling` block
     norm_eps: Positive = 1e-5

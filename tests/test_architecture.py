@@ -16,10 +16,10 @@ CODE = sorted([*MODULES, *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglo
 # The rooms (folders and single files of the package), floor by floor: a room imports rooms of lower
 # floors only.
 FLOORS = [
-    {"errors", "environment", "statistics", "tensors", "web"},
+    {"environment", "errors", "http_client", "screen", "statistics", "tensors", "web"},
     {"capabilities", "files", "launcher", "metrics", "ops", "specs"},
     {"registry", "types"},
-    {"data", "roles", "rollouts"},
+    {"data", "roles", "rollouts", "typed"},
     {"components", "local", "serving", "telemetry", "weights"},
     {"algorithms", "megatron", "reports"},
     {"conversion", "recipe"},

@@ -27,6 +27,7 @@ from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.check import missing_loads
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.recipe.schema import NODE, Recipe
+from gipo_megatron.screen import shown
 from gipo_megatron.serving.client import CONNECT, Client, ServerLost
 from gipo_megatron.serving.process import ServerProcess
 from gipo_megatron.specs import Serve
@@ -135,14 +136,11 @@ def _server(recipe: Recipe, ready: bool) -> list[str]:
 
 def _check_url(recipe: Recipe, url: str, ready: bool) -> None:
     client = Client(url, CONNECT)
-    try:
-        if not ready:
-            client.get("/v1/models")
-            return
-        tokenizer = find_tokenizer(recipe.model.tokenizer, recipe.loads)
-        client.check(trained_policy(recipe, tokenizer).needed)
-    finally:
-        client.close()
+    if not ready:
+        client.get("/v1/models")
+        return
+    tokenizer = find_tokenizer(recipe.model.tokenizer, recipe.loads)
+    client.check(trained_policy(recipe, tokenizer).needed)
 
 
 def _check_program(serve: Serve) -> None:
@@ -195,5 +193,5 @@ def main(argv: Sequence[str]) -> int:
         f" {'here' if machines == 1 else f'on {machines} machines like this one'}"
     )
     for reason in reasons:
-        print(f"  - {reason}")
+        print(shown(f"  - {reason}"))
     return 2 if reasons else 0

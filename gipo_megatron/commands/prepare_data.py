@@ -31,6 +31,7 @@ from gipo_megatron.recipe.files import parse_arguments
 from gipo_megatron.recipe.problems import RecipeErrors
 from gipo_megatron.recipe.source import Block
 from gipo_megatron.recipe.validate import Validation
+from gipo_megatron.screen import shown
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 NAMES = {"preference": ("chosen", "rejected"), "sft": ("response",), "prompt": ()}
@@ -143,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
     for split in ("train", "test"):
         data = load_data(config, tokenizer, split, 0, kind, needed=split == "train")
         encoder = Encoder(config, tokenizer)
-        print(f"{split}:", *data.report, sep="\n  ")
+        print(shown("\n  ".join([f"{split}:", *data.report])))
         if not data.rows:
             continue
         lines = (*lengths(data, encoder, tokenizer), "first row:", *show(data.rows[0], encoder))

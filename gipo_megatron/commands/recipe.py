@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gipo_megatron.commands import RECIPES
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.source import Block, Node, dump_value, plain
+from gipo_megatron.screen import shown
 
 if TYPE_CHECKING:  # imported where a recipe is composed: `list` needs no torch
     from gipo_megatron.evaluation.recipe import EvaluationRecipe
@@ -89,7 +90,7 @@ def check(names: Sequence[str], settings: Sequence[str]) -> None:
             continue
         print(summary(recipe))
         for warning in recipe.warnings:
-            print("  warning: " + "; ".join(line.strip() for line in warning.splitlines()))
+            print(shown("  warning: " + "; ".join(map(str.strip, warning.splitlines()))))
     if failed:
         raise UserError("\n".join(str(error) for error in failed))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,8 +15,13 @@ from gipo_megatron.roles import Actor
 from gipo_megatron.specs import Positive, Sampling, Serve
 from gipo_megatron.tensors import Tensor, torch
 from gipo_megatron.types import Prompts, Rollout
-from gipo_megatron.web import is_address
+from gipo_megatron.web import address_problem
 
+# an option or a variable with a key that is written out: --api-key, HF_TOKEN=…; $NAME is none
+KEY_OPTION = re.compile(
+    r"(^|[\s=])(--([\w-]+-)?(key|token|secret|password)(=|$)|\w*(key|token|secret|password)=[^$])",
+    re.IGNORECASE,
+)
 CAP = 2.0  # the usual one: examples of verl, Open Instruct; TRL began with it, and has 3 now
 
 
@@ -122,9 +128,12 @@ class VLLMRollout(Rollouts):
 
     def problems(self) -> Iterator[UserError]:
         yield from super().problems()
-        if self.url and not is_address(self.url):
-            what = f"{self.url!r} is no http address"
-            yield UserError(what, where="url", fix="http://HOST:PORT, or '' to start a server")
+        if self.url and (what := address_problem(self.url)):
+            fix = "http://HOST:PORT, or '' to start a server; export VLLM_API_KEY=… for its key"
+            yield UserError(what, where="url", fix=fix)
+        if any(KEY_OPTION.search(word) for word in (*self.serve.args, *self.serve.command)):
+            what = "an option contains a key, which the run folder would show"
+            yield UserError(what, where="serve", fix="remove it, and export VLLM_API_KEY=…")
         if self.url and self.serve != Serve():
             what = "is not read: the server at `url` runs already"
             yield UserError(what, where="serve", fix="remove one of serve and url")

@@ -20,6 +20,7 @@ from gipo_megatron.conversion.verify import check_outputs, refuse, release, stor
 from gipo_megatron.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from gipo_megatron.environment import commit
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import read_object
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.build import build_engine, load_into
 from gipo_megatron.megatron.engine import Engine
@@ -32,7 +33,7 @@ from gipo_megatron.weights.architecture import folder_architecture
 from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta, read_meta, weights_kind
 from gipo_megatron.weights.hf_config import is_classifier, num_labels
 from gipo_megatron.weights.hf_files import OUR_DTYPES, SHARD_BYTES, open_weights
-from gipo_megatron.weights.hf_values import read_object
+from gipo_megatron.weights.hf_values import FIX
 from gipo_megatron.weights.peft_config import spec_of
 from gipo_megatron.weights.sources import adapted_model, locate
 
@@ -107,7 +108,7 @@ def _model_of(folder: Path) -> tuple[str, RoleMeta]:
     if weights_kind(folder) == "adapter":
         spec, home = spec_of(folder), adapted_model(folder)
     architecture = folder_architecture(home)
-    config = read_object(home / "config.json")
+    config = read_object(home / "config.json", FIX)
     weights = [open_weights(place) for place in dict.fromkeys((folder, home))]
     role, groups, token = "actor", None, None
     if is_classifier(config) or any(HF_SCORE in stored.shapes for stored in weights):

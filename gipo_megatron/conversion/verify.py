@@ -4,7 +4,6 @@ the folder has these: names, shapes, dtypes, bytes and outputs."""
 from __future__ import annotations
 
 import gc
-import json
 import math
 import warnings
 from contextlib import AbstractContextManager
@@ -25,11 +24,14 @@ from transformers.utils import logging as transformers_logging
 
 from gipo_megatron.conversion.staging import Mismatch
 from gipo_megatron.errors import library_errors
+from gipo_megatron.files import read_object
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.roles import outputs
+from gipo_megatron.web import at
 from gipo_megatron.weights.checkpoints import weights_kind
 from gipo_megatron.weights.hf_config import is_classifier
 from gipo_megatron.weights.hf_files import BYTES, INDEX, Weights, open_weights
+from gipo_megatron.weights.hf_values import FIX
 from gipo_megatron.weights.sources import adapted_model
 
 # of the largest output, in fp32: rounding grows with depth; a wrong weight or rotary base is off by
@@ -88,7 +90,8 @@ def _stated_size(folder: Path, otherwise: int) -> int:
     index = folder / INDEX
     if not index.is_file():
         return otherwise
-    return int(json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"])
+    size = at(read_object(index, FIX), "metadata", "total_size")
+    return size if isinstance(size, int) else otherwise
 
 
 def _refused(folder: Path) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from gipo_megatron.data.config import DataConfig
 from gipo_megatron.data.examples import BadRow, Example, Turn, common_length
 from gipo_megatron.data.templates import Template, choose
-from gipo_megatron.data.tokenizer import Tokenizer
+from gipo_megatron.data.tokenizer import Tokenizer, unspelled
 from gipo_megatron.errors import UserError
 
 TOO_LONG = "the prompt is too long even with its last human turn alone"
@@ -74,7 +74,7 @@ class Encoder:
     def prompt(self, example: Example, row: int) -> tuple[list[int], str]:
         """Return the prompt's ids, at most `room`, and its text."""
         _, text, ids = self._fit(example, row)
-        return ids, text
+        return ids, unspelled(text)
 
     def sequence(self, example: Example, row: int, response: int) -> Encoded:
         """Return the prompt and response number `response`, with an end token after it: the one

@@ -33,7 +33,7 @@ NAMES = ("auto", "chat", "hh", "plain", "chatml")
 @dataclass(frozen=True)
 class Template:
     """`prompt(turns)` ends with the assistant's open turn; `response(prompt text, turns, reply)` is
-    the text after it."""
+    the text after it. Both are for Tokenizer.encode: `unspelled` is the text to show."""
 
     name: str
     markup: bool  # names of special tokens in the text, bos included, must become their ids
@@ -97,7 +97,8 @@ def chat(tokenizer: Tokenizer, template: str, name: str) -> Template:
     def prompt(turns: Sequence[Turn]) -> str:
         chat = messages(turns)
         text = render(chat, True)
-        if any(part["role"] == "system" and part["content"] not in text for part in chat):
+        systems = [tokenizer.spelled(m["content"]) for m in chat if m["role"] == "system"]
+        if any(system not in text for system in systems):
             raise BadRow("the chat template leaves out the system turn")
         return text
 
@@ -171,8 +172,8 @@ def as_chat_template(spec: str, tokenizer: Tokenizer, style: str = "messages") -
 
     `style` is that of the rows, which decides `auto`. None where no such text exists: for plain,
     and for a tokenizer that cuts text after bos otherwise than text alone. Names of special tokens
-    that a message spells out become ids here; under hh training keeps them text. Raises UserError
-    as `choose` does.
+    that a message spells out become ids there; training keeps them text. Raises UserError as
+    `choose` does.
     """
     name = choose(spec, style, tokenizer).name
     if name == "hh":

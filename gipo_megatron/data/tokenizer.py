@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 TEMPLATE_FILE = "chat_template.jinja"
 # parts of the names of special tokens that no text uses, the best first
 STAND_INS = ("pad", "reserved")
+# stands before the name of a special token that a message spells out; no character of any text
+SPELLED = "\ufdd0"
 
 
 class Tokenizer:
@@ -72,11 +75,22 @@ class Tokenizer:
 
     def encode(self, text: str, markup: bool = False) -> list[int]:
         """Return the ids without bos and eos. Names of special tokens in the text are plain text
-        unless `markup` (a rendered chat template)."""
+        unless `markup` (a rendered chat template), and there too after SPELLED."""
+        if markup and SPELLED in text:
+            parts = re.split(f"{SPELLED}({self._names.pattern})", text, flags=re.IGNORECASE)
+            ids = (self.encode(unspelled(part), i % 2 == 0) for i, part in enumerate(parts))
+            return [number for part in ids for number in part]
         encoded = self.inner(
             text, add_special_tokens=False, split_special_tokens=not markup, verbose=False
         )
         return list(encoded.input_ids)
+
+    @functools.cached_property
+    def _names(self) -> re.Pattern[str]:
+        """Match the names of special tokens, the longest first."""
+        added = self.inner.added_tokens_decoder.values()
+        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or "(?!)", re.IGNORECASE)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text without special tokens; broken UTF-8 becomes the replacement
@@ -86,13 +100,20 @@ class Tokenizer:
         )
 
     def render(self, messages: Sequence[dict[str, str]], template: str, generation: bool) -> str:
-        """Return the messages in a jinja chat template; `generation` opens the assistant's turn. A
-        template is a program: it may raise any exception."""
-        conversation: list[Any] = list(messages)
+        """Return the messages in a jinja chat template, with SPELLED before the names of special
+        tokens in their texts; `generation` opens the assistant's turn. A template is a program: it
+        may raise any exception."""
+        conversation: list[Any] = [
+            {**message, "content": self.spelled(message["content"])} for message in messages
+        ]
         text = self.inner.apply_chat_template(
             conversation, chat_template=template, tokenize=False, add_generation_prompt=generation
         )
         return str(text)
+
+    def spelled(self, text: str) -> str:
+        """Return the text with SPELLED before each name of a special token."""
+        return self._names.sub(lambda found: SPELLED + found[0], unspelled(text))
 
     @property
     def fingerprint(self) -> str:
@@ -130,10 +151,9 @@ class Tokenizer:
         """Return a special token that can serve as padding where a score is read at the last token
         before padding, or None.
 
-        No encoded conversation contains it, unless a message in a chat template spells it out: it
-        is neither bos nor eos, not in the chat template, and never cut from text. The tokenizer's
-        own pad token comes first, then unk where every byte has a token, else one with a fitting
-        name.
+        No encoded conversation contains it: it is neither bos nor eos, not in the chat template,
+        and never cut from text. The tokenizer's own pad token comes first, then unk where every
+        byte has a token, else one with a fitting name.
         """
         added = sorted(self.inner.added_tokens_decoder.items())
         special = [token.content for _, token in added if token.special]
@@ -211,6 +231,10 @@ class Tokenizer:
         file.write_text(text, encoding="utf-8")
 
 
+def unspelled(text: str) -> str:
+    return text.replace(SPELLED, "")
+
+
 def byte_tokenizer() -> Tokenizer:
     """Return the tokenizer with id = byte for 0 … 255, pad 256, bos 257, eos 258. It has no merges,
     so ids(a) + ids(b) = ids(a + b)."""
@@ -253,7 +277,9 @@ def _from_pretrained(spec: str, where: str, local: bool) -> Tokenizer:
     with library_errors(f"cannot load a tokenizer from {spec!r}", where=where, fix=fix):
         # code of a model's repository is never run, and transformers would stop to ask
         inner = AutoTokenizer.from_pretrained(spec, local_files_only=local, trust_remote_code=False)
-        return Tokenizer(inner, where)
+        tokenizer = Tokenizer(inner, where)
+        tokenizer.decode(tokenizer.encode("a"))  # some wrong values show only in its use
+        return tokenizer
 
 
 def _default_template(found: Any, where: str) -> str | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from gipo_megatron.web import at
+from gipo_megatron.web import at, read_json
 
 # types of a message's parts: the text; of the other ones, those that are no thoughts are read in
 # a message without a text
@@ -24,8 +23,8 @@ def body_of(text: str) -> Any:
 
 def _json(text: str) -> Any:
     try:
-        return json.JSONDecoder().raw_decode(text.lstrip("\ufeff \t\r\n"))[0]
-    except (ValueError, RecursionError):
+        return read_json(text)
+    except ValueError:
         return None
 
 

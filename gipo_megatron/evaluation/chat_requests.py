@@ -30,6 +30,8 @@ from gipo_megatron.evaluation.chat_refusals import (
     seconds_to_wait,
 )
 from gipo_megatron.evaluation.judges.cache import Reply
+from gipo_megatron.http_client import HttpClient
+from gipo_megatron.screen import hide, shown
 from gipo_megatron.web import at
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ HINTS = {
 }
 NO_TEMPLATE = "serve a model with a chat template, or start vLLM with --chat-template FILE"
 SHOWN = 300  # characters of a server's message
+READ = 10_000  # characters of it that are searched
 QUIET = 10.0  # seconds between two lines about waits
 # The server is considered dead after this many failed requests in a row (or `concurrency` many).
 DEAD_AFTER = 4
@@ -100,11 +103,13 @@ class Requests:
         """
         timeout = self._judge.timeout
         try:
+            limits = openai.Timeout(timeout, connect=min(CONNECT, timeout))
             client = openai.AsyncOpenAI(
                 api_key=self._secret or "none",
                 base_url=self._judge.base_url,
-                timeout=openai.Timeout(timeout, connect=min(CONNECT, timeout)),
+                timeout=limits,
                 max_retries=0,
+                http_client=HttpClient(timeout=limits),
             )
         except Exception as error:  # of the HTTP library: the address, or a proxy's
             raise self._permanent(f"cannot be used: {error}", "check it, and HTTP_PROXY") from error
@@ -195,7 +200,7 @@ class Requests:
         return True
 
     def _print(self, line: str) -> None:
-        print(f"{self._judge.name}: {line}", flush=True)
+        print(shown(f"{self._judge.name}: {line}"), flush=True)
 
     async def _attempt(self, client: openai.AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
         """Return the server's chat completion. Raises Unanswered or UserError."""
@@ -231,7 +236,7 @@ class Requests:
 
     def _completion(self, text: str, request: dict[str, Any]) -> dict[str, Any]:
         """Return the body if it has choices, even unreadable ones: it is paid for."""
-        body = body_of(self._hide(text))
+        body = self._hidden(body_of(text))
         error = error_object(body)
         if isinstance(body, dict) and "choices" in body and not body.get("error"):
             finish = str(at(body, "choices", 0, "finish_reason")).lower()
@@ -252,7 +257,8 @@ class Requests:
     ) -> dict[str, Any]:
         """Return {"refused": reason} if the server refuses this text only, else raise."""
         error = error_object(body)
-        code, words = str(error.get("code")), str(error.get("message") or error or body)
+        code = str(error.get("code"))[:READ]
+        words = str(error.get("message") or error or body)[:READ]
         reason = f"HTTP {status}: {self._short(words)}"
         if status in (400, 413, 422) and TEXT.search(f"{code} {words}"):
             return {"refused": reason}
@@ -278,8 +284,12 @@ class Requests:
         raise self._permanent(f"refused the request: {reason}", fix)
 
     def _short(self, text: str) -> str:
-        return " ".join(self._hide(text).split())[:SHOWN]
+        return " ".join(hide(text, self._secret).split())[:SHOWN]
 
-    def _hide(self, text: str) -> str:
-        """Remove the key: some servers repeat it in their messages."""
-        return text.replace(self._secret, "…") if self._secret else text
+    def _hidden(self, body: Any) -> Any:
+        """Remove the key from all strings of a body: some servers repeat it."""
+        if isinstance(body, dict):
+            return {hide(name, self._secret): self._hidden(part) for name, part in body.items()}
+        if isinstance(body, list):
+            return [self._hidden(part) for part in body]
+        return hide(body, self._secret) if isinstance(body, str) else body

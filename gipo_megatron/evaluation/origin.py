@@ -9,13 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import yaml
-
 from gipo_megatron import registry
 from gipo_megatron.data.tokenizer import Tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.recipe import EvaluationRecipe
-from gipo_megatron.files import write_json
+from gipo_megatron.files import read_object, write_json
+from gipo_megatron.recipe.source import Block, parse_yaml
 from gipo_megatron.specs import base_role
 from gipo_megatron.weights.checkpoints import read_meta, weights_kind
 from gipo_megatron.weights.sources import (
@@ -67,14 +66,16 @@ def _teachers(policy: Path) -> Iterator[tuple[str, Path]]:
     found = [record for record in records if record.is_file()]  # a converted model has none
     if not found:
         return
-    record = yaml.safe_load(found[0].read_bytes())
+    record = parse_yaml(found[0].read_text(encoding="utf-8"), str(found[0]))
     # a recipe's paths begin where the run was started
-    own = Path(os.path.expanduser(record["run"]["dir"])).parts
+    own = Path(os.path.expanduser(str(record.value("run.dir")))).parts
     inside = own and run.parts[-len(own) :] == own
     start = Path(*run.parts[: -len(own)]) if inside else Path()
-    for role, model in record["models"].items():
+    models = record.at("models")
+    for role in models.children if isinstance(models, Block) else ():
         if base_role(role) == "reward":
-            yield model["load"], start / os.path.expanduser(model["load"])
+            load = str(record.value(f"models.{role}.load"))
+            yield load, start / os.path.expanduser(load)
 
 
 def _run_of(weights: Path) -> Path:
@@ -144,7 +145,7 @@ def check_origin(directory: Path, mine: Mapping[str, str]) -> None:
     UserError if the responses in the folder have another origin.
     """
     file = directory / "origin.json"
-    before: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    before = read_object(file, "remove this run.dir") if file.is_file() else {}
     responses = any((directory / "responses").glob("*.jsonl"))
     if not responses and not (directory / "verdicts.jsonl").is_file():
         before = {}  # stopped before the first response

@@ -57,6 +57,7 @@ from gipo_megatron.files import write_json, write_text
 from gipo_megatron.megatron.mesh import Mesh, mesh_session
 from gipo_megatron.megatron.watch import enter
 from gipo_megatron.reports.audit_page import audit_document
+from gipo_megatron.screen import shown
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.training import run_folder
 from gipo_megatron.training.run_lock import RunLock
@@ -195,9 +196,9 @@ def announce(recipe: EvaluationRecipe, tasks: Sequence[LoadedTask], notes: Seque
     )
     print(f"  {environment_line()}")
     for task, loaded in zip(recipe.tasks, tasks, strict=True):
-        print("".join(f"  {task.name}: {line}\n" for line in loaded.lines), end="")
+        print(shown("".join(f"  {task.name}: {line}\n" for line in loaded.lines)), end="")
     for warning in dict.fromkeys((*recipe.warnings, *notes)):
-        print(f"  warning: {warning}", flush=True)
+        print(shown(f"  warning: {warning}"), flush=True)
 
 
 def _responses(directory: Path, policy: str) -> ResponseStore:

@@ -11,6 +11,7 @@ from typing import Any
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.types import PairOrder, Response, TaskPrompt, Verdict
 from gipo_megatron.files import append_jsonl, bad_line, read_jsonl, write_jsonl
+from gipo_megatron.typed import Mismatch, built
 
 FIX = "remove the line: its content is made again"
 
@@ -64,9 +65,9 @@ class ResponseStore:
         found: dict[str, Response] = {}
         for number, row in self._lines.read():
             try:
-                response = Response(**row)
-            except TypeError as error:
-                raise self._lines.broken(number, "not a response") from error
+                response = built(Response, row)
+            except Mismatch as error:
+                raise self._lines.broken(number, f"not a response: {error}") from error
             found.setdefault(response.prompt_id, response)
         return list(found.values())
 
@@ -86,9 +87,9 @@ class VerdictStore:
         for number, row in self._lines.read():
             try:
                 key = PairOrder(*(row.pop(name) for name in PairOrder._fields))
-                found[key] = Verdict(**row)
-            except (KeyError, TypeError) as error:
-                raise self._lines.broken(number, "not a verdict") from error
+                found[key] = built(Verdict, row)
+            except (KeyError, TypeError, Mismatch) as error:
+                raise self._lines.broken(number, f"not a verdict: {error}") from error
         return found
 
 

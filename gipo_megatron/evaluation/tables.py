@@ -9,7 +9,7 @@ from typing import Any
 import pandas
 
 from gipo_megatron.evaluation.statistics import OUTCOMES
-from gipo_megatron.reports.pages import printable
+from gipo_megatron.screen import printable
 
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&",

@@ -19,7 +19,7 @@ from gipo_megatron.data.sources import Source, open_sources
 from gipo_megatron.data.splits import divide, label_of_row
 from gipo_megatron.data.templates import choose
 from gipo_megatron.data.tldr import POST, PROMPT
-from gipo_megatron.data.tokenizer import Tokenizer
+from gipo_megatron.data.tokenizer import Tokenizer, unspelled
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.types import KINDS, TaskPrompt
 from gipo_megatron.specs import OneOf, PathText, Range, Size
@@ -218,7 +218,8 @@ def _prompt(
     """Return the prompt and its tokens. Raises BadRow if the template refuses it or it is cut."""
     encoder.check(example)
     ids, text = encoder.prompt(example, row)
-    if text != choose(task.template, example.style, encoder.tokenizer).prompt(example.prompt):
+    template = choose(task.template, example.style, encoder.tokenizer)
+    if text != unspelled(template.prompt(example.prompt)):
         raise BadRow(TOO_LONG)
     prompt_id = hashlib.sha256(f"{task.name}\0{text}".encode()).hexdigest()[:16]
     question = _question(example.prompt)

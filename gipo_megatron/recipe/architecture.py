@@ -133,10 +133,11 @@ def _read_all(
             continue
         hub = may_be_hub(s.load, run_dir)
         try:
-            load = expand(s.load)  # not typed yet
+            load = expand(s.load, s.key)  # not typed yet
             stored = stored_architecture(load, s.role, s.key, may_be_hub=hub, network=network)
         except UserError as error:
-            problems.append(Problem(s.key, error.what, s.origin, error.fix))
+            file = f"{error.where}: " if error.where not in ("", s.key) else ""
+            problems.append(Problem(s.key, f"{file}{error.what}", s.origin, error.fix))
             continue
         if stored is not None:
             found.append(Found(s, stored.path, asdict(stored.architecture)))

@@ -156,10 +156,11 @@ def responses(d: Draft) -> Found:
 def _fitting(batch: Batch, parallel: Parallel, replicas: int, rollout: bool) -> str:
     """The largest micro_batch that divides; else the next larger minibatch, and enough prompts."""
     most, rounds = batch.micro_batch or 1, 1
+    largest = min(most - 1, 1024)
     if batch.micro_batch and parallel.virtual_pipeline > 1:
         rounds = parallel.pipeline
     group = replicas * rounds
-    for size in range(most - 1, 0, -1):
+    for size in range(largest, 0, -1):
         if batch.minibatch % (group * size) == 0:
             return f"batch.micro_batch={size}"
     unit = group * most

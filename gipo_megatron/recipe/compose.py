@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -17,9 +17,10 @@ from gipo_megatron.recipe.interpolation import resolve
 from gipo_megatron.recipe.needs import needed, pruned
 from gipo_megatron.recipe.problems import Problem, RecipeErrors
 from gipo_megatron.recipe.schema import Recipe
-from gipo_megatron.recipe.source import Block, Leaf
+from gipo_megatron.recipe.source import Block, Leaf, leaves
 from gipo_megatron.recipe.validate import WRONG, Validation
 from gipo_megatron.registry import user_module
+from gipo_megatron.screen import found_in
 
 
 def compose(argv: Sequence[str], root: Path, world: int | None = None) -> Recipe:
@@ -74,10 +75,19 @@ def drafted(
     problems = load_components(tree)
     tree = resolve(tree, problems)
     tree = read_architecture(tree, loads(tree), problems)
+    problems += secrets(tree)
     validation = Validation()
     completed, sections = validation.block(tree, cls)
     draft = Draft(completed, sections, needed(completed), world)
     return draft, problems + validation.problems, validation.hidden
+
+
+def secrets(tree: Block) -> Iterator[Problem]:
+    """Yield a problem for each value that holds a key: run.dir, reports and W&B show recipes."""
+    for path, leaf in leaves(tree):
+        if what := found_in(str(leaf.value)):
+            fix = "leave it out: programs that need a key read it from the environment"
+            yield Problem(".".join(path), f"contains {what}", leaf.origin, fix)
 
 
 def load_components(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             recipes.append(value)
         elif key == "with":
             found.fragments += [name for name in value.split(",") if name]
-        elif key == "world" and value.isdigit() and int(value):
+        elif key == "world" and re.fullmatch(r"[1-9][0-9]{0,6}", value):
             found.world = int(value)
         elif key == "world":
             what = f"needs a number of processes, not {value!r}"
@@ -107,8 +108,9 @@ def find_recipe(
 ) -> Path:
     """Return the file of a recipe or a fragment: below `root`, else a path (./ and ../ count from
     `beside`, the folder of the file that names it). Raises UserError."""
-    local = (beside or Path()) / name if name.startswith(".") else Path(expand(name))
-    for candidate in (root / f"{name}.yaml", local, local.with_name(local.name + ".yaml")):
+    place = expand(name, where)
+    local = (beside or Path()) / name if name.startswith(".") else Path(place)
+    for candidate in (root / f"{name}.yaml", local, Path(f"{local}.yaml")):
         if candidate.suffix == ".yaml" and candidate.is_file():
             return candidate
     fix = suggest(name, recipe_names(root, fragments=True))

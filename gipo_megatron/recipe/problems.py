@@ -13,8 +13,10 @@ from typing import NoReturn
 
 from gipo_megatron.environment import emit
 from gipo_megatron.errors import UserError
+from gipo_megatron.screen import shown
 
-SHOWN = 16  # names in a list, problems in a message: one screen
+# names in a list, problems in a message, characters of them: one screen
+SHOWN, CHARACTERS = 16, 4000
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,11 @@ class RecipeErrors(UserError):
         super().__init__(f"{recipe}: {count}")
 
     def __str__(self) -> str:
-        more = [f"and {len(self.problems) - SHOWN} more"] if len(self.problems) > SHOWN else []
-        return "\n".join([self.what, *map(str, self.problems[:SHOWN]), *more])
+        texts = [str(problem) for problem in self.problems[:SHOWN]]
+        while len(texts) > 1 and sum(map(len, texts)) > CHARACTERS:
+            texts.pop()
+        more = len(self.problems) - len(texts)
+        return "\n".join([self.what, *texts, *([f"and {more} more"] if more else [])])
 
 
 def suggest(word: str, options: Iterable[str]) -> str:
@@ -69,5 +74,5 @@ def fail(error: UserError, patience: float = 30.0) -> NoReturn:
     if rank:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(patience)
-    emit(f"rank {rank}: {error}" if rank else error)
+    emit(shown(f"rank {rank}: {error}" if rank else str(error)))
     raise SystemExit(2)

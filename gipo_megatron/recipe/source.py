@@ -18,6 +18,7 @@ DEFAULT = "default"  # origin of a value that no file sets
 COMMAND_LINE = "command line"  # origin of a value set there
 MISSING = "???"  # a value that a child recipe must set
 COMPONENTS = ("algorithm", "judge", "rollout")  # sections that are components themselves
+DEEPEST = 32  # blocks and lists within each other
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class _Dumper(yaml.SafeDumper):
 _FLOAT = r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
 _SCALARS = (
     ("bool", r"^(?:true|True|false|False)$", "tTfF"),
-    ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789"),
+    ("int", r"^[-+]?(?:0|[1-9][0-9_]{0,999})$", "-+0123456789"),  # Python reads 4300 digits
     ("float", _FLOAT, "-+.0123456789"),
     ("null", r"^(?:~|null|Null|)$", ["~", "n", "N", ""]),
 )
@@ -100,6 +101,27 @@ def dump_value(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
+def _composed(text: str) -> tuple[_Loader, yaml.Node | None]:
+    """Raises yaml.YAMLError, also for what no recipe needs: an alias (six lines of them can stand
+    for a million keys, and one can contain itself), a tag, and a depth that ends the reader."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        problem = ""
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"an alias, *{event.anchor}: write ${{other.key}} in its place"
+        elif tag := getattr(event, "tag", None):
+            problem = f"a tag, {tag}: write the value alone"
+        elif depth > DEEPEST:
+            problem = f"more than {DEEPEST} blocks and lists within each other"
+        if problem:
+            mark: Any = event.start_mark
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+    loader = _Loader(text)
+    return loader, loader.get_single_node()
+
+
 def parse_yaml(text: str, file: str) -> Block:
     """Return the tree of one file.
 
@@ -107,8 +129,7 @@ def parse_yaml(text: str, file: str) -> Block:
     twice.
     """
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
+        loader, node = _composed(text)
         if node is None:
             return Block({}, file)
         if not isinstance(node, yaml.MappingNode):
@@ -130,8 +151,7 @@ def parse_value(text: str, path: KeyPath, origin: str) -> Node:
     if text == "":
         return Leaf("", origin)
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
+        loader, node = _composed(text)
         if node is None:
             return Leaf(text, origin)
         plain = isinstance(node, yaml.ScalarNode) and not node.style

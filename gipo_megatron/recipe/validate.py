@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
 from gipo_megatron import registry
 from gipo_megatron.errors import UserError
-from gipo_megatron.files import expand
 from gipo_megatron.recipe.problems import Problem, suggest
 from gipo_megatron.recipe.source import (
     COMMAND_LINE,
@@ -26,20 +24,11 @@ from gipo_megatron.recipe.source import (
     plain,
     quoted,
 )
-from gipo_megatron.specs import OneOf, Place, Range
+from gipo_megatron.typed import KINDS, Mismatch, convert, options, spell
 
 NOT_BUILT = {
     "parallel.context": "context parallelism",
     "parallel.expert": "expert parallelism",
-}
-KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    type(None): "null",
-    list: "a list",
-    dict: "a block of keys",
 }
 
 
@@ -48,10 +37,6 @@ class Wrong:
 
 
 WRONG = Wrong()
-
-
-class Mismatch(Exception):
-    """A value that does not fit its type or range."""
 
 
 class Validation:
@@ -262,9 +247,6 @@ def _last_written(node: Block) -> str:
     return origins[-1] if origins else node.origin
 
 
-# ------------------------------------------------------------------------------------------- types
-
-
 def _dataclass_in(hint: Any, container: type) -> type | None:
     """T for dict[str, T] or list[T] where T is a dataclass."""
     arguments = typing.get_args(hint)
@@ -272,41 +254,8 @@ def _dataclass_in(hint: Any, container: type) -> type | None:
     return typing.cast(type, arguments[-1]) if found else None
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; a type that is no union alone."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if union else (hint,)
-
-
 def _is_dict(hint: Any) -> bool:
-    return any(typing.get_origin(o) is dict or o is dict for o in _options(hint))
-
-
-def convert(value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint`: an int may become a float, a list a tuple; nothing else
-    changes. Raises Mismatch."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        converted = convert(value, arguments[0])
-        for mark in arguments[1:]:
-            if isinstance(mark, Place):
-                converted = _expand(converted)
-            if isinstance(mark, Range | OneOf) and (why := mark.refuse(converted)):
-                raise Mismatch(why)
-        return converted
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(value, hint)
-    if hint is Any or (hint is dict and isinstance(value, dict)):
-        return value
-    if origin in (list, tuple) and isinstance(value, list | tuple):
-        return origin(convert(item, arguments[0]) for item in value)
-    if origin is dict and isinstance(value, dict):
-        return {convert(k, arguments[0]): convert(v, arguments[1]) for k, v in value.items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint in KINDS and type(value) is hint:
-        return value
-    raise Mismatch(f"needs {spell(hint)}, not {_describe(value)}")
+    return any(typing.get_origin(o) is dict or o is dict for o in options(hint))
 
 
 def _how_to_quote(key: str, node: Node, hint: Any) -> str:
@@ -314,41 +263,3 @@ def _how_to_quote(key: str, node: Node, hint: Any) -> str:
     text = isinstance(node, Leaf) and isinstance(node.value, str)
     wanted = node.origin == COMMAND_LINE and spell(hint) == KINDS[str]
     return quoted(key, "…") if wanted and not text else ""
-
-
-def _expand(path: str) -> str:
-    try:
-        return expand(path)
-    except UserError as error:
-        raise Mismatch(f"{error.what}; {error.fix}".removesuffix("; ")) from None
-
-
-def _convert_union(value: Any, hint: Any) -> Any:
-    if value is None and type(None) in _options(hint):
-        return None
-    options = [option for option in _options(hint) if option is not type(None)]
-    for option in options:
-        try:
-            return convert(value, option)
-        except Mismatch as mismatch:
-            if len(options) == 1 and "needs" not in str(mismatch):
-                raise
-    raise Mismatch(f"needs {spell(hint)}, not {_describe(value)}")
-
-
-def spell(hint: Any) -> str:
-    """A type in words."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return spell(arguments[0])
-    if len(_options(hint)) > 1:
-        return " or ".join(spell(option) for option in _options(hint))
-    if origin in (list, tuple):
-        return f"a list of {spell(arguments[0])}"
-    if origin is dict:
-        return KINDS[dict]
-    return "blocks of keys" if dataclasses.is_dataclass(hint) else KINDS.get(hint, str(hint))
-
-
-def _describe(value: Any) -> str:
-    return "null" if value is None else f"{value!r} ({KINDS.get(type(value), 'a value')})"

@@ -6,12 +6,13 @@ Pages open without a network and run no script: `base.html.j2` sets the content 
 from __future__ import annotations
 
 import base64
-import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+
+from gipo_megatron.screen import printable
 
 TEMPLATES = Path(__file__).parent / "templates"  # base.html.j2, macros.html.j2, style.css
 
@@ -39,19 +40,6 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
-
-
-def printable(text: str) -> str:
-    """Replace control characters and lone surrogates, which are invalid in a page, by \\x…
-
-    Line breaks and tabs stay.
-    """
-    text = re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]",
-        lambda m: f"\\x{ord(m.group()):02x}",
-        text.replace("\r\n", "\n"),
-    )
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _shown(value: Any) -> Any:

@@ -11,9 +11,10 @@ from gipo_megatron.files import write_bytes, write_text
 from gipo_megatron.reports import gold
 from gipo_megatron.reports.figures import FORMATS, draw, rendered, save
 from gipo_megatron.reports.gold import gold_course
-from gipo_megatron.reports.pages import number, printable, render
+from gipo_megatron.reports.pages import number, render
 from gipo_megatron.reports.runs import RunFolder, group_by_seed, load_run
 from gipo_megatron.reports.style import pixels
+from gipo_megatron.screen import printable
 from gipo_megatron.statistics import wilson_interval
 from gipo_megatron.telemetry.console import duration
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from gipo_megatron.errors import UserError
+from gipo_megatron.errors import UserError, library_errors
 from gipo_megatron.files import bad_line, read_jsonl
+from gipo_megatron.typed import Mismatch, built
 
 Points = tuple[list[int], list[float]]  # steps, values
 
@@ -59,6 +60,14 @@ class RunFolder:
         return math.fsum(self.series("time/step_seconds")[1])
 
 
+@dataclass(frozen=True)
+class About:
+    """What an algorithm records in environment.json for reports."""
+
+    stage: str = "–"
+    headline: list[tuple[str, str]] = field(default_factory=list)
+
+
 def finite(value: Any) -> bool:
     """Check for a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -87,7 +96,7 @@ def load_run(path: str | Path) -> RunFolder:
             where=str(folder / "recipe.yaml"),
             fix="a run writes its expanded recipe there; remove the file to go without",
         )
-    about = environment if isinstance(environment, dict) else {}
+    about = _about(folder / "environment.json", environment)
     return RunFolder(
         path=folder,
         name=folder.name if folder.name not in ("", "..") else folder.resolve().name,
@@ -98,19 +107,26 @@ def load_run(path: str | Path) -> RunFolder:
         recipe=recipe,
         recipe_text=recipe_text,
         environment_text=environment_text,
-        stage=about.get("stage", "–"),
-        headline=[(metric, words) for metric, words in about.get("headline", [])],
+        stage=about.stage,
+        headline=about.headline,
     )
+
+
+def _about(file: Path, environment: Any) -> About:
+    found = environment if isinstance(environment, dict) else {}
+    try:
+        return built(About, {key: found[key] for key in ("stage", "headline") if key in found})
+    except Mismatch as mismatch:
+        raise UserError(str(mismatch), where=str(file), fix="remove it to go without") from None
 
 
 def _read_yaml(file: Path) -> tuple[Any, str]:
     """Return content and text of a YAML or JSON file; None and "" without the file."""
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    try:
+    if not file.is_file():
+        return None, ""
+    with library_errors(f"cannot read {file.name}", where=str(file), fix="remove it to go without"):
+        text = file.read_text(encoding="utf-8")
         return yaml.safe_load(text), text
-    except yaml.YAMLError as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{file.name} is not YAML", where=str(file), fix=why) from None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

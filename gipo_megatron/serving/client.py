@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import httpx
+import httpx2
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.web import at
+from gipo_megatron.http_client import HttpClient
+from gipo_megatron.screen import hide
+from gipo_megatron.web import at, key_of, read_json
 
 GENERATE = "/inference/v1/generate"
 # vLLM has each group of routes only where an option or a variable turns it on
@@ -30,6 +31,7 @@ ROUTES = {
 LOGPROBS = "processed_logprobs"  # after temperature, top_k and top_p
 PLUGIN = 1  # version of the protocol with serving/plugin
 TESTED = "vLLM 0.32 is the version that was tested"
+KEY = "VLLM_API_KEY"  # the environment variable with the server's key
 CONNECT = 10.0  # seconds until a connection is there
 HEALTH = 5.0  # seconds between two looks at the server's health during a request
 CONNECTIONS = 256  # requests at a time, as many as vLLM works on by default
@@ -85,43 +87,47 @@ class Client:
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url, self.timeout = url.rstrip("/"), timeout
-        key = os.environ.get("VLLM_API_KEY")
+        key = key_of(KEY)
+        if key is None:
+            what = f"the environment variable {KEY} contains characters that no key has"
+            raise UserError(what, where=self.url, fix=f"export {KEY}=… of the server")
         self._settings: dict[str, Any] = {
             "base_url": self.url,
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
             "trust_env": False,
             # the server closes a connection after an error, and one that was idle for 5 s
-            "limits": httpx.Limits(max_keepalive_connections=0),
-            "timeout": httpx.Timeout(timeout, connect=min(CONNECT, timeout)),
-            "verify": httpx.create_ssl_context(),  # made once: it takes longer than a request
+            "limits": httpx2.Limits(max_keepalive_connections=0),
+            "timeout": httpx2.Timeout(None, connect=min(CONNECT, timeout)),
+            "verify": httpx2.create_ssl_context(),  # made once: it takes longer than a request
         }
-        with _errors(self.url, timeout):
-            self._http = httpx.Client(**self._settings)
-
-    def close(self) -> None:
-        self._http.close()
 
     def get(self, route: str, **query: Any) -> Any:
         """Return the JSON of the answer. Raises ServerLost and UserError, as all requests here."""
-        with _errors(self.url, self.timeout):
-            return _read(self._http.get(route, params=query))
+        return _read(asyncio.run(self._send("GET", route, params=query)))
 
     def post(self, route: str, body: Any = None, **query: Any) -> Any:
         """Return the JSON of the answer; None where it is empty. Threads may share a client."""
-
-        async def send() -> httpx.Response:
-            async with httpx.AsyncClient(**self._settings) as http:
-                return await http.post(route, json=body, params=query)
-
-        with _errors(self.url, self.timeout):
-            return _read(asyncio.run(self._while_healthy(send())))
+        sending = self._send("POST", route, json=body, params=query)
+        return _read(asyncio.run(self._while_healthy(sending)))
 
     def healthy(self) -> bool:
         """Check whether the server answers, within CONNECT seconds, that its engine runs."""
+        return asyncio.run(self._healthy())
+
+    async def _healthy(self) -> bool:
         try:
-            return self._http.get("/health", timeout=CONNECT).is_success
-        except httpx.RequestError:
+            return (await self._send("GET", "/health", limit=CONNECT)).is_success
+        except (ServerLost, UserError):
             return False
+
+    async def _send(
+        self, method: str, route: str, *, limit: float | None = None, **content: Any
+    ) -> httpx2.Response:
+        """Send one request; `limit`: seconds for all of it, `timeout` by default."""
+        seconds = self.timeout if limit is None else limit
+        with _errors(self.url, seconds):
+            async with asyncio.timeout(seconds), HttpClient(**self._settings) as http:
+                return await http.request(method, route, **content)
 
     async def _while_healthy(self, work: Coroutine[Any, Any, T]) -> T:
         """Return the result of `work`. Raises ServerLost where the server is found unhealthy twice
@@ -129,7 +135,7 @@ class Client:
         task, failed = asyncio.create_task(work), 0
         try:
             while not (await asyncio.wait({task}, timeout=HEALTH))[0]:
-                failed = 0 if await asyncio.to_thread(self.healthy) else failed + 1
+                failed = 0 if await self._healthy() else failed + 1
                 if failed == 2:
                     raise ServerLost(f"{self.url}: its engine has died; it answers no more")
             return task.result()
@@ -166,9 +172,8 @@ class Client:
     def _check_routes(self) -> None:
         """Look for each route with a method it does not have: 405 where there is one, else 404."""
         for route, option in ROUTES.items():
-            with _errors(self.url, self.timeout):
-                status = self._http.get(route).status_code
-            if status == httpx.codes.NOT_FOUND:
+            status = asyncio.run(self._send("GET", route)).status_code
+            if status == httpx2.codes.NOT_FOUND:
                 fix = f"start it with {SCALE_OUT} and VLLM_SERVER_DEV_MODE=1"
                 what = f"the server has no {route}: it was started without {option}"
                 raise UserError(what, where=self.url, fix=fix)
@@ -211,10 +216,9 @@ class Client:
         asyncio.run(self._while_healthy(self._generate(missing, answers)))
 
     async def _generate(self, missing: dict[int, Request], answers: dict[int, Answer]) -> None:
-        # a request waits here, not in httpx's pool, whose work grows with its queue
+        # a request waits here, not in the pool of httpx2, whose work grows with its queue
         free = asyncio.Semaphore(CONNECTIONS)
-        patience = httpx.Timeout(None, connect=min(CONNECT, self.timeout))
-        async with httpx.AsyncClient(**{**self._settings, "timeout": patience}) as http:
+        async with HttpClient(**self._settings) as http:
 
             async def send(index: int, request: Request) -> None:
                 body = {"token_ids": list(request.token_ids), "sampling_params": request.sampling}
@@ -289,7 +293,7 @@ def _malformed(what: str, url: str) -> UserError:
     return UserError(f"malformed answer of {GENERATE}: {what}", where=url, fix=TESTED)
 
 
-def _read(response: httpx.Response) -> Any:
+def _read(response: httpx2.Response) -> Any:
     """Return the JSON of an answer; None where it is empty. Raises ServerLost for HTTP 5xx,
     UserError for any other status but 2xx, and for what is no JSON."""
     place = f"{response.request.method} {response.request.url}"
@@ -297,37 +301,42 @@ def _read(response: httpx.Response) -> Any:
         raise ServerLost(f"{place}: HTTP {response.status_code}: {_reason(response)}")
     if not response.is_success:
         what = f"the server refused a request: HTTP {response.status_code}: {_reason(response)}"
-        keys = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
-        fix = "export VLLM_API_KEY=… of the server" if response.status_code in keys else TESTED
+        keys = (httpx2.codes.UNAUTHORIZED, httpx2.codes.FORBIDDEN)
+        fix = f"export {KEY}=… of the server" if response.status_code in keys else TESTED
         raise UserError(what, where=place, fix=fix)
     try:
-        return response.json() if response.content else None
+        return read_json(response.text) if response.content else None
     except ValueError as error:
-        what = f"the server's answer is no JSON: {response.text[:80]!r}"
+        what = f"the server's answer is no JSON: {_hidden(response.text)[:80]!r}"
         raise UserError(what, where=place, fix=f"a vLLM server; {TESTED}") from error
 
 
-def _reason(response: httpx.Response) -> str:
+def _reason(response: httpx2.Response) -> str:
     """Return the message of an error, which vLLM puts into {"error": {"message": …}}, {"error": …}
     or {"detail": …}; the text where it is something else."""
     try:
-        body = response.json()
+        body = read_json(response.text)
     except ValueError:
         body = response.text
     error = at(body, "error") or at(body, "detail") or body
-    return " ".join(str(at(error, "message") or error).split())[:LONGEST_REASON]
+    return " ".join(_hidden(str(at(error, "message") or error)).split())[:LONGEST_REASON]
+
+
+def _hidden(text: str) -> str:
+    """Remove the key: some servers repeat it in their messages."""
+    return hide(text, key_of(KEY) or "")
 
 
 @contextmanager
 def _errors(url: str, timeout: float) -> Iterator[None]:
-    """Turn httpx's errors into ServerLost, and a URL that is none into UserError."""
+    """Turn the errors of httpx2 into ServerLost, and a URL that is none into UserError."""
     try:
         yield
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
         what = f"no URL of a server: {error}"
         raise UserError(what, where=url, fix="algorithm.rollout.url=http://HOST:PORT") from error
-    except httpx.TimeoutException as error:
+    except (TimeoutError, httpx2.TimeoutException) as error:
         kind = type(error).__name__
         raise ServerLost(f"{url} does not answer: {kind} (limit {timeout:g} s)") from error
-    except httpx.RequestError as error:
+    except httpx2.RequestError as error:
         raise ServerLost(f"{url}: {type(error).__name__}: {error}") from error

@@ -186,8 +186,6 @@ class ServerProcess:
         except BaseException:  # Ctrl-C
             self.stop()
             raise
-        finally:
-            client.close()
         self.stop()
         limit = f"{WHERE}.start_timeout, {self.serve.start_timeout:g} s"
         raise self.failure(f"vLLM's server was not ready within {limit}")

@@ -47,9 +47,7 @@ class Server:
     def close(self) -> None:
         """End the server where this run started it."""
         self.transfer.close()
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        self._client = None
         if self.process is not None:
             self.process.stop()
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gipo_megatron.screen import shown
+
 BASELINE_STEPS = 10
 # quiet steps in a row before an alert is raised again: a metric near its threshold gives one alert
 CLEAR_STEPS = 5
@@ -51,7 +53,8 @@ class Alerts:
         begun = []
         for key, active, message in self._conditions(values):
             if active and key not in self.raised:
-                begun.append(f"step {step}: {message}")
+                # the names of sources are from the data
+                begun.append(shown(f"step {step}: {message}"))
             if active:
                 self.raised[key] = CLEAR_STEPS
             elif key in self.raised:

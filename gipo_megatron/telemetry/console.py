@@ -21,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from gipo_megatron.screen import shown
+
 Headline = Sequence[tuple[str, str]]  # metric, words: what an algorithm shows first
 
 # shown after the headline, where a run has them
@@ -83,7 +85,7 @@ class Display:
         self.console = rich.console.Console(quiet=not shown, highlight=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(shown(text), markup=False)
 
     @contextmanager
     def counting(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:

@@ -13,6 +13,7 @@ from typing import Any
 from gipo_megatron.environment import drop_output, emit
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import write_text
+from gipo_megatron.screen import shown
 from gipo_megatron.telemetry.console import Headline
 from gipo_megatron.telemetry.sinks import Console, Jsonl, LogFile, Sink
 
@@ -99,7 +100,7 @@ class Guarded(Sink):
 
 
 def warn(message: str) -> None:
-    emit(f"warning: {message}")
+    emit(shown(f"warning: {message}"))
 
 
 def _first_line(error: BaseException) -> str:
@@ -122,13 +123,10 @@ class TensorBoard(Sink):
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]], kind: str = "samples") -> None:
         for i, row in enumerate(rows[:TEXT_SAMPLES]):
             text = "\n\n".join(f"{key}: {value}" for key, value in row.items())
-            # indented, so that Markdown shows it unchanged
-            self._events().add_text(
-                f"{kind}/{i}", "\n".join("    " + line for line in text.splitlines()), step
-            )
+            self._events().add_text(f"{kind}/{i}", _indented(text), step)
 
     def alert(self, step: int, message: str) -> None:
-        self._events().add_text("alerts", message, step)
+        self._events().add_text("alerts", _indented(message), step)
 
     def resume(self, step: int) -> None:
         self.close()
@@ -146,6 +144,11 @@ class TensorBoard(Sink):
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
         return self._writer
+
+
+def _indented(text: str) -> str:
+    """Return a block that Markdown shows unchanged."""
+    return "\n".join("    " + line for line in shown(text).splitlines())
 
 
 class Wandb(Sink):
@@ -181,9 +184,15 @@ class Wandb(Sink):
         self._run = self._start()
 
     def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        if self._run is None:
+            return
+        import wandb
+
+        run, self._run = self._run, None
+        try:
+            run.finish()
+        finally:
+            wandb.teardown()  # at the program's end it prints a traceback if its process has died
 
     def _start(self) -> Any:
         # instead of the home folder, which on a cluster may be full, slow or read-only

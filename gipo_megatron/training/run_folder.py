@@ -20,6 +20,7 @@ from gipo_megatron.files import write_json, write_text
 from gipo_megatron.recipe.length import describe_length
 from gipo_megatron.recipe.schema import Recipe
 from gipo_megatron.recipe.source import plain
+from gipo_megatron.screen import shown
 from gipo_megatron.statistics import wilson_interval
 
 # the held-out metric that chooses the best checkpoint: the first that a run has, and its sign
@@ -111,9 +112,9 @@ def announce(
     print(f"  {describe_length(recipe, len(train))}")
     for split, rows in (("train", train), ("held out", held_out)):
         for line in rows.report:
-            print(f"  {split}: {line}")
+            print(shown(f"  {split}: {line}"))
     for warning in dict.fromkeys((*recipe.warnings, *notes)):
-        print(f"  warning: {warning}")
+        print(shown(f"  warning: {warning}"))
     sys.stdout.flush()
 
 

@@ -65,10 +65,7 @@ def _of_checkpoint(folder: Path, role: str) -> Stored | None:
     if meta is None:
         return None
     if not meta.roles:
-        raise UserError(
-            f"{path} describes no architecture of this version: it lists no role",
-            fix="use another checkpoint",
-        )
+        raise UserError("lists no role", where=path, fix="use another checkpoint")
     first = next(iter(meta.roles))
     return Stored(path, meta.roles[role if role in meta.roles else first].architecture)
 
@@ -88,7 +85,7 @@ def _named(folder: Path, name: str = "") -> Architecture:
     try:
         return folder_architecture(folder)
     except UserError as error:
-        raise UserError(f"{name or error.where}: {error.what}", fix=error.fix) from None
+        raise UserError(error.what, where=name or error.where, fix=error.fix) from None
 
 
 def _hub(load: str, where: str, network: bool) -> Stored | None:

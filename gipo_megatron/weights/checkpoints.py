@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.files import inside, write_json
-from gipo_megatron.specs import AdapterSpec, Architecture, HeadSpec
+from gipo_megatron.files import inside, read_object, write_json
+from gipo_megatron.specs import AdapterSpec, Architecture, HeadSpec, OneOf, Size
+from gipo_megatron.typed import Mismatch, built
 from gipo_megatron.weights.base import BaseMeta
+from gipo_megatron.weights.hf_config import architecture_from_hf
 from gipo_megatron.weights.peft_config import CONFIG, TENSORS
 
 FORMAT, VERSION = "gipo_megatron", 2  # 2: FP8 scaling state as tensors; all else as in 1
@@ -29,10 +30,11 @@ class RoleMeta:
     """One model of a checkpoint."""
 
     architecture: Architecture
-    head: str | None = None  # in place of the output layer: "value" or "score"
-    dtype: str | None = None  # None in the first checkpoints, which did not record it
-    num_groups: int | None = None  # None: no group head
-    group_input: str | None = None
+    head: Annotated[str, OneOf("value", "score")] | None = None  # in place of the output layer
+    # None in the first checkpoints, which did not record it
+    dtype: Annotated[str, OneOf("fp32", "bf16", "fp16")] | None = None
+    num_groups: Size | None = None  # None: no group head
+    group_input: Annotated[str, OneOf("prompt", "trajectory")] | None = None
     trained: bool = False  # saved with its optimizer
     adapter: AdapterSpec | None = None  # None: the whole model is saved
     base: BaseMeta | None = None  # that the adapters belong to
@@ -73,34 +75,22 @@ def parse_meta(path: Path) -> CheckpointMeta | None:
     Raises UserError for a file that cannot be read, and for a newer version.
     """
     file = path / "meta.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unusable(path, f"{file}: unreadable meta.json: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = read_object(file, OTHER)
+    if content.get("format") != FORMAT:
         return None
-    if content.get("version", 1) > VERSION:
+    version = content.get("version", 1)
+    if isinstance(version, int) and version > VERSION:
         raise UserError(
-            f"checkpoint version {content['version']} is newer than this program's {VERSION}",
+            f"checkpoint version {version} is newer than this program's {VERSION}",
             where=str(path),
             fix="update the program",
         )
     known = {f.name for f in fields(CheckpointMeta)}
     try:
-        roles = {role: _role(about) for role, about in content.get("roles", {}).items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        what = f"{file} describes no architecture of this version: {error}"
-        raise _unusable(path, what) from None
-    plain = {key: value for key, value in content.items() if key in known}
-    return CheckpointMeta(**{**plain, "roles": roles})
-
-
-def _role(about: dict[str, Any]) -> RoleMeta:
-    values = {**about, "architecture": Architecture(**about["architecture"])}
-    if adapter := about.get("adapter"):
-        values["adapter"] = AdapterSpec(**{**adapter, "targets": tuple(adapter["targets"])})
-        values["base"] = BaseMeta(**about["base"])
-    return RoleMeta(**values)
+        return built(CheckpointMeta, {key: content[key] for key in content if key in known})
+    except Mismatch as mismatch:
+        what = f"describes no checkpoint of this version: {mismatch}"
+        raise _unusable(file, what) from None
 
 
 def read_meta(path: Path) -> CheckpointMeta:
@@ -145,7 +135,10 @@ def with_contents(meta: CheckpointMeta, folder: Path, roles: dict[str, RoleMeta]
 
 
 def read_hf_files(folder: Path) -> dict[str, str]:
-    """Return the text of config.json and generation_config.json, where the folder has them."""
+    """Return the text of config.json and generation_config.json, where the folder has them. Raises
+    UserError for values that `architecture_from_hf` refuses."""
+    if (folder / HF_FILES[0]).is_file():
+        architecture_from_hf(folder)
     return {
         name: (folder / name).read_text(encoding="utf-8")
         for name in HF_FILES

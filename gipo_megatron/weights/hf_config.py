@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import read_object
 from gipo_megatron.specs import Architecture
 from gipo_megatron.weights.hf_checks import (
     KINDS,
@@ -19,7 +20,7 @@ from gipo_megatron.weights.hf_checks import (
     rope_type,
     uneven,
 )
-from gipo_megatron.weights.hf_values import FIX, TOKENS, check_ids, check_values, read_object
+from gipo_megatron.weights.hf_values import FIX, TOKENS, check_ids, check_values
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 # families that are often tried, and what Megatron-Core 0.16 or this project lacks for them
@@ -45,9 +46,9 @@ def architecture_from_hf(folder: str | Path) -> Architecture:
     """Return the architecture of a folder's config.json (transformers 4 and 5). Raises UserError
     for what is not built, and for token ids in either configuration that are none."""
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
-    architecture = architecture_from_config(read_object(path), str(path))
+    architecture = architecture_from_config(read_object(path, FIX), str(path))
     if generation.is_file():
-        content = read_object(generation)
+        content = read_object(generation, FIX)
         check_values(content, TOKENS, str(generation))
         check_ids(content, architecture.vocab_size, str(generation))
     return architecture

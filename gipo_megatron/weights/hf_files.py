@@ -12,9 +12,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from gipo_megatron.errors import UserError
-from gipo_megatron.files import inside, refuse_pointer
+from gipo_megatron.files import inside, read_object, refuse_pointer
 from gipo_megatron.tensors import Tensor
-from gipo_megatron.weights.hf_values import BLOCK, TEXT, check_values, read_object
+from gipo_megatron.weights.hf_values import BLOCK, FIX, TEXT, check_values
 from gipo_megatron.weights.peft_config import CONFIG, PREFIX, TENSORS
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -99,7 +99,7 @@ def _index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
         return {}
-    content = read_object(path)
+    content = read_object(path, FIX)
     check_values({"weight_map": None} | content, {"weight_map": BLOCK}, str(path))
     weight_map: dict[str, str] = content["weight_map"]
     check_values(weight_map, dict.fromkeys(weight_map, TEXT), str(path), block="weight_map.")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from gipo_megatron.errors import UserError, library_errors
-from gipo_megatron.files import refuse_pointer
+from gipo_megatron.errors import UserError, short
 
 LARGEST = 2**31  # of sizes and numbers: beyond it is a typing error
 FIX = "take the file from the model's own repository"
@@ -55,24 +52,13 @@ IDS = Kind(
 TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), IDS)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object. Raises UserError for anything else, a Git LFS pointer too."""
-    with library_errors(f"cannot read {path.name}", where=str(path), fix=FIX):
-        refuse_pointer(path)
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        what = f"cannot read {path.name}: a JSON {type(content).__name__}, not an object"
-        raise UserError(what, where=str(path), fix=FIX)
-    return content
-
-
 def check_values(
     content: Mapping[str, Any], kinds: Mapping[str, Kind], where: str, block: str = ""
 ) -> None:
     """Raise UserError naming every key of `kinds` whose value is of another kind; absent keys are
     right. block: the key under which the object stands."""
     wrong = [
-        f"{block}{key}: {content[key]!r} is not {kind.words}"
+        f"{block}{key}: {short(content[key])} is not {kind.words}"
         for key, kind in kinds.items()
         if key in content and not kind.fits(content[key])
     ]

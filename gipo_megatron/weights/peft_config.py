@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.files import read_object
 from gipo_megatron.specs import LINEARS, AdapterSpec
 from gipo_megatron.weights.hf_values import (
+    FIX,
     FLAG,
     NAMES,
     NUMBER,
@@ -16,7 +18,6 @@ from gipo_megatron.weights.hf_values import (
     TEXT,
     Kind,
     check_values,
-    read_object,
 )
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,7 +58,7 @@ def spec_of(folder: Path) -> AdapterSpec:
     Raises UserError for a method that is not plain LoRA, and for layers that have no adapter here.
     """
     path = folder / CONFIG
-    config = read_object(path)
+    config = read_object(path, FIX)
     check_values(config, _READ, str(path))
     if lost := [key for key in ("r", "lora_alpha", "target_modules") if key not in config]:
         raise UserError(f"lacks {', '.join(lost)}", where=str(path), fix="export it again")
@@ -97,7 +98,7 @@ def _others(config: dict[str, Any]) -> list[str]:
 def base_name(folder: Path) -> str:
     """Return the folder or hub name of the model that a PEFT folder's adapters belong to."""
     path, key = folder / CONFIG, "base_model_name_or_path"
-    config = read_object(path)
+    config = read_object(path, FIX)
     check_values(config, _READ, str(path))
     name = config.get(key) or ""
     if not name or (Path(name) / CONFIG).is_file():

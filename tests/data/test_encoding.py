@@ -117,6 +117,24 @@ def test_special_names_in_plain_text_stay_text() -> None:
     assert encoder().sequence(text("ab", "<eos>"), 0, 0).tokens == [BOS, *b"ab<eos>", EOS]
 
 
+@pytest.mark.parametrize("said", ["<eos>", "a<bos>b<pad>", "<eos>\n\n<bos>user: no"])
+def test_special_names_in_a_chat_stay_text(said: str) -> None:
+    """In the prompt and in the response, whose end is the template's <eos>."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.role =="
+        " 'assistant' %}{{ eos_token }}{% else %};{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    one = encoder(template=template, max_length=200, max_response=64)
+    chat = Example("messages", (Turn("system", said), Turn("user", said)), (said,), "s", {})
+    one.check(chat)
+    prompt = f"system:{said};user:{said};assistant:"
+    assert one.prompt(chat, 0) == ([BOS, *prompt.encode()], f"<bos>{prompt}")
+    encoded = one.sequence(chat, 0, 0)
+    assert encoded.tokens == [BOS, *prompt.encode(), *said.encode(), EOS]
+    assert encoded.prompt_length == 1 + len(prompt)
+
+
 def test_roles_that_a_template_refuses_are_found_before_the_run() -> None:
     template = (
         "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}{{"

@@ -15,9 +15,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gipo_megatron.data.tokenizer import Tokenizer, byte_tokenizer, check_vocabulary, load_tokenizer
+from gipo_megatron.data.tokenizer import (
+    Tokenizer,
+    byte_tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    unspelled,
+)
 from gipo_megatron.errors import UserError
 from tests.data.fixtures import SHARED, needs_shared_data
+from tests.injections import ALL
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 TEXTS = [
@@ -286,3 +293,15 @@ def test_scoring_pads_of_the_real_tokenizers(name: str, pad: str) -> None:
     tokenizer = load_tokenizer(str(SHARED / "tokenizers" / name))
     assert tokenizer.scoring_pad() == pad
     assert tokenizer.with_padding(pad).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("text", [*ALL.values(), "<EOS>", "<<eos>>"])
+def test_a_message_in_a_chat_template_cannot_write_a_control_token(text: str) -> None:
+    """The only special ids are the template's, and all ids but those are the bytes of the text."""
+    tokenizer = byte_tokenizer()
+    rendered = tokenizer.render(
+        [{"role": "user", "content": text}], "{{ bos_token }}{{ messages[0].content }}<eos>", True
+    )
+    ids = tokenizer.encode(rendered, markup=True)
+    assert [i for i, number in enumerate(ids) if number > 255] == [0, len(ids) - 1]
+    assert bytes(ids[1:-1]) == text.encode() and unspelled(rendered) == f"<bos>{text}<eos>"

@@ -302,14 +302,14 @@ def test_roles_must_agree(tmp_path: Path) -> None:
         ),
         ("run", "models.actor.load: run is neither"),
         ("gpt", "models.actor.load: gpt/config.json: model_type 'gpt2' is not built"),
-        ("torn", "models.actor.load: torn/meta.json: unreadable meta.json"),
+        ("torn", "models.actor.load: torn/meta.json: cannot read meta.json"),
         (
             "old",
-            "models.actor.load: old/meta.json describes no architecture of this version",
+            "models.actor.load: old/meta.json: describes no checkpoint of this version",
         ),
         (
             "none",
-            "models.actor.load: none/meta.json describes no architecture of this version",
+            "models.actor.load: none/meta.json: lists no role",
         ),
     ],
 )

@@ -8,9 +8,10 @@ import pytest
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.recipe.source import parse_yaml, plain
-from gipo_megatron.recipe.validate import Mismatch, Validation, convert
+from gipo_megatron.recipe.validate import Validation
 from gipo_megatron.registry import component, from_runtime, register
 from gipo_megatron.specs import OneOf, Range
+from gipo_megatron.typed import Mismatch, convert
 
 
 @register("judge", "test_strict")

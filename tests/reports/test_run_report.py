@@ -11,9 +11,10 @@ import pytest
 from gipo_megatron.algorithms.reward_model import RewardModelling
 from gipo_megatron.errors import UserError
 from gipo_megatron.reports.gold import gold_course
-from gipo_megatron.reports.pages import number, printable
+from gipo_megatron.reports.pages import number
 from gipo_megatron.reports.run_report import summaries, summary, write_report
 from gipo_megatron.reports.runs import load_run
+from gipo_megatron.screen import printable
 from tests.reports.synthetic import MARKUP, ppo_run, sft_run, write_rows
 
 VOID = {"meta", "img", "br", "link"}

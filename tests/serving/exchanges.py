@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 RECORDED = Path(__file__).with_name("recorded")
 PROMPT = [5, 6, 7, 8]
@@ -109,7 +109,7 @@ def written(tensors: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {"names": list(tensors), "shapes": shapes, "dtype": dtypes.pop(), "path": str(path)}
 
 
-def answer(http: httpx.Client, method: str, route: str, body: Any) -> dict[str, Any]:
+def answer(http: httpx2.Client, method: str, route: str, body: Any) -> dict[str, Any]:
     """{"status", "body"} of a request; the body null where it is empty."""
     # the server closes a connection after an error
     response = http.request(method, route, json=body, headers={"Connection": "close"})
@@ -139,7 +139,7 @@ def record(url: str, folder: Path) -> None:
     vocab_size = config["vocab_size"]
     tensors = load_file(folder / "model.safetensors")
     found = {}
-    with tempfile.TemporaryDirectory() as scratch, httpx.Client(timeout=300) as http:
+    with tempfile.TemporaryDirectory() as scratch, httpx2.Client(timeout=300) as http:
         bucket = written(tensors, Path(scratch) / "weights")
         for name, (method, route, body) in exchanges(bucket, vocab_size).items():
             found[name] = cut(answer(http, method, url + route, body))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import torch
 
@@ -37,7 +37,7 @@ def test_answers_have_the_form_of_recorded_ones(folder: Path, tmp_path: Path) ->
     found, compared = [], 0
     with (
         serving(Options(folder, max_model_len=64, tokens={"a b": [1, 2]})) as server,
-        httpx.Client() as http,
+        httpx2.Client() as http,
     ):
         for name, (method, route, body) in exchanges(bucket, CONFIG["vocab_size"]).items():
             fake = answer(http, method, server.url + route, body)
@@ -86,7 +86,6 @@ def test_greedy_tokens_are_those_of_the_pushed_weights(folder: Path, transfer: s
             assert list(answers[0].token_ids) == response.tolist()
             assert torch.allclose(torch.tensor(answers[0].logprobs), logprobs, atol=1e-5)
             assert answers[0].version == f"v{seed}"
-        client.close()
 
 
 def test_settings_of_a_draw(folder: Path) -> None:
@@ -105,7 +104,6 @@ def test_settings_of_a_draw(folder: Path) -> None:
         client = Client(server.url, 30)
         answers: dict[int, Any] = {}
         client.generate([Request(PROMPT, settings) for settings in asked.values()], answers)
-        client.close()
     found = {name: answers[i] for i, name in enumerate(asked)}
     greedy = found["greedy"].token_ids
     assert greedy == found["one"].token_ids == found["small"].token_ids

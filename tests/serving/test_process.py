@@ -95,7 +95,6 @@ def test_start_stop_and_start_again(folder: Path, tmp_path: Path, marked: Marked
     assert server.alive()
     client = Client(first, 10)
     assert client.get("/v1/models")["data"][0]["root"] == str(folder)
-    client.close()
     running = marked.find()
     assert len(running) == 3  # watchdog, server, its child
     (pid,) = [pid for pid, words in running.items() if "--port" in words and "-I" not in words]

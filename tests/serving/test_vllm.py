@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import torch
 from torch import Tensor
@@ -134,7 +134,6 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     try:
         yield client
     finally:
-        client.close()
         process.stop()
 
 
@@ -179,7 +178,7 @@ def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 def cached_tokens(client: Client) -> float:
     """Prompt tokens that the server took from its prefix cache until now."""
-    text = httpx.get(f"{client.url}/metrics", trust_env=False).text
+    text = httpx2.get(f"{client.url}/metrics", trust_env=False).text
     (hits,) = re.findall(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", text, re.MULTILINE)
     return float(hits)
 

@@ -77,7 +77,7 @@ def test_the_rows_of_a_run_end_as_its_policy_does(tmp_path: Path) -> None:
     for role, ids in (("actor", 256), ("critic", 3)):
         home = saved / "huggingface" / role
         home.mkdir(parents=True)
-        (home / "config.json").write_text(json.dumps({"eos_token_id": ids}))
+        (home / "config.json").write_text(json.dumps({**LLAMA, "eos_token_id": ids}))
     byte_tokenizer().save(saved / "tokenizer")
     (saved / "meta.json").write_text(json.dumps({"format": "gipo_megatron", "roles": {}}))
     assert find_tokenizer("", {"models.actor.load": str(saved)}).end_ids == (EOS, 256)

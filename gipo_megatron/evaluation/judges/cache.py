@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gipo_megatron.evaluation.store import Lines
+from gipo_megatron.typed import Mismatch, built
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,9 @@ class ReplyCache:
         self.all: list[Reply] = []
         for number, row in self._lines.read():
             try:
-                request, changes = row.pop("request"), tuple(row.pop("changes"))
-                self._keep(request, Reply(**row, changes=changes))
-            except (KeyError, TypeError) as error:
-                raise self._lines.broken(number, "not a reply") from error
+                self._keep(row.pop("request"), built(Reply, row))
+            except (KeyError, TypeError, Mismatch) as error:
+                raise self._lines.broken(number, f"not a reply: {error}") from error
 
     def get(self, request: str) -> Reply | None:
         return self._by_request.get(request)

@@ -23,10 +23,11 @@ from markupsafe import Markup
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.types import FIRST, SECOND, TIE, Judge, Pair, Verdict
-from gipo_megatron.files import write_json, write_text
+from gipo_megatron.files import read_object, write_json, write_text
 from gipo_megatron.registry import Range, from_runtime, register
 from gipo_megatron.reports.pages import render
 from gipo_megatron.specs import PathText
+from gipo_megatron.typed import Mismatch, built
 
 FOLDER = "annotation"  # of the pages, in run.dir
 FORMAT = "gipo_megatron ratings 1"
@@ -245,6 +246,17 @@ def rater_page(data: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class Key:
+    """key.json: what the raters do not see."""
+
+    format: str
+    study: str
+    seed: int
+    pairs: dict[str, list[str]]  # pair -> fingerprints of its first and second text
+    raters: dict[str, dict[str, bool]]  # rater -> {pair: the first text is on the right}
+
+
+@dataclass(frozen=True)
 class Ratings:
     """votes[pair][rater]: FIRST, SECOND or TIE of the pair as it was given to write_pages."""
 
@@ -273,13 +285,13 @@ def import_ratings(files: Sequence[str | Path], key_file: str | Path) -> Ratings
 
     Raises UserError for a file that cannot be read, is of another study or repeats a rater.
     """
-    key, again = _json(key_file), "export it again from the page"
+    key, again = _key(key_file), "export it again from the page"
     votes: dict[str, dict[str, str]] = {}
     progress: dict[str, list[int]] = {}
     for file in files:
         export, where = _json(file), str(file)
         rater, rows = str(export.get("rater")), export.get("ratings")
-        if export["study"] != key["study"] or rater not in key["raters"]:
+        if export["study"] != key.study or rater not in key.raters:
             fix = f"use the exports of the pages beside {key_file}"
             raise UserError("these ratings belong to another study", where=where, fix=fix)
         if rater in progress:
@@ -287,7 +299,7 @@ def import_ratings(files: Sequence[str | Path], key_file: str | Path) -> Ratings
             raise UserError(f"rater {rater!r} occurs twice", where=where, fix=fix)
         if not isinstance(rows, list):
             raise UserError("no list of ratings", where=where, fix=again)
-        right = key["raters"][rater]
+        right = key.raters[rater]
         for row in rows:
             values = row if isinstance(row, dict) else {}
             pair, choice = str(values.get("pair")), values.get("choice")
@@ -299,17 +311,25 @@ def import_ratings(files: Sequence[str | Path], key_file: str | Path) -> Ratings
             vote = {"tie": TIE, "left": sides[0], "right": sides[1]}[choice]
             votes.setdefault(pair, {})[rater] = vote
         progress[rater] = [len(rows), len(right)]
-    return Ratings(votes, key["pairs"], key["seed"], progress)
+    return Ratings(votes, key.pairs, key.seed, progress)
+
+
+def _key(file: str | Path) -> Key:
+    try:
+        key = built(Key, _json(file))
+    except Mismatch as mismatch:
+        what = f"not the key of annotation pages: {mismatch}"
+        raise UserError(what, where=str(file), fix="take the one beside the pages") from None
+    if lost := {pair for own in key.raters.values() for pair in own} - key.pairs.keys():
+        what = f"not the key of annotation pages: pairs lacks {min(lost)!r}"
+        raise UserError(what, where=str(file), fix="take the one beside the pages")
+    return key
 
 
 def _json(file: str | Path) -> dict[str, Any]:
     fix = "use a file that the annotation page exported"
-    try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read ratings: {error}", where=str(file), fix=fix) from None
-    known = isinstance(value, dict) and value.get("format") == FORMAT
-    if not known or not isinstance(value.get("study"), str):
+    value = read_object(file, fix)
+    if value.get("format") != FORMAT or not isinstance(value.get("study"), str):
         raise UserError("not a file of ratings", where=str(file), fix=fix)
     return value
 

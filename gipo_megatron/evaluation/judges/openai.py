@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, final
-from urllib.parse import urlsplit
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.judges import prompts
@@ -18,7 +16,7 @@ from gipo_megatron.evaluation.judges.answers import Answer, read_answer
 from gipo_megatron.evaluation.judges.cache import ReplyCache, request_key
 from gipo_megatron.evaluation.types import FAILED, Judge, Pair, Verdict
 from gipo_megatron.registry import OneOf, Range, from_runtime, register
-from gipo_megatron.web import is_address
+from gipo_megatron.web import address_problem, key_of
 
 CACHE = "judge_cache.jsonl"
 
@@ -59,16 +57,15 @@ class OpenAIJudge(Judge):
 
     def __post_init__(self) -> None:
         where = "judge.base_url"
-        if not is_address(self.base_url):
-            fix = "use an address such as http://localhost:8000/v1"
-            raise UserError("is not the address of a server", where=where, fix=fix)
-        url = urlsplit(self.base_url)
-        if url.path.rstrip("/").endswith("/chat/completions"):
+        if what := address_problem(self.base_url):
+            fix = (
+                "use an address such as http://localhost:8000/v1; a key belongs into an"
+                " environment variable, and its name into judge.api_key_env"
+            )
+            raise UserError(what, where=where, fix=fix)
+        if self.base_url.rstrip("/").endswith("/chat/completions"):
             fix = f"use {self.base_url.rpartition('/chat/completions')[0]}"
             raise UserError("is the address of one route", where=where, fix=fix)
-        if "@" in url.netloc or url.query:
-            fix = "put the key into an environment variable, and its name into judge.api_key_env"
-            raise UserError("contains a password or a query", where=where, fix=fix)
         self.counts: Counter[str] = Counter()
         self.changes: list[str] = []  # of requests, after a refusal
 
@@ -112,7 +109,7 @@ class OpenAIJudge(Judge):
     def _kept(self, key: str) -> Answer | None:
         """Return the stored answer; None without one, or if another max_tokens may complete it."""
         reply = self.cache.get(key)
-        answer = read_answer(reply.body) if reply else None
+        answer = read_answer(reply.body, self.answer) if reply else None
         if reply and answer and answer.cut and reply.max_tokens != self.max_tokens:
             return None
         return answer
@@ -123,7 +120,7 @@ class OpenAIJudge(Judge):
         `this_run`: the counts of this process.
         """
         replies = [reply for reply in self.cache.all if reply.model == self.model]
-        answers = [read_answer(reply.body) for reply in replies]
+        answers = [read_answer(reply.body, self.answer) for reply in replies]
         return {
             "name": self.name,
             "model": self.model,
@@ -153,13 +150,11 @@ class OpenAIJudge(Judge):
         return request
 
     def secret(self) -> str:
-        """Return the key. It is read where it is used and stored in no object that is shown."""
-        if not self.api_key_env:
-            return ""
-        secret = os.environ.get(self.api_key_env, "").strip()
-        if secret and secret.isascii() and secret.isprintable():
-            return secret
-        what = "contains characters that no key has" if secret else "is not set"
+        """Return the key; "" for a server without keys."""
+        secret = key_of(self.api_key_env) if self.api_key_env else ""
+        if secret or not self.api_key_env:
+            return secret or ""
+        what = "contains characters that no key has" if secret is None else "is not set"
         raise UserError(
             f"the environment variable {self.api_key_env} {what}",
             where="judge.api_key_env",

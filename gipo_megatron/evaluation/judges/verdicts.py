@@ -16,9 +16,11 @@ VERDICTS = {"A": FIRST, "B": SECOND, "C": TIE}
 _NAME = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning)"
 OPENED = re.compile(rf"\s*[<\[]{_NAME}[>\]]", re.IGNORECASE)
 # a verdict, what may be an object, the end of thoughts
-_MARK = re.compile(rf"\[\[(?P<token>[ABC])\]\]|(?P<object>\{{)|[<\[]/(?i:{_NAME})[>\]]")
+_MARK = re.compile(rf"\[\[(?P<token>[ABC])\]\]|(?P<object>\{{(?=\s*\x22))|[<\[]/(?i:{_NAME})[>\]]")
 _OURS = re.compile(r'\{\s*"(explanation|verdict)"')
 _DECODER = json.JSONDecoder(strict=False)  # a string may contain line breaks
+# objects that are no JSON, after which objects are passed over: each takes as long as the text
+_UNREADABLE = 100
 
 
 class Reading(NamedTuple):
@@ -30,20 +32,24 @@ class Reading(NamedTuple):
     end: int = 0
 
 
-def read(text: str) -> Reading:
-    """Return the last verdict after the thoughts.
+def read(text: str, form: str = "") -> Reading:
+    """Return the last verdict after the thoughts; `form`: that was requested, if one was.
 
     What an object contains is no verdict, and what follows an object that is cut or no JSON is
-    one only within another object: its explanation may quote [[A]].
+    one only within another object: its explanation may quote [[A]]. Where JSON was requested, so
+    may words after an object with a verdict.
     """
-    found, at, quoted = Reading(), 0, False
+    found, at, quoted, failed = Reading(), 0, False, 0
     while mark := _MARK.search(text, at):
         at = mark.end()
         if mark["object"]:
-            value, end = _object(text, mark.start())
+            value, end = _object(text, mark.start()) if failed < _UNREADABLE else ({}, 0)
+            failed += not value
             if "verdict" in value:
-                choice, at = VERDICTS.get(str(value["verdict"]).strip("[]")), end
+                letter, at = value["verdict"], end
+                choice = VERDICTS.get(letter.strip("[]")) if isinstance(letter, str) else None
                 found = Reading(choice, found.start, at)
+                quoted |= form == "json" and choice is not None
             elif _OURS.match(text, mark.start()):
                 found, quoted = Reading(None, found.start, at), True
         elif not mark["token"]:
@@ -63,7 +69,7 @@ def _object(text: str, start: int) -> tuple[dict[str, Any], int]:
     return value, end
 
 
-def ends_with_verdict(text: str) -> bool:
+def ends_with_verdict(text: str, form: str = "") -> bool:
     """Return whether a verdict is the last thing in the text, markup aside."""
-    found = read(text)
+    found = read(text, form)
     return found.choice is not None and re.fullmatch(r"\W*", text[found.end :]) is not None

@@ -1,0 +1,1 @@
+"""Damaged inputs of the commands, drawn by hypothesis: see tools/fuzz.py."""
