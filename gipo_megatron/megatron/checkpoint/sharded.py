@@ -70,10 +70,11 @@ def whole_chunks(engine: Engine) -> dict[str, dict[str, Any]]:
     """Return what to load from the checkpoint of a whole model: all but adapters, and but what the
     base has already."""
     found = _mcore_chunks(engine)
-    filled = engine.base.filled if engine.base is not None else set()
+    if engine.base is None:
+        return found
     for part, chunk in zip(found.values(), engine.chunks, strict=True):
         names = _names(chunk, engine)
-        for key in [key for key in part if ADAPTER in key or names.get(key) in filled]:
+        for key in [key for key in part if ADAPTER in key or names.get(key) in engine.base.filled]:
             del part[key]
     return found
 
