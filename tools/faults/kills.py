@@ -28,8 +28,7 @@ SURVIVED = {
 }
 # system, layout, turn
 SMALL = {
-    ("SFT", "TP 2", 0),
-    ("SFT", "1 process", 4),
+    ("SFT", "TP 2", 4),
     ("evaluation", "1 process", 2),
     ("to-hf", "1 process", 0),
 }
@@ -52,7 +51,7 @@ def _kills(system: System) -> list[Trial]:
         if turn % 2:
             how, case = partial(_at_a_time, number=signal.SIGKILL), f"{layout}, at a time {turn}"
         else:
-            how, case = partial(_before_a_write, last=turn == 4), f"{layout}, at a write {turn}"
+            how, case = partial(_before_a_write, turn=turn), f"{layout}, at a write {turn}"
         run = partial(how, system=system, layout=layout)
         small = (system.name, layout, turn) in SMALL
         found.append(Trial(f"kill -9: {system.name}", case, run, small))
@@ -72,13 +71,14 @@ def _signals(system: System) -> list[Trial]:
     ]
 
 
-def _before_a_write(bench: Bench, system: System, layout: str, last: bool) -> None:
-    """Kill one rank before a write of the same or another rank; last: one of its last LAST."""
+def _before_a_write(bench: Bench, system: System, layout: str, turn: int) -> None:
+    """Kill one rank before a write of the same or another rank. In turn 2 the second start is
+    killed, too; in turn 4 the write is one of the last."""
     reference, random = _reference(bench, system, layout), bench.random
     ranks = LAYOUTS[layout][0]
     count = moments.writes(reference, ranks)
     of = random.choice([rank for rank in range(ranks) if count[rank]])
-    at = random.randint(max(1, count[of] - LAST) if last else 1, count[of])
+    at = random.randint(max(1, count[of] - LAST) if turn == 4 else 1, count[of])
     any_rank = random.randrange(ranks)
     for on in (any_rank, of):  # another rank may have ended already
         words, ranks, folder = _place(bench, system, layout)
@@ -89,6 +89,14 @@ def _before_a_write(bench: Bench, system: System, layout: str, last: bool) -> No
             break
     when = f"rank {on} before write {at} of rank {of}"
     expect(ended.codes[on] == -signal.SIGKILL, f"{when}: {ended.tail()}")
+    if turn == 2 and not (folder / systems.OUT).exists():
+        again = random.randint(1, max(1, count[of] // 2))
+        strike = partial(
+            moments.begin, folder=folder, at=again, of=of, on=of, number=signal.SIGKILL
+        )
+        second = world.run(world.GIPO, *words, ranks=ranks, folder=folder, before=strike)
+        expect("Traceback" not in second.stderr, f"{when}, then {again}: {second.tail()}")
+        when = f"{when}, then write {again}"
     _check(bench, system, layout, ended, when, reference, signal.SIGKILL)
 
 
