@@ -16,7 +16,7 @@ class AnswerTooLong(httpx2.RequestError):
 
 
 class HttpClient(httpx2.AsyncClient):
-    """Reads whole answers of at most LONGEST bytes, whatever length they declare.
+    """Reads whole answers, of at most LONGEST bytes; the length that they declare has no effect.
 
     No redirect is followed: prompts, responses and keys are for the server that the user named.
     """

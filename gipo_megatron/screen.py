@@ -12,7 +12,7 @@ _CONTROL = re.compile(
 )
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 _USER = re.compile(r"(?<=://)[^\s/?#@]+@")  # user:password@ of an address
-SHORTEST = 8  # characters; a shorter value ("EMPTY", "none") is no secret, and stands in any text
+SHORTEST = 8  # characters; a shorter value ("EMPTY", "none") is no secret, but a word of many texts
 HIDDEN = "…"
 
 

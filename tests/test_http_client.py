@@ -52,17 +52,19 @@ def test_a_judge_with_a_fault(name: str, tmp_path: Path) -> None:
     with serving(judge) as other:
         once = {"fault": FAULTS[name], "after": 1, "times": 1, "other": other.url}
         with serving(judge, **once) as server, suppress(UserError):
-            assert ask(server.url, tmp_path / "once", 4, timeout=5, retries=2) == [FIRST] * 4
-            assert len(server.requests) == (4 if name.endswith("host") else 5)
+            assert ask(server.url, tmp_path / "once", 4, timeout=3, retries=2) == [FIRST] * 4
+            assert len(server.requests) >= 5
         kept = (tmp_path / "once" / CACHE).read_text()
         assert kept.count("verdict") == (1 if name in REFUSED else 4) and KEY not in kept
-        with serving(judge, fault=FAULTS[name], other=other.url) as server:
-            with pytest.raises(UserError) as raised:
-                ask(server.url, tmp_path / "always", 4, timeout=0.3)
+        always = serving(judge, fault=FAULTS[name], other=other.url)
+        with always as server, pytest.raises(UserError) as raised:
+            ask(server.url, tmp_path / "always", 4, timeout=0.3)
         assert raised.value.where.startswith(f"judge.base_url {server.url}")
         assert len(str(raised.value)) < 1000 and len(str(raised.value).splitlines()) == 3
         assert KEY not in str(raised.value) and not other.requests
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KiB
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 110_000
+    )  # KiB; the bomb has 128 MiB
 
 
 def vllm(method: str, route: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:

@@ -32,7 +32,7 @@ from gipo_megatron.files import append_jsonl, read_jsonl, write_text
 from tools.faults.trial import Bench, Lost, Trial
 
 # modules of tools/faults, each with trials() and SURVIVED: {line: what "survived" means}
-PARTS = ("kills", "state", "folders", "network", "fuzz")
+PARTS = ("kills", "state", "folders", "network", "texts", "fuzz")
 HEAD = ("line", "survived", "what survived means", "seconds")
 
 

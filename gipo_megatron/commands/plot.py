@@ -21,6 +21,7 @@ from gipo_megatron.files import expand
 from gipo_megatron.reports.figures import write_figures
 from gipo_megatron.reports.run_report import summaries, write_report
 from gipo_megatron.reports.runs import load_run
+from gipo_megatron.screen import shown
 
 
 def parse(arguments: Sequence[str]) -> tuple[list[str], str, str | None]:
@@ -51,7 +52,7 @@ def print_table(rows: list[dict[str, str]]) -> None:
     """Stage, time and key figure of each run."""
     table = Table(*rows[0], box=SIMPLE)
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row.values()))
+        table.add_row(*(escape(shown(cell)) for cell in row.values()))
     console = Console()
     console.width = max(console.width, 120)  # redirected output has no width
     console.print(table)

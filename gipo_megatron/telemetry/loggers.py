@@ -184,9 +184,15 @@ class Wandb(Sink):
         self._run = self._start()
 
     def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        if self._run is None:
+            return
+        import wandb
+
+        run, self._run = self._run, None
+        try:
+            run.finish()
+        finally:
+            wandb.teardown()  # at the program's end it prints a traceback if its process has died
 
     def _start(self) -> Any:
         # instead of the home folder, which on a cluster may be full, slow or read-only

@@ -53,10 +53,25 @@ from gipo_megatron.evaluation.types import FIRST, SECOND, TIE
         ('{"type": "object", "properties": {"verdict": {"enum": ["A", "B", "C"]}}}', None),
         ('{"a":' * 5000, None),
         ('{"verdict": ' + "9" * 5000 + "}", None),
+        ('{"' * 200_000 + "[[A]]", FIRST),  # a model that repeats itself
     ],
 )
 def test_the_last_verdict_counts(text: str, expected: str | None) -> None:
     assert read(text).choice == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"explanation": "x", "verdict": "A"}\nAnswer B ends with [[B]] to sway me.', FIRST),
+        ('{"explanation": "x", "verdict": "A"} No: {"explanation": "y", "verdict": "B"}', SECOND),
+        ('{"explanation": "x", "verdict": "A"}</think>[[B]]', SECOND),
+        ('It returns {"verdict": "guilty"}.\n[[B]]', SECOND),
+        ("[[A]] or rather [[B]]", SECOND),  # a server that leaves the form out
+    ],
+)
+def test_words_after_a_requested_object_may_quote_a_verdict(text: str, expected: str) -> None:
+    assert read(text, "json").choice == expected
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ LONGER = "a larger judge.max_tokens may help"
 @dataclass(frozen=True)
 class Answer:
     """`fault`: why a verdict in `text` must not count; "" without one. `cut`: another max_tokens
-    may give a whole answer."""
+    may give a whole answer. `form`: that was requested."""
 
     text: str
     fault: str
@@ -30,21 +30,24 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
 
+    form: str = ""
+
     @property
     def choice(self) -> str | None:
         """Return FIRST, SECOND or TIE; None without a verdict that counts."""
-        return None if self.fault else verdicts.read(self.text).choice
+        return None if self.fault else verdicts.read(self.text, self.form).choice
 
 
-def read_answer(body: dict[str, Any]) -> Answer:
-    """Return the answer of a chat completion, or of {"refused": reason}."""
+def read_answer(body: dict[str, Any], form: str = "") -> Answer:
+    """Return the answer of a chat completion, or of {"refused": reason}, to a request for `form`
+    (text | json)."""
     message = at(body, "choices", 0, "message")
     finish = str(at(body, "choices", 0, "finish_reason") or "").lower()
     whole = text_of(at(message, "content"))
     thought = text_of(at(message, "reasoning_content") or at(message, "reasoning"))
-    if not whole.strip() and verdicts.ends_with_verdict(thought):
+    if not whole.strip() and verdicts.ends_with_verdict(thought, form):
         whole = thought  # a server's parser took an answer without thoughts for one
-    reading = verdicts.read(whole)
+    reading = verdicts.read(whole, form)
     text = whole[reading.start :].strip()
     refusal, tokens = text_of(at(message, "refusal")), at(body, "usage")
     cut, fault = False, ""
@@ -56,7 +59,7 @@ def read_answer(body: dict[str, Any]) -> Answer:
         cut, fault = True, f"only thoughts; {LONGER}"
     elif refusal:
         fault, text = "the model refused", refusal
-    elif not reading.choice or not (finish in ENDED or verdicts.ends_with_verdict(text)):
+    elif not reading.choice or not (finish in ENDED or verdicts.ends_with_verdict(text, form)):
         fault = f"no verdict; finish_reason {finish or 'not given'}"
     return Answer(
         text or thought or json.dumps(message),
@@ -64,6 +67,7 @@ def read_answer(body: dict[str, Any]) -> Answer:
         cut,
         _count(at(tokens, "prompt_tokens")),
         _count(at(tokens, "completion_tokens")),
+        form,
     )
 
 

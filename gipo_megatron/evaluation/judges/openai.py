@@ -109,7 +109,7 @@ class OpenAIJudge(Judge):
     def _kept(self, key: str) -> Answer | None:
         """Return the stored answer; None without one, or if another max_tokens may complete it."""
         reply = self.cache.get(key)
-        answer = read_answer(reply.body) if reply else None
+        answer = read_answer(reply.body, self.answer) if reply else None
         if reply and answer and answer.cut and reply.max_tokens != self.max_tokens:
             return None
         return answer
@@ -120,7 +120,7 @@ class OpenAIJudge(Judge):
         `this_run`: the counts of this process.
         """
         replies = [reply for reply in self.cache.all if reply.model == self.model]
-        answers = [read_answer(reply.body) for reply in replies]
+        answers = [read_answer(reply.body, self.answer) for reply in replies]
         return {
             "name": self.name,
             "model": self.model,

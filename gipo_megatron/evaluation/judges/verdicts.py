@@ -32,11 +32,12 @@ class Reading(NamedTuple):
     end: int = 0
 
 
-def read(text: str) -> Reading:
-    """Return the last verdict after the thoughts.
+def read(text: str, form: str = "") -> Reading:
+    """Return the last verdict after the thoughts; `form`: that was requested, if one was.
 
     What an object contains is no verdict, and what follows an object that is cut or no JSON is
-    one only within another object: its explanation may quote [[A]].
+    one only within another object: its explanation may quote [[A]]. Where JSON was requested, so
+    may words after an object with a verdict.
     """
     found, at, quoted, failed = Reading(), 0, False, 0
     while mark := _MARK.search(text, at):
@@ -45,8 +46,10 @@ def read(text: str) -> Reading:
             value, end = _object(text, mark.start()) if failed < _UNREADABLE else ({}, 0)
             failed += not value
             if "verdict" in value:
-                choice, at = VERDICTS.get(str(value["verdict"]).strip("[]")), end
+                letter, at = value["verdict"], end
+                choice = VERDICTS.get(letter.strip("[]")) if isinstance(letter, str) else None
                 found = Reading(choice, found.start, at)
+                quoted |= form == "json" and choice is not None
             elif _OURS.match(text, mark.start()):
                 found, quoted = Reading(None, found.start, at), True
         elif not mark["token"]:
@@ -66,7 +69,7 @@ def _object(text: str, start: int) -> tuple[dict[str, Any], int]:
     return value, end
 
 
-def ends_with_verdict(text: str) -> bool:
+def ends_with_verdict(text: str, form: str = "") -> bool:
     """Return whether a verdict is the last thing in the text, markup aside."""
-    found = read(text)
+    found = read(text, form)
     return found.choice is not None and re.fullmatch(r"\W*", text[found.end :]) is not None
