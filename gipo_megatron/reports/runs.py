@@ -62,7 +62,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class About:
-    """What an algorithm records in environment.json for reports."""
+    """The part of environment.json that an algorithm records for reports."""
 
     stage: str = "–"
     headline: list[tuple[str, str]] = field(default_factory=list)
@@ -124,7 +124,7 @@ def _read_yaml(file: Path) -> tuple[Any, str]:
     """Return content and text of a YAML or JSON file; None and "" without the file."""
     if not file.is_file():
         return None, ""
-    with library_errors(f"cannot read {file.name}", where=str(file), fix="remove it to go without"):
+    with library_errors(f"{file.name} is not YAML", where=str(file), fix="remove it to go without"):
         text = file.read_text(encoding="utf-8")
         return yaml.safe_load(text), text
 

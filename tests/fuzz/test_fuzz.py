@@ -16,7 +16,7 @@ from tools.fuzzing.subjects import SUBJECTS, fuzz
 
 pytestmark = pytest.mark.global_rng  # commands seed and draw as in a process of their own
 
-FEW = {"recipes": 60, "models' configurations": 25, "judges' answers": 40, "run folders": 3}
+FEW = {"recipes": 40, "models' configurations": 25, "judges' answers": 40, "run folders": 3}
 
 
 @pytest.mark.parametrize("name", SUBJECTS)

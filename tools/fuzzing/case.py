@@ -51,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Screen:
-    """What the user sees."""
+    """Exit code and texts that the user sees."""
 
     code: int
     out: str

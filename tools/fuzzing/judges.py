@@ -61,7 +61,7 @@ def judge_of(answer: Answer) -> OpenAIJudge:
 
 
 def ask(answer: Answer) -> int:
-    """Ask for two verdicts, then read all that was kept of them again."""
+    """Request two verdicts, then read all that was kept of them again."""
 
     def handle(_: httpx2.Request) -> httpx2.Response:
         return httpx2.Response(answer.status, headers=answer.headers, content=answer.body)

@@ -1,4 +1,4 @@
-"""What is fuzzed: by name, its inputs, how one is run, and how many there are in a campaign."""
+"""Subjects of fuzzing: their inputs, how one is run, and how many there are in a campaign."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SUBJECTS = {
 
 @dataclass
 class Outcome:
-    """How many inputs were run, and {fault: the shortest input that shows it}."""
+    """Number of inputs that were run, and {fault: the shortest input that shows it}."""
 
     inputs: int
     faults: dict[str, Any]
