@@ -1,5 +1,5 @@
-"""What the trials of networks and texts share: the commands, with keys in the environment, and the
-check of their end."""
+"""Commands with keys in the environment, and the check of their end, for the trials of networks and
+of texts."""
 
 from __future__ import annotations
 

@@ -130,11 +130,8 @@ def logits(dtype: str, actor: MegatronActor, theirs: Any, prompts: Prompts) -> F
         other.append(theirs(row[None, :length].to(theirs.device)).logits[0].float().cpu())
     a, b = torch.cat(mine), torch.cat(other)
     if dtype == "fp32":
-        return below(
-            "fp32 log-probs, largest gap",
-            float((a.log_softmax(-1) - b.log_softmax(-1)).abs().max()),
-            FP32,
-        )
+        gap = (a.log_softmax(-1) - b.log_softmax(-1)).abs().max()
+        return below("fp32 log-probs, largest gap", float(gap), FP32)
     return below("bf16 logits, relative", float((a - b).norm() / b.norm()), BF16)
 
 
