@@ -17,7 +17,7 @@ from tools.faults.systems import ALONE, LAYOUTS, OUT, RUN, SYSTEMS, System
 from tools.faults.trial import Bench, Trial, expect
 
 SCREEN = 25  # lines
-SIZES = 8  # a disk is full at about so many sizes in a trial
+SIZES = 6  # a disk is full at about so many sizes in a trial
 FILES = (1_000, 10_000, 100_000)  # bytes of the largest file; the message is smaller
 SAME = "with more room the same command continues to the same bits"
 FULL = f"exit code 2 and one screen with the reason each time, nothing half-written; {SAME}"
@@ -138,7 +138,7 @@ def _limits(bench: Bench, disk: Disk, reference: Path, what: str, *, every: bool
     while True:
         yield limit
         if what == "files":
-            limit += 1 if every else bench.random.randint(1, 4)
+            limit += 1 if every else bench.random.randint(1, 8)
         else:
             limit += bench.random.choice((1, bench.random.randint(1, 4 * sizes // SIZES)))
 
