@@ -62,6 +62,15 @@ from gipo_megatron.types import (
 Positive = Annotated[float, Range(0, open=True)]
 NotNegative = Annotated[float, Range(0)]
 Part = tuple[Rows, BatchLoss]
+# a row's numbers that must be finite
+NUMBERS = (
+    "scores",
+    "log probs",
+    "reference log probs",
+    "values",
+    "group logits",
+    "correction weights",
+)
 
 
 @register("algorithm", "ppo")
@@ -122,15 +131,7 @@ class PPO:
             reference = self.reference.logprobs(rollout).logprobs
             values, logits = self._criticise(rollout)
         drawn = self.rollout.token_weights(old, rollout)
-        if skipped := self._skipped(
-            rollout,
-            scores=scores.raw,
-            log_probs=old,
-            reference_log_probs=reference,
-            values=values,
-            group_logits=logits,
-            correction_weights=drawn,
-        ):
+        if skipped := self._skipped(rollout, scores.raw, old, reference, values, logits, drawn):
             return skipped
 
         mask = rollout.mask
@@ -372,16 +373,16 @@ class PPO:
                 metrics |= part.observe(groups, float(kl[0] / kl[1]))
         return metrics
 
-    def _skipped(self, rollout: Rollout, **numbers: Tensor | None) -> StepResult | None:
-        """Return the result of an iteration without updates, where a row [B, …] of `numbers`, on
-        any replica, holds a NaN or an infinity; else None."""
+    def _skipped(self, rollout: Rollout, *numbers: Tensor | None) -> StepResult | None:
+        """Return the result of an iteration without updates, where a row [B, …] of `numbers` (those
+        of NUMBERS), on any replica, holds a NaN or an infinity; else None."""
         ids = gather_rows(rollout.sample_id, self.dp)
         skipped: dict[str, tuple[int, ...]] = {}
-        for name, x in numbers.items():
+        for name, x in zip(NUMBERS, numbers, strict=True):
             if x is not None:
                 bad = gather_rows(~torch.isfinite(x.reshape(len(x), -1)).all(1), self.dp)
                 if rows := tuple(int(i) for i in ids[bad > 0].tolist()):
-                    skipped[f"no update, {name.replace('_', ' ')} that are not finite"] = rows
+                    skipped[f"no update, {name} that are not finite"] = rows
         count = len({row for rows in skipped.values() for row in rows})
         metrics = {"reward/non_finite": Metric.mean(float(count))}
         return StepResult(metrics, skipped=skipped) if skipped else None
