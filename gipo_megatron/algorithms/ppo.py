@@ -62,8 +62,8 @@ from gipo_megatron.types import (
 Positive = Annotated[float, Range(0, open=True)]
 NotNegative = Annotated[float, Range(0)]
 Part = tuple[Rows, BatchLoss]
-# the numbers of a row that have to be finite, in the order of `step`
-CHECKED = (
+# a row's numbers that must be finite
+NUMBERS = (
     "scores",
     "log probs",
     "reference log probs",
@@ -374,11 +374,11 @@ class PPO:
         return metrics
 
     def _skipped(self, rollout: Rollout, *numbers: Tensor | None) -> StepResult | None:
-        """Return the result of an iteration without updates, where a row [B, …] of `numbers`
-        (CHECKED), on any replica, holds a NaN or an infinity; else None."""
+        """Return the result of an iteration without updates, where a row [B, …] of `numbers` (those
+        of NUMBERS), on any replica, holds a NaN or an infinity; else None."""
         ids = gather_rows(rollout.sample_id, self.dp)
         skipped: dict[str, tuple[int, ...]] = {}
-        for name, x in zip(CHECKED, numbers, strict=True):
+        for name, x in zip(NUMBERS, numbers, strict=True):
             if x is not None:
                 bad = gather_rows(~torch.isfinite(x.reshape(len(x), -1)).all(1), self.dp)
                 if rows := tuple(int(i) for i in ids[bad > 0].tolist()):
