@@ -132,7 +132,7 @@ def _reached(folder: Path, at: int) -> bool:
 
 
 def _place(bench: Bench, system: System, layout: str) -> tuple[list[str], int, Path]:
-    """Return the command, its number of ranks, and its working folder, made anew."""
+    """Return the command, its number of ranks, and its working folder, made again."""
     folder = bench.folder / "work"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

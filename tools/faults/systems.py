@@ -66,7 +66,7 @@ def prepare(base: Path) -> None:
     runs.finished(base / ".other", "train", *other)
     (base / "evaluation.yaml").write_text(EVALUATION.format(base=base))
     (base / "prompts.jsonl").write_text(
-        "".join(f'{{"prompt": "Say {"very " * (i % 4)}number {i}."}}\n' for i in range(9))
+        "".join(f'{{"prompt": "Write {"very " * (i % 4)}number {i}."}}\n' for i in range(9))
     )
 
 

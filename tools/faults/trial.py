@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class Lost(Exception):
-    """What a trial did not survive, in one line."""
+    """The fault that a trial did not survive, in one line."""
 
 
 @dataclass

@@ -38,7 +38,7 @@ TICK = 0.002  # seconds between two looks
 
 @dataclass(frozen=True)
 class Finished:
-    """What a script's ranks left."""
+    """Exit codes and output of a script's ranks."""
 
     codes: tuple[int, ...]  # exit code of each rank; -N: ended by signal N
     stdout: str  # of all ranks, one after the other
