@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -107,6 +108,12 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def _without_tensorboard(failed: threading.ExceptHookArgs) -> None:
+    """Show the error of a thread, but not that of TensorBoard's writer: its next call raises it."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
+
+
 class TensorBoard(Sink):
     """Event files; after a resume TensorBoard hides the later steps."""
 
@@ -142,6 +149,7 @@ class TensorBoard(Sink):
             # slow to import, so only when it is used
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _without_tensorboard
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge)
         return self._writer
 

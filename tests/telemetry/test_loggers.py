@@ -82,6 +82,19 @@ def test_a_reader_that_leaves_ends_the_console_and_not_the_run(
     assert capsys.readouterr().err == said
 
 
+def test_the_error_of_tensorboards_thread_is_not_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The next call of its writer raises it, and that is the warning."""
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+
+    error = OSError(28, "No space left on device")
+    for thread in (object.__new__(_AsyncWriterThread), loggers.threading.Thread(name="other")):
+        failed = loggers.threading.ExceptHookArgs((OSError, error, None, thread))
+        loggers._without_tensorboard(failed)
+    assert capsys.readouterr().err.count("Exception in thread") == 1
+
+
 def test_only_the_console_is_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe of another logger may break, and its file be on a full disk."""
     dropped: list[int] = []

@@ -34,6 +34,11 @@ def _prepared(base: Path) -> list[str]:
     return ["prepare-data", rows, "data.format=preference", f"out={OUT}"]
 
 
+def _planted_rows(base: Path, folder: Path, layout: str) -> None:
+    """Make the files of `_planted`, which are read."""
+    reference_of(base, PLANTED, "1 process")
+
+
 def _plot(base: Path) -> list[str]:
     return ["plot", str(RUN), "report=report.html"]
 
@@ -56,10 +61,11 @@ def _difference(a: Path, b: Path) -> str:
 
 
 OBSERVED = System("SFT with loggers", _observed, systems.training_difference, ALONE)
+PLANTED = System("prepare-data, planted", _planted, _difference, ALONE)
 MORE = (
     OBSERVED,
-    System("prepare-data, planted", _planted, _difference, ALONE),
-    System("prepare-data", _prepared, _difference, ALONE),
+    PLANTED,
+    System("prepare-data", _prepared, _difference, ALONE, start=_planted_rows),
     System("plot", _plot, _difference, ALONE, start=_a_run),
 )
 WRITERS = (*SYSTEMS, *MORE)
@@ -126,7 +132,7 @@ def _full(bench: Bench, system: System, layout: str, what: str) -> None:
             left = systems.leftovers(disk.place)
             expect(not left, f"{left} at {what} {limit}: {ended.tail()}")
             times += 1
-        expect(times >= 3, f"the disk was full {times} times")
+        expect(times >= 1, "the disk was never full")
         same(system, disk.place, reference)
 
 
