@@ -109,8 +109,8 @@ def _trials(only: Sequence[str], *, small: bool) -> tuple[list[Trial], dict[str,
 def _check_seed(out: Path, seed: int) -> None:
     """Write OUT/seed. Raises UserError where OUT belongs to another seed."""
     file = out / "seed"
-    if file.exists() and file.read_text() != f"{seed}\n":
-        what = f"{out} has trials of seed {file.read_text().strip()}"
+    if file.exists() and file.read_text(encoding="utf-8") != f"{seed}\n":
+        what = f"{out} has trials of seed {file.read_text(encoding='utf-8').strip()}"
         raise UserError(what, where="--seed", fix="give that seed, or another --out")
     write_text(file, f"{seed}\n")
 

@@ -155,9 +155,9 @@ def without_encoding(path: Path) -> list[str]:
 
 
 def is_another(function: ast.expr) -> bool:
-    """os.open, and methods of this project that are called `open`."""
+    """os.open, urllib's openers, and methods of this project that are called `open`."""
     owner = function.value if isinstance(function, ast.Attribute) else None
-    return isinstance(owner, ast.Name) and owner.id in ("os", "record", "webbrowser")
+    return isinstance(owner, ast.Name) and owner.id in ("os", "record", "webbrowser", "opener")
 
 
 def test_text_files_have_an_encoding() -> None:

@@ -34,7 +34,7 @@ def evaluation(folder: Path, base: Path, prompts: Mapping[str, str]) -> tuple[st
     """Make the policies and write the recipe; return the words of the command."""
     systems.prepare(base)
     rows = [json.dumps({"prompt": text, "source": name}) + "\n" for name, text in prompts.items()]
-    (folder / "prompts.jsonl").write_text("".join(rows))
+    (folder / "prompts.jsonl").write_text("".join(rows), encoding="utf-8")
     task = {"name": "short", "kind": "helpful", "data": "prompts.jsonl", "template": "hh"}
     recipe = {
         "defaults": ["base/evaluate", "hardware/cpu"],
@@ -46,7 +46,7 @@ def evaluation(folder: Path, base: Path, prompts: Mapping[str, str]) -> tuple[st
         "judge": {"name": "openai", "model": "m", "concurrency": 2, "backoff": 0.05},
         "report": {"bootstrap": 50},
     }
-    (folder / "evaluate.yaml").write_text(json.dumps(recipe))
+    (folder / "evaluate.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     words = ("judge.timeout=1.5", "judge.retries=2", "run.dir=run")
     return ("evaluate", f"recipe={folder / 'evaluate.yaml'}", *words)
 

@@ -69,7 +69,7 @@ def _index(folder: Path) -> None:
     save_file({name: tensors[name] for name in names[:3]}, folder / "model-1.safetensors")
     weight_map = {name: f"model-{1 if name in names[:3] else 2}.safetensors" for name in names}
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
+    index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     (folder / SINGLE).unlink()
 
 

@@ -77,7 +77,7 @@ def _place(bench: Bench, system: System, layout: str) -> Path:
 def _stopped(system: System, layout: str, bench: Bench) -> None:
     """Stop one of two ranks, as `kill -STOP`, at a random time."""
     reference = _reference(bench, system, layout)
-    seconds = json.loads((reference / runs.ENDED).read_text())
+    seconds = json.loads((reference / runs.ENDED).read_text(encoding="utf-8"))
     words, (ranks, _) = _words(bench, system, layout), LAYOUTS[layout]
     rank, share = bench.random.randrange(ranks), bench.random.random()
     for _ in range(TRIES):

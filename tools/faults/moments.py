@@ -25,7 +25,7 @@ def begin(rank: int, folder: Path, at: int = 0, of: int = 0, on: int = 0, number
     Figure.savefig = _no_drawing  # type: ignore[method-assign]
     os.environ["GIT_DIR"] = os.devnull  # no commit is recorded: a checkout may change meanwhile
     place = f"{folder}{os.sep}"
-    _file(folder, "process", rank).write_text(str(os.getpid()))
+    _file(folder, "process", rank).write_text(str(os.getpid()), encoding="utf-8")
     counter = os.open(_file(folder, "writes", rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     found = 0
 
@@ -37,7 +37,7 @@ def begin(rank: int, folder: Path, at: int = 0, of: int = 0, on: int = 0, number
         os.pwrite(counter, b"%d" % found, 0)
         if found == at and rank == of:
             with suppress(ProcessLookupError):  # it has ended
-                os.kill(int(_file(folder, "process", on).read_text()), number)
+                os.kill(int(_file(folder, "process", on).read_text(encoding="utf-8")), number)
 
     sys.addaudithook(hook)
 
@@ -50,7 +50,7 @@ def _file(folder: Path, what: str, rank: int) -> Path:
 def writes(folder: Path, ranks: int) -> list[int]:
     """Return how many writes each rank made in the last run there."""
     files = [_file(folder, "writes", rank) for rank in range(ranks)]
-    return [int(file.read_text() or "0") if file.exists() else 0 for file in files]
+    return [int(file.read_text(encoding="utf-8") or "0") if file.exists() else 0 for file in files]
 
 
 def _changes(event: str, arguments: tuple[Any, ...], place: str) -> bool:

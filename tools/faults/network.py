@@ -64,7 +64,7 @@ def _reference(bench: Bench) -> Path:
 
 
 def _results(folder: Path) -> Any:
-    results = json.loads((folder / "run" / "results.json").read_text())
+    results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
     return {name: value for name, value in results.items() if name != "judge"}
 
 

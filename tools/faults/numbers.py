@@ -110,7 +110,7 @@ def _run(
 
 def _alerts(bench: Bench) -> list[str]:
     file = bench.folder / "run" / "alerts.jsonl"
-    return [json.loads(line)["message"] for line in file.read_text().splitlines()]
+    return [json.loads(line)["message"] for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 # ---------- faults, in the process that is broken

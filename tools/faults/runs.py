@@ -93,7 +93,7 @@ def ppo(name: str, directory: Path, base: Path, *more: str) -> list[str]:
 
 def rows(directory: Path) -> list[dict[str, float | None]]:
     """metrics.jsonl without what no two runs share."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith(VOLATILE)} for line in lines
     ]
@@ -130,7 +130,7 @@ def difference(a: Path, b: Path) -> str:
 def logged(directory: Path, step: int) -> bool:
     """Return whether metrics.jsonl has that step's row."""
     file = directory / "metrics.jsonl"
-    return file.exists() and f'{{"step": {step}, ' in file.read_text()
+    return file.exists() and f'{{"step": {step}, ' in file.read_text(encoding="utf-8")
 
 
 def finished(
@@ -148,7 +148,7 @@ def finished(
             world.GIPO, *words, ranks=ranks, folder=folder, before=before, timeout=300
         )
         expect(not ended.code and not ended.stderr, f"a run without a fault: {ended.tail()}")
-        (folder / ENDED).write_text(f"{time.monotonic() - start:.2f}")
+        (folder / ENDED).write_text(f"{time.monotonic() - start:.2f}", encoding="utf-8")
     return folder
 
 

@@ -106,9 +106,9 @@ def _continues(bench: Bench, words: list[str]) -> None:
 
 def _sized(step: Path) -> None:
     """Give meta.json the sizes that the files have now."""
-    meta = json.loads((step / "meta.json").read_text())
+    meta = json.loads((step / "meta.json").read_text(encoding="utf-8"))
     meta["files"] = {name: (step / name).stat().st_size for name in meta["files"]}
-    (step / "meta.json").write_text(json.dumps(meta))
+    (step / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 # ---------- files of the wrong length
@@ -262,13 +262,13 @@ def _loaded_deeper(bench: Bench) -> None:
 def _edited(key: str, value: object, named: str, bench: Bench) -> None:
     words = _run(bench)
     meta = bench.folder / LAST / "meta.json"
-    whole = meta.read_text()
-    meta.write_text(json.dumps({**json.loads(whole), key: value}))
+    whole = meta.read_text(encoding="utf-8")
+    meta.write_text(json.dumps({**json.loads(whole), key: value}), encoding="utf-8")
     refused(bench, words, named, "step_3")
     load = f"models.actor.load={LAST}"
     refused(bench, ["train", *runs.sft(Path("new"), load)], named)
     refused(bench, ["convert", "to-hf", f"checkpoint={LAST}", "out=out"], named, "step_3")
-    meta.write_text(whole)
+    meta.write_text(whole, encoding="utf-8")
     _continues(bench, words)
 
 

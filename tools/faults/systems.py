@@ -64,10 +64,10 @@ def prepare(base: Path) -> None:
     runs.trained(base)
     other = runs.sft(base / "other", "run.seed=2", "models.actor.lr=1e-2")
     runs.finished(base / ".other", "train", *other)
-    (base / "evaluation.yaml").write_text(EVALUATION.format(base=base))
+    (base / "evaluation.yaml").write_text(EVALUATION.format(base=base), encoding="utf-8")
     (base / "prompts.jsonl").write_text(
         "".join(f'{{"prompt": "Write {"very " * (i % 4)}number {i}."}}\n' for i in range(9))
-    )
+    encoding="utf-8",)
 
 
 # ----------------------------------------------------------------------------------------- training

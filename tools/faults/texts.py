@@ -127,7 +127,9 @@ def _texts(bench: Bench) -> None:
         done = command(bench.folder, *words, f"judge.base_url={server.url}/v1")
     one_screen(done, 0)
     _pages_are_text(bench.folder)
-    verdicts = (bench.folder / "run" / "verdicts.jsonl").read_text().splitlines()[1:]
+    verdicts = (
+        (bench.folder / "run" / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    )
     choices = {json.loads(line)["choice"] for line in verdicts}
     expect(len(choices) <= 2 and "first" not in choices, f"verdicts {choices}, not second alone")
 
@@ -151,7 +153,7 @@ def _pages_are_text(folder: Path) -> None:
     pages = sorted(folder.rglob("*.html"))
     expect(bool(pages), "no page")
     for page in pages:
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         _Page().feed(text)
         expect("\x1b" not in text and "\x9b" not in text, f"{page.name} has an escape")
 
@@ -163,7 +165,7 @@ def _texts_of_a_run(bench: Bench) -> None:
         + "\n"
         for text in ALL.values()
     ]
-    (bench.folder / "rows.jsonl").write_text("".join(rows))
+    (bench.folder / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
     data = ("data.format=sft", "data.path=rows.jsonl", "data.template=chatml")
     room = ("data.max_length=768", "data.max_response=300", "model.architecture.max_positions=768")
     done = sft(bench.folder, *data, *room, "run.loggers=[console, tensorboard]")

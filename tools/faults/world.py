@@ -139,7 +139,10 @@ class World:
     def finished(self) -> Finished:
         """Return exit codes and output of ranks that have ended."""
         stdout, stderr = (
-            "".join(output.with_suffix(kind).read_text(errors="replace") for output in self.outputs)
+            "".join(
+                output.with_suffix(kind).read_text(errors="replace", encoding="utf-8")
+                for output in self.outputs
+            )
             for kind in (".out", ".err")
         )
         codes = tuple(process.exitcode or 0 for process in self.processes)
