@@ -45,8 +45,12 @@ def pip_audit(packages: list[str]) -> list[dict[str, Any]]:
         words = ["-m", "pip_audit", "-r", str(listed), *options, "--output", str(found)]
         try:
             done = subprocess.run(
-                [sys.executable, *words], capture_output=True, text=True, timeout=SECONDS
-            encoding="utf-8",)
+                [sys.executable, *words],
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                encoding="utf-8",
+            )
         except subprocess.TimeoutExpired:
             raise Unreachable(f"no answer of the database in {SECONDS} s") from None
         if not found.is_file():

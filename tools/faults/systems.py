@@ -66,8 +66,9 @@ def prepare(base: Path) -> None:
     runs.finished(base / ".other", "train", *other)
     (base / "evaluation.yaml").write_text(EVALUATION.format(base=base), encoding="utf-8")
     (base / "prompts.jsonl").write_text(
-        "".join(f'{{"prompt": "Write {"very " * (i % 4)}number {i}."}}\n' for i in range(9))
-    encoding="utf-8",)
+        "".join(f'{{"prompt": "Write {"very " * (i % 4)}number {i}."}}\n' for i in range(9)),
+        encoding="utf-8",
+    )
 
 
 # ----------------------------------------------------------------------------------------- training
