@@ -60,7 +60,7 @@ def engine(role: str, mesh: Mesh, **changes: Any) -> Engine:
 
 def fill(role: Any, model: LlamaForCausalLM | None = None) -> Any:
     """The Hugging Face weights (`tiny.hf_model`, unless given) in a role's model; in its adapters
-    the given model's, or the tensors of tests/parity/adapters.py."""
+    the given model's, or the tensors of tools/gpu/tiny_adapters.py."""
     weights = {name: p.detach() for name, p in (model or hf_model()).named_parameters()}
     if role.engine.head is not None:
         weights["score.weight"] = score_weight()

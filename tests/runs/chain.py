@@ -17,6 +17,7 @@ from pathlib import Path
 from tests import forked
 from tests.forked import ROOT
 from tools.faults.runs import (  # noqa: F401  (tests call them by this module)
+    SMALL,
     difference,
     dpo,
     logged,
