@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tools.faults import moments, runs, systems, world
+from tools.faults import moments, systems, world
 from tools.faults.systems import LAYOUTS, SYSTEMS, System
 from tools.faults.trial import Bench, Lost, Trial, expect
 
@@ -74,7 +74,7 @@ def _signals(system: System) -> list[Trial]:
 def _before_a_write(bench: Bench, system: System, layout: str, turn: int) -> None:
     """Kill one rank before a write of the same or another rank. In turn 2 the second start is
     killed, too; in turn 4 the write is one of the last."""
-    reference, random = _reference(bench, system, layout), bench.random
+    reference, random = systems.reference(bench.base, system, layout), bench.random
     ranks = LAYOUTS[layout][0]
     count = moments.writes(reference, ranks)
     of = random.choice([rank for rank in range(ranks) if count[rank]])
@@ -103,7 +103,7 @@ def _before_a_write(bench: Bench, system: System, layout: str, turn: int) -> Non
 def _at_a_time(bench: Bench, system: System, layout: str, number: int) -> None:
     """Signal a rank (kill -9, and every second other signal) or all, some time after one of rank
     0's writes or the start."""
-    reference, random = _reference(bench, system, layout), bench.random
+    reference, random = systems.reference(bench.base, system, layout), bench.random
     ranks = LAYOUTS[layout][0]
     one = number == signal.SIGKILL or random.random() < 0.5
     rank = random.randrange(ranks) if one else None
@@ -138,20 +138,6 @@ def _place(bench: Bench, system: System, layout: str) -> tuple[list[str], int, P
     folder.mkdir()
     system.start(bench.base, folder, layout)
     return system.command(bench.base, layout), LAYOUTS[layout][0], folder
-
-
-def _reference(bench: Bench, system: System, layout: str) -> Path:
-    """Return the working folder of a run without a fault, made at the first call."""
-    systems.prepare(bench.base)
-    folder = bench.base / f"{system.name}_{layout}".replace(" ", "_")
-    if not (folder / runs.ENDED).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        system.start(bench.base, folder, layout)
-        before = partial(moments.begin, folder=folder)
-        words = system.command(bench.base, layout)
-        runs.finished(folder, *words, ranks=LAYOUTS[layout][0], before=before)
-    return folder
 
 
 def _check(

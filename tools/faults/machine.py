@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gipo_megatron.launcher import world_variables
 from tools.faults import hardware, moments, runs, systems, world
-from tools.faults.storage import WRITERS, held_at, reference_of, refused, same, start
+from tools.faults.storage import WRITERS, held_at, refused, same, start
 from tools.faults.systems import LAYOUTS, RUN, SYSTEMS, System
 from tools.faults.trial import Bench, Trial, expect
 
@@ -65,7 +65,7 @@ def trials() -> list[Trial]:
 
 
 def _clock(system: System, layout: str, bench: Bench) -> None:
-    reference = reference_of(bench.base, system, layout)
+    reference = systems.reference(bench.base, system, layout)
     folder = _folder(bench, system, layout)
     before = partial(_begin_without_clock, folder=folder, seed=bench.random.randrange(2**32))
     words, ranks = system.command(bench.base, layout), LAYOUTS[layout][0]
@@ -102,8 +102,8 @@ def _pair(first: str, second: str, layout: str) -> Callable[[Bench], None]:
 def _two(first: System, second: System, layout: str, bench: Bench) -> None:
     """Start the second while the first is stopped before one of its writes, but the first two:
     a folder, and the lock in it."""
-    reference = reference_of(bench.base, first, layout)
-    reference_of(bench.base, second, layout)
+    reference = systems.reference(bench.base, first, layout)
+    systems.reference(bench.base, second, layout)
     folder = _folder(bench, first, layout)
     at = bench.random.randint(3, moments.writes(reference, 1)[0])
     with held_at(bench, first, layout, folder, at) as held:
@@ -216,7 +216,7 @@ ON_ROWS = System(
 
 
 def _between(change: Callable[[Path], None], bench: Bench) -> None:
-    reference = reference_of(bench.base, ON_ROWS, ONE)
+    reference = systems.reference(bench.base, ON_ROWS, ONE)
     folder = _folder(bench, ON_ROWS, ONE)
     with held_at(bench, ON_ROWS, ONE, folder, moments.writes(reference, 1)[0] // 2) as held:
         held.kill()
@@ -248,7 +248,7 @@ def _held_out(bench: Bench) -> None:
 
 
 def _during(change: Callable[[Path], None], bench: Bench) -> None:
-    reference = reference_of(bench.base, ON_ROWS, ONE)
+    reference = systems.reference(bench.base, ON_ROWS, ONE)
     folder = _folder(bench, ON_ROWS, ONE)
     with held_at(bench, ON_ROWS, ONE, folder, moments.writes(reference, 1)[0] // 3) as held:
         change(folder / "rows.jsonl")

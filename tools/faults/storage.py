@@ -36,7 +36,7 @@ def _prepared(base: Path) -> list[str]:
 
 def _planted_rows(base: Path, folder: Path, layout: str) -> None:
     """Make the files of `_planted`, which are read."""
-    reference_of(base, PLANTED, "1 process")
+    systems.reference(base, PLANTED, "1 process")
 
 
 def _plot(base: Path) -> list[str]:
@@ -119,7 +119,7 @@ def _disks(system: System, layout: str) -> list[Trial]:
 
 def _full(bench: Bench, system: System, layout: str, what: str) -> None:
     """Give the command a little more room each time it ends for want of it."""
-    reference = reference_of(bench.base, system, layout)
+    reference = systems.reference(bench.base, system, layout)
     times = 0
     with hardware.disk(bench.base) as disk:
         system.start(bench.base, disk.place, layout)
@@ -150,7 +150,7 @@ def _limits(bench: Bench, disk: Disk, reference: Path, what: str, *, every: bool
 
 
 def _largest_file(bench: Bench, system: System) -> None:
-    reference = reference_of(bench.base, system, "1 process")
+    reference = systems.reference(bench.base, system, "1 process")
     folder = bench.folder / "work"
     folder.mkdir()
     system.start(bench.base, folder, "1 process")
@@ -181,7 +181,7 @@ def _begin_limited(rank: int, folder: Path, size: int) -> None:
 
 
 def _read_only(bench: Bench, system: System, layout: str) -> None:
-    reference = reference_of(bench.base, system, layout)
+    reference = systems.reference(bench.base, system, layout)
     with hardware.disk(bench.base) as disk:
         system.start(bench.base, disk.place, layout)
         before = runs.tree(disk.place)
@@ -198,7 +198,7 @@ def _read_only(bench: Bench, system: System, layout: str) -> None:
 
 def _frozen(bench: Bench, system: System, layout: str) -> None:
     """Forbid every change before one of rank 0's writes."""
-    reference = reference_of(bench.base, system, layout)
+    reference = systems.reference(bench.base, system, layout)
     at = bench.random.randint(1, moments.writes(reference, 1)[0])
     with hardware.disk(bench.base) as disk:
         system.start(bench.base, disk.place, layout)
@@ -239,7 +239,7 @@ def _output(bench: Bench, words: tuple[str, ...], streams: tuple[int, ...]) -> N
 
 def _output_in_a_run(bench: Bench) -> None:
     """The output is a file on a disk that is full before or after the run has begun."""
-    reference = reference_of(bench.base, OBSERVED, "1 process")
+    reference = systems.reference(bench.base, OBSERVED, "1 process")
     folder = bench.folder / "work"
     folder.mkdir()
     whole = len(start(bench, OBSERVED, "1 process", folder).stdout.encode())
@@ -266,20 +266,6 @@ def _begin_with_output(rank: int, folder: Path, file: Path, room: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------- checks
-
-
-def reference_of(base: Path, system: System, layout: str) -> Path:
-    """Return the working folder of a run without a fault, made at the first call."""
-    systems.prepare(base)
-    folder = base / f"{system.name}_{layout}".replace(" ", "_")
-    if not (folder / runs.ENDED).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        system.start(base, folder, layout)
-        before = partial(moments.begin, folder=folder)
-        words = system.command(base, layout)
-        runs.finished(folder, *words, ranks=LAYOUTS[layout][0], before=before)
-    return folder
 
 
 @contextmanager

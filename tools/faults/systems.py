@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from tools.faults import runs
+from tools.faults import moments, runs
 
 # name -> ranks, words
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -179,3 +180,17 @@ SYSTEMS = (
     System("to-hf", _to_hf, _conversion_difference, ALONE),
     System("export", _export, training_difference, start=_trained_but_not_exported),
 )
+
+
+def reference(base: Path, system: System, layout: str) -> Path:
+    """Return the working folder of a run without a fault, made at the first call."""
+    prepare(base)
+    folder = base / f"{system.name}_{layout}".replace(" ", "_")
+    if not (folder / runs.ENDED).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        system.start(base, folder, layout)
+        before = partial(moments.begin, folder=folder)
+        words = system.command(base, layout)
+        runs.finished(folder, *words, ranks=LAYOUTS[layout][0], before=before)
+    return folder
