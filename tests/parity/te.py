@@ -22,9 +22,9 @@ LARGEST = 448.0  # of e4m3
 class FakeLinear(nn.Module):
     """One matrix product's state, as passes write it. Bytes of others are never taken."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, weight: nn.Parameter) -> None:
         super().__init__()
-        self.config, self.weight = config, nn.Parameter(torch.zeros(1))
+        self.config, self.weight = config, weight
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
         self.fp8 = self.fp8_calibration = self.fp8_meta_tensors_initialized = False
         self.pickled = 0
@@ -98,7 +98,8 @@ def fake_fp8(engine: Engine, amax: Callable[[], float] = lambda: 2.0) -> list[Fa
         assert chunk.decoder.config is chunk.config
         chunk.config.fp8 = "hybrid"
         for layer in chunk.decoder.layers:
-            layer.fake = FakeLinear(chunk.config)
+            # a parameter that the layer has already: the model stays as it is
+            layer.fake = FakeLinear(chunk.config, layer.pre_mlp_layernorm.weight)
             layer.register_forward_hook(_runner(layer.fake, chunk.config, amax))
             fakes.append(layer.fake)
     engine.scaling = Scaling(engine.chunks, Precision("bf16", "delayed"))
