@@ -394,7 +394,9 @@ def options(call: ast.Call) -> dict[str | None, str]:
 
 def test_nothing_that_is_read_is_run() -> None:
     found = [(file, name) for file, name, _ in calls() if name in UNSAFE]
-    assert sorted(found) == [("gipo_megatron/megatron/stored.py", name) for name in sorted(STORED)]
+    allowed = [("gipo_megatron/megatron/stored.py", name) for name in sorted(STORED)]
+    allowed.append(("tools/faults/state.py", "torch.load"))  # of its own file, with weights_only
+    assert sorted(found) == allowed
     shells = [file for file, _, call in calls() if "shell" in options(call)]
     assert not shells
     # an interpreter that is started in a folder imports from it first, but with -P or -I

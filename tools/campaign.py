@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gipo_megatron.cli import run
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import append_jsonl, read_jsonl, write_text
+from gipo_megatron.training.run_lock import RunLock
 from tools.faults.trial import Bench, Lost, Trial
 
 # modules of tools/faults, each with trials() and SURVIVED: {line: what "survived" means}
@@ -60,14 +61,20 @@ class Result:
 
 def main(argv: Sequence[str]) -> int:
     words = _words(argv)
-    out = words.out.resolve()
     trials, survived = _trials(words.only, small=words.small)
-    _check_seed(out, words.seed)
+    with RunLock(words.out.resolve()) as lock:
+        lock.take()
+        return _campaign(words.out.resolve(), words.seed, trials, survived)
+
+
+def _campaign(out: Path, seed: int, trials: Sequence[Trial], survived: Mapping[str, str]) -> int:
+    """Run the trials that OUT has no results of, and write its table. Returns the exit code."""
+    _check_seed(out, seed)
     results = _finished(out)
     try:
         for trial in trials:
             if (trial.line, trial.case) not in results:
-                result = _try(trial, out, words.seed)
+                result = _try(trial, out, seed)
                 append_jsonl(out / "results.jsonl", [vars(result)])
                 results[trial.line, trial.case] = result
     finally:  # after Ctrl-C, too

@@ -78,7 +78,7 @@ def test_nothing_is_fetched_and_nothing_runs(report) -> None:
 
 def test_markup_is_shown_as_text(report) -> None:
     page, _ = report
-    shown = MARKUP.replace("\x00", "\\x00")
+    shown = MARKUP.replace("\x00", "\\x00").replace("\u2028", "\\u2028")
     samples = 4 * 5 * 2  # pairs × outcomes × two of each
     assert (
         page.text.partition("Up to 2 prompts of each outcome")[2].count(shown) == 5 * samples

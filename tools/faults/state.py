@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from gipo_megatron import launcher
+from gipo_megatron.megatron.stored import read_index
 from tools.faults import runs, world
 from tools.faults.trial import Bench, Trial, expect
 
@@ -161,7 +162,7 @@ def _one_number(bench: Bench) -> None:
     words = _run(bench)
     damaged = bench.folder / LAST / "actor" / "__0_0.distcp"
     stored = damaged.read_bytes()
-    index: Any = pickle.loads((damaged.parent / ".metadata").read_bytes())
+    index: Any = read_index(damaged.parent)
     place = next(at for key, at in index.storage_data.items() if key.fqn == STACKED)
     middle = place.offset + place.length // 2
     damaged.write_bytes(stored[:middle] + b"\0\0\0\x3f" + stored[middle + 4 :])
@@ -182,7 +183,7 @@ def _contents() -> Iterator[Trial]:
 def _drop(step: Path, wanted: str) -> str:
     """Take one tensor out of the checkpoint's list; return its name."""
     file = step / "actor" / ".metadata"
-    metadata: Any = pickle.loads(file.read_bytes())
+    metadata: Any = read_index(file.parent)
     tensors = metadata.state_dict_metadata
     key = next(name for name in sorted(tensors) if _same(wanted, name))
     del tensors[key]
