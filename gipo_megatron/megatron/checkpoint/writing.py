@@ -92,9 +92,10 @@ def write(
         raise
     except (OSError, RuntimeError, torch_checkpoint.CheckpointException) as error:
         failed = _failed_write(error) or (_refused(work) if mesh.is_main else None)
+        # also on a rank that lost the connection: torch may have made the folder there again
+        shutil.rmtree(work, ignore_errors=True)
         if failed is None:
             raise
-        shutil.rmtree(work, ignore_errors=True)
         about = refusal(failed)
         what = f"cannot write the checkpoint: {failed.strerror}"
         raise UserError(what, where=str(final), fix=about.fix) from error
