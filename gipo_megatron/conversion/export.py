@@ -113,7 +113,7 @@ def write_folder(
         save_group_head(work, engine.group_head)
     if base:
         config = peft_config.config_for(engine.adapter, base, engine.head)
-        save_adapters(work, tensors(engine, adapters=bool(base)), engine.mesh, config)
+        save_adapters(work, tensors(engine, adapters=True), engine.mesh, config)
     else:
         with progress.tensors("writing", total_bytes(engine, adapters=False)) as seen:
             save_hf(work, engine.export(), engine.mesh, shard_bytes=shard_bytes, seen=seen)

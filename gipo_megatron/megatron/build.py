@@ -104,29 +104,37 @@ class Bases:
         A whole model that is not trained is the base of an earlier call for adapters, where there
         is one: roles with adapters come first. Raises UserError for weights that cannot be read.
         """
-        stored, meta = stored_base(load, role, self.seed)
-        spec = stored if adapter is None else adapter
+        spec = stored_adapters(load, role) if adapter is None else adapter
+        if not spec.rank and (adapter is not None or not self.held):
+            return {"adapter": spec, "base": None}  # identities are read where a base is shared
+        identity = stored_base(load, role, self.seed).fingerprint
         if spec.rank:
-            self.held.setdefault(meta.fingerprint, Base())
-        shared = self.held.get(meta.fingerprint) if spec.rank or adapter is None else None
-        return {"adapter": spec, "base": shared}
+            self.held.setdefault(identity, Base())
+        return {"adapter": spec, "base": self.held.get(identity)}
 
 
-def stored_base(load: str, role: str, seed: int) -> tuple[AdapterSpec, BaseMeta]:
-    """Return the adapters at `load`, of rank 0 for a whole model, and the identity of the model
-    that they belong to, or of this one."""
+def stored_adapters(load: str, role: str) -> AdapterSpec:
+    """Return the adapters at `load`, of rank 0 for a whole model."""
+    if load == "random" or (kind := weights_kind(Path(load))) == "huggingface":
+        return AdapterSpec()
+    if kind == "adapter":
+        return spec_of(Path(load))
+    return source_of(Path(load), base_role(role))[1].adapter or AdapterSpec()
+
+
+def stored_base(load: str, role: str, seed: int) -> BaseMeta:
+    """Return the identity of the model that the adapters at `load` belong to, or of the whole model
+    there."""
     if load == "random":
-        return AdapterSpec(), random_base(seed)
+        return random_base(seed)
     path = Path(load)
     kind = weights_kind(path)
     if kind == "adapter":
-        return spec_of(path), base_at(adapted_model(path))
+        return base_at(adapted_model(path))
     if kind == "huggingface":
-        return AdapterSpec(), base_at(path)
+        return base_at(path)
     home, saved = source_of(path, base_role(role))
-    if saved.adapter is not None and saved.base is not None:
-        return saved.adapter, saved.base
-    return AdapterSpec(), base_at(path / home)
+    return saved.base or base_at(path / home)
 
 
 def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:

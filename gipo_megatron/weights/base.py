@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,12 +34,21 @@ def base_at(folder: Path) -> BaseMeta:
     """Return the identity of the weights in a folder, from each file's name, size and pieces of it:
     all of 14 GB would take a minute, and names and shapes are equal for all fine-tunes of a
     model."""
+    files = sorted((*folder.rglob("*.safetensors"), *folder.rglob("*.distcp")))
+    stats = ((path, path.stat()) for path in files)
+    written = tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    return BaseMeta(_fingerprint(folder, written), str(folder.resolve()))
+
+
+@functools.cache
+def _fingerprint(folder: Path, written: tuple[tuple[Path, int, int], ...]) -> str:
+    """Read the files once for all roles that share a base. `written`, their sizes and times, makes
+    a changed file another call."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted((*folder.rglob("*.safetensors"), *folder.rglob("*.distcp"))):
-        size = path.stat().st_size
+    for path, size, _ in written:
         digest.update(f"{path.relative_to(folder)} {size}".encode())
         with path.open("rb") as file:
             for start in range(0, size, max(_BYTES, size // _PIECES)):
                 file.seek(start)
                 digest.update(file.read(_BYTES))
-    return BaseMeta(digest.hexdigest(), str(folder.resolve()))
+    return digest.hexdigest()

@@ -57,9 +57,7 @@ def spec_of(folder: Path) -> AdapterSpec:
 
     Raises UserError for a method that is not plain LoRA, and for layers that have no adapter here.
     """
-    path = folder / CONFIG
-    config = read_object(path, FIX)
-    check_values(config, _READ, str(path))
+    path, config = folder / CONFIG, _config(folder)
     if lost := [key for key in ("r", "lora_alpha", "target_modules") if key not in config]:
         raise UserError(f"lacks {', '.join(lost)}", where=str(path), fix="export it again")
     if others := _others(config):
@@ -71,6 +69,13 @@ def spec_of(folder: Path) -> AdapterSpec:
     targets = tuple(name for name in LINEARS if name in config["target_modules"])
     scaling = "rslora" if config.get("use_rslora") else "standard"
     return AdapterSpec(config["r"], float(config["lora_alpha"]), targets, scaling)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    config = read_object(path, FIX)
+    check_values(config, _READ, str(path))
+    return config
 
 
 def _others(config: dict[str, Any]) -> list[str]:
@@ -97,14 +102,12 @@ def _others(config: dict[str, Any]) -> list[str]:
 
 def base_name(folder: Path) -> str:
     """Return the folder or hub name of the model that a PEFT folder's adapters belong to."""
-    path, key = folder / CONFIG, "base_model_name_or_path"
-    config = read_object(path, FIX)
-    check_values(config, _READ, str(path))
-    name = config.get(key) or ""
+    key = "base_model_name_or_path"
+    name = _config(folder).get(key) or ""
     if not name or (Path(name) / CONFIG).is_file():
         raise UserError(
             f"{key}: {name or 'no'} model that adapters could be added to",
-            where=str(path),
+            where=str(folder / CONFIG),
             fix=f"write the Hugging Face folder or the hub name of their model at {key}",
         )
     return name

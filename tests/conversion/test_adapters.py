@@ -23,7 +23,7 @@ from gipo_megatron.conversion.export import export_run
 from gipo_megatron.data.tokenizer import byte_tokenizer
 from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint
-from gipo_megatron.megatron.build import build_engine, stored_base
+from gipo_megatron.megatron.build import build_engine, stored_adapters
 from gipo_megatron.megatron.engine import Engine
 from gipo_megatron.megatron.hf_adapters import export_adapters
 from gipo_megatron.megatron.mesh import Mesh
@@ -319,8 +319,8 @@ def test_a_recipe_with_other_adapters(base: Path, mesh: Mesh, tmp_path: Path) ->
     folder = write_peft(tmp_path / "peft", base, "text")
     to_megatron(str(folder), tmp_path / "checkpoint", mesh, verify=False, progress=SILENT)
     for load, role in ((folder, "actor"), (tmp_path / "checkpoint", "reference")):
-        assert stored_base(str(load), role, 0)[0] == spec_of(folder)  # as an evaluation does
-    assert stored_base(str(base), "actor", 0)[0] == AdapterSpec()
+        assert stored_adapters(str(load), role) == spec_of(folder)  # as an evaluation does
+    assert stored_adapters(str(base), "actor") == AdapterSpec()
     for spec in (FEW, AdapterSpec()):
         with pytest.raises(UserError, match="other adapters: there AdapterSpec") as error:
             loaded(mesh, folder, base, spec, "text")

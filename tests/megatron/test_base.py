@@ -10,6 +10,7 @@ import torch
 from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.errors import UserError
+from gipo_megatron.megatron import build as building
 from gipo_megatron.megatron import checkpoint
 from gipo_megatron.megatron.base import Base
 from gipo_megatron.megatron.build import build_engine
@@ -157,3 +158,13 @@ def test_a_whole_checkpoint_is_a_base(mesh: Mesh, tmp_path: Path) -> None:
         assert base.filled == base.held.keys()
     assert torch.equal(outputs(engine, tokens()), outputs(whole, tokens()))
     assert base.meta is not None and base.meta.source == str(saved / "actor")
+
+
+def test_a_run_without_adapters_reads_no_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read pieces of every file of a model at each start."""
+    monkeypatch.setattr(building, "base_at", lambda folder: pytest.fail(f"read {folder}"))
+    monkeypatch.setattr(building, "weights_kind", lambda folder: "huggingface")
+    bases = building.Bases()
+    alone = {"adapter": AdapterSpec(), "base": None}
+    assert bases.settings("actor", "model", AdapterSpec()) == alone
+    assert bases.settings("reward", "model") == alone  # not trained

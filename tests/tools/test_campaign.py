@@ -89,7 +89,7 @@ def test_a_second_start_goes_on(
 
 
 def test_a_known_loss_is_named_and_does_not_fail(part: None, tmp_path: Path) -> None:
-    """Without `first`, which nobody expected."""
+    """`first`, a loss without a known reason, counts as survived here: it would fail."""
     (tmp_path / "results.jsonl").write_text(
         json.dumps({"line": "storm", "case": "first", "seconds": 0.0}) + "\n"
     )

@@ -38,7 +38,7 @@ RAW = [
 DEFAULTS: list[Any] = [
     "base/gipo", ["nowhere"], [""], ["."], [".."], ["/"], ["./"], ["x" * 300], ["a/" * 3000],
     ["a\0b"], [FILE], ["./fuzz"], ["other"], ["../x"], [1], [None], [["a"]], {}, None, "", [],
-    ["~nobody-here/x"], ["~"], ["folder.yaml"], ["base/gipo", "base/gipo"], ["tiny/sft", FILE],
+    ["~no-such-user/x"], ["~"], ["folder.yaml"], ["base/gipo", "base/gipo"], ["tiny/sft", FILE],
     ["./other", "./other"], ["\u202e"], ["base/../base/gipo"],
 ]  # fmt: skip
 OTHERS: list[bytes] = [

@@ -24,7 +24,7 @@ SCALARS: list[Any] = [
     0.0, -0.0, 0.5, 2.5, 1e-320, 1e308, float("inf"), float("-inf"), float("nan"),
     "", " ", "a", "0", "-1", "1e5", "true", "null", "NaN", "text", "\0", "a\0b", "\ud800",
     "\u202e", "\N{PILE OF POO}", "é\u2028", "\x1b[2J", "a\nb", "x" * 300, "word " * 4000,
-    "../../x", "/", ".", "..", "/dev/null", "~", "~nobody-here", "${x}", "${", "???", "{{ 1/0 }}",
+    "../../x", "/", ".", "..", "/dev/null", "~", "~no-such-user", "${x}", "${", "???", "{{ 1/0 }}",
 ]  # fmt: skip
 BLOCKS: list[Any] = [[], {}, [[]], [None], [1, "a"], {"": None}, {"a": 1}, {"a": {"b": []}}]
 DEEP = [nested(60), nested(300)]

@@ -317,12 +317,11 @@ def import_ratings(files: Sequence[str | Path], key_file: str | Path) -> Ratings
 def _key(file: str | Path) -> Key:
     try:
         key = built(Key, _json(file))
+        if lost := {pair for own in key.raters.values() for pair in own} - key.pairs.keys():
+            raise Mismatch(f"pairs lacks {min(lost)!r}")
     except Mismatch as mismatch:
         what = f"not the key of annotation pages: {mismatch}"
         raise UserError(what, where=str(file), fix="take the one beside the pages") from None
-    if lost := {pair for own in key.raters.values() for pair in own} - key.pairs.keys():
-        what = f"not the key of annotation pages: pairs lacks {min(lost)!r}"
-        raise UserError(what, where=str(file), fix="take the one beside the pages")
     return key
 
 
