@@ -5,6 +5,7 @@ A line of JSON Lines counts once its newline is there. Writers raise UserError n
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -92,6 +93,19 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_jsonl(path: str | Path, rows: Rows) -> None:
     write_bytes(path, b"".join(map(_line, rows)))
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's names, where the file system offers
+    that."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(opened)
 
 
 def append_jsonl(path: str | Path, rows: Rows, *, sync: bool = False) -> None:

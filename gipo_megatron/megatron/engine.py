@@ -272,10 +272,7 @@ class Engine:
         if not flag.item():
             return None
         mine = (bad, [i for rows, _ in parts for i in rows.row_ids.tolist()])
-        everyone: list[Any] = [mine]
-        if self.mesh.world > 1:
-            everyone = [None] * self.mesh.world
-            dist.all_gather_object(everyone, mine)
+        everyone = self.mesh.everyone(mine)
         named = {i for rows, _ in everyone for i in rows} or {
             i for _, rows in everyone for i in rows
         }

@@ -181,6 +181,13 @@ class Mesh:
             dist.all_gather_object(gathered, value, group=group.group)
         return gathered
 
+    def everyone(self, value: T) -> list[T]:
+        """Return every rank's `value`, rank r's at r. Collective."""
+        gathered = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(gathered, value)
+        return gathered
+
     def report(self, failure: str) -> str:
         """Publish this rank's error, and return the first of all ranks: other ranks have errors
         because of it."""

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from gipo_megatron.errors import UserError
 from gipo_megatron.files import user_errors
+from gipo_megatron.screen import printable
 from gipo_megatron.training.run_folder import check_writable
 
 BEAT = 5  # seconds
@@ -32,7 +33,7 @@ class Owner:
     since: str
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since}"
+        return printable(f"process {self.pid} on {self.host}, since {self.since}")
 
 
 class RunLock:

@@ -49,11 +49,13 @@ class RoleMeta:
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """meta.json. The caller of `save` gives the origin; `roles` and `files` are filled in there."""
+    """meta.json. The caller of `save` gives the origin; `roles`, `files` and
+    `digests` are filled in there."""
 
     step: int = 0
     roles: dict[str, RoleMeta] = field(default_factory=dict)
     files: dict[str, int] | None = None  # path in the folder -> bytes
+    digests: dict[str, str] | None = None  # path -> xxh3_64; None in the first checkpoints
     version: int = VERSION
     epochs: float = 0.0  # passes over the training rows up to this step
     recipe: str = ""  # its name; empty for a converted model
@@ -124,14 +126,17 @@ def _unusable(path: Path, what: str) -> UserError:
     return UserError(what, where=str(path), fix=OTHER)
 
 
-def with_contents(meta: CheckpointMeta, folder: Path, roles: dict[str, RoleMeta]) -> CheckpointMeta:
-    """Return `meta` with the models and the file sizes of a folder that is about to be named."""
+def with_contents(
+    meta: CheckpointMeta, folder: Path, roles: dict[str, RoleMeta], digests: dict[str, str]
+) -> CheckpointMeta:
+    """Return `meta` with the models, and the files' sizes and digests, of a folder that is about to
+    be named."""
     files = {
         str(p.relative_to(folder)): p.stat().st_size
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     }
-    return replace(meta, roles=roles, files=files)
+    return replace(meta, roles=roles, files=files, digests=digests)
 
 
 def read_hf_files(folder: Path) -> dict[str, str]:

@@ -73,6 +73,7 @@ def changed(files: dict[str, bytes], name: str, change: Callable[[Any], Any]) ->
     if meta in found and name != meta:
         about = json.loads(found[meta])
         about["files"][name.removeprefix("checkpoint/")] = len(found[name])
+        about["digests"] = None
         found[meta] = as_json(about)
     return found
 

@@ -4,7 +4,9 @@ tests/parity/test_training.py."""
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,7 +90,7 @@ def test_a_checkpoint_of_version_1(mesh: Mesh, tmp_path: Path) -> None:
     torch.save(common, path / "critic" / "common.pt")
     meta = json.loads((path / "meta.json").read_text())
     meta["files"]["critic/common.pt"] = (path / "critic" / "common.pt").stat().st_size
-    (path / "meta.json").write_text(json.dumps({**meta, "version": 1}))
+    (path / "meta.json").write_text(json.dumps({**meta, "version": 1, "digests": None}))
     again = new_critic(mesh, seed=3)
     version = again.engine.version
     checkpoint.restore(path, {"critic": again.engine}, mesh)
@@ -263,7 +265,7 @@ def test_a_tensor_that_is_not_there_is_named(mesh: Mesh, tmp_path: Path) -> None
     index.write_bytes(pickle.dumps(stored))
     meta = json.loads((path / "meta.json").read_text())
     meta["files"]["actor/.metadata"] = index.stat().st_size
-    (path / "meta.json").write_text(json.dumps(meta))
+    (path / "meta.json").write_text(json.dumps({**meta, "digests": None}))
     for read in (
         lambda: checkpoint.restore(path, {"actor": actor.engine}, mesh),
         lambda: engine("actor", mesh, load=str(path)),
@@ -271,6 +273,65 @@ def test_a_tensor_that_is_not_there_is_named(mesh: Mesh, tmp_path: Path) -> None
         with pytest.raises(UserError, match=key) as error:
             read()
         assert str(path) in error.value.where and "copy it again" in error.value.fix
+
+
+FILES = ("state.pt", "actor/.metadata", "actor/common.pt", "actor/__0_0.distcp")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_one_changed_bit_is_found(mesh: Mesh, tmp_path: Path, file: str) -> None:
+    actor = new_actor(mesh)
+    path = checkpoint.save(tmp_path, {"actor": actor.engine}, mesh, CheckpointMeta(1))
+    content = bytearray((path / file).read_bytes())
+    content[len(content) // 3] ^= 1
+    (path / file).write_bytes(content)
+    for read in (
+        lambda: checkpoint.restore(path, {"actor": actor.engine}, mesh),
+        lambda: engine("actor", mesh, load=str(path)),
+    ):
+        with pytest.raises(UserError, match=f"{file} has other content than was written") as error:
+            read()
+        assert error.value.where == str(path) and "copy it again" in error.value.fix
+
+
+def test_a_role_that_is_not_read_may_be_damaged(mesh: Mesh, folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "step_7"))
+    damaged = copy / "reward" / "__0_0.distcp"
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    engine("actor", mesh, load=str(copy))
+    with pytest.raises(UserError, match=r"reward/__0_0.distcp has other content"):
+        engine("critic", mesh, load=str(copy))
+
+
+def test_equal_states_have_equal_files(mesh: Mesh, tmp_path: Path) -> None:
+    actor = new_actor(mesh)
+    found = []
+    for name in ("a", "b"):
+        roles = {"actor": actor.engine}
+        path = checkpoint.save(tmp_path / name, roles, mesh, CheckpointMeta(1), {"position": 3})
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        found.append([(p.relative_to(path), p.read_bytes()) for p in files])
+    assert found[0] == found[1]
+    listed = json.loads((path / "meta.json").read_text())["digests"].keys()
+    assert listed == {str(name) for name, _ in found[0]} - {"meta.json"} and set(FILES) <= listed
+
+
+def test_the_disk_has_a_checkpoint_before_older_ones_go(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = checkpoint.save(tmp_path, {}, mesh, CheckpointMeta(1))
+    synced: list[Path] = []
+
+    def fsync(opened: int) -> None:
+        assert first.exists(), "removed too early"
+        synced.append(Path(os.readlink(f"/proc/self/fd/{opened}")))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    actor = new_actor(mesh)
+    path = checkpoint.save(tmp_path, {"actor": actor.engine}, mesh, CheckpointMeta(2), keep=1)
+    work = path.with_name("step_2.tmp")
+    written = {work / p.relative_to(path) for p in path.rglob("*")} | {work}
+    assert written <= set(synced) and synced[-1] == tmp_path and not first.exists()
 
 
 def test_a_whole_model_is_not_resumed_with_adapters(mesh: Mesh, tmp_path: Path) -> None:

@@ -257,7 +257,8 @@ def test_resume_at_the_same_layout_is_bit_identical(resumed: list[dict[str, Any]
         pairs = [("uninterrupted", "tp2")] + [
             (f"bf16/{name}/uninterrupted", f"bf16/{name}/resumed") for name in BF16_CHECKPOINTS
         ]
-        assert seen.keys() == set(LAYOUTS[2]) | {name for pair in pairs for name in pair}
+        named = {name for pair in pairs for name in pair}
+        assert seen.keys() == set(LAYOUTS[2]) | named | {"damaged"}
         for whole, again in pairs:
             assert (
                 seen[again]["norms"] == seen[whole]["norms"] and len(seen[again]["norms"]) == 4
@@ -275,6 +276,11 @@ def test_resume_at_another_layout(resumed: list[dict[str, Any]]) -> None:
             assert seen[layout]["norms"] == pytest.approx(
                 seen["uninterrupted"]["norms"], rel=1e-4
             ), layout
+
+
+def test_damage_of_one_ranks_file_is_every_ranks_error(resumed: list[dict[str, Any]]) -> None:
+    what = "damaged checkpoint: actor/__1_0.distcp has other content than was written"
+    assert [seen["damaged"] for seen in resumed] == [what, what]
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

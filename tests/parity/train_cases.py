@@ -3,6 +3,7 @@ residency, checkpoints."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -13,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from gipo_megatron.errors import UserError
 from gipo_megatron.megatron import checkpoint, optimizer
 from gipo_megatron.megatron.build import snapshot_of
 from gipo_megatron.megatron.mesh import Mesh
@@ -296,6 +298,23 @@ def resumed(mesh: Mesh, out: Path, **changes: Any) -> dict[str, Any]:
         "digests": [digest(r) for r in roles.values()],
         "steps": rates,
     }
+
+
+def damaged(mesh: Mesh, out: Path) -> str:
+    """The error of this rank where one bit of what rank 1 wrote has changed."""
+    path = out / "step_3"
+    if mesh.is_main:
+        file = path / "actor" / "__1_0.distcp"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        shutil.copytree(path, out / "damaged")
+        (out / "damaged" / "actor" / file.name).write_bytes(content)
+    mesh.barrier()
+    try:
+        checkpoint.restore(out / "damaged", {"actor": new_actor(mesh).engine}, mesh)
+    except UserError as error:
+        return error.what
+    return "restored"
 
 
 def scaling(out: Path, layouts: dict[str, Parallel]) -> dict[str, dict[int, Any]]:

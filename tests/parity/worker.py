@@ -56,6 +56,7 @@ def checkpoints(world: int, out: Path) -> dict[str, Any]:
         mesh = Mesh.create(parallel)
         if not result:
             result["uninterrupted"] = train_cases.interrupted(mesh, out / "checkpoints")
+            result["damaged"] = train_cases.damaged(mesh, out / "checkpoints")
         result[name] = train_cases.resumed(mesh, out / "checkpoints")
         if name in BF16_CHECKPOINTS:
             folder = out / f"bf16_{name}"

@@ -157,9 +157,9 @@ def _trees(a: Path, b: Path, parts: tuple[str, ...]) -> Iterator[str]:
 
 
 def _unequal(one: dict[str, str], other: dict[str, str]) -> Iterator[str]:
-    """Yield a sentence for each file that differs. torch's .metadata has a random number."""
+    """Yield a sentence for each file that differs."""
     for name in sorted(one.keys() | other.keys()):
-        if name.endswith("/.metadata") or one.get(name) == other.get(name):
+        if one.get(name) == other.get(name):
             continue
         if name in one and name in other:
             yield f"{name} differs"

@@ -216,6 +216,7 @@ def checkpoints(draw: st.DrawFn) -> Case:
     if name != "checkpoint/meta.json" and kind != "peft":  # meta.json records the new size
         meta = json.loads(files["checkpoint/meta.json"])
         meta["files"][name.removeprefix("checkpoint/")] = len(content)
+        meta["digests"] = None
         files["checkpoint/meta.json"] = as_json(meta)
     files = {**files, name: content}
     return Case(verb, files, (folder, *keys), "out" if "out=out" in verb else "")

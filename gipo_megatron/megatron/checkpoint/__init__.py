@@ -1,7 +1,7 @@
 """Checkpoints: one folder per step, complete or absent, loadable at another tensor × pipeline ×
 data split.
 
-DIR/step_12/meta.json     CheckpointMeta: step, origin, roles, sizes of all files
+DIR/step_12/meta.json     CheckpointMeta: step, origin, roles, sizes and digests of all files
             state.pt      the caller's own state (generators, data position, running moments, …)
             actor/ …      mcore dist_checkpointing: weights, optimizer, learning rate, group head,
                           FP8 scaling state

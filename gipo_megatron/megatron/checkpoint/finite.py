@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gipo_megatron.errors import UserError
@@ -35,10 +33,7 @@ def check_finite(engine: Engine, where: Path, fix: str) -> None:
     largest = torch._foreach_norm([x.detach() for _, x in named], math.inf)
     finite = torch.stack([x.float() for x in largest]).isfinite().tolist()
     mine = [name for (name, _), good in zip(named, finite, strict=True) if not good]
-    everyone: list[Any] = [mine]
-    if engine.mesh.world > 1:
-        everyone = [None] * engine.mesh.world
-        dist.all_gather_object(everyone, mine)
+    everyone = engine.mesh.everyone(mine)
     if found := list(dict.fromkeys(name for names in everyone for name in names)):
         found = [name for name in found if name != STATE] or found  # it has copies of the weights
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gipo_megatron.errors import UserError, library_errors
+from gipo_megatron.megatron.checkpoint.digests import check_digests
 from gipo_megatron.megatron.checkpoint.finite import check_finite
 from gipo_megatron.megatron.checkpoint.sharded import metadata, sharded_chunks, whole_chunks
 from gipo_megatron.megatron.checkpoint.writing import describe
@@ -46,6 +47,8 @@ def restore(path: Path, roles: dict[str, Engine], mesh: Mesh) -> dict[str, Any]:
                 f"the checkpoint has no {role!r}; it has {', '.join(meta.roles)}", where=str(path)
             )
         _check_role(path, role, meta.roles[role], describe(engine))
+    with _unreadable(path):
+        check_digests(path, meta, mesh)
     for role, engine in roles.items():
         with _unreadable(path):
             _restore_role(path / role, engine)
@@ -126,6 +129,7 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
     saved role fits, or the architecture or the adapters are others.
     """
     source, saved = source_of(path, role)
+    meta = read_meta(path)
     check_architecture(path, saved.architecture, engine.architecture)
     _check_adapter(path, saved, describe(engine))
     same_head = (saved.head is None) == (engine.head is None)
@@ -136,6 +140,7 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
         host_mode(),
         torch.no_grad(),
     ):
+        check_digests(path, meta, engine.mesh, unread=meta.roles.keys() - {source})
         chunks = whole_chunks(engine) if saved.adapter is None else sharded_chunks(engine)
         sharded = without_extra_states(chunks)
         if not same_head:

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from gipo_megatron.errors import system_error
 from gipo_megatron.megatron.engine import Engine
@@ -23,14 +24,19 @@ from gipo_megatron.megatron.scaling import EXTRA_STATE
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
-    """Raises the operating system's own error. torch hides it behind another, and drops it where
-    it sends that to other ranks."""
+    """torch's own, but for its errors and its index."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
+        """Raise the operating system's own error: torch hides it behind another, and drops it where
+        it sends that to other ranks."""
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
             raise system_error(error) or error from None
+
+    def storage_meta(self) -> StorageMeta:
+        """Leave out the folder's path and a random number: equal states have equal files."""
+        return StorageMeta()
 
 
 class InlineSave(TorchDistSaveShardedStrategy):

@@ -13,6 +13,8 @@ from megatron.core import dist_checkpointing
 from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.errors import UserError, refusal, system_error
+from gipo_megatron.files import sync
+from gipo_megatron.megatron.checkpoint.digests import digests
 from gipo_megatron.megatron.checkpoint.finite import check_finite
 from gipo_megatron.megatron.checkpoint.folders import link, prune
 from gipo_megatron.megatron.checkpoint.sharded import InlineSave, metadata, sharded_chunks
@@ -65,7 +67,7 @@ def write(
     disk, and then leaves nothing; and for weights that are not finite: no run could continue from
     them.
     """
-    work, old = final.with_name(final.name + ".tmp"), final.with_name(final.name + ".old")
+    work = final.with_name(final.name + ".tmp")
     try:
         if mesh.is_main:
             shutil.rmtree(work, ignore_errors=True)
@@ -81,12 +83,11 @@ def write(
                 torch.save(state or {}, file)
             if extra_files is not None:
                 extra_files(work)
+        written = digests(work, mesh)
+        if mesh.is_main:
             described = {role: describe(engine) for role, engine in roles.items()}
-            with_contents(meta, work, described).write(work)
-            if final.exists():
-                final.rename(old)
-            work.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
+            with_contents(meta, work, described, written).write(work)
+            _rename(work, final)
     except UserError:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -99,6 +100,19 @@ def write(
         about = refusal(failed)
         what = f"cannot write the checkpoint: {failed.strerror}"
         raise UserError(what, where=str(final), fix=about.fix) from error
+
+
+def _rename(work: Path, final: Path) -> None:
+    """Give a whole folder its name, in place of another one of it. The disk has all of it before:
+    afterwards older checkpoints are removed."""
+    for path in (*work.rglob("*"), work):
+        sync(path)
+    old = final.with_name(final.name + ".old")
+    if final.exists():
+        final.rename(old)
+    work.rename(final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_hf_files(folder: Path, files: dict[str, str]) -> None:
