@@ -22,6 +22,21 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def one_line(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
+def markdown(text: str) -> str:
+    """Escape Markdown's markup, cell borders and HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", one_line(text))
+
+
+def code(text: str) -> str:
+    """Return a text as Markdown's code, which has no markup but its end."""
+    inner = one_line(text).replace("`", "'")
+    return f"`{inner}`"
+
+
 def _escaped(found: re.Match[str]) -> str:
     number = ord(found[0])
     return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"

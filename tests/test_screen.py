@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,22 @@ import pytest
 
 from gipo_megatron import cli
 from gipo_megatron.commands import RECIPES
+from gipo_megatron.conversion.card import model_card
 from gipo_megatron.errors import UserError
 from gipo_megatron.evaluation.judges import prompts
-from gipo_megatron.evaluation.tables import latex, markdown
+from gipo_megatron.evaluation.tables import latex
 from gipo_megatron.evaluation.types import Pair
 from gipo_megatron.recipe.compose import compose
 from gipo_megatron.recipe.problems import RecipeErrors
 from gipo_megatron.reports.pages import TEMPLATES, render
-from gipo_megatron.screen import found_in, hide, printable, secrets, shown
+from gipo_megatron.screen import code, found_in, hide, markdown, printable, secrets, shown
+from gipo_megatron.specs import AdapterSpec
 from gipo_megatron.telemetry.alerts import Alerts
 from gipo_megatron.telemetry.console import Display
 from gipo_megatron.telemetry.loggers import TensorBoard, warn
+from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta
 from tests.injections import ALL, ESCAPES, MARKUP
+from tests.parity.tiny import ARCHITECTURE
 
 # ECMA-48: C0, DEL and C1; UAX #9: explicit embeddings, overrides and isolates; UAX #14: separators
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -68,7 +73,31 @@ def test_no_page_and_no_table_obeys_a_text(text: str, tmp_path: Path) -> None:
     assert page.count("<") == 2 and page.count('"') == 2 and page.count("'") == 0
     assert (TEMPLATES / "base.html.j2").is_file()
     assert not re.search(r"(?<!\\)[<>\[\]*_`|#$]", markdown(text))
+    assert code(text).count("`") == 2
     assert not re.search(r"(?<!\\)[$&#%_]|\\(input|write)", latex(text))
+
+
+@pytest.mark.parametrize("text", [*ALL.values(), "```\n# end of a block", '"); attack("'])
+def test_no_model_card_obeys_a_text(text: str) -> None:
+    """Names of a foreign checkpoint: the card has the lines of a harmless one, no markup but our
+    own, and its program names the base as one string."""
+
+    def card(name: str) -> str:
+        meta = CheckpointMeta(1, recipe=name, hub=name, commit=name, template=name)
+        about = RoleMeta(ARCHITECTURE, adapter=AdapterSpec(rank=4))
+        checks = ["names: equal"]
+        return model_card(name, about, meta, base=name, padding=name, checks=checks)
+
+    found = card(text)
+    assert len(found.split("\n")) == len(card("name").split("\n")) and not OBEYED.search(found)
+    before, program, after = found.split("```")
+    calls = [
+        x for x in ast.walk(ast.parse(program.removeprefix("python"))) if isinstance(x, ast.Call)
+    ]
+    strings = [x.value for call in calls for x in call.args if isinstance(x, ast.Constant)]
+    assert sorted(strings) == sorted([text, "PATH", "PATH"]) and len(calls) == 3
+    prose = re.sub(r"(?<!\\)`[^`]*`", "", before.split("---")[2] + after)
+    assert not re.search(r"(?<!\\)[<>\[\]*|$`]", prose)
 
 
 def test_tensorboard_shows_a_text_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@ passed."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 
+from gipo_megatron.screen import code, markdown
 from gipo_megatron.specs import AdapterSpec
 from gipo_megatron.weights.checkpoints import CheckpointMeta, RoleMeta
 
@@ -26,18 +28,18 @@ def model_card(
     head, hub, a = about.head, meta.hub, about.architecture
     if meta.recipe:
         origin = (
-            f"trained with gipo_megatron: recipe `{meta.recipe}`, step {meta.step}, commit"
-            f" `{meta.commit}`"
+            f"trained with gipo_megatron: recipe {code(meta.recipe)}, step {meta.step}, commit"
+            f" {code(meta.commit)}"
         )
     else:
-        origin = f"converted with gipo_megatron, commit `{meta.commit}`, not trained by it"
+        origin = f"converted with gipo_megatron, commit {code(meta.commit)}, not trained by it"
     parts = [
         _front_matter(head, base or hub, "peft" if base else "transformers"),
-        f"# {meta.recipe or hub or 'A converted model'}: {role}",
+        f"# {markdown(meta.recipe or hub or 'A converted model')}: {markdown(role)}",
         f"A {KINDS[head]}, {origin}.",
         _adapters(about.adapter, base),
         f"{a.num_layers} layers, hidden size {a.hidden_size}, vocabulary {a.vocab_size},"
-        f" {about.dtype}" + (f"; base model {hub}." if hub else "."),
+        f" {about.dtype}" + (f"; base model {markdown(hub)}." if hub else "."),
         _usage(head, base, padding),
         _head(head, padding),
         _groups(about),
@@ -54,7 +56,7 @@ def _adapters(spec: AdapterSpec | None, base: str) -> str:
     what += f" {', '.join(spec.targets)}"
     if not base:
         return f"Trained as {what}; merged into the weights here."
-    return f"These are the adapters alone, in PEFT's format: {what} of `{base}`."
+    return f"These are the adapters alone, in PEFT's format: {what} of {code(base)}."
 
 
 def _front_matter(head: str | None, hub: str, library: str) -> str:
@@ -71,16 +73,16 @@ pipeline_tag: {task}
 
 def _usage(head: str | None, base: str, padding: str | None) -> str:
     name = "AutoModelForCausalLM" if head is None else "AutoModelForSequenceClassification"
-    imports, first, then = "", "PATH", ""
-    if base:
-        imports, first = "from peft import PeftModel\n", base
+    imports, first, then = "", '"PATH"', ""
+    if base:  # a string of Python without an end of this block
+        imports, first = "from peft import PeftModel\n", json.dumps(base).replace("`", "\\u0060")
         then = 'model = PeftModel.from_pretrained(model, "PATH")\n'
     labels = ", num_labels=1" if base and head is not None else ""
     # the base's config.json is a language model's
     last = "model.config.pad_token_id = tokenizer.pad_token_id\n" if base and padding else ""
     return f"""```python
 {imports}from transformers import {name}, AutoTokenizer
-model = {name}.from_pretrained("{first}", dtype="auto"{labels})
+model = {name}.from_pretrained({first}, dtype="auto"{labels})
 {then}tokenizer = AutoTokenizer.from_pretrained("PATH")
 {last}```"""
 
@@ -103,7 +105,7 @@ def _head(head: str | None, padding: str | None) -> str:
             f"{text} No token of this tokenizer is safe to pad with (it must never occur in a"
             " text): score one text at a time."
         )
-    return f"{text} Pad on the right, with `{padding}` (the tokenizer does)."
+    return f"{text} Pad on the right, with {code(padding)} (the tokenizer does)."
 
 
 def _groups(about: RoleMeta) -> str:
@@ -122,6 +124,6 @@ def _prompts(meta: CheckpointMeta) -> str:
     if meta.template is None:
         return ""
     return (
-        f"Trained with `data.template: {meta.template}`; the tokenizer's chat template, where it"
-        " has one, writes conversations so."
+        f"Trained with {code(f'data.template: {meta.template}')}; the tokenizer's chat template,"
+        " where it has one, writes conversations so."
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas
 
 from gipo_megatron.evaluation.statistics import OUTCOMES
-from gipo_megatron.screen import printable
+from gipo_megatron.screen import markdown, one_line
 
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&",
@@ -93,15 +92,6 @@ def _rows(results: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[Any, str
         found = [cells[baseline] for cells in tasks if baseline in cells]
         failed, flipped, n = (sum(c[k] for c in found) for k in ("failed", "flipped", "n"))
         yield baseline, [(c.get(baseline), o) for c in tasks for o in OUTCOMES], failed, flipped, n
-
-
-def one_line(text: str) -> str:
-    return " ".join(printable(text).split())
-
-
-def markdown(text: str) -> str:
-    """Escape markup, cell borders and HTML."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", one_line(text))
 
 
 def latex(text: str) -> str:
