@@ -49,8 +49,7 @@ class RoleMeta:
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """meta.json. The caller of `save` gives the origin; `roles`, `files` and
-    `digests` are filled in there."""
+    """meta.json. `save` fills in roles, files and digests; its caller gives all else."""
 
     step: int = 0
     roles: dict[str, RoleMeta] = field(default_factory=dict)
