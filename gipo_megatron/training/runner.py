@@ -54,7 +54,8 @@ class Progress:
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
+        for key in vars(self).keys() & state.keys():
+            setattr(self, key, state[key])
 
 
 def train(recipe: Recipe) -> None:
