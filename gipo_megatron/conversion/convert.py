@@ -164,12 +164,12 @@ def to_hf(
     """
     refuse_existing(out)
     meta = read_meta(path)
-    role = role or ("actor" if "actor" in meta.roles else next(iter(meta.roles)))
+    role = role or ("actor" if "actor" in meta.roles else next(iter(meta.roles), "actor"))
     if role not in meta.roles:
         raise UserError(
             f"the checkpoint has no {role!r}",
             where=str(path),
-            fix=f"role={' or role='.join(meta.roles)}",
+            fix=" or ".join([*(f"role={name}" for name in meta.roles), "another checkpoint"]),
         )
     about = meta.roles[role]
     if about.dtype is None:

@@ -41,6 +41,7 @@ def stored_architecture(
     if (folder / CONFIG).is_file():
         base = base_name(folder)
         hub = is_hub_name(base)
+        where = str(folder / CONFIG)
         return stored_architecture(base, role, where, may_be_hub=hub, network=network)
     config = folder / "config.json"
     if (folder / "meta.json").is_file() and (stored := _of_checkpoint(folder, role)) is not None:

@@ -107,6 +107,7 @@ META: dict[str, tuple[Callable[[Any], Any], str]] = {
     "another dtype": (with_role(dtype="int4"), "roles.actor.dtype: 'int4' is not one of"),
     "groups": (with_role(num_groups=0), "roles.actor.num_groups: 0 must be at least 1"),
     "a key": (with_role(colour=1), "roles.actor.colour: unknown key"),
+    "no role": (lambda meta: {**meta, "roles": {}}, "the checkpoint has no 'actor'"),
     "another width": (with_role(architecture={"hidden_size": 16}), "checkpoint"),
 }
 
@@ -138,12 +139,17 @@ def test_files_of_the_model_that_a_checkpoint_came_from(
     assert screen.code == 2 and said in screen.err and file in screen.err, screen.err
 
 
-def test_adapters_name_their_file(tmp_path: Path) -> None:
-    files = {**folders.adapted(), "adapters/adapter_config.json": b"{"}
+@pytest.mark.parametrize("content", [b"{", None])
+def test_adapters_name_their_file(content: bytes | None, tmp_path: Path) -> None:
+    """One that is cut, and one whose base is nowhere."""
+    files, name = folders.adapted(), "adapters/adapter_config.json"
+    lost = {**json.loads(files[name]), "base_model_name_or_path": "0"}
+    files[name] = as_json(lost) if content is None else content
     screen = run(
         Case((*folders.CHECK[:-1], "models.actor.load=adapters"), files), tmp_path / "here"
     )
-    assert screen.code == 2 and "adapters/adapter_config.json: cannot read" in screen.err
+    why = "cannot read" if content is not None else "'0' is no local path"
+    assert screen.code == 2 and f"{name}: {why}" in screen.err, screen.err
 
 
 def test_a_tokenizer_is_used_once_where_it_is_loaded(tmp_path: Path) -> None:
