@@ -169,7 +169,7 @@ def to_hf(
         raise UserError(
             f"the checkpoint has no {role!r}",
             where=str(path),
-            fix=" or ".join([*(f"role={name}" for name in meta.roles), "another checkpoint"]),
+            fix=" or ".join(f"role={name}" for name in meta.roles) or "use another checkpoint",
         )
     about = meta.roles[role]
     if about.dtype is None:
