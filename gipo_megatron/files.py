@@ -95,7 +95,7 @@ def write_jsonl(path: str | Path, rows: Rows) -> None:
     write_bytes(path, b"".join(map(_line, rows)))
 
 
-def sync(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Wait until the disk has a file's content, or a folder's names, where the file system offers
     that."""
     opened = os.open(path, os.O_RDONLY)

@@ -119,7 +119,8 @@ def stored_adapters(load: str, role: str) -> AdapterSpec:
         return AdapterSpec()
     if kind == "adapter":
         return spec_of(Path(load))
-    return source_of(Path(load), base_role(role))[1].adapter or AdapterSpec()
+    home, meta = source_of(Path(load), base_role(role))
+    return meta.roles[home].adapter or AdapterSpec()
 
 
 def stored_base(load: str, role: str, seed: int) -> BaseMeta:
@@ -133,8 +134,8 @@ def stored_base(load: str, role: str, seed: int) -> BaseMeta:
         return base_at(adapted_model(path))
     if kind == "huggingface":
         return base_at(path)
-    home, saved = source_of(path, base_role(role))
-    return saved.base or base_at(path / home)
+    home, meta = source_of(path, base_role(role))
+    return meta.roles[home].base or base_at(path / home)
 
 
 def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
@@ -152,9 +153,10 @@ def load_into(engine: Engine, load: str, role: str, seen: Seen = ignore) -> str:
         _load_adapters(engine, path, role, seen)
         return kind
     if kind == "checkpoint":
-        home, saved = source_of(path, base_role(role))
-        if base is not None and saved.base is not None:
-            _load_base(engine, base, saved.base, role, path, seen)
+        home, meta = source_of(path, base_role(role))
+        saved = meta.roles[home].base
+        if base is not None and saved is not None:
+            _load_base(engine, base, saved, role, path, seen)
             return load_weights(path, base_role(role), engine)
         with _filling(base, path / home):
             return load_weights(path, base_role(role), engine)

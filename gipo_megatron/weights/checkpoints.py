@@ -130,11 +130,7 @@ def with_contents(
 ) -> CheckpointMeta:
     """Return `meta` with the models, and the files' sizes and digests, of a folder that is about to
     be named."""
-    files = {
-        str(p.relative_to(folder)): p.stat().st_size
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
+    files = {name: (folder / name).stat().st_size for name in digests}
     return replace(meta, roles=roles, files=files, digests=digests)
 
 

@@ -154,17 +154,20 @@ def _overwritten(file: str, bench: Bench) -> None:
     words = _run(bench)
     damaged = bench.folder / LAST / file
     whole = damaged.read_bytes()
-    size = len(whole)
-    for begin in (0, size // 2):
-        for filler in (bytes(size - begin), bench.random.randbytes(size - begin)):
-            damaged.write_bytes(whole[:begin] + filler)
-            refused(bench, words, file.rpartition("/")[2], "step_3")
+    contents = [
+        whole[:begin] + filler(len(whole) - begin)
+        for begin in (0, len(whole) // 2)
+        for filler in (bytes, bench.random.randbytes)
+    ]
+    for content in contents:
+        damaged.write_bytes(content)
+        refused(bench, words, file.rpartition("/")[2], "step_3")
     if file in UNREAD:
         return
-    for filler in (bytes(size - begin), bench.random.randbytes(size - begin)):
-        damaged.write_bytes(whole)
-        _sized(bench.folder / LAST)
-        damaged.write_bytes(whole[:begin] + filler)
+    damaged.write_bytes(whole)
+    _sized(bench.folder / LAST)
+    for content in contents:
+        damaged.write_bytes(content)
         refused(bench, words, "step_3")
 
 
@@ -275,9 +278,8 @@ def _edited(key: str, value: object, named: str, bench: Bench) -> None:
     whole = meta.read_text(encoding="utf-8")
     meta.write_text(json.dumps({**json.loads(whole), key: value}), encoding="utf-8")
     refused(bench, words, named, "step_3")
-    load = f"models.actor.load={LAST}"
-    refused(bench, ["train", *runs.sft(Path("new"), load)], named)
-    refused(bench, ["convert", "to-hf", f"checkpoint={LAST}", "out=out"], named, "step_3")
+    refused(bench, list(LOADED), named)
+    refused(bench, list(EXPORTED), named, "step_3")
     meta.write_text(whole, encoding="utf-8")
     _continues(bench, words)
 
@@ -290,8 +292,7 @@ def _adapters_resumed(bench: Bench) -> None:
 
 def _adapters_loaded(bench: Bench) -> None:
     _run(bench, ADAPTED)
-    words = ["train", *runs.sft(Path("new"), f"models.actor.load={LAST}")]
-    refused(bench, words, "other adapters", "step_3")
+    refused(bench, list(LOADED), "other adapters", "step_3")
 
 
 def _reward_resumed(bench: Bench) -> None:

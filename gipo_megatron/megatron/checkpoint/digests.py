@@ -38,22 +38,16 @@ def check_digests(
     files = {name: inside(path, name, str(path / "meta.json")) for name in _mine(names, mesh)}
     other = [name for name, file in files.items() if _digest(file) != written[name]]
     if found := sorted(name for part in mesh.everyone(other) for name in part):
-        raise UserError(
-            f"damaged checkpoint: {found[0]} has other content than was written",
-            where=str(path),
-            fix=OTHER,
-        )
+        what = f"damaged checkpoint: {found[0]} has other content than was written"
+        raise UserError(what, where=str(path), fix=OTHER)
 
 
 def _mine(names: Collection[str], mesh: Mesh) -> list[str]:
     """Return the files that this rank reads: the tensors of the rank with its number, which may
     still be in its machine's memory; rank 0 reads all else."""
-    found = []
-    for name in names:
-        tensors = _TENSORS.fullmatch(Path(name).name)
-        if mesh.rank == (int(tensors[1]) % mesh.world if tensors else 0):
-            found.append(name)
-    return found
+    tensors = {name: _TENSORS.fullmatch(Path(name).name) for name in names}
+    readers = {name: int(of[1]) % mesh.world if of else 0 for name, of in tensors.items()}
+    return [name for name in names if readers[name] == mesh.rank]
 
 
 def _digest(file: Path) -> str:

@@ -20,7 +20,13 @@ from gipo_megatron.megatron.mesh import Mesh
 from gipo_megatron.megatron.scaling import without_extra_states
 from gipo_megatron.megatron.stored import load, read_state
 from gipo_megatron.specs import Architecture
-from gipo_megatron.weights.checkpoints import OTHER, RoleMeta, read_hf_files, read_meta
+from gipo_megatron.weights.checkpoints import (
+    OTHER,
+    CheckpointMeta,
+    RoleMeta,
+    read_hf_files,
+    read_meta,
+)
 
 _GROUP_WEIGHTS = ("group_head.weight", "group_head.bias")
 # The saved roles that a role may start from, the best first. A trunk from another kind of model
@@ -128,8 +134,8 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
     these and a head are saved; `build.load_into` has loaded their base. Raises UserError when no
     saved role fits, or the architecture or the adapters are others.
     """
-    source, saved = source_of(path, role)
-    meta = read_meta(path)
+    source, meta = source_of(path, role)
+    saved = meta.roles[source]
     check_architecture(path, saved.architecture, engine.architecture)
     _check_adapter(path, saved, describe(engine))
     same_head = (saved.head is None) == (engine.head is None)
@@ -162,12 +168,13 @@ def load_weights(path: Path, role: str, engine: Engine) -> str:
     return source
 
 
-def source_of(path: Path, role: str) -> tuple[str, RoleMeta]:
-    """Return the saved role that `role` starts from. Raises UserError when none fits."""
+def source_of(path: Path, role: str) -> tuple[str, CheckpointMeta]:
+    """Return the saved role that `role` starts from, and all of meta.json. Raises UserError when
+    none fits."""
     meta = read_meta(path)
     for source in _SOURCES[role]:
         if source in meta.roles:
-            return source, meta.roles[source]
+            return source, meta
     wanted = " or ".join(repr(source) for source in _SOURCES[role])
     raise UserError(
         f"no weights for {role!r}: needs {wanted}, the checkpoint has {', '.join(meta.roles)}",

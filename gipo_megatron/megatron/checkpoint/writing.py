@@ -13,7 +13,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed import checkpoint as torch_checkpoint
 
 from gipo_megatron.errors import UserError, refusal, system_error
-from gipo_megatron.files import sync
+from gipo_megatron.files import to_disk
 from gipo_megatron.megatron.checkpoint.digests import digests
 from gipo_megatron.megatron.checkpoint.finite import check_finite
 from gipo_megatron.megatron.checkpoint.folders import link, prune
@@ -106,12 +106,12 @@ def _rename(work: Path, final: Path) -> None:
     """Give a whole folder its name, in place of another one of it. The disk has all of it before:
     afterwards older checkpoints are removed."""
     for path in (*work.rglob("*"), work):
-        sync(path)
+        to_disk(path)
     old = final.with_name(final.name + ".old")
     if final.exists():
         final.rename(old)
     work.rename(final)
-    sync(final.parent)
+    to_disk(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
